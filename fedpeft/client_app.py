@@ -1,0 +1,115 @@
+"""The Flower ClientApp: one client's side of every method, by roles alone."""
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+if TYPE_CHECKING:
+    from fedpeft.methods.base import State
+    from fedpeft.session import Session
+
+app = ClientApp()
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Says which partition this node holds."""
+    return _reply(message, {"partition-id": _client(context)})
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Loads initial, received and personal values, trains, sends what is shared."""
+    from fedpeft.methods.base import Role
+    from fedpeft.state import names_with, pack, snapshot
+
+    session, round, client = _open(message, context)
+    session.load(_received(message, session, round), _personal(message, context))
+    num_examples, loss = session.train_client(client, round)
+    roles = session.roles(round)
+    if personal := names_with(roles, Role.PERSONAL):
+        _keep(message, context, snapshot(session.model, personal))
+    arrays, index = pack(snapshot(session.model, names_with(roles, Role.SHARED)))
+    return _reply(message, {"num-examples": num_examples, "loss": loss}, arrays, index)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Measures the client's model on its own validation and test rows."""
+    session, round, client = _open(message, context)
+    session.load(_received(message, session, round), _personal(message, context))
+    own = session.client_examples(client)
+    metrics: dict[str, float] = {}
+    for split in ("validation", "test"):
+        metrics[f"{split}-num-examples"] = len(own[split])
+        for name, value in session.evaluate(own[split]).items():
+            metrics[f"{split}_{name}"] = value
+        baseline = session.task.baseline(own["train"].labels, own[split].labels)
+        if baseline is not None:
+            metrics[f"{split}_baseline"] = baseline
+    return _reply(message, metrics)
+
+
+def _open(message: Message, context: Context) -> "tuple[Session, int, int]":
+    from fedpeft.session import open_session
+
+    config = message.content.config_records["config"]
+    path = context.node_config.get("data-path")
+    session = open_session(str(config["overrides"]), None if path is None else str(path))
+    return session, int(config["round"]), _client(context)  # type: ignore[arg-type]
+
+
+def _client(context: Context) -> int:
+    if "partition-id" not in context.node_config:
+        raise ValueError("this node has no partition-id: start it with --node-config partition-id=N")
+    return int(context.node_config["partition-id"])
+
+
+def _received(message: Message, session: "Session", round: int) -> "State":
+    from fedpeft.state import check, unpack
+
+    index = message.content.config_records["config"]["index"]
+    assert isinstance(index, bytes)
+    state = unpack(message.content.array_records["arrays"], index)
+    check(state, {name: session.initial[name] for name in session.down(round)})
+    return state
+
+
+def _personal_key(message: Message) -> str:
+    """A context may serve several configurations in turn; personal values belong to one."""
+    overrides = str(message.content.config_records["config"]["overrides"])
+    return "personal-" + hashlib.sha256(overrides.encode()).hexdigest()[:16]
+
+
+def _personal(message: Message, context: Context) -> "State":
+    from fedpeft.state import unpack
+
+    key = _personal_key(message)
+    if key not in context.state.array_records:
+        return {}
+    index = context.state.config_records[key + "-index"]["index"]
+    assert isinstance(index, bytes)
+    return unpack(context.state.array_records[key], index)
+
+
+def _keep(message: Message, context: Context, state: "State") -> None:
+    from fedpeft.state import pack
+
+    key = _personal_key(message)
+    context.state[key], index = pack(state)
+    context.state[key + "-index"] = ConfigRecord({"index": index})
+
+
+def _reply(
+    message: Message,
+    metrics: dict[str, int | float],
+    arrays: ArrayRecord | None = None,
+    index: bytes = b"",
+) -> Message:
+    content = RecordDict({"metrics": MetricRecord(dict(metrics))})
+    if arrays is not None:
+        content["arrays"], content["config"] = arrays, ConfigRecord({"index": index})
+    return Message(content, reply_to=message)
+

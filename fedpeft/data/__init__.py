@@ -1,0 +1,1 @@
+"""Data sets, tasks, partitions and batches; nothing here knows of methods."""

@@ -1,0 +1,139 @@
+"""FedTT and FedTT+: tensor-train adapters (https://arxiv.org/abs/2410.13097)."""
+
+import re
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from fedpeft.methods.base import Method, Role
+from fedpeft.methods.sites import (
+    ATTENTION_OUTPUT,
+    MLP_OUTPUT,
+    freeze_all_but_head,
+    linear_weight,
+    named_sites,
+    replace,
+)
+from fedpeft.nn.tensor_train import AdaptedOutput, TTAdapter, TTLinear, tt_shape
+from fedpeft.seeding import derive
+
+FACTOR = re.compile(r"\.factor_(\d+)_of_(\d+)$")
+# The dense layer before the output layer: RoBERTa's, BERT's and DeBERTa's.
+CLASSIFIER = re.compile(r"(?:^|\.)(?:classifier\.dense|pooler\.dense|pre_classifier)$")
+
+
+@dataclass(frozen=True)
+class FedTT(Method):
+    """Two TT adapters a block and a TT classifier; every factor, TT bias and the head are shared.
+
+    Args:
+        tt_rank: inner ranks of every tensor train, >= 1.
+        bottleneck: inner width of the adapters.
+        init: ``normal`` (LoRETTA's; not the identity at the start) or ``zero_last`` (identity).
+        classifier: make the classifier's hidden layer, where there is one, a TT layer.
+        train_layernorm: train and share LayerNorms; open in the paper, frozen here.
+        shapes: TT axes by "INxOUT", in place of the papers' table and the computed ones.
+    """
+
+    tt_rank: int = 5
+    bottleneck: int = 64
+    init: str = "normal"
+    classifier: bool = True
+    train_layernorm: bool = False
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.tt_rank < 1:
+            raise ValueError(f"tt_rank must be >= 1, got {self.tt_rank}")
+        if self.bottleneck < 2:
+            raise ValueError(f"bottleneck must be >= 2, got {self.bottleneck}")
+        if self.init not in ("normal", "zero_last"):
+            raise ValueError(f"init must be normal or zero_last, got {self.init}")
+
+    def inject(self, model: nn.Module) -> nn.Module:
+        freeze_all_but_head(model)
+        sites = named_sites(model, ATTENTION_OUTPUT, "attention output projection")
+        sites += named_sites(model, MLP_OUTPUT, "MLP output projection")
+        for name in sites:
+            projection = model.get_submodule(name)
+            replace(model, name, AdaptedOutput(projection, self._adapter(projection)))
+        if self.classifier:
+            self._compress_classifier(model)
+        if self.train_layernorm:
+            for module in model.modules():
+                if "norm" in type(module).__name__.lower():
+                    module.requires_grad_(True)
+        return model
+
+    def _adapter(self, projection: nn.Module) -> TTAdapter:
+        weight, _, transposed = linear_weight(projection)
+        width = weight.shape[1] if transposed else weight.shape[0]
+        zero_last = self.init == "zero_last"
+        return TTAdapter(
+            width, self.bottleneck, self.tt_rank, self.shapes, zero_last, weight.device
+        )
+
+    def _compress_classifier(self, model: nn.Module) -> None:
+        """The classifier's hidden layer as a TT layer; the output layer stays dense and trains.
+
+        Models whose head is one output layer (Llama's ``score``) have nothing to compress.
+        """
+        for name, module in list(model.named_modules()):
+            if CLASSIFIER.search(name) and isinstance(module, nn.Linear):
+                i, o = module.in_features, module.out_features
+                shape = tt_shape(i, o, self.shapes)
+                replace(
+                    model, name, TTLinear(i, o, shape, self.tt_rank, module.weight.device)
+                )
+
+    def effective(self, module: nn.Module) -> Tensor | None:
+        return module.dense() if isinstance(module, TTLinear) else None
+
+
+@dataclass(frozen=True)
+class FedTTPlus(FedTT):
+    """FedTT that trains and sends few factors of every tensor train a round; the rest is frozen.
+
+    Factors that train together make the mean less wrong, not exact; one alone makes it exact.
+
+    Args:
+        schedule: the middle factor m_t of round t: ``cyclic`` (2 + t mod (J-2)) or ``random``
+            (drawn from (schedule_seed, t)); open in the paper. The same on all clients.
+        active: ``three`` factors {1, m_t, J} (the paper's), or ``one``: in turn one of all J, a
+            variant that the paper lacks, whose aggregation is exact.
+        train_bias: also train and send the TT biases; open in the paper.
+        schedule_seed: for ``random``.
+    """
+
+    schedule: str = "cyclic"
+    active: str = "three"
+    train_bias: bool = False
+    schedule_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule not in ("cyclic", "random"):
+            raise ValueError(f"schedule must be cyclic or random, got {self.schedule}")
+        if self.active not in ("three", "one"):
+            raise ValueError(f"active must be three or one, got {self.active}")
+
+    def inject(self, model: nn.Module) -> nn.Module:
+        super().inject(model)
+        for module in model.modules():
+            if isinstance(module, TTLinear):
+                module.bias.requires_grad_(self.train_bias)
+        return model
+
+    def active_factors(self, count: int, round: int) -> set[int]:
+        """Numbers, from 1, of the factors of a train of ``count`` that train in a round."""
+        turn = round if self.schedule == "cyclic" else derive(self.schedule_seed, "factor", round)
+        if self.active == "one":
+            return {1 + turn % count}
+        return {1, 2 + turn % (count - 2), count}
+
+    def role(self, name: str, round: int) -> Role:
+        factor = FACTOR.search(name)
+        if factor is None:
+            return Role.SHARED
+        number, count = map(int, factor.groups())
+        return Role.SHARED if number in self.active_factors(count, round) else Role.FROZEN

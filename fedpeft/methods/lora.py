@@ -1,0 +1,97 @@
+"""The LoRA family on HF PEFT's LoRA (https://arxiv.org/abs/2106.09685): W0 + (alpha/r) B A.
+
+- ``LoRA``: FedAvg of A, B and the head (FedIT, https://arxiv.org/abs/2305.05644).
+- ``FFALoRA``: A stays at its random start, so averaging B is exact
+  (https://arxiv.org/abs/2403.12313).
+- ``FedSALoRA``: only A is shared; B and the head are personal (https://arxiv.org/abs/2410.01463).
+"""
+
+from dataclasses import dataclass, field
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fedpeft.methods.base import Method, Role
+from fedpeft.methods.sites import attention_projections, freeze_all_but_head
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """A kaiming-uniform (r, in), B zero (out, r), on the attention's ``targets``.
+
+    Args:
+        rank: r >= 1.
+        alpha: scale; B A is multiplied by alpha/r.
+        targets: q, k, v, o or ends of module names.
+        dropout: on the input of A, in [0, 1).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: ["q", "v"])
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be >= 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.alpha <= 0:
+            raise ValueError(f"alpha must be > 0, got {self.alpha}")
+
+    def inject(self, model: nn.Module) -> nn.Module:
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # peft divides it: any number will do
+            lora_dropout=self.dropout,
+            target_modules=attention_projections(model, self.targets),
+            fan_in_fan_out=getattr(model.config, "model_type", "") == "gpt2",
+        )
+        freeze_all_but_head(model)
+        head = [p for p in model.parameters() if p.requires_grad]
+        inject_adapter_in_model(config, model)
+        for parameter in head:  # peft froze all but its own
+            parameter.requires_grad_(True)
+        return model
+
+    def effective(self, module: nn.Module) -> Tensor | None:
+        if not isinstance(module, LoraLayer) or not isinstance(module, nn.Module):
+            return None
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        return module.scaling["default"] * (b @ a)
+
+
+@dataclass(frozen=True)
+class FFALoRA(LoRA):
+    """LoRA with A frozen at its seeded start: avg(B) A = avg(B A)."""
+
+    def inject(self, model: nn.Module) -> nn.Module:
+        super().inject(model)
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
+        return model
+
+
+@dataclass(frozen=True)
+class FedSALoRA(LoRA):
+    """LoRA that shares A and keeps B on the client.
+
+    Args:
+        head: ``personal`` as in the official code, or ``shared``.
+    """
+
+    head: str = "personal"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head not in ("personal", "shared"):
+            raise ValueError(f"head must be personal or shared, got {self.head}")
+
+    def role(self, name: str, round: int) -> Role:
+        if ".lora_A." in name:
+            return Role.SHARED
+        if ".lora_B." in name or self.head == "personal":
+            return Role.PERSONAL
+        return Role.SHARED

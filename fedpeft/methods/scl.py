@@ -1,0 +1,47 @@
+"""SCL: sequential compression layers in every block's MLP (https://arxiv.org/abs/2412.07021)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fedpeft.methods.base import Method
+from fedpeft.methods.sites import (
+    MLP_OUTPUT,
+    freeze_all_but_head,
+    linear_weight,
+    named_sites,
+    replace,
+)
+from fedpeft.nn.compression import INITS, CompressedProjection
+
+
+@dataclass(frozen=True)
+class SCL(Method):
+    """Replaces each MLP's second projection W2 by W2' C; C, W2' and the head train and are sent.
+
+    Args:
+        rank: r, rows of C; r (f + d) parameters per block. Open in the paper; 64 here.
+        init: ``random_pinv`` (the paper's), ``svd`` or ``residual``; see ``CompressedProjection``.
+    """
+
+    rank: int = 64
+    init: str = "random_pinv"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be >= 1, got {self.rank}")
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init}")
+
+    def inject(self, model: nn.Module) -> nn.Module:
+        freeze_all_but_head(model)
+        for name in named_sites(model, MLP_OUTPUT, "MLP output projection"):
+            weight, bias, transposed = linear_weight(model.get_submodule(name))
+            weight = weight.T if transposed else weight
+            replace(model, name, CompressedProjection(weight, bias, self.rank, self.init))
+        return model
+
+    def effective(self, module: nn.Module) -> Tensor | None:
+        if not isinstance(module, CompressedProjection):
+            return None
+        return module.project @ module.compress

@@ -1,0 +1,93 @@
+"""Where in a transformers model the methods put their parameters."""
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+# Names end alike within a family: BERT/RoBERTa/DeBERTa/older ViT, SigLIP/CLIP/newer ViT, DistilBERT,
+# Llama/Gemma/Qwen/Mistral, GPT-2.
+MLP_OUTPUT = re.compile(
+    r"(?:(?<!attention)\.output\.dense|\.mlp\.fc2|\.ffn\.lin2|\.mlp\.down_proj|\.mlp\.c_proj)$"
+)
+ATTENTION_OUTPUT = re.compile(
+    r"(?:attention\.output\.dense|\.(?:self_attn|attn|attention)\.(?:out_proj|o_proj|out_lin|c_proj))$"
+)
+PROJECTIONS = {
+    "q": ("query", "q_proj", "q_lin", "query_proj"),
+    "k": ("key", "k_proj", "k_lin", "key_proj"),
+    "v": ("value", "v_proj", "v_lin", "value_proj"),
+    "o": ("attention.output.dense", "o_proj", "out_proj", "out_lin"),
+}
+FUSED_PROJECTIONS = ("c_attn", "in_proj")  # GPT-2, DeBERTa: q, k and v in one matrix
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Children of a transformers model outside its backbone: the task head.
+
+    A language-model head is pretrained and no task head: models with output embeddings have none.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return []
+    return [
+        name
+        for name, child in model.named_children()
+        if name != prefix and any(True for _ in child.parameters())
+    ]
+
+
+def freeze_all_but_head(model: nn.Module) -> None:
+    """Sets ``requires_grad`` on the task head alone."""
+    model.requires_grad_(False)
+    for name in head_names(model):
+        model.get_submodule(name).requires_grad_(True)
+
+
+def named_sites(model: nn.Module, pattern: re.Pattern[str], what: str) -> list[str]:
+    """Names of the modules with a weight that match.
+
+    Raises:
+        ValueError: none does, which names the architecture.
+    """
+    names = [
+        name
+        for name, module in model.named_modules()
+        if pattern.search(name) and getattr(module, "weight", None) is not None
+    ]
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no {what} that is known here")
+    return names
+
+
+def attention_projections(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    """Full names of the modules meant by ``q``, ``k``, ``v``, ``o`` or by a module name's end.
+
+    Raises:
+        ValueError: a target matches no module, which names it and the architecture.
+    """
+    linear = [name for name, m in model.named_modules() if getattr(m, "weight", None) is not None]
+    found: list[str] = []
+    for target in targets:
+        endings = PROJECTIONS.get(target, (target,))
+        matches = [n for n in linear if any(n.endswith("." + e) or n == e for e in endings)]
+        if not matches and target in ("q", "k", "v"):
+            matches = [n for n in linear if n.endswith(FUSED_PROJECTIONS)]
+        if not matches:
+            raise ValueError(f"target {target} matches no module of {type(model).__name__}")
+        found += [name for name in matches if name not in found]
+    return found
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts ``module`` at the dotted ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def linear_weight(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None, bool]:
+    """Weight, bias and whether the weight stands transposed, (in, out), as in GPT-2's Conv1D."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, nn.Parameter)
+    assert bias is None or isinstance(bias, nn.Parameter)
+    return weight, bias, type(module).__name__ == "Conv1D"

@@ -1,0 +1,1 @@
+"""Layers only: nothing here knows of federation."""

@@ -1,0 +1,45 @@
+"""What a method trains and sends, counted."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from fedpeft.config import Config
+from fedpeft.methods.base import Method, Role
+from fedpeft.state import down_names, roles
+
+
+def parameter_counts(
+    method: Method, model: nn.Module, trainable: Iterable[str], num_rounds: int
+) -> dict[str, Any]:
+    """Numbers of parameters, each [least, most] over the rounds 1..num_rounds.
+
+    ``sent_down`` counts what a client that keeps nothing between rounds needs; ``total`` the whole
+    model without what the method added.
+    """
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    names = list(trainable)
+    seen: dict[str, list[int]] = {"trained": [], "sent_up": [], "sent_down": []}
+    for round in range(1, num_rounds + 1):
+        by_name = roles(method, names, round)
+        seen["trained"].append(sum(sizes[n] for n in names if by_name[n] is not Role.FROZEN))
+        seen["sent_up"].append(sum(sizes[n] for n in names if by_name[n] is Role.SHARED))
+        seen["sent_down"].append(sum(sizes[n] for n in down_names(method, names, round)))
+    counts: dict[str, Any] = {key: [min(v), max(v)] for key, v in seen.items()}
+    return counts | {"total": sum(sizes.values())}
+
+
+def count_on_meta(config: Config, rounds: int = 24) -> dict[str, Any]:
+    """``parameter_counts`` of the real architecture, without its weights.
+
+    Args:
+        rounds: enough for every factor of FedTT+ to have its turn.
+    """
+    task = config.data
+    model = config.model.build_meta(task.auto_class, task.num_labels)
+    base = sum(p.numel() for p in model.parameters())
+    model = config.method.inject(model)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    counts = parameter_counts(config.method, model, trainable, rounds)
+    return counts | {"total": base, "trained_percent": 100 * counts["trained"][1] / base}

@@ -1,0 +1,83 @@
+"""What a person sees of a run: a live display on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def line_text(line: Mapping[str, Any], num_rounds: int) -> str:
+    """One round in one line."""
+    parts = [f"round {line['round']}/{num_rounds}"]
+    names = {
+        "train_loss": "train loss",
+        "validation_loss": "validation loss",
+        "validation_accuracy": "accuracy",
+        "validation_token_accuracy": "token accuracy",
+        "client_validation_accuracy": "clients' accuracy",
+        "client_validation_token_accuracy": "clients' token accuracy",
+    }
+    parts += [f"{text} {line[key]:.4f}" for key, text in names.items() if line.get(key) is not None]
+    if line.get("uplink_bytes"):
+        parts.append(f"sent {(line['uplink_bytes'] + line['downlink_bytes']) / 1e6:.2f} MB")
+    parts.append(f"{line['seconds']:.1f} s")
+    return "  ".join(parts)
+
+
+class Display:
+    """Shows rounds, clients, loss and the time left."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._live: Progress | None = None
+        self._started = time.monotonic()
+
+    def start(self, title: str, num_rounds: int) -> None:
+        """Begins a run."""
+        self.num_rounds, self._started = num_rounds, time.monotonic()
+        self.console.print(title)
+        if self.console.is_terminal:
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._live.start()
+            self._rounds = self._live.add_task("rounds", total=num_rounds)
+            self._clients = self._live.add_task("clients", total=None)
+
+    def phase(self, name: str, clients: int) -> None:
+        """Begins to wait for clients."""
+        if self._live is not None:
+            self._live.reset(self._clients, description=name, total=clients)
+
+    def client_done(self) -> None:
+        """A client replied."""
+        if self._live is not None:
+            self._live.advance(self._clients)
+
+    def round_done(self, line: Mapping[str, Any]) -> None:
+        """A round ended."""
+        text = line_text(line, self.num_rounds)
+        done = line["round"]
+        if self._live is not None:
+            self._live.update(self._rounds, completed=done)
+        elif done:
+            left = (time.monotonic() - self._started) / done * (self.num_rounds - done)
+            text += f"  about {left:.0f} s left" if left >= 1 else ""
+        self.console.print(text)
+        for client, reason in line.get("refused", {}).items():
+            self.console.print(f"  client {client} was left out: {reason}")
+
+    def stop(self, text: str = "") -> None:
+        """Ends a run."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if text:
+            self.console.print(text)

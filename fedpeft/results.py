@@ -1,0 +1,61 @@
+"""A run's directory: the resolved configuration, a line a round, and the summary."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from fedpeft.methods.base import State
+
+PACKAGES = ("fedpeft", "flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy")
+
+
+class RunDirectory:
+    """Writes each thing as soon as it is known, so that a killed run leaves complete lines."""
+
+    def __init__(self, path: str | None, config: DictConfig, label: str) -> None:
+        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        self.path = Path(path or f"runs/{stamp}_{label}").resolve()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._metrics = self.path / "metrics.jsonl"
+        if self._metrics.exists():
+            raise ValueError(f"run_dir={self.path} already holds a run: give another")
+        (self.path / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Adds a round's line; it is on the disk when this returns."""
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save_state(self, name: str, state: State) -> None:
+        """Saves shared parameters as safetensors, atomically."""
+        from safetensors.torch import save_file
+
+        draft = self.path / f".{name}.part"
+        save_file({key: value.contiguous() for key, value in state.items()}, draft)
+        draft.replace(self.path / f"{name}.safetensors")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Writes the summary, atomically."""
+        draft = self.path / ".summary.part"
+        draft.write_text(json.dumps(summary, indent=2) + "\n")
+        draft.replace(self.path / "summary.json")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide the numbers."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """A run's lines, without a last one that was cut off."""
+    lines = (path / "metrics.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]

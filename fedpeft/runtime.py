@@ -1,0 +1,116 @@
+"""Where the apps run at one machine: Flower's simulation on Ray, or one process."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedpeft.config import Runtime
+
+Main = Callable[[Grid, Context], None]
+
+
+class InProcessGrid(Grid):
+    """A Flower grid whose nodes are functions of this process; messages run when pulled.
+
+    Args:
+        node_configs: ``node_config`` of each node; nodes are numbered from 1.
+    """
+
+    def __init__(self, client_app: ClientApp, node_configs: list[dict[str, Any]]) -> None:
+        self._app = client_app
+        self._queue: dict[str, Message] = {}
+        self._sent = 0
+        self._run = Run.create_empty(run_id=1)
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        self._contexts = {
+            node: Context(1, node, config, RecordDict(), {})
+            for node, config in enumerate(node_configs, start=1)
+        }
+
+    def set_run(self, run: Run) -> None:
+        """Sets the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Messages are made by their constructor."""
+        return Message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Queues messages."""
+        ids = []
+        for message in messages:
+            self._sent += 1
+            message.metadata.__dict__["_message_id"] = str(self._sent)
+            self._queue[str(self._sent)] = message
+            ids.append(str(self._sent))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Runs the oldest queued message that is asked for, and returns its reply."""
+        wanted = set(message_ids)
+        for message_id in self._queue:
+            if message_id in wanted:
+                return [self._answer(self._queue.pop(message_id))]
+        return []
+
+    def _answer(self, message: Message) -> Message:
+        context = self._contexts[message.metadata.dst_node_id]
+        try:
+            return self._app(message=message, context=context)
+        except Exception as error:  # as on any node, the reason goes back in the reply
+            return Message(Error(code=0, reason=str(error)), reply_to=message)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Runs all messages in order."""
+        return [reply for i in self.push_messages(messages) for reply in self.pull_messages([i])]
+
+
+def launch(main: Main, num_clients: int, runtime: Runtime) -> None:
+    """Runs a server's ``main`` with ``num_clients`` virtual clients."""
+    from fedpeft.client_app import app as client_app
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    if runtime.kind == "inprocess":
+        nodes = [{"partition-id": i, "num-partitions": num_clients} for i in range(num_clients)]
+        main(InProcessGrid(client_app, nodes), Context(1, 0, {}, RecordDict(), {}))
+    else:
+        _launch_ray(main, client_app, num_clients, runtime)
+
+
+def _launch_ray(main: Main, client_app: ClientApp, num_clients: int, runtime: Runtime) -> None:
+    # Before Ray starts: its actors inherit the environment, and would run at nice 15.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    from flwr.simulation import run_simulation
+
+    server_app = ServerApp()
+    server_app.main()(main)
+    init_args: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if runtime.total_cpus is not None:
+        init_args["num_cpus"] = runtime.total_cpus
+    resources = {"num_cpus": runtime.num_cpus, "num_gpus": runtime.num_gpus}
+    run_simulation(
+        server_app,
+        client_app,
+        num_clients,
+        backend_config={"client_resources": resources, "init_args": init_args},  # type: ignore[arg-type]
+    )

@@ -1,0 +1,208 @@
+"""The Flower ServerApp: one run from its configuration to its summary."""
+
+import os
+import time
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedpeft import config as configuration
+from fedpeft.diagnostics import initial_error
+from fedpeft.methods.base import State
+from fedpeft.models import weights_sha256
+from fedpeft.params import parameter_counts
+from fedpeft.progress import Display
+from fedpeft.results import RunDirectory, versions
+from fedpeft.session import Session, open_session
+from fedpeft.state import sha256
+from fedpeft.strategy import RoleStrategy
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """``flwr run``: the configuration comes as the run configuration's ``overrides``."""
+    overrides = str(context.run_config.get("overrides", ""))
+    serve(grid, configuration.split(overrides))
+
+
+def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> dict[str, Any]:
+    """Runs all rounds of one configuration and returns its summary."""
+    display = display or Display()
+    # Where results go is the server's own affair: clients get the rest.
+    sent = configuration.join([o for o in overrides if not o.startswith("run_dir=")])
+    tree = configuration.composed(overrides)
+    session = open_session(sent)
+    label = f"{session.config.method.__class__.__name__}".lower()
+    directory = RunDirectory(tree.run_dir, tree, label)
+    run = _Run(session, RoleStrategy(session, sent), directory, display)
+    display.start(f"{label}: {directory.path}", session.config.num_rounds)
+    try:
+        run.strategy.join(grid)
+        for round in range(session.config.num_rounds + 1):
+            run.round(grid, round)
+        return run.summarize()
+    finally:
+        display.stop()
+
+
+class _Run:
+    """The rounds of one run, in the order of Flower's ``Strategy.start``."""
+
+    def __init__(
+        self, session: Session, strategy: RoleStrategy, directory: RunDirectory, display: Display
+    ) -> None:
+        self.session, self.strategy = session, strategy
+        self.directory, self.display = directory, display
+        self.lines: list[dict[str, Any]] = []
+        self.started = time.perf_counter()
+        metric = session.task.metric
+        self.selects = (
+            f"client_validation_{metric}" if session.has_personal else f"validation_{metric}"
+        )
+        self.best_state: State = {}
+        self.best: dict[str, Any] = {}
+
+    def round(self, grid: Grid, round: int) -> None:
+        """Trains (not in round 0), evaluates when it is time, and writes the line."""
+        begun = time.perf_counter()
+        line: dict[str, Any] = {"round": round}
+        if round:
+            self._train(grid, round)
+            seen = self.strategy.round
+            line |= {"cohort": seen.cohort} | seen.metrics
+        config = self.session.config
+        if round % config.evaluation.every == 0 or round == config.num_rounds:
+            line |= self._evaluate(grid, round)
+        seen = self.strategy.round
+        line |= seen.traffic
+        if seen.refused:
+            line["refused"] = {str(client): reason for client, reason in seen.refused.items()}
+        line["seconds"] = round_seconds(begun)
+        self.lines.append(line)
+        self.directory.append(line)
+        self.display.round_done(line)
+        self._select(line)
+
+    def _train(self, grid: Grid, round: int) -> None:
+        strategy, timeout = self.strategy, self.session.config.runtime.round_timeout
+        messages = strategy.configure_train(round, *strategy.packed(round), grid)
+        cohort = strategy.round.cohort
+        self.display.phase("train", len(cohort))
+        strategy.aggregate_train(
+            round, strategy.exchange(grid, messages, cohort, timeout, self.display.client_done)
+        )
+
+    def _evaluate(self, grid: Grid, round: int) -> dict[str, Any]:
+        """The server's model where there is one, and each client's own where asked."""
+        session, strategy = self.session, self.strategy
+        line: dict[str, Any] = {}
+        if not session.has_personal:
+            line |= self._server_metrics("validation", self.strategy.state)
+        choice = session.config.evaluation.clients
+        if choice == "always" or (choice == "auto" and session.has_personal):
+            at = max(1, round)  # before the first round, what round 1 would send
+            messages = strategy.configure_evaluate(round, *strategy.packed(at), grid)
+            clients = sorted(strategy.nodes)
+            self.display.phase("evaluate", len(clients))
+            timeout = session.config.runtime.round_timeout
+            replies = strategy.exchange(
+                grid, messages, clients, timeout, self.display.client_done
+            )
+            line |= strategy.aggregate_evaluate(round, replies) or {}
+        return line
+
+    def _server_metrics(self, split: str, state: State) -> dict[str, float]:
+        self.session.load(state)
+        workers = os.cpu_count() or 1
+        metrics = self.session.evaluate(self.session.examples(split), workers)
+        return {f"{split}_{key}": value for key, value in metrics.items()}
+
+    def _select(self, line: dict[str, Any]) -> None:
+        """Keeps the best round by validation, the earlier one of equals; test rows never select."""
+        value = line.get(self.selects)
+        if value is not None and value > self.best.get(self.selects, float("-inf")):
+            self.best, self.best_state = line, dict(self.strategy.state)
+
+    def summarize(self) -> dict[str, Any]:
+        """Tests the final and the best state, and writes the summary."""
+        session, state = self.session, self.strategy.state
+        self.directory.save_state("shared_state", state)
+        self.directory.save_state("best_shared_state", self.best_state or state)
+        summary = {
+            "method": type(session.config.method).__name__,
+            "selected_by": self.selects,
+            "final": self._tested(self.lines[-1], state),
+            "best": self._tested(self.best, self.best_state),
+            "initial": _measures(self.lines[0]),
+            "baseline": self._baseline(),
+            "parameters": parameter_counts(
+                session.config.method, session.model, session.trainable, session.config.num_rounds
+            ),
+            "bytes": self._bytes(),
+            "interference": [line.get("interference") for line in self.lines[1:]],
+            "initial_error": self._initial_error(),
+            "refused": {
+                str(line["round"]): line["refused"] for line in self.lines if "refused" in line
+            },
+            "seconds": round_seconds(self.started),
+            "shared_state_sha256": sha256(state),
+            "weights_sha256": self._weights_hash(),
+            "random_weights": session.config.model.random,
+            "data": session.task.fingerprint(),
+            "seed": session.config.seed,
+            "versions": versions(),
+            "run_dir": str(self.directory.path),
+        }
+        self.directory.finish(summary)
+        return summary
+
+    def _weights_hash(self) -> str | None:
+        model = self.session.config.model
+        return None if model.random else weights_sha256(model.source())
+
+    def _tested(self, line: dict[str, Any], state: State) -> dict[str, Any]:
+        """A round's measures, with the server's model on the test rows where it has one."""
+        measures = {"round": line["round"]} | _measures(line)
+        if not self.session.has_personal:
+            measures |= self._server_metrics("test", state)
+        return measures
+
+    def _baseline(self) -> dict[str, float]:
+        """Always answering the commonest label: on the test rows, and on the clients' own."""
+        task, session = self.session.task, self.session
+        found = {k: v for k, v in self.lines[-1].items() if k.endswith("_baseline")}
+        train = task.class_numbers(task.splits["train"])
+        baseline = task.baseline(train, session.examples("test").labels)
+        return found if baseline is None else found | {"test_baseline": baseline}
+
+    def _bytes(self) -> dict[str, int]:
+        """Sums over the rounds, by direction; the evaluation's apart."""
+        keys = sorted({k for line in self.lines for k in line if k.endswith("_bytes")})
+        return {key: sum(line.get(key, 0) for line in self.lines) for key in keys}
+
+    def _initial_error(self) -> dict[str, float]:
+        """Of every replaced module, on one batch of validation rows."""
+        session = self.session
+        examples = session.examples("validation")
+        rows = torch.arange(min(32, len(examples))).numpy()
+        session.load()
+        return initial_error(
+            session.base_model().to(next(session.model.parameters()).device),
+            session.model,
+            examples.batch(rows),
+        )
+
+
+def _measures(line: dict[str, Any]) -> dict[str, Any]:
+    wanted = ("validation_", "client_", "train_loss")
+    return {k: v for k, v in line.items() if k.startswith(wanted)}
+
+
+def round_seconds(begun: float) -> float:
+    """Seconds since, to the millisecond."""
+    return float(f"{time.perf_counter() - begun:.3f}")
+

@@ -1,0 +1,163 @@
+"""What a process needs for one configuration: built once, resident over all its messages."""
+
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedpeft import config as configuration
+from fedpeft.config import Config
+from fedpeft.data.batching import Examples, training_batches
+from fedpeft.data.partition import own_splits
+from fedpeft.methods.base import Role, State
+from fedpeft.seeding import generator, torch_seed
+from fedpeft.state import down_names, load_state, names_with, roles, snapshot
+from fedpeft.training import evaluate, train
+
+
+class Session:
+    """A configuration's injected model and tokenised rows.
+
+    The model is one for all clients of a process, so every use begins with ``load``, which sets
+    every trainable parameter: nothing of the client before is left.
+
+    Args:
+        data_path: this machine's own data folder; its rows are then one client's, undivided.
+    """
+
+    def __init__(self, config: Config, data_path: str | None = None) -> None:
+        torch.set_num_threads(config.runtime.threads)
+        self.config = config
+        self.owns_all_rows = data_path is not None
+        self.task = config.data
+        self.tokenizer = config.model.tokenizer()
+        model = self.base_model()
+        with torch_seed(config.seed, "method"):
+            model = config.method.inject(model)
+        self.model: nn.Module = model.to(_device(config.runtime.device))
+        self.trainable = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        self.initial = snapshot(self.model, self.trainable)
+
+    def base_model(self) -> nn.Module:
+        """The model before the method touches it."""
+        model = self.config.model.build(
+            self.task.auto_class, self.task.num_labels, self.config.seed
+        )
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
+
+    def roles(self, round: int) -> dict[str, Role]:
+        """Role of every trainable parameter; all others are frozen."""
+        return roles(self.config.method, self.trainable, round)
+
+    def shared(self, round: int) -> State:
+        """Initial values of what a client sends in a round: the keys, shapes and dtypes."""
+        return {n: self.initial[n] for n in names_with(self.roles(round), Role.SHARED)}
+
+    def down(self, round: int) -> list[str]:
+        """Names of what a client receives in a round."""
+        return down_names(self.config.method, self.trainable, round)
+
+    @property
+    def has_personal(self) -> bool:
+        """Whether the method keeps parameters on the client."""
+        return Role.PERSONAL in self.roles(1).values()
+
+    def load(self, *states: State) -> None:
+        """Sets every trainable parameter: its initial value, then those of ``states``."""
+        load_state(self.model, self.initial, *states)
+
+    def set_trainable(self, round: int) -> None:
+        """``requires_grad`` by role."""
+        by_name = self.roles(round)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(by_name.get(name, Role.FROZEN) is not Role.FROZEN)
+
+    @lru_cache(maxsize=4)  # noqa: B019  # a session lives as long as its process
+    def examples(self, split: str) -> Examples:
+        """The whole data set's validation or test rows."""
+        return self.task.encode(self.task.splits[split], self.tokenizer)
+
+    @cached_property
+    def client_rows(self) -> list[np.ndarray]:
+        """Row numbers of the training split by client."""
+        rows = self.task.splits["train"]
+        if self.owns_all_rows:
+            return [np.arange(len(rows))] * self.config.num_clients
+        labels = self.task.class_numbers(rows)
+        return self.config.partition.indices(labels, self.config.num_clients, self.config.seed)
+
+    @lru_cache(maxsize=256)  # noqa: B019
+    def client_examples(self, client: int) -> dict[str, Examples]:
+        """A client's own train, validation and test rows."""
+        if not 0 <= client < self.config.num_clients:
+            raise ValueError(
+                f"partition-id must be from 0 to num_clients - 1 = {self.config.num_clients - 1}, "
+                f"got {client}"
+            )
+        limit = self.config.evaluation.max_client_rows
+        splits = own_splits(self.client_rows[client], self.config.seed, client)
+        table = self.task.splits["train"]
+        return {
+            name: self.task.encode(
+                table.select(rows if name == "train" else rows[:limit]), self.tokenizer
+            )
+            for name, rows in splits.items()
+        }
+
+    def train_client(self, client: int, round: int) -> tuple[int, float]:
+        """Trains the loaded model on a client's rows; returns their number and the mean loss."""
+        config, examples = self.config, self.client_examples(client)["train"]
+        rng = generator(config.seed, "batches", round, client)
+        rows = training_batches(
+            examples.lengths,
+            config.batch_size,
+            config.local_steps,
+            config.local_epochs,
+            rng,
+            config.bucketing,
+        )
+        batches = [examples.batch(r) for r in rows]
+        self.set_trainable(round)
+
+        def rate(step: int) -> float:
+            return config.optimizer.rate(
+                config.lr, round, config.num_rounds, step, len(batches)
+            )
+
+        with torch_seed(config.seed, "dropout", round, client):
+            loss = train(
+                self.model, self.task.loss, batches, config.optimizer, rate, config.precision
+            )
+        return len(examples), loss
+
+    def evaluate(self, examples: Examples, workers: int = 1) -> dict[str, float]:
+        """Metrics of the loaded model."""
+        rows = evaluate(
+            self.model,
+            self.task.evaluate_batch,
+            examples,
+            self.config.evaluation.batch_size,
+            self.config.precision,
+            workers,
+        )
+        return self.task.metrics(rows)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("runtime.device=cuda, but torch sees no GPU in this process")
+    return torch.device(name)
+
+
+@lru_cache(maxsize=1)
+def open_session(overrides: str, data_path: str | None = None) -> Session:
+    """The process's session; another configuration takes its place."""
+    given: list[Any] = configuration.split(overrides)
+    if data_path is not None:
+        given.append(f"data.path='{data_path}'")
+    return Session(configuration.load(given), data_path)

@@ -1,0 +1,135 @@
+"""States: named tensors of a model by role, their hash, and their form on the wire."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from torch import Tensor, nn
+
+from fedpeft.methods.base import Method, Role, State
+
+# What numpy cannot hold goes as a view of its bits, with the torch dtype named in the index.
+BITS = {torch.bfloat16: torch.int16}
+
+
+def roles(method: Method, names: Iterable[str], round: int) -> dict[str, Role]:
+    """Role of each trainable parameter in a round."""
+    return {name: method.role(name, round) for name in names}
+
+
+def names_with(roles: Mapping[str, Role], role: Role) -> list[str]:
+    """Names that have a role, in the model's order."""
+    return [name for name, has in roles.items() if has is role]
+
+
+def down_names(method: Method, names: Iterable[str], round: int) -> list[str]:
+    """What a client needs of the server in a round: all that was shared in a round so far.
+
+    A parameter that is frozen now but was trained earlier (FedTT+, RoLoRA) has left its seeded
+    start, so a client that keeps nothing between rounds needs its value too.
+    """
+    return [
+        name
+        for name in names
+        if any(method.role(name, r) is Role.SHARED for r in range(1, round + 1))
+    ]
+
+
+def snapshot(model: nn.Module, names: Iterable[str]) -> State:
+    """Copies of named parameters, on the CPU."""
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name].detach().to("cpu", copy=True) for name in names}
+
+
+@torch.no_grad()
+def load_state(model: nn.Module, *states: State) -> None:
+    """Copies states into the model in place; later ones win."""
+    parameters = dict(model.named_parameters())
+    for state in states:
+        for name, value in state.items():
+            parameters[name].copy_(value)
+
+
+def sha256(state: State) -> str:
+    """Of names, dtypes, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(_bits(value).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.view(BITS[value.dtype]) if value.dtype in BITS else value
+
+
+def pack(state: State) -> tuple[ArrayRecord, bytes]:
+    """One flat array per dtype, and a compressed index of names, dtypes and shapes.
+
+    A deployment's cost grows with the number of arrays, so there are as few as can be.
+    """
+    by_dtype: dict[str, list[Tensor]] = {}
+    index: list[list[object]] = []
+    for name, value in state.items():
+        dtype = str(value.dtype).removeprefix("torch.")
+        index.append([name, dtype, list(value.shape)])
+        by_dtype.setdefault(dtype, []).append(_bits(value.detach().cpu()).reshape(-1))
+    arrays = ArrayRecord({k: Array(torch.cat(v).numpy()) for k, v in by_dtype.items()})
+    return arrays, zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
+
+
+def unpack(arrays: ArrayRecord, index: bytes) -> State:
+    """The state that was packed.
+
+    Raises:
+        ValueError: index and arrays do not fit together.
+    """
+    flat = {dtype: array.numpy() for dtype, array in arrays.items()}
+    used = dict.fromkeys(flat, 0)
+    state: State = {}
+    for name, dtype, shape in json.loads(zlib.decompress(index)):
+        size = int(np.prod(shape))
+        if dtype not in flat or used[dtype] + size > flat[dtype].size:
+            raise ValueError(f"the array of {dtype} is too short for {name} {shape}")
+        part = torch.from_numpy(flat[dtype][used[dtype] : used[dtype] + size].copy())
+        used[dtype] += size
+        state[name] = part.view(getattr(torch, dtype)).reshape(shape)
+    return state
+
+
+def check(state: State, expected: Mapping[str, Tensor]) -> None:
+    """Compares a received state with what the role table says.
+
+    Raises:
+        ValueError: a key is missing or unknown, a shape or dtype differs, a value is not finite.
+    """
+    if missing := sorted(expected.keys() - state.keys()):
+        raise ValueError(f"{len(missing)} keys are missing, first {missing[0]}")
+    if unknown := sorted(state.keys() - expected.keys()):
+        raise ValueError(f"{len(unknown)} keys are unknown, first {unknown[0]}")
+    for name, value in state.items():
+        want = expected[name]
+        if value.shape != want.shape or value.dtype != want.dtype:
+            raise ValueError(
+                f"{name} is {value.dtype} {tuple(value.shape)}, "
+                f"expected {want.dtype} {tuple(want.shape)}"
+            )
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} holds values that are not finite")
+
+
+def wire_bytes(content: RecordDict) -> int:
+    """Bytes of a message's content as Flower's transport serialises it."""
+    return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+
+
+def payload_bytes(state: State) -> int:
+    """Bytes of the arrays alone."""
+    return sum(value.numel() * value.element_size() for value in state.values())
+

@@ -1,0 +1,150 @@
+"""Plain training and evaluation loops; they know neither Flower nor methods."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedpeft.data.batching import Batch, Examples, by_length
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value}")
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How a client steps.
+
+    Args:
+        name: ``adamw`` or ``sgd``; its state is fresh each round.
+        weight_decay: decoupled for AdamW.
+        momentum: SGD's.
+        max_grad_norm: clips the norm of all gradients together; null for none.
+        schedule: of the learning rate within a round: constant, linear or cosine to 0.
+        warmup: share of a round's steps in which the rate climbs from 0, in [0, 1).
+        round_schedule: of the learning rate across rounds: constant, linear or cosine to 0.
+    """
+
+    name: str = "adamw"
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    max_grad_norm: float | None = 1.0
+    schedule: str = "constant"
+    warmup: float = 0.0
+    round_schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.name", self.name, ("adamw", "sgd"))
+        _one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        _one_of("optimizer.round_schedule", self.round_schedule, SCHEDULES)
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"optimizer.max_grad_norm must be > 0, got {self.max_grad_norm}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"optimizer.warmup must be in [0, 1), got {self.warmup}")
+
+    def build(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        """A fresh optimizer."""
+        if self.name == "adamw":
+            return torch.optim.AdamW(parameters, lr=lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+
+    def rate(self, lr: float, round: int, num_rounds: int, step: int, num_steps: int) -> float:
+        """The learning rate of step 0, 1, ... of a round 1, 2, ...."""
+        lr *= _decay(self.round_schedule, (round - 1) / num_rounds)
+        warm = math.ceil(self.warmup * num_steps)
+        if step < warm:
+            return lr * (step + 1) / warm
+        return lr * _decay(self.schedule, (step - warm) / max(1, num_steps - warm))
+
+
+def _decay(schedule: str, progress: float) -> float:
+    if schedule == "linear":
+        return 1 - progress
+    return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0
+
+
+def autocast(device: torch.device, precision: str):
+    """bfloat16 autocast, or nothing for fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def train(
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Batch], Tensor],
+    batches: list[Batch],
+    optimization: Optimization,
+    rate: Callable[[int], float],
+    precision: str = "fp32",
+) -> float:
+    """Steps over ``batches`` with whatever requires a gradient; returns the mean loss.
+
+    Args:
+        rate: learning rate of a step.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
+    optimizer = optimization.build(parameters, rate(0))
+    losses: list[Tensor] = []
+    model.train()
+    for step, batch in enumerate(batches):
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        with autocast(device, precision):
+            loss = loss_fn(model, batch)
+        loss.backward()
+        if optimization.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, optimization.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+    mean = float(torch.stack(losses).double().mean())  # the round's one synchronisation
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"training loss is {mean}: lower lr, or set precision=fp32")
+    return mean
+
+
+def evaluate(
+    model: nn.Module,
+    evaluate_batch: Callable[[nn.Module, Batch], dict[str, Tensor]],
+    examples: Examples,
+    batch_size: int,
+    precision: str = "fp32",
+    workers: int = 1,
+) -> list[dict[str, Tensor]]:
+    """What ``evaluate_batch`` gives for each batch of neighbouring length, in a fixed order.
+
+    Batches run in ``workers`` threads; each is computed by one thread of torch's own number, so
+    the bits do not depend on ``workers``.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+
+    def run(batch: Batch) -> dict[str, Tensor]:
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        with torch.inference_mode(), autocast(device, precision):
+            return evaluate_batch(model, batch)
+
+    batches: Iterator[Batch] | Iterable[Batch] = (
+        examples.batch(rows)
+        for rows in by_length(torch.arange(len(examples)).numpy(), examples.lengths, batch_size)
+    )
+    if workers == 1:
+        return [run(batch) for batch in batches]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(run, batches))
