@@ -135,8 +135,9 @@ def compare(arguments: list[str]) -> None:
     runs = [[*base, f"method={m}", f"run_dir='{folder / m}'"] for m in names]
     folder.mkdir(parents=True, exist_ok=True)
     summaries = dict(zip(names, _serve_all(runs, as_json), strict=True))
-    metric = configuration.load(base).data.metric
-    rows = comparison_rows(summaries, metric)
+    config = configuration.load(base)
+    metric = config.data.metric
+    rows = comparison_rows(summaries, metric, config.cohort_size())
     baseline = next(iter(summaries.values()))["baseline"].get("client_test_baseline")
     notes = comparison_notes(metric, baseline, arguments)
     write_comparison(folder, rows, notes)

@@ -30,7 +30,7 @@ GROUPS: dict[str, type] = {
     "partition": Partition,
     "strategy": FedAvg,
 }
-_FIELD = re.compile(rf"({'|'.join(GROUPS)}|runtime|optimizer|evaluation)\.[\w.]+=")
+_FIELD = re.compile(rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation)\.[\w.]+|lr)=")
 _lock = Lock()  # Hydra's compose is not thread-safe; the simulation's server runs in a thread
 T = TypeVar("T")
 

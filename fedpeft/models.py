@@ -1,13 +1,15 @@
 """Base models and tokenizers: pure in (configuration, seed)."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fedpeft.seeding import torch_seed
 
@@ -26,6 +28,8 @@ class Pretrained:
             parameters on the meta device, or to build the model with random weights.
         random: build from ``architecture`` (or the folder's configuration) with random weights.
         settings: configuration fields to set on top, e.g. dropout probabilities.
+        pooling: ``mean`` reads a classifier off the mean of the last layer's tokens, as sentence
+            encoders are trained; null takes the architecture's own classifier.
     """
 
     path: str | None = None
@@ -36,6 +40,11 @@ class Pretrained:
     architecture: dict[str, Any] = field(default_factory=dict)
     random: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    pooling: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooling not in (None, "mean"):
+            raise ValueError(f"pooling must be mean or null, got {self.pooling}")
 
     def source(self) -> str:
         """The folder or hub name that transformers gets.
@@ -86,10 +95,8 @@ class Pretrained:
 
     def build_meta(self, auto_class: str, num_labels: int | None) -> nn.Module:
         """The architecture without weights, to count parameters."""
-        import transformers
-
         with torch.device("meta"):
-            return getattr(transformers, auto_class).from_config(self.config(num_labels))
+            return self._built(auto_class, lambda f: f.from_config(self.config(num_labels)))
 
     def build(self, auto_class: str, num_labels: int | None, seed: int) -> nn.Module:
         """The model in float32 on the CPU; new parts, such as the head, are seeded.
@@ -97,22 +104,28 @@ class Pretrained:
         Raises:
             ValueError: the weights cannot be had, or differ from ``sha256``.
         """
+        config = self.config(num_labels)
+        if self.random:
+            with torch_seed(seed, "model"):
+                return self._built(auto_class, lambda f: f.from_config(config))
+        source = self.source()
+        self._check_hash(source)
+        with torch_seed(seed, "model"), _hub_errors(source):
+            return self._built(
+                auto_class,
+                lambda f: f.from_pretrained(
+                    source, config=config, dtype=torch.float32, **self._revision()
+                ),
+            )
+
+    def _built(self, auto_class: str, load: Callable[[Any], nn.Module]) -> nn.Module:
         import transformers
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        factory = getattr(transformers, auto_class)
-        with torch_seed(seed, "model"):
-            if self.random:
-                model = factory.from_config(self.config(num_labels))
-            else:
-                source, config = self.source(), self.config(num_labels)
-                self._check_hash(source)
-                with _hub_errors(source):
-                    model = factory.from_pretrained(
-                        source, config=config, dtype=torch.float32, **self._revision()
-                    )
-        return model
+        if self.pooling == "mean" and auto_class == "AutoModelForSequenceClassification":
+            return MeanPooledClassifier(load(transformers.AutoModel))
+        return load(getattr(transformers, auto_class))
 
     def tokenizer(self) -> Any:
         """The fast tokenizer, with a padding token."""
@@ -133,6 +146,27 @@ class Pretrained:
                 f"weights in {source} have sha256 {found}, expected {self.sha256}: "
                 "install the pinned package again"
             )
+
+
+class MeanPooledClassifier(nn.Module):
+    """A backbone, the mean of its last layer over real tokens, and one linear layer."""
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.config: Any = backbone.config
+        self.backbone = backbone
+        if getattr(backbone, "pooler", None) is not None:
+            backbone.pooler = None  # reads the first token only; nothing would use it
+        self.classifier = nn.Linear(self.config.hidden_size, self.config.num_labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
+        """(B, L) token ids and mask to logits (B, num_labels)."""
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        mean = (hidden * mask).sum(1) / mask.sum(1)
+        return SequenceClassifierOutput(logits=self.classifier(mean))  # type: ignore[arg-type]
 
 
 def weights_sha256(source: str) -> str | None:

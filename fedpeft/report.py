@@ -46,7 +46,9 @@ HEADER = (
 )
 
 
-def comparison_rows(summaries: dict[str, dict[str, Any]], metric: str) -> Rows:
+def comparison_rows(
+    summaries: dict[str, dict[str, Any]], metric: str, cohort: int
+) -> Rows:
     """One row a method, best quality first.
 
     ``quality`` is the mean of ``metric`` on the clients' own test rows after the last round, the
@@ -56,7 +58,6 @@ def comparison_rows(summaries: dict[str, dict[str, Any]], metric: str) -> Rows:
     rows = []
     for name, summary in summaries.items():
         size, rounds = summary["bytes"], len(summary["interference"])
-        clients = summary["clients_per_round"]
         rows.append(
             {
                 "method": name,
@@ -66,8 +67,8 @@ def comparison_rows(summaries: dict[str, dict[str, Any]], metric: str) -> Rows:
                 "best": summary["best"][f"client_test_{metric}"],
                 "best_round": summary["best"]["round"],
                 "trained": summary["parameters"]["trained"][1],
-                "up_bytes_per_client_round": size["uplink_bytes"] / rounds / clients,
-                "down_bytes_per_client_round": size["downlink_bytes"] / rounds / clients,
+                "up_bytes_per_client_round": size["uplink_bytes"] / rounds / cohort,
+                "down_bytes_per_client_round": size["downlink_bytes"] / rounds / cohort,
                 "total_bytes": size["uplink_bytes"] + size["downlink_bytes"],
                 "seconds": summary["seconds"],
             }

@@ -1,0 +1,303 @@
+"""The docstrings set: which of ten installed packages does this sentence describe?"""
+
+import ast
+import gc
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import string
+import subprocess
+import sys
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+
+# Distribution to import name, alphabetical; the position is the label. No standard library:
+# rows then follow from the lock file alone, not from Python's patch version too.
+PACKAGES = {
+    "matplotlib": "matplotlib",
+    "networkx": "networkx",
+    "numpy": "numpy",
+    "pandas": "pandas",
+    "ray": "ray",
+    "scikit-learn": "sklearn",
+    "scipy": "scipy",
+    "sympy": "sympy",
+    "torch": "torch",
+    "transformers": "transformers",
+}
+LABELS: tuple[str, ...] = tuple(PACKAGES)
+SPLITS = ("train", "validation", "test")
+FORMAT = 1  # part of the cache key: raise it with any change to what the rows are
+MASK = "package"  # an English word, so one piece to a BERT tokenizer and neutral between labels
+LENGTH = range(30, 401)  # characters of a row's text
+MIN_WORDS = 4
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_BLOCKS = ("body", "handlers", "cases", "orelse", "finalbody")  # fields with statements
+MIN_ROWS = 10  # per label: one for validation, one for test
+
+# Folders that hold tests, or code that another project wrote.
+SKIPPED = {
+    *("test", "tests"),
+    *("_vendor", "_vendored", "externals"),
+    *("third_party", "thirdparty", "thirdparty_files"),
+    *("array_api_compat", "array_api_extra", "_uarray", "cloudpickle"),
+    "_numpy",  # torch's copy of NumPy's functions and their docstrings
+}
+
+# Names that occur in no other word: masked anywhere, so `NumPyro` is too.
+_ANYWHERE = (
+    *("matplotlib", "pyplot", "mpltype", "mathmpl", "networkx", "numpy", "pandas", "scipy"),
+    *("scikit[-_ ]?learn", "scikit", "sklearn", "sympy", "py[-_ ]?torch", "transformers"),
+    *("hugging[-_ ]?face", "anyscale", "kuberay"),
+)
+# Anywhere too, but case tells VectorChannel, which has no torch, and RayCluster is two words.
+_CASED = ("[Tt]orch", "TORCH", "[Rr]ay(?:let|llm|cluster|submit|if|ignore)")
+# Names that do (array, completion): masked as a word or as a part of an identifier.
+_PARTS = ("ray", "mpl", "plt", "hf")
+# Lower case only, because NP and PD have meanings of their own (NP-hard).
+_LOWER_PARTS = ("np", "nx", "pd")
+
+
+def _part(name: str) -> str:
+    """Pattern for `name`, `Name` and `NAME` where snake or camel case sets them apart."""
+    forms = (
+        rf"(?<![A-Za-z]){name}(?![a-z])",
+        rf"(?<![A-Z]){name.title()}(?![a-z])",
+        rf"(?<![A-Z]){name.upper()}(?![a-z]|[A-Z](?![a-z]))",
+    )
+    not_x_ray = "(?<![xX]-)" if name == "ray" else ""  # the radiation is no package
+    return f"{not_x_ray}(?:{'|'.join(forms)})"
+
+
+_NAMES = re.compile(
+    "|".join(
+        [
+            f"(?i:{'|'.join(_ANYWHERE)})",
+            *_CASED,
+            *map(_part, _PARTS),
+            *(f"(?<![A-Za-z]){name}(?![a-z])" for name in _LOWER_PARTS),
+        ]
+    )
+)
+
+
+def mask(text: str) -> str:
+    """Text with the names and usual aliases of all ten packages replaced by `package`."""
+    return _NAMES.sub(MASK, text)
+
+
+def first_paragraph(docstring: str) -> str:
+    """A docstring's text up to its first empty line, with white space collapsed."""
+    return " ".join(re.split(r"\n\s*\n", inspect.cleandoc(docstring), maxsplit=1)[0].split())
+
+
+def paragraphs(source: bytes | str) -> list[str]:
+    """First paragraphs of the docstrings of a module and its classes and functions, in order.
+
+    A source that this Python cannot parse has none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:  # newer syntax, or bytes that are no text
+            return []
+    return [
+        first_paragraph(text)
+        for node in _statements(tree)
+        if isinstance(node, _DOCUMENTED)
+        if (text := ast.get_docstring(node, clean=False))
+    ]
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """A module and the statements in it; expressions, most of a tree, hold no docstrings."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for field in reversed(_BLOCKS):
+            waiting += reversed(getattr(node, field, []))
+
+
+def is_sentence(text: str) -> bool:
+    """Whether a text has the length, the words and only the characters that a row may have."""
+    words = sum(word.strip(string.punctuation).isalpha() for word in text.split())
+    # Unprintable are control characters and lone surrogates, which parquet cannot hold.
+    return len(text) in LENGTH and words >= MIN_WORDS and text.isprintable()
+
+
+def build(rows_per_label: int, cache_dir: Path) -> Path:
+    """Builds the set from the installed packages, or finds it in the cache.
+
+    Args:
+        rows_per_label: rows of each class over all three splits, 80/10/10. The rows of a smaller
+            set are rows of a larger one, in the same split.
+        cache_dir: where the set's folder is or comes to stand; made if missing.
+
+    Returns:
+        A folder with train.parquet, validation.parquet and test.parquet; columns text (str) and
+        label (int, index into `LABELS`).
+
+    Raises:
+        ValueError: a package is not installed or has fewer rows, or rows_per_label < 10.
+    """
+    return _build(PACKAGES, rows_per_label, cache_dir)
+
+
+def content_hash(folder: Path) -> str:
+    """SHA-256 of the rows of all splits, in order; of text and label, not of the files' bytes."""
+    import pyarrow.parquet as pq
+
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for row in pq.read_table(folder / f"{split}.parquet").to_pylist():
+            digest.update(json.dumps([split, row["text"], row["label"]]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _build(packages: Mapping[str, str], rows_per_label: int, cache_dir: Path) -> Path:
+    if rows_per_label < MIN_ROWS:
+        raise ValueError(f"rows_per_label must be >= {MIN_ROWS}, got {rows_per_label}")
+    versions = {name: _distribution(name).version for name in packages}
+    key = _sha256(json.dumps([FORMAT, rows_per_label, packages, versions], sort_keys=True))
+    folder = cache_dir / f"docstrings-{rows_per_label}-{key[:16]}"
+    if not folder.is_dir():
+        _write(_split(_candidates(packages), rows_per_label), tuple(packages), folder)
+    return folder
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _distribution(name: str) -> metadata.Distribution:
+    try:
+        return metadata.distribution(name)
+    except metadata.PackageNotFoundError as error:
+        raise ValueError(f"the docstrings set needs the package {name}, not installed") from error
+
+
+def sources(distribution: str, package: str) -> list[Path]:
+    """Python files of an installed package but tests and vendored code; it is not imported.
+
+    The list is the wheel's own, so a file that someone added to the folder is no source.
+    """
+    files = _distribution(distribution).files
+    if files is None:
+        raise ValueError(f"{distribution} has no list of its files: install it from a wheel")
+    return [
+        Path(str(file.locate()))
+        for file in files
+        if file.suffix == ".py" and file.parts[0] == package and SKIPPED.isdisjoint(file.parts)
+    ]
+
+
+def _candidates(packages: Mapping[str, str]) -> dict[str, list[str]]:
+    """Masked sentences of each package that no other package has, ordered by SHA-256."""
+    found = _extract({name: sources(name, package) for name, package in packages.items()})
+    masked = {name: {mask(text) for text in set(texts)} for name, texts in found.items()}
+    kept = {name: filter(is_sentence, texts) for name, texts in masked.items()}
+    return _distinct({name: sorted(texts, key=_sha256) for name, texts in kept.items()})
+
+
+def _distinct(ordered: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Keeps the first of texts that differ in case only, and none that two packages share."""
+    folded: dict[str, dict[str, str]] = {name: {} for name in ordered}
+    for name, texts in ordered.items():
+        for text in texts:
+            folded[name].setdefault(text.casefold(), text)
+    packages = Counter(chain.from_iterable(folded.values()))
+    return {
+        name: [text for key, text in own.items() if packages[key] == 1]
+        for name, own in folded.items()
+    }
+
+
+def _extract(files: Mapping[str, Iterable[Path]]) -> dict[str, list[str]]:
+    """First paragraphs of each package's files, parsed in one process a core (at most 8).
+
+    The processes run this file as a script: multiprocessing's spawn would import the caller's
+    main module again, and its fork is unsafe where the caller has threads (torch, Ray).
+    """
+    jobs = [(name, str(path)) for name, paths in files.items() for path in paths]
+    workers = min(os.cpu_count() or 1, 8)
+    parts = [jobs[start::workers] for start in range(workers)]
+    with ThreadPoolExecutor(workers) as pool:
+        done = list(pool.map(_parse_elsewhere, [[path for _, path in part] for part in parts]))
+    texts: dict[str, list[str]] = {name: [] for name in files}
+    for (name, _), found in zip(chain(*parts), chain(*done), strict=True):
+        texts[name] += found
+    return texts
+
+
+def _parse_elsewhere(paths: list[str]) -> list[list[str]]:
+    # -I keeps this file's folder off sys.path, where a neighbour could shadow a module.
+    command = [sys.executable, "-I", __file__]
+    done = subprocess.run(command, input=json.dumps(paths).encode(), capture_output=True)
+    if done.returncode:
+        raise RuntimeError(f"parsing docstrings failed: {done.stderr.decode(errors='replace')}")
+    return json.loads(done.stdout)
+
+
+def _parse() -> None:
+    """The script: a list of paths on stdin, a list of their paragraphs on stdout, in JSON."""
+    gc.disable()  # syntax trees have no cycles, and scanning them costs a fifth of the time
+    paths = json.load(sys.stdin)
+    json.dump([paragraphs(Path(path).read_bytes()) for path in paths], sys.stdout)
+
+
+Rows = list[tuple[str, int]]  # text and label
+
+
+def _split(candidates: Mapping[str, list[str]], rows_per_label: int) -> dict[str, Rows]:
+    """The first rows of each label, of every ten 8 for train and 1 each for the other two.
+
+    Position decides, not a cut at 80 %, so that a larger set moves no test row into train.
+    """
+    rows: dict[str, Rows] = {split: [] for split in SPLITS}
+    for label, (name, texts) in enumerate(candidates.items()):
+        if len(texts) < rows_per_label:
+            raise ValueError(
+                f"{name} has {len(texts)} docstrings to use, rows_per_label={rows_per_label} "
+                "must not be more"
+            )
+        for position, text in enumerate(texts[:rows_per_label]):
+            split = {8: "validation", 9: "test"}.get(position % 10, "train")
+            rows[split].append((text, label))
+    return {split: sorted(rows[split], key=lambda row: _sha256(row[0])) for split in SPLITS}
+
+
+def _write(rows: Mapping[str, Rows], labels: tuple[str, ...], folder: Path) -> None:
+    """Writes the splits beside the folder, then renames: it is there whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import ClassLabel, Features, Value
+
+    # The schema carries the features, so load_dataset finds the label's names.
+    schema = Features(text=Value("string"), label=ClassLabel(names=list(labels))).arrow_schema
+    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    unfinished.mkdir(parents=True)
+    try:
+        for split, pairs in rows.items():
+            columns = {"text": [text for text, _ in pairs], "label": [label for _, label in pairs]}
+            pq.write_table(pa.table(columns, schema=schema), unfinished / f"{split}.parquet")
+        os.replace(unfinished, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first, with the same rows
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    _parse()
