@@ -132,11 +132,13 @@ class _Run:
         session, state = self.session, self.strategy.state
         self.directory.save_state("shared_state", state)
         self.directory.save_state("best_shared_state", self.best_state or state)
+        final = self._tested(self.lines[-1], state)
+        last_is_best = self.best is self.lines[-1]
         summary = {
             "method": type(session.config.method).__name__,
             "selected_by": self.selects,
-            "final": self._tested(self.lines[-1], state),
-            "best": self._tested(self.best, self.best_state),
+            "final": final,
+            "best": final if last_is_best else self._tested(self.best, self.best_state),
             "initial": _measures(self.lines[0]),
             "baseline": self._baseline(),
             "parameters": parameter_counts(
