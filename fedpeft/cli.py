@@ -92,7 +92,7 @@ def _serve_all(runs: list[list[str]], quiet: bool) -> list[dict[str, Any]]:
 
         console = Console(highlight=False, soft_wrap=True, stderr=quiet)
         for overrides in runs:
-            summaries.append(serve(grid, overrides, Display(console)))
+            summaries.append(serve(grid, overrides, Display(console), simulated=True))
 
     launch(serve_each, configs[0].num_clients, configs[0].runtime)
     return summaries
@@ -204,7 +204,7 @@ def partition(arguments: list[str]) -> None:
 
     as_json, arguments = _flag(arguments, "--json")
     config = configuration.load(arguments)
-    labels = config.data.class_numbers(config.data.splits["train"])
+    labels = config.data.class_numbers(config.data.train_rows)
     parts = config.partition.indices(labels, config.num_clients, config.seed)
     names = config.data.label_names
     counts = np.stack([np.bincount(labels[rows], minlength=len(names)) for rows in parts])

@@ -9,16 +9,17 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedpeft.averaging import FedAvg
 from fedpeft.data.partition import Partition
 from fedpeft.data.text import TextClassification
 from fedpeft.methods.base import Method
 from fedpeft.models import Pretrained
-from fedpeft.averaging import FedAvg
 from fedpeft.training import Optimization
 
 _packaged = Path(__file__).parent / "conf"  # in a wheel; in a checkout or bundle it stands beside
@@ -74,6 +75,11 @@ class Runtime:
                 "runtime.threads must be >= 1, num_cpus > 0 and num_gpus >= 0, got "
                 f"{self.threads}, {self.num_cpus} and {self.num_gpus}"
             )
+        if self.round_timeout <= 0 or self.join_timeout <= 0:
+            raise ValueError(
+                "runtime.round_timeout and runtime.join_timeout must be > 0, got "
+                f"{self.round_timeout} and {self.join_timeout}"
+            )
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,10 @@ class Evaluation:
             raise ValueError(
                 "evaluation.every and evaluation.batch_size must be >= 1, "
                 f"got {self.every} and {self.batch_size}"
+            )
+        if self.max_client_rows is not None and self.max_client_rows < 1:
+            raise ValueError(
+                f"evaluation.max_client_rows must be >= 1 or null, got {self.max_client_rows}"
             )
         if self.clients not in ("auto", "always", "never"):
             raise ValueError(
@@ -193,17 +203,28 @@ def addable(override: str) -> str:
     return "++" + override if _FIELD.match(override) else override
 
 
+def _override(text: str) -> str:
+    if "=" not in text and not text.startswith("~"):
+        raise ConfigError(f"{text} is no override: write key=value")
+    return addable(text)
+
+
 def composed(overrides: str | Sequence[str]) -> DictConfig:
     """The composed, untyped configuration.
 
     Raises:
         ConfigError: an unknown key, group or name, or an override that is none.
     """
-    try:
-        with _lock, initialize_config_dir(str(CONF), version_base="1.3", job_name="fedpeft"):
-            return compose("config", [addable(o) for o in split(overrides)])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_sentence(error)) from error
+    with _lock:
+        outer = GlobalHydra.instance().hydra  # a sweep's own, when this is one of its jobs
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(CONF), version_base="1.3", job_name="fedpeft"):
+                return compose("config", [_override(o) for o in split(overrides)])
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_sentence(error)) from error
+        finally:
+            GlobalHydra.instance().hydra = outer
 
 
 def load(overrides: str | Sequence[str] = ()) -> Config:
@@ -252,30 +273,66 @@ def _group(tree: DictConfig, name: str, base: type[T]) -> T:
     target = node.pop("_target_", None)
     if not str(target).startswith("fedpeft."):
         raise ConfigError(f"{name}._target_ must be a class of fedpeft, got {target}")
-    cls = get_class(str(target))
+    try:
+        cls = get_class(str(target))
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{name}._target_: there is no class {target}") from error
     if not issubclass(cls, base):
         raise ConfigError(f"{name}._target_ must be a {base.__name__}, got {target}")
     try:
         value = OmegaConf.to_object(OmegaConf.merge(_writable(cls), node))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{name}: {_sentence(error)}") from error
+        raise ConfigError(_sentence(error, name + ".")) from error
     except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from error
+        text = str(error)
+        raise ConfigError(text if text.startswith(name + ".") else f"{name}.{text}") from error
     assert isinstance(value, base)
     return value
 
 
-def _sentence(error: Exception) -> str:
-    """The first lines of a Hydra error, without its advice on Hydra's own flags."""
+# What Hydra and OmegaConf say, and what a person is told.
+_WORDS = (
+    (r"Could not override '(.+?)'.*", r"unknown key \1"),
+    (r"Key '\w+' not in '(\w+)'; full_key: (.*)", r"unknown key \2: \1 has no such field"),
+    (
+        r"In '.*': Could not find '(\w+)/(.*?)'; Available options.*?:; (.*); Config search.*",
+        r"\1 must be one of \3, got \2",
+    ),
+    (
+        r"Value '(.*)' of type '\w+' .* (?:to|type hint) '?(.*?)'?; full_key: (.*)",
+        r"\3 must be \2, got \1",
+    ),
+    (r"Value '(.*)' is not a valid (\w+) .*; full_key: (.*)", r"\3 must be \2, got \1"),
+    (r"Incompatible value 'None' .* type '(\w+)'; full_key: (.*)", r"\2 must be \1, got null"),
+    (r"Invalid value assigned: \w+ is not a ListConfig.*; full_key: (.*)", r"\1 must be a [list]"),
+    (
+        r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*); full_key:.*",
+        r"expected key=value pairs of \1, got \2",
+    ),
+)
+
+
+def _sentence(error: Exception, group: str = "") -> str:
+    """A Hydra error without its advice on Hydra's own flags; keys get their group in front."""
+    advice = (
+        "To append",
+        "To override",
+        "Set the env",
+        "See http",
+        "object_type",
+        "reference_type",
+    )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kept = [
-        line
-        for line in lines
-        if not line.startswith(("To append", "To override", "object_type", "Set the env", "reference_type"))
-    ]
+    kept = [line for line in lines if not line.startswith(advice)]
     cause = error.__cause__
     if cause is not None and str(cause).splitlines():
         first = str(cause).splitlines()[0].strip()
         if first and first not in " ".join(kept):
             kept.append(first)
-    return "; ".join(kept)
+    text = "; ".join(kept).replace("full_key: ", f"full_key: {group}")
+    if isinstance(error, OverrideParseException) and error.override not in text:
+        text = f"{error.override}: {text}"
+    for pattern, plain in _WORDS:
+        if found := re.fullmatch(pattern, text):
+            return found.expand(plain).replace("; ", ", ")
+    return text

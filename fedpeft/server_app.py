@@ -29,14 +29,24 @@ def main(grid: Grid, context: Context) -> None:
     serve(grid, configuration.split(overrides))
 
 
-def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> dict[str, Any]:
-    """Runs all rounds of one configuration and returns its summary."""
+def serve(
+    grid: Grid, overrides: list[str], display: Display | None = None, simulated: bool = False
+) -> dict[str, Any]:
+    """Runs all rounds of one configuration and returns its summary.
+
+    Args:
+        simulated: the clients hold parts of the server's own rows, so that a partition that is
+            not to be had can end the run before it begins.
+    """
     display = display or Display()
     # Where results go is the server's own affair: clients get the rest.
     sent = configuration.join([o for o in overrides if not o.startswith("run_dir=")])
     tree = configuration.composed(overrides)
-    session = open_session(sent)
-    label = f"{session.config.method.__class__.__name__}".lower()
+    session = open_session(sent, None)  # in one process the clients' very session
+    session.examples("validation")
+    if simulated:
+        session.client_rows  # noqa: B018  # computed here, its errors come early
+    label = type(session.config.method).__name__
     directory = RunDirectory(tree.run_dir, tree, label)
     run = _Run(session, RoleStrategy(session, sent), directory, display)
     display.start(f"{label}: {directory.path}", session.config.num_rounds)
@@ -131,7 +141,10 @@ class _Run:
         """Tests the final and the best state, and writes the summary."""
         session, state = self.session, self.strategy.state
         self.directory.save_state("shared_state", state)
-        self.directory.save_state("best_shared_state", self.best_state or state)
+        if not self.best:  # nothing that selects was measured: the last round stands for the best
+            self.best, self.best_state = self.lines[-1], state
+        best_state = {n: self.best_state.get(n, session.initial[n]) for n in state}
+        self.directory.save_state("best_shared_state", best_state)
         final = self._tested(self.lines[-1], state)
         last_is_best = self.best is self.lines[-1]
         summary = {
@@ -177,7 +190,7 @@ class _Run:
         """Always answering the commonest label: on the test rows, and on the clients' own."""
         task, session = self.session.task, self.session
         found = {k: v for k, v in self.lines[-1].items() if k.endswith("_baseline")}
-        train = task.class_numbers(task.splits["train"])
+        train = task.class_numbers(task.train_rows)
         baseline = task.baseline(train, session.examples("test").labels)
         return found if baseline is None else found | {"test_baseline": baseline}
 

@@ -32,6 +32,11 @@ class Session:
         self.config = config
         self.owns_all_rows = data_path is not None
         self.task = config.data
+        if self.owns_all_rows and self.task.num_labels is not None and not self.task.labels:
+            raise ValueError(
+                "a client with its own data-path needs data.labels=[...]: numbered from its own "
+                "rows, its classes could differ from the others'"
+            )
         self.tokenizer = config.model.tokenizer()
         model = self.base_model()
         with torch_seed(config.seed, "method"):
@@ -39,6 +44,9 @@ class Session:
         self.model: nn.Module = model.to(_device(config.runtime.device))
         self.trainable = [n for n, p in self.model.named_parameters() if p.requires_grad]
         self.initial = snapshot(self.model, self.trainable)
+        # Of the session, not of the class, which would keep every session's model alive.
+        self.examples = lru_cache(maxsize=4)(self._examples)
+        self.client_examples = lru_cache(maxsize=256)(self._client_examples)
 
     def base_model(self) -> nn.Module:
         """The model before the method touches it."""
@@ -75,22 +83,20 @@ class Session:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(by_name.get(name, Role.FROZEN) is not Role.FROZEN)
 
-    @lru_cache(maxsize=4)  # noqa: B019  # a session lives as long as its process
-    def examples(self, split: str) -> Examples:
+    def _examples(self, split: str) -> Examples:
         """The whole data set's validation or test rows."""
         return self.task.encode(self.task.splits[split], self.tokenizer)
 
     @cached_property
     def client_rows(self) -> list[np.ndarray]:
         """Row numbers of the training split by client."""
-        rows = self.task.splits["train"]
+        rows = self.task.train_rows
         if self.owns_all_rows:
             return [np.arange(len(rows))] * self.config.num_clients
         labels = self.task.class_numbers(rows)
         return self.config.partition.indices(labels, self.config.num_clients, self.config.seed)
 
-    @lru_cache(maxsize=256)  # noqa: B019
-    def client_examples(self, client: int) -> dict[str, Examples]:
+    def _client_examples(self, client: int) -> dict[str, Examples]:
         """A client's own train, validation and test rows."""
         if not 0 <= client < self.config.num_clients:
             raise ValueError(
@@ -99,7 +105,7 @@ class Session:
             )
         limit = self.config.evaluation.max_client_rows
         splits = own_splits(self.client_rows[client], self.config.seed, client)
-        table = self.task.splits["train"]
+        table = self.task.train_rows
         return {
             name: self.task.encode(
                 table.select(rows if name == "train" else rows[:limit]), self.tokenizer
@@ -155,8 +161,12 @@ def _device(name: str) -> torch.device:
 
 
 @lru_cache(maxsize=1)
-def open_session(overrides: str, data_path: str | None = None) -> Session:
-    """The process's session; another configuration takes its place."""
+def open_session(overrides: str, data_path: str | None) -> Session:
+    """The process's session; another configuration takes its place.
+
+    In one process the server and its clients share it: no argument has a default, since
+    ``lru_cache`` would take a call that leaves it out for another session.
+    """
     given: list[Any] = configuration.split(overrides)
     if data_path is not None:
         given.append(f"data.path='{data_path}'")

@@ -93,13 +93,22 @@ def unpack(arrays: ArrayRecord, index: bytes) -> State:
     flat = {dtype: array.numpy() for dtype, array in arrays.items()}
     used = dict.fromkeys(flat, 0)
     state: State = {}
-    for name, dtype, shape in json.loads(zlib.decompress(index)):
+    try:
+        entries = json.loads(zlib.decompress(index))
+    except (zlib.error, ValueError) as error:
+        raise ValueError(f"the index of the arrays cannot be read: {error}") from error
+    for name, dtype, shape in entries:
         size = int(np.prod(shape))
         if dtype not in flat or used[dtype] + size > flat[dtype].size:
             raise ValueError(f"the array of {dtype} is too short for {name} {shape}")
         part = torch.from_numpy(flat[dtype][used[dtype] : used[dtype] + size].copy())
         used[dtype] += size
-        state[name] = part.view(getattr(torch, dtype)).reshape(shape)
+        wanted = getattr(torch, dtype)
+        if part.dtype != BITS.get(wanted, wanted):
+            raise ValueError(f"the array of {dtype} holds {part.dtype}")
+        state[name] = part.view(wanted).reshape(shape)
+    if longer := [dtype for dtype in flat if used[dtype] < flat[dtype].size]:
+        raise ValueError(f"the array of {longer[0]} holds more than the index names")
     return state
 
 

@@ -1,5 +1,6 @@
 """The Flower strategy: every method's rounds, read off the roles alone."""
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -190,8 +191,10 @@ class RoleStrategy(Strategy):
             silent.pop(client, None)
             try:
                 state, number, loss = self._read(reply, expected)
-            except (ValueError, KeyError, TypeError) as error:
-                self.round.refused[client] = str(error)
+            except Exception as error:  # whatever a client sends, it must not end the run
+                self.round.refused[client] = (
+                    str(error) if isinstance(error, ValueError) else repr(error)
+                )
                 continue
             states.append(state)
             numbers.append(number)
@@ -209,19 +212,23 @@ class RoleStrategy(Strategy):
         if reply.has_error():
             raise ValueError(_reason(reply))
         content = reply.content
-        if "arrays" not in content.array_records or "metrics" not in content.metric_records:
-            raise ValueError("the reply carries no arrays or no metrics")
+        records = (content.array_records, content.config_records, content.metric_records)
+        for name, of_kind in zip(("arrays", "config", "metrics"), records, strict=True):
+            if name not in of_kind:
+                raise ValueError(f"the reply carries no {name}")
         metrics = content.metric_records["metrics"]
         number: Any = metrics.get("num-examples", 0)
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"num-examples must be a whole number >= 1, got {number}")
-        index: Any = content.config_records["config"]["index"]
+        loss: Any = metrics.get("loss")
+        if not isinstance(loss, float) or not math.isfinite(loss):
+            raise ValueError(f"loss must be a finite number, got {loss}")
+        index: Any = content.config_records["config"].get("index", b"")
         state = unpack(content.array_records["arrays"], index)
         self.round.count("uplink_bytes", wire_bytes(content))
         self.round.count("uplink_payload_bytes", payload_bytes(state))
         check(state, expected)
-        loss: Any = metrics["loss"]
-        return state, number, float(loss)
+        return state, number, loss
 
     def _interference(
         self, round: int, states: list[State], weights: list[float], after: State

@@ -47,6 +47,11 @@ class Optimization:
         _one_of("optimizer.round_schedule", self.round_schedule, SCHEDULES)
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"optimizer.max_grad_norm must be > 0, got {self.max_grad_norm}")
+        if self.weight_decay < 0 or self.momentum < 0:
+            raise ValueError(
+                "optimizer.weight_decay and optimizer.momentum must be >= 0, got "
+                f"{self.weight_decay} and {self.momentum}"
+            )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"optimizer.warmup must be in [0, 1), got {self.warmup}")
 

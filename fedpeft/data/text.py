@@ -83,38 +83,54 @@ class TextClassification:
         return self.path
 
     @cached_property
+    def _tables(self) -> "dict[str, Dataset]":
+        from fedpeft.data.tables import load_tables
+
+        return load_tables(self.folder(), self.subset, self.revision)
+
+    def _table(self, split: str) -> "Dataset":
+        if split not in self._tables:
+            raise ValueError(
+                f"data set {self.folder()} has no split {split}, only {', '.join(self._tables)}"
+            )
+        return self._tables[split]
+
+    @cached_property
+    def _carved(self) -> "tuple[Dataset, Dataset | None]":
+        """Train, and what is set aside of it to validate."""
+        train = self._table(self.train_split)
+        if self.validation_split is not None:
+            return train, None
+        rows = generator(0, "validation split").permutation(len(train))
+        cut = math.ceil(len(train) * self.validation_fraction)
+        return train.select(sorted(rows[cut:])), train.select(sorted(rows[:cut]))
+
+    @cached_property
+    def train_rows(self) -> "Dataset":
+        """Rows to train on, checked; a client with a folder of its own needs no other split."""
+        return self._checked("train", self._carved[0])
+
+    @cached_property
     def splits(self) -> "dict[str, Dataset]":
         """Rows of train, validation and test, checked.
 
         Raises:
             ValueError: a split, a column, a label or a text is missing.
         """
-        from fedpeft.data.tables import load_tables, subsample
+        from fedpeft.data.tables import subsample
 
-        tables = load_tables(self.folder(), self.subset, self.revision)
-        for split in (self.train_split, self.validation_split, self.test_split):
-            if split is not None and split not in tables:
-                raise ValueError(
-                    f"data set {self.folder()} has no split {split}, only {', '.join(tables)}"
-                )
-        train = tables[self.train_split]
-        if self.validation_split is None:
-            rows = generator(0, "validation split").permutation(len(train))
-            cut = math.ceil(len(train) * self.validation_fraction)
-            validation, train = train.select(sorted(rows[:cut])), train.select(sorted(rows[cut:]))
-        else:
-            validation = tables[self.validation_split]
-        test = tables[self.test_split]
-        splits = {
-            "train": train,
-            "validation": subsample(validation, self.max_validation_rows, "validation rows"),
-            "test": subsample(test, self.max_test_rows, "test rows"),
+        validation = self._carved[1]
+        if validation is None:
+            validation = self._table(str(self.validation_split))
+        validation = subsample(validation, self.max_validation_rows, "validation rows")
+        test = subsample(self._table(self.test_split), self.max_test_rows, "test rows")
+        return {
+            "train": self.train_rows,
+            "validation": self._checked("validation", validation),
+            "test": self._checked("test", test),
         }
-        for split, rows in splits.items():
-            self._check(split, rows)
-        return splits
 
-    def _check(self, split: str, rows: "Dataset") -> None:
+    def _checked(self, split: str, rows: "Dataset") -> "Dataset":
         for column in filter(None, (self.text, self.text_pair, self.label)):
             if column not in rows.column_names:
                 raise ValueError(
@@ -126,16 +142,17 @@ class TextClassification:
         empty = [i for i, text in enumerate(rows[self.text]) if not text]
         if empty:
             raise ValueError(f"row {empty[0]} of {split} has an empty {self.text}")
+        return rows
 
     @cached_property
     def label_names(self) -> list[str]:
         """Class names by number: ``labels``, the column's own names, or its sorted values."""
         if self.labels:
             return list(self.labels)
-        column = self.splits["train"].features[self.label]
+        column = self.train_rows.features[self.label]
         if getattr(column, "names", None):
             return list(column.names)
-        return [str(value) for value in sorted(set(self.splits["train"][self.label]))]
+        return [str(value) for value in sorted(set(self.train_rows[self.label]))]
 
     @property
     def num_labels(self) -> int | None:
@@ -149,10 +166,12 @@ class TextClassification:
             ValueError: a label is not one of ``label_names``.
         """
         values = np.asarray(rows[self.label])
-        if np.issubdtype(values.dtype, np.integer):
+        named = getattr(rows.features[self.label], "names", None)
+        digits = all(name.removeprefix("-").isdigit() for name in self.label_names)
+        if np.issubdtype(values.dtype, np.integer) and (named or not digits):
             wrong = np.flatnonzero((values < 0) | (values >= len(self.label_names)))
             numbers = values.astype(np.int64)
-        else:
+        else:  # names, or numbers that are names themselves, such as ratings from 1 to 5
             index = {name: i for i, name in enumerate(self.label_names)}
             numbers = np.array([index.get(str(value), -1) for value in values], np.int64)
             wrong = np.flatnonzero(numbers < 0)

@@ -5,19 +5,20 @@ from collections.abc import Iterable
 
 from torch import nn
 
-# Names end alike within a family: BERT/RoBERTa/DeBERTa/older ViT, SigLIP/CLIP/newer ViT, DistilBERT,
-# Llama/Gemma/Qwen/Mistral, GPT-2.
+# Names end alike within a family: BERT/RoBERTa/DeBERTa/older ViT, SigLIP/CLIP/newer ViT,
+# DistilBERT, Llama/Gemma/Qwen/Mistral, GPT-2. SigLIP's pooling head, named alike, is no block.
 MLP_OUTPUT = re.compile(
-    r"(?:(?<!attention)\.output\.dense|\.mlp\.fc2|\.ffn\.lin2|\.mlp\.down_proj|\.mlp\.c_proj)$"
+    r"(?:(?<!attention)\.output\.dense|(?<!\.head)\.mlp\.fc2|"
+    r"\.ffn\.lin2|\.mlp\.down_proj|\.mlp\.c_proj)$"
 )
 ATTENTION_OUTPUT = re.compile(
-    r"(?:attention\.output\.dense|\.(?:self_attn|attn|attention)\.(?:out_proj|o_proj|out_lin|c_proj))$"
+    r"(?:attention\.output\.dense|"
+    r"(?<!\.head)\.(?:self_attn|attn|attention)\.(?:out_proj|o_proj|out_lin|c_proj))$"
 )
 PROJECTIONS = {
     "q": ("query", "q_proj", "q_lin", "query_proj"),
     "k": ("key", "k_proj", "k_lin", "key_proj"),
     "v": ("value", "v_proj", "v_lin", "value_proj"),
-    "o": ("attention.output.dense", "o_proj", "out_proj", "out_lin"),
 }
 FUSED_PROJECTIONS = ("c_attn", "in_proj")  # GPT-2, DeBERTa: q, k and v in one matrix
 
@@ -33,7 +34,9 @@ def head_names(model: nn.Module) -> list[str]:
     return [
         name
         for name, child in model.named_children()
-        if name != prefix and any(True for _ in child.parameters())
+        if name != prefix
+        and not hasattr(child, "base_model_prefix")  # SigLIP's and CLIP's vision_model
+        and any(True for _ in child.parameters())
     ]
 
 
@@ -71,7 +74,9 @@ def attention_projections(model: nn.Module, targets: Iterable[str]) -> list[str]
     for target in targets:
         endings = PROJECTIONS.get(target, (target,))
         matches = [n for n in linear if any(n.endswith("." + e) or n == e for e in endings)]
-        if not matches and target in ("q", "k", "v"):
+        if target == "o":
+            matches = [n for n in linear if ATTENTION_OUTPUT.search(n)]
+        elif not matches and target in PROJECTIONS:
             matches = [n for n in linear if n.endswith(FUSED_PROJECTIONS)]
         if not matches:
             raise ValueError(f"target {target} matches no module of {type(model).__name__}")

@@ -128,15 +128,15 @@ class TTLinear(nn.Module):
     def _cut(self) -> tuple[int, int] | None:
         """(j, q): the first j axes make the input; q of axis j spill over into the output.
 
-        None where that axis does not divide evenly (the table's 1280x64, say), or where the thin
-        sides would cost more than the dense W: then W is built.
+        None where the first j axes hold no whole number of inputs (the table's 1280x64, say), or
+        where the thin sides would cost more than the dense W: then W is built.
         """
         inside = 1
         for j, k in enumerate(self.shape, start=1):
             inside *= k
             if inside >= self.in_features:
                 q = inside // self.in_features
-                even = inside == q * self.in_features and k % q == 0
+                even = inside == q * self.in_features
                 r = self.rank if j < len(self.shape) else 1
                 thin_cost = r * (self.in_features * q + self.out_features)
                 return (j, q) if even and thin_cost < self.in_features * self.out_features else None

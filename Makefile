@@ -1,0 +1,41 @@
+# Everything from nothing: make quickstart runs the main job, make test the tests.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test quick check lint bench clean
+
+quickstart: $(VENV)/quickstart ## six methods on the embedded model and data
+	$(BIN)/fedpeft compare experiment=quickstart
+
+test: $(VENV)/dev ## every test
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/dev ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/dev ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+check: lint test
+
+bench: $(VENV)/dev ## ratios, each measured in one run
+	$(BIN)/python benchmarks/round.py
+
+$(VENV)/pip: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/quickstart: $(VENV)/pip pyproject.toml
+	$(PIP) -e '.[quickstart]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/pip pyproject.toml
+	$(PIP) -e '.[quickstart,dev]'
+	touch $@ $(VENV)/quickstart
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

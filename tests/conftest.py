@@ -1,0 +1,247 @@
+"""A tiny BERT, a table that it can learn, and runs on both in this process."""
+
+import io
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of the hub's clients: no network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from flwr.app import Context, Message
+from rich.console import Console
+
+from fedpeft.client_app import app as client_app
+from fedpeft.config import load
+from fedpeft.methods.base import State
+from fedpeft.progress import Display
+from fedpeft.results import read_metrics
+from fedpeft.runtime import InProcessGrid
+from fedpeft.server_app import serve
+from fedpeft.session import Session, open_session
+from fedpeft.state import unpack
+
+TOPICS = {
+    "food": "bread cheese apple soup salt oven plate spoon",
+    "music": "violin song drum choir melody piano concert rhythm",
+    "sport": "goal team runner match referee stadium medal race",
+    "weather": "rain cloud storm wind snow sunny frost thunder",
+}
+COMMON = (
+    "the a an of to in on with and then was were is are very quite old new small large first last "
+    "near far after before people saw heard made found took gave day night week year city house"
+)
+ROWS = {"train": 240, "validation": 40, "test": 40}
+# What the tiny model needs other than the defaults of conf/.
+TINY = {
+    "lora": ["method.rank=4"],
+    "ffa_lora": ["method.rank=4"],
+    "fedsa_lora": ["method.rank=4"],
+    "scl": ["method.rank=8"],
+}
+
+Answer = Callable[[Message, Context], Message]
+
+
+def sentences(label: str, rows: int, rng: random.Random) -> list[str]:
+    """Texts of 4 to 24 words, a third of them of the label."""
+    topic, common = TOPICS[label].split(), COMMON.split()
+    return [
+        " ".join(rng.choice(topic if rng.random() < 0.35 else common) for _ in range(length - 1))
+        + " "
+        + rng.choice(topic)
+        for length in (rng.randint(4, 24) for _ in range(rows))
+    ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is read from or left in this machine's caches."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of hidden size 32, two layers, with random weights and a tokenizer of whole words."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = sorted({w for text in (*TOPICS.values(), COMMON) for w in text.split()})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(7)
+        BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parquet files of train, validation and test: a text, and which of four topics it is on."""
+    import datasets
+
+    folder, rng = tmp_path_factory.mktemp("table"), random.Random(3)
+    for split, count in ROWS.items():
+        rows = [(t, label) for label in TOPICS for t in sentences(label, count // 4, rng)]
+        rng.shuffle(rows)
+        columns = {"text": [t for t, _ in rows], "label": [label for _, label in rows]}
+        datasets.Dataset.from_dict(columns).to_parquet(str(folder / f"{split}.parquet"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(checkpoint: Path, table: Path) -> list[str]:
+    """Overrides of a run that takes well under a second."""
+    return [
+        "model=local",
+        f"model.path={checkpoint}",
+        "data=table",
+        f"data.path={table}",
+        "runtime=inprocess",
+        "num_clients=3",
+        "num_rounds=2",
+        "local_steps=2",
+        "batch_size=8",
+        "method=lora",
+    ]
+
+
+@dataclass
+class Sent:
+    """One message and its reply, as the client's node saw them."""
+
+    kind: str
+    client: int
+    round: int
+    down: Message
+    up: Message
+
+    def down_state(self) -> State:
+        """The tensors that came."""
+        return state_of(self.down)
+
+    def up_state(self) -> State:
+        """The tensors that went back."""
+        return state_of(self.up)
+
+
+@dataclass
+class Recorder:
+    """Stands before the client app: notes each exchange, and lets a test answer in its place.
+
+    Args:
+        answer: what a node does with a message; the client app itself if not given.
+    """
+
+    answer: Answer = client_app
+    exchanges: list[Sent] = field(default_factory=list)
+    client: int = -1  # who is working now
+    round: int = -1
+    kind: str = ""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        self.kind = message.metadata.message_type
+        self.client = int(context.node_config.get("partition-id", -1))
+        config = message.content.config_records.get("config")
+        self.round = -1 if config is None else int(config["round"])  # type: ignore[arg-type]
+        reply = self.answer(message=message, context=context)  # type: ignore[call-arg]
+        self.exchanges.append(Sent(self.kind, self.client, self.round, message, reply))
+        return reply
+
+    def of(self, kind: str, round: int | None = None) -> list[Sent]:
+        """Exchanges of a kind, in the order in which they ran."""
+        return [e for e in self.exchanges if e.kind == kind and round in (None, e.round)]
+
+
+def state_of(message: Message) -> State:
+    """The tensors that a message carries, or none."""
+    content = message.content
+    if "arrays" not in content.array_records:
+        return {}
+    index = content.config_records["config"]["index"]
+    assert isinstance(index, bytes)
+    return unpack(content.array_records["arrays"], index)
+
+
+@dataclass
+class Runner:
+    """Runs configurations in this process, each from a session of its own."""
+
+    base: list[str]
+    folder: Path
+    recorder: Recorder = field(default_factory=Recorder)
+    count: int = 0
+
+    def __call__(
+        self, *overrides: str, answer: Answer = client_app, grid: type = InProcessGrid
+    ) -> dict[str, Any]:
+        """The summary; ``recorder`` then holds the messages.
+
+        Args:
+            answer: takes the client app's place.
+            grid: a kind of ``InProcessGrid``.
+        """
+        given = [*self.base, *overrides]
+        if not any(o.startswith("run_dir=") for o in overrides):
+            self.count += 1
+            given.append(f"run_dir={self.folder / f'run{self.count}'}")
+        method = [o for o in given if o.startswith("method=")][-1].removeprefix("method=")
+        given[len(self.base) : len(self.base)] = TINY.get(method, [])
+        self.run_dir = Path([o for o in given if o.startswith("run_dir=")][-1][len("run_dir=") :])
+        clients = int([o for o in given if o.startswith("num_clients=")][-1][len("num_clients=") :])
+        nodes = [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
+        self.recorder = Recorder(answer)
+        open_session.cache_clear()
+        return serve(grid(self.recorder, nodes), given, quiet())
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The last run's metrics.jsonl."""
+        return read_metrics(self.run_dir)
+
+    def saved(self, name: str = "shared_state") -> State:
+        """A state that the last run saved."""
+        from safetensors.torch import load_file
+
+        return load_file(self.run_dir / f"{name}.safetensors")
+
+
+def quiet() -> Display:
+    """A display on no terminal."""
+    return Display(Console(file=io.StringIO()))
+
+
+@pytest.fixture
+def run(base: list[str], tmp_path: Path) -> Runner:
+    """``run("method=scl", ...)`` gives the summary of a run in process."""
+    return Runner(base, tmp_path)
+
+
+@pytest.fixture
+def opened(base: list[str]) -> Callable[..., Session]:
+    """``opened("method=scl", ...)`` gives a session of its own."""
+
+    def make(*overrides: str) -> Session:
+        given = [*base, *overrides]
+        method = [o for o in given if o.startswith("method=")][-1].removeprefix("method=")
+        return Session(load([*base, *TINY.get(method, []), *overrides]))
+
+    return make

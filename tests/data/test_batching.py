@@ -1,0 +1,202 @@
+"""Which rows a client sees in a round, and how they are padded."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from fedpeft.data.batching import Batch, Examples, by_length, training_batches
+from fedpeft.seeding import generator
+from fedpeft.session import Session
+
+LENGTHS = np.random.default_rng(0).integers(3, 60, size=53)
+
+
+def drawn(
+    steps: int | None = None,
+    epochs: int | None = None,
+    bucket: bool = True,
+    rows: int = 53,
+    batch_size: int = 8,
+    path: tuple[int, int, int] = (0, 1, 2),
+) -> list[list[int]]:
+    rng = generator(path[0], "batches", *path[1:])
+    return [
+        b.tolist() for b in training_batches(LENGTHS[:rows], batch_size, steps, epochs, rng, bucket)
+    ]
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return [row for batch in batches for row in batch]
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_an_epoch_covers_every_row_once(bucket: bool, epochs: int) -> None:
+    batches = drawn(epochs=epochs, bucket=bucket)
+    assert len(batches) == 7 * epochs  # 53 rows in batches of 8
+    for epoch in range(epochs):
+        part = batches[7 * epoch : 7 * (epoch + 1)]
+        assert sorted(flat(part)) == list(range(53))
+        assert sorted(map(len, part)) == [5] + [8] * 6
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+def test_epochs_differ(bucket: bool) -> None:
+    batches = drawn(epochs=2, bucket=bucket)
+    assert batches[:7] != batches[7:]
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+@pytest.mark.parametrize("steps", [1, 3, 7, 8, 20])
+def test_steps_are_exact(bucket: bool, steps: int) -> None:
+    batches = drawn(steps=steps, bucket=bucket)
+    assert len(batches) == steps
+    for batch in batches:
+        assert len(set(batch)) == len(batch)
+    for start in range(0, steps, 7):  # no row twice before every row was seen
+        seen = flat(batches[start : start + 7])
+        assert len(set(seen)) == len(seen)
+        assert len(seen) == (53 if steps - start >= 7 else 8 * (steps - start))
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+def test_few_rows(bucket: bool) -> None:
+    assert [sorted(b) for b in drawn(steps=3, rows=5, bucket=bucket)] == [[0, 1, 2, 3, 4]] * 3
+    assert drawn(epochs=2, rows=1, bucket=bucket) == [[0], [0]]
+
+
+def test_no_rows() -> None:
+    with pytest.raises(ValueError, match="a client needs at least one training row, got 0"):
+        drawn(steps=1, rows=0)
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+def test_order_by_seed_round_and_client(bucket: bool) -> None:
+    """Bug 10: the same for the same (seed, round, client), another for any other."""
+    first = drawn(steps=5, bucket=bucket)
+    assert first == drawn(steps=5, bucket=bucket)
+    others = [drawn(steps=5, bucket=bucket, path=p) for p in ((1, 1, 2), (0, 2, 2), (0, 1, 3))]
+    orders = [flat(first), *map(flat, others)]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+    assert all(set(a) != set(b) for i, a in enumerate(orders) for b in orders[:i])
+
+
+def padding(batches: list[list[int]]) -> int:
+    return sum(int((LENGTHS[b].max() - LENGTHS[b]).sum()) for b in map(np.array, batches))
+
+
+def test_bucketing_lessens_padding() -> None:
+    grouped, plain = drawn(epochs=4), drawn(epochs=4, bucket=False)
+    assert sorted(flat(grouped)) == sorted(flat(plain))
+    assert padding(grouped) < padding(plain) / 3
+
+
+def test_bucketed_batches_are_not_sorted_by_length() -> None:
+    longest = [LENGTHS[batch].max() for batch in drawn(epochs=1)]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+def test_by_length_is_stable() -> None:
+    lengths = np.array([4, 2, 4, 2, 9, 4])
+    cut = by_length(np.array([5, 4, 3, 2, 1, 0]), lengths, 4)
+    assert [c.tolist() for c in cut] == [[3, 1, 5, 2], [0, 4]]
+
+
+# --- padding ------------------------------------------------------------------------------------
+
+
+def test_batch_pads_right_and_masks() -> None:
+    rows = Examples.from_lists([[7, 8], [9], [1, 2, 3], [4, 5, 6, 6]], np.array([1, 0, 2, 3]), 99)
+    assert len(rows) == 4 and rows.lengths.tolist() == [2, 1, 3, 4]
+    batch = rows.batch(np.array([2, 1, 0]))
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [9, 99, 99], [7, 8, 99]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert batch["labels"].tolist() == [2, 0, 1]
+    assert {v.dtype for v in batch.values()} == {torch.int64}
+    assert rows.batch(np.array([1]))["attention_mask"].tolist() == [[1]]
+
+
+def test_a_padding_token_in_the_text_is_not_masked() -> None:
+    batch = Examples.from_lists([[0, 5, 0], [5]], np.array([0, 0]), 0).batch(np.array([0, 1]))
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_padding_does_not_change_the_logits(opened: Callable[..., Session]) -> None:
+    session = opened()
+    rows = session.examples("test")
+    session.load()
+    shortest, longest = int(rows.lengths.argmin()), int(rows.lengths.argmax())
+    assert rows.lengths[longest] > rows.lengths[shortest] + 5
+
+    def loss(batch: Batch) -> float:
+        session.model.eval()
+        with torch.no_grad():
+            return float(session.task.evaluate_batch(session.model, batch)["loss"][0])
+
+    alone = loss(rows.batch(np.array([shortest])))
+    beside = loss(rows.batch(np.array([shortest, longest])))
+    assert beside == pytest.approx(alone, rel=1e-5)
+
+
+# --- in a session --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """The batches that training gets."""
+    batches: list[Batch] = []
+
+    def record(_: object, __: object, given: list[Batch], *rest: object) -> float:
+        batches[:] = given
+        return 0.0
+
+    monkeypatch.setattr("fedpeft.session.train", record)
+    return batches
+
+
+def tokens(batches: list[Batch]) -> list[list[list[int]]]:
+    return [batch["input_ids"].tolist() for batch in batches]
+
+
+def test_a_client_s_batches_by_round(opened: Callable[..., Session], seen: list[Batch]) -> None:
+    """Bug 10, as the client app trains."""
+    session, other = opened("local_steps=3"), opened("local_steps=3", "seed=1")
+    found: dict[tuple[int, int], list[list[list[int]]]] = {}
+    for client in (0, 1):
+        for round in (1, 2):
+            number, _ = session.train_client(client, round)
+            found[client, round] = tokens(seen)
+            assert number == len(session.client_examples(client)["train"])
+            assert [len(batch) for batch in found[client, round]] == [8, 8, 8]
+    assert all(found[a] != found[b] for a in found for b in found if a != b)
+    session.train_client(0, 1)
+    assert tokens(seen) == found[0, 1]
+    other.train_client(0, 1)
+    assert tokens(seen) != found[0, 1]
+
+
+def test_local_epochs(opened: Callable[..., Session], seen: list[Batch]) -> None:
+    session = opened("local_steps=null", "local_epochs=2")
+    number, _ = session.train_client(1, 1)
+    own = session.client_examples(1)["train"]
+    assert number == len(own)
+    assert sum(len(batch["labels"]) for batch in seen) == 2 * number
+    assert sum(int(batch["attention_mask"].sum()) for batch in seen) == 2 * own.lengths.sum()
+
+
+def test_batches_are_a_client_s_own_rows(opened: Callable[..., Session], seen: list[Batch]) -> None:
+    session = opened("local_steps=null", "local_epochs=1")
+    for client in range(3):
+        session.train_client(client, 1)
+        own = session.client_examples(client)["train"]
+        expected = sorted(
+            own.tokens[own.offsets[i] : own.offsets[i + 1]].tolist() for i in range(len(own))
+        )
+        given = sorted(
+            row[: int(mask.sum())].tolist()
+            for batch in seen
+            for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        )
+        assert given == expected

@@ -1,0 +1,425 @@
+"""The role table: what each method trains, sends and keeps, on every architecture."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from fedpeft.methods.base import Method, Role
+from fedpeft.methods.fedtt import FACTOR, FedTT, FedTTPlus
+from fedpeft.methods.lora import FedSALoRA, FFALoRA, LoRA
+from fedpeft.methods.scl import SCL
+from fedpeft.methods.sites import attention_projections, head_names, linear_weight
+from fedpeft.nn.compression import CompressedProjection
+from fedpeft.nn.tensor_train import AdaptedOutput, TTAdapter, TTLinear
+from fedpeft.seeding import torch_seed
+from tests.architectures import (
+    ARCHITECTURES,
+    HIDDEN,
+    LAYERS,
+    WIDTH,
+    Architecture,
+    logits,
+    tiny,
+    trainable,
+)
+
+ROUNDS = range(1, 13)
+# Axes of the adapters' 48x64 and 64x48 and of the classifier's 48x48.
+ADAPTER_AXES, CLASSIFIER_AXES = 4, 4
+every_architecture = pytest.mark.parametrize("name", list(ARCHITECTURES))
+
+
+def lora_names(a: Architecture, part: str) -> set[str]:
+    return {f"{site}.lora_{part}.default.weight" for site in a.sites(a.query, a.value)}
+
+
+def scl_names(a: Architecture) -> set[str]:
+    return {f"{site}.{part}" for site in a.sites(a.mlp) for part in ("compress", "project")}
+
+
+def trains(a: Architecture) -> dict[str, int]:
+    """Names of all TT layers and their numbers of axes."""
+    sites = a.sites(a.attention, a.mlp)
+    adapters = {f"{s}.adapter.{way}": ADAPTER_AXES for s in sites for way in ("down", "up")}
+    return adapters | ({a.dense: CLASSIFIER_AXES} if a.dense else {})
+
+
+def factor_names(a: Architecture, numbers: Iterable[int] = range(1, 9)) -> set[str]:
+    """Names of the factors with the given numbers, of every train."""
+    wanted = set(numbers)
+    return {
+        f"{train}.factor_{j}_of_{count}"
+        for train, count in trains(a).items()
+        for j in range(1, count + 1)
+        if j in wanted
+    }
+
+
+def output_head(a: Architecture) -> set[str]:
+    """The head without the hidden layer that FedTT makes a train."""
+    return {n for n in a.head if not (a.dense and n.startswith(a.dense + "."))}
+
+
+def with_role(method: Method, names: Iterable[str], round: int, role: Role) -> set[str]:
+    return {name for name in names if method.role(name, round) is role}
+
+
+def injected(method: Method, name: str) -> nn.Module:
+    with torch_seed(0, "method"):
+        return method.inject(tiny(name))
+
+
+def check_roles(method: Method, name: str, shared: set[str], personal: set[str]) -> None:
+    """The same in every round, and nothing else trains."""
+    names = trainable(injected(method, name))
+    assert names == shared | personal
+    for round in ROUNDS:
+        assert with_role(method, names, round, Role.SHARED) == shared
+        assert with_role(method, names, round, Role.PERSONAL) == personal
+
+
+@every_architecture
+def test_head_is_what_stands_outside_the_backbone(name: str) -> None:
+    model, a = tiny(name), ARCHITECTURES[name]
+    found = {n for n, _ in model.named_parameters() if n.split(".")[0] in head_names(model)}
+    assert found == set(a.head)
+
+
+@every_architecture
+def test_lora_shares_a_b_and_head(name: str) -> None:
+    a = ARCHITECTURES[name]
+    check_roles(LoRA(), name, lora_names(a, "A") | lora_names(a, "B") | set(a.head), set())
+
+
+@every_architecture
+def test_ffa_lora_shares_b_and_head(name: str) -> None:
+    a = ARCHITECTURES[name]
+    check_roles(FFALoRA(), name, lora_names(a, "B") | set(a.head), set())
+    frozen = [n for n, p in injected(FFALoRA(), name).named_parameters() if not p.requires_grad]
+    assert lora_names(a, "A") <= set(frozen)
+
+
+@every_architecture
+@pytest.mark.parametrize("head", ["personal", "shared"])
+def test_fedsa_lora_keeps_b_on_the_client(name: str, head: str) -> None:
+    a = ARCHITECTURES[name]
+    on_client = set(a.head) if head == "personal" else set()
+    check_roles(
+        FedSALoRA(head=head),
+        name,
+        shared=lora_names(a, "A") | (set(a.head) - on_client),
+        personal=lora_names(a, "B") | on_client,
+    )
+
+
+def test_fedsa_lora_s_head_is_personal_by_default() -> None:
+    assert FedSALoRA().role("classifier.weight", 1) is Role.PERSONAL
+
+
+@every_architecture
+@pytest.mark.parametrize("init", ["random_pinv", "svd", "residual"])
+def test_scl_shares_c_w2_prime_and_head(name: str, init: str) -> None:
+    a = ARCHITECTURES[name]
+    check_roles(SCL(rank=5, init=init), name, scl_names(a) | set(a.head), set())
+
+
+@every_architecture
+def test_fedtt_shares_factors_biases_and_output_layer(name: str) -> None:
+    a = ARCHITECTURES[name]
+    biases = {f"{train}.bias" for train in trains(a)}
+    check_roles(FedTT(), name, factor_names(a) | biases | output_head(a), set())
+
+
+@every_architecture
+def test_fedtt_without_a_compressed_classifier(name: str) -> None:
+    a = ARCHITECTURES[name]
+    adapters = {t for t in trains(a) if t != a.dense}
+    expected = {n for n in factor_names(a) if n.rpartition(".")[0] in adapters}
+    expected |= {f"{train}.bias" for train in adapters} | set(a.head)
+    check_roles(FedTT(classifier=False), name, expected, set())
+
+
+def test_fedtt_can_train_layernorms() -> None:
+    names = trainable(injected(FedTT(train_layernorm=True), "bert"))
+    norms = {n for n in names if "LayerNorm" in n}
+    assert len(norms) == 2 * (1 + 2 * LAYERS)  # weight and bias; embeddings, two a block
+    assert names - norms == trainable(injected(FedTT(), "bert"))
+    llama = trainable(injected(FedTT(train_layernorm=True), "llama"))
+    assert sum("norm" in n for n in llama) == 1 + 2 * LAYERS
+
+
+@every_architecture
+def test_fedtt_plus_shares_first_last_and_one_middle_factor(name: str) -> None:
+    a, method = ARCHITECTURES[name], FedTTPlus()
+    names = trainable(injected(method, name))
+    assert names == factor_names(a) | output_head(a)  # no TT bias
+    for round in ROUNDS:
+        active = {1, 2 + round % 2, 4}  # J = 4: the middle ones are 2 and 3
+        shared = factor_names(a, active) | output_head(a)
+        assert with_role(method, names, round, Role.SHARED) == shared
+        assert with_role(method, names, round, Role.FROZEN) == names - shared
+
+
+@every_architecture
+def test_fedtt_plus_with_one_factor_a_round(name: str) -> None:
+    a, method = ARCHITECTURES[name], FedTTPlus(active="one")
+    names = trainable(injected(method, name))
+    for round in ROUNDS:
+        shared = factor_names(a, {1 + round % 4}) | output_head(a)
+        assert with_role(method, names, round, Role.SHARED) == shared
+        assert with_role(method, names, round, Role.FROZEN) == names - shared
+
+
+@pytest.mark.parametrize("name", ["roberta", "llama"])
+def test_fedtt_plus_can_train_biases(name: str) -> None:
+    method, a = FedTTPlus(train_bias=True), ARCHITECTURES[name]
+    names = trainable(injected(method, name))
+    biases = {f"{train}.bias" for train in trains(a)}
+    assert names == factor_names(a) | output_head(a) | biases
+    assert all(with_role(method, biases, r, Role.SHARED) == biases for r in ROUNDS)
+
+
+@pytest.mark.parametrize(
+    ("count", "middle"),
+    [
+        (3, [2, 2, 2, 2, 2, 2, 2]),
+        (4, [3, 2, 3, 2, 3, 2, 3]),
+        (5, [3, 4, 2, 3, 4, 2, 3]),
+        (6, [3, 4, 5, 2, 3, 4, 5]),
+        (8, [3, 4, 5, 6, 7, 2, 3]),
+    ],
+)
+def test_cyclic_schedule_by_hand(count: int, middle: list[int]) -> None:
+    """m_t = 2 + t mod (J - 2)."""
+    found = [FedTTPlus().active_factors(count, t) for t in range(1, 8)]
+    assert found == [{1, m, count} for m in middle]
+
+
+def test_one_active_factor_in_turn() -> None:
+    method = FedTTPlus(active="one")
+    assert [method.active_factors(5, t) for t in range(1, 7)] == [{2}, {3}, {4}, {5}, {1}, {2}]
+
+
+def test_random_schedule_is_a_function_of_seed_and_round() -> None:
+    rounds = range(1, 61)
+    method = FedTTPlus(schedule="random", schedule_seed=3)
+    found = [method.active_factors(8, t) for t in rounds]
+    torch.manual_seed(99)  # another client, in another state, counting backwards
+    other = FedTTPlus(schedule="random", schedule_seed=3, tt_rank=2)
+    assert found == [other.active_factors(8, t) for t in reversed(rounds)][::-1]
+    assert all({1, 8} < active and len(active) == 3 for active in found)
+    middle = [next(iter(active - {1, 8})) for active in found]
+    assert {middle.count(m) > 2 for m in range(2, 8)} == {True}
+    assert middle[:6] * 10 != middle  # not a cycle
+    for first in (0, 1):  # every round draws anew
+        assert any(middle[i] != middle[i + 1] for i in range(first, 58, 2))
+    reseeded = FedTTPlus(schedule="random", schedule_seed=4)
+    assert found != [reseeded.active_factors(8, t) for t in rounds]
+    assert found != [FedTTPlus().active_factors(8, t) for t in rounds]
+
+
+def test_random_schedule_with_one_factor_reaches_all() -> None:
+    method = FedTTPlus(schedule="random", active="one")
+    found = [method.active_factors(5, t) for t in range(1, 61)]
+    assert {len(active) for active in found} == {1}
+    assert set().union(*found) == {1, 2, 3, 4, 5}
+
+
+def test_factor_numbers_are_read_off_names() -> None:
+    method = FedTTPlus()
+    assert method.role("a.down.factor_2_of_12", 9) is Role.FROZEN
+    assert method.role("a.down.factor_11_of_12", 9) is Role.SHARED  # 2 + 9 mod 10
+    assert method.role("a.down.factor_12_of_12", 9) is Role.SHARED
+    assert FACTOR.search("a.factor_2_of_12.weight") is None
+
+
+METHODS: dict[str, Method] = {
+    "lora": LoRA(),
+    "ffa_lora": FFALoRA(),
+    "fedsa_lora": FedSALoRA(),
+    "scl": SCL(rank=5),
+    "residual": SCL(rank=5, init="residual"),
+    "fedtt": FedTT(),
+    "fedtt_plus": FedTTPlus(),
+}
+
+
+@every_architecture
+@pytest.mark.parametrize("method", list(METHODS))
+def test_the_loss_reaches_exactly_what_trains(name: str, method: str) -> None:
+    """No trained parameter stands where the model does not compute with it."""
+    model = injected(METHODS[method], name)
+    names = trainable(model)
+    logits(model).square().sum().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == names
+
+
+IDENTITIES: dict[str, Method] = {
+    "lora": LoRA(),
+    "lora_o": LoRA(targets=["q", "k", "v", "o"]),
+    "zero_last": FedTT(init="zero_last", classifier=False),
+    "residual": SCL(rank=5, init="residual"),
+    "svd_of_full_rank": SCL(rank=HIDDEN, init="svd"),  # right for the right orientation only
+}
+
+
+@every_architecture
+@pytest.mark.parametrize("method", list(IDENTITIES))
+def test_methods_that_start_as_the_pretrained_model(name: str, method: str) -> None:
+    expected = logits(tiny(name)).detach()
+    model = injected(IDENTITIES[method], name).eval()
+    torch.testing.assert_close(logits(model).detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_architecture
+@pytest.mark.parametrize("init", ["random_pinv", "svd", "residual"])
+def test_scl_replaces_the_mlp_output_of_every_block(name: str, init: str) -> None:
+    a, before, model = ARCHITECTURES[name], tiny(name), injected(SCL(rank=5, init=init), name)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedProjection)}
+    assert list(layers) == a.sites(a.mlp) and len(layers) == LAYERS
+    for site, layer in layers.items():
+        assert layer.compress.shape == (5, WIDTH) and layer.project.shape == (HIDDEN, 5)
+        _, bias, _ = linear_weight(before.get_submodule(site))
+        assert (bias is None) == (layer.bias is None) == name.startswith("llama")
+        if bias is not None and layer.bias is not None:
+            assert torch.equal(layer.bias, bias)
+
+
+@every_architecture
+def test_fedtt_puts_two_adapters_in_every_block(name: str) -> None:
+    a, before, model = ARCHITECTURES[name], tiny(name), injected(FedTT(tt_rank=3), name)
+    adapted = {n: m for n, m in model.named_modules() if isinstance(m, AdaptedOutput)}
+    assert set(adapted) == set(a.sites(a.attention, a.mlp)) and len(adapted) == 2 * LAYERS
+    for site, module in adapted.items():
+        weight, _, _ = linear_weight(module.projection)
+        assert torch.equal(weight, linear_weight(before.get_submodule(site))[0])
+        adapter = module.adapter
+        assert isinstance(adapter, TTAdapter)
+        assert (adapter.down.in_features, adapter.up.out_features) == (HIDDEN, HIDDEN)
+        assert adapter.down.out_features == adapter.up.in_features == 64
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, TTLinear)}
+    assert set(layers) == set(trains(a))
+    assert {m.rank for m in layers.values()} == {3}
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "distilbert"])
+def test_fedtt_compresses_the_classifier_s_hidden_layer(name: str) -> None:
+    layer = injected(FedTT(), name).get_submodule(ARCHITECTURES[name].dense)
+    assert isinstance(layer, TTLinear)
+    assert (layer.in_features, layer.out_features) == (HIDDEN, HIDDEN)
+    kept = injected(FedTT(classifier=False), name).get_submodule(ARCHITECTURES[name].dense)
+    assert type(kept) is nn.Linear
+
+
+@every_architecture
+@pytest.mark.parametrize(
+    "method", [FFALoRA(), FedTTPlus(), SCL(rank=5)], ids=lambda m: type(m).__name__
+)
+def test_a_seeded_injection_is_the_same_everywhere(name: str, method: Method) -> None:
+    first = dict(injected(method, name).named_parameters())
+    torch.manual_seed(1234)  # another client's state must not matter
+    second = dict(injected(method, name).named_parameters())
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    with torch_seed(1, "method"):
+        other = dict(method.inject(tiny(name)).named_parameters())
+    added = first.keys() - dict(tiny(name).named_parameters()).keys()
+    drawn = [
+        n for n in added if "lora_B" not in n and "base_layer" not in n and "projection." not in n
+    ]
+    assert drawn and not any(torch.equal(first[n], other[n]) for n in drawn)
+
+
+def test_lora_starts_with_b_zero_and_a_random() -> None:
+    parameters = dict(injected(LoRA(rank=4), "llama").named_parameters())
+    architecture = ARCHITECTURES["llama"]
+    for name in lora_names(architecture, "A"):
+        a, b = parameters[name], parameters[name.replace("lora_A", "lora_B")]
+        assert a.shape == (4, HIDDEN) and b.shape[1] == 4
+        assert torch.count_nonzero(b) == 0
+        assert 0.7 / HIDDEN**0.5 < a.abs().max() <= 1 / HIDDEN**0.5  # kaiming-uniform, a = sqrt 5
+
+
+@every_architecture
+def test_targets_q_k_v_o(name: str) -> None:
+    a, model = ARCHITECTURES[name], tiny(name)
+    fused = a.query == a.value
+    assert set(attention_projections(model, ["q", "v"])) == set(a.sites(a.query, a.value))
+    assert len(attention_projections(model, ["q", "k", "v"])) == LAYERS * (1 if fused else 3)
+    assert attention_projections(model, ["o"]) == a.sites(a.attention)
+    end = a.mlp if a.block.split(".")[0] != "bert" else "output.dense"
+    assert set(a.sites(a.mlp)) <= set(attention_projections(model, [end]))
+
+
+@pytest.mark.parametrize("target", ["w_q", "uery", "attention"])
+def test_an_unknown_target_is_named(target: str) -> None:
+    with pytest.raises(ValueError, match=f"target {target} matches no .* BertForSequence"):
+        LoRA(targets=["q", target]).inject(tiny("bert"))
+
+
+def resnet() -> nn.Module:
+    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    return hf.ResNetForImageClassification(config)
+
+
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [
+        (SCL(rank=2), "ResNetForImageClassification has no MLP output projection"),
+        (FedTT(), "ResNetForImageClassification has no attention output projection"),
+        (FedTTPlus(), "ResNetForImageClassification has no attention output projection"),
+        (LoRA(), "target q matches no module of ResNetForImageClassification"),
+    ],
+)
+def test_an_architecture_without_the_place_is_named(method: Method, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        method.inject(resnet())
+
+
+def test_a_width_without_small_factors_is_named() -> None:
+    config = hf.BertConfig(
+        hidden_size=74,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=96,
+        vocab_size=9,
+    )
+    with pytest.raises(ValueError, match="width 74 cannot be split"):
+        FedTT().inject(hf.BertForSequenceClassification(config))
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (LoRA, {"rank": 0}, "rank must be >= 1, got 0"),
+        (FFALoRA, {"rank": -2}, "rank must be >= 1, got -2"),
+        (LoRA, {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        (LoRA, {"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
+        (LoRA, {"alpha": 0.0}, "alpha must be > 0, got 0.0"),
+        (FedSALoRA, {"rank": 0}, "rank must be >= 1, got 0"),
+        (FedSALoRA, {"head": "nonsense"}, "head must be personal or shared, got nonsense"),
+        (SCL, {"rank": 0}, "rank must be >= 1, got 0"),
+        (SCL, {"init": "nonsense"}, "init must be one of random_pinv, .* got nonsense"),
+        (FedTT, {"tt_rank": 0}, "tt_rank must be >= 1, got 0"),
+        (FedTT, {"bottleneck": 1}, "bottleneck must be >= 2, got 1"),
+        (FedTT, {"init": "nonsense"}, "init must be normal or zero_last, got nonsense"),
+        (FedTTPlus, {"tt_rank": 0}, "tt_rank must be >= 1, got 0"),
+        (FedTTPlus, {"schedule": "nonsense"}, "schedule must be cyclic or random, got nonsense"),
+        (FedTTPlus, {"active": "two"}, "active must be three or one, got two"),
+    ],
+)
+def test_hyperparameters_are_checked(
+    cls: type[Method], fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        cls(**fields)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_scl_s_rank_is_checked_against_the_model(name: str) -> None:
+    with pytest.raises(ValueError, match=f"rank must be from 1 to {HIDDEN} here, got {HIDDEN + 1}"):
+        SCL(rank=HIDDEN + 1).inject(tiny(name))

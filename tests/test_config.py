@@ -1,0 +1,311 @@
+"""A configuration is right, or one sentence says which key is wrong and what it must be."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+
+import pytest
+
+from fedpeft.config import CONF, GROUPS, Config, ConfigError, addable, composed, join, load, split
+from fedpeft.data.partition import IID, Dirichlet
+from fedpeft.methods.lora import FedSALoRA, LoRA
+from fedpeft.models import Pretrained
+from fedpeft.session import Session
+from fedpeft.training import Optimization
+from tests.conftest import Runner
+
+
+def names(group: str) -> str:
+    return ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+
+
+CASES = [
+    # misspelt keys, at the top, in a group and in a nested dataclass
+    ("num_client=4", "unknown key num_client"),
+    ("lrr=0.1", "unknown key lrr"),
+    ("optimiser.name=sgd", "unknown key optimiser.name"),
+    ("optimizer.nme=sgd", "unknown key optimizer.nme: Optimization has no such field"),
+    ("evaluation.evry=2", "unknown key evaluation.evry: Evaluation has no such field"),
+    ("runtime.thread=2", "unknown key runtime.thread: Runtime has no such field"),
+    ("+extra=1", "unknown key extra: Config has no such field"),
+    # unknown names of groups
+    *(
+        (f"{group}=nope", f"{group} must be one of {names(group)}, got nope")
+        for group in ("method", "model", "data", "partition", "strategy", "runtime", "experiment")
+    ),
+    # fields that the chosen class lacks
+    ("method.rnk=4", "unknown key method.rnk: LoRA has no such field"),
+    ("method=fedtt method.rank=4", "unknown key method.rank: FedTT has no such field"),
+    ("partition=iid partition.alpha=1", "unknown key partition.alpha: IID has no such field"),
+    ("model.pth=/x", "unknown key model.pth: Pretrained has no such field"),
+    # wrong types
+    ("method.rank=four", "method.rank must be Integer, got four"),
+    ("method.rank=null", "method.rank must be int, got null"),
+    ("method.targets=q", "method.targets must be a [list]"),
+    ("num_clients=2.5", "num_clients must be Integer, got 2.5"),
+    ("num_clients=null", "num_clients must be int, got null"),
+    ("lr=fast", "lr must be Float, got fast"),
+    ("bucketing=perhaps", "bucketing must be bool, got perhaps"),
+    ("optimizer.warmup=x", "optimizer.warmup must be Float, got x"),
+    ("optimizer=sgd", "expected key=value pairs of Optimization, got sgd"),
+    ("clients_per_round=half", "clients_per_round must be Optional[Union[int, float]], got half"),
+    # impossible values
+    ("num_clients=0", "num_clients must be >= 1, got 0"),
+    ("num_rounds=-1", "num_rounds must be >= 1, got -1"),
+    ("batch_size=0", "batch_size must be >= 1, got 0"),
+    ("local_steps=0", "local_steps must be >= 1, got 0"),
+    (
+        "local_epochs=2",
+        "give either local_steps or local_epochs and set the other to null, got 10 and 2",
+    ),
+    (
+        "local_steps=null",
+        "give either local_steps or local_epochs and set the other to null, got None and None",
+    ),
+    ("lr=0", "lr must be > 0, got 0.0"),
+    ("lr=nan", "lr must be > 0, got nan"),
+    ("lr=inf", "lr must be > 0, got inf"),
+    ("precision=fp16", "precision must be fp32 or bf16, got fp16"),
+    ("method.rank=0", "method.rank must be >= 1, got 0"),
+    ("method.dropout=1", "method.dropout must be in [0, 1), got 1.0"),
+    ("method.alpha=0", "method.alpha must be > 0, got 0.0"),
+    (
+        "method=scl method.init=zero",
+        "method.init must be one of random_pinv, svd, residual, got zero",
+    ),
+    ("method=fedtt method.init=zero", "method.init must be normal or zero_last, got zero"),
+    ("method=fedtt_plus method.active=two", "method.active must be three or one, got two"),
+    ("method=fedsa_lora method.head=no", "method.head must be personal or shared, got no"),
+    ("partition.alpha=0", "partition.alpha must be > 0, got 0.0"),
+    ("partition.alpha=nan", "partition.alpha must be > 0, got nan"),
+    ("partition.min_size=0", "partition.min_size must be >= 1, got 0"),
+    ("strategy.weights=rows", "strategy.weights must be examples or uniform, got rows"),
+    ("model.pooling=cls", "model.pooling must be mean or null, got cls"),
+    ("data.max_length=1", "data.max_length must be >= 2, got 1"),
+    ("data.validation_fraction=1", "data.validation_fraction must be in (0, 1), got 1.0"),
+    ("optimizer.name=adam", "optimizer.name must be one of adamw, sgd, got adam"),
+    (
+        "optimizer.schedule=step",
+        "optimizer.schedule must be one of constant, linear, cosine, got step",
+    ),
+    (
+        "optimizer.round_schedule=step",
+        "optimizer.round_schedule must be one of constant, linear, cosine, got step",
+    ),
+    ("optimizer.warmup=1", "optimizer.warmup must be in [0, 1), got 1.0"),
+    ("optimizer.max_grad_norm=0", "optimizer.max_grad_norm must be > 0, got 0.0"),
+    (
+        "optimizer.weight_decay=-1",
+        "optimizer.weight_decay and optimizer.momentum must be >= 0, got -1.0 and 0.0",
+    ),
+    ("evaluation.clients=no", "evaluation.clients must be auto, always or never, got no"),
+    (
+        "evaluation.every=0",
+        "evaluation.every and evaluation.batch_size must be >= 1, got 0 and 64",
+    ),
+    (
+        "evaluation.max_client_rows=0",
+        "evaluation.max_client_rows must be >= 1 or null, got 0",
+    ),
+    ("runtime.kind=dask", "runtime.kind must be ray or inprocess, got dask"),
+    ("runtime.device=tpu", "runtime.device must be auto, cpu or cuda, got tpu"),
+    (
+        "runtime.threads=0",
+        "runtime.threads must be >= 1, num_cpus > 0 and num_gpus >= 0, got 0, 1.0 and 0.0",
+    ),
+    (
+        "runtime.round_timeout=0",
+        "runtime.round_timeout and runtime.join_timeout must be > 0, got 0.0 and 120.0",
+    ),
+    # classes that a server must not name to a client
+    ("method._target_=os.system", "method._target_ must be a class of fedpeft, got os.system"),
+    ("data._target_=builtins.eval", "data._target_ must be a class of fedpeft, got builtins.eval"),
+    ("model._target_=null", "model._target_ must be a class of fedpeft, got None"),
+    (
+        "method._target_=fedpefty.methods.lora.LoRA",
+        "method._target_ must be a class of fedpeft, got fedpefty.methods.lora.LoRA",
+    ),
+    (
+        "method._target_=fedpeft.models.Pretrained",
+        "method._target_ must be a Method, got fedpeft.models.Pretrained",
+    ),
+    (
+        "method._target_=fedpeft.methods.lora.Nope",
+        "method._target_: there is no class fedpeft.methods.lora.Nope",
+    ),
+    (
+        "method._target_=fedpeft.seeding.derive",
+        "method._target_: there is no class fedpeft.seeding.derive",
+    ),
+    # no overrides at all
+    ("num_clients", "Error parsing override 'num_clients'; missing EQUAL at '<EOF>'"),
+    (
+        "'num_clients=3 num_rounds=2'",
+        "num_clients=3 num_rounds=2: mismatched input '=' expecting <EOF>",
+    ),
+    ("method=null", "Config group override must be a string or a list. Got NoneType"),
+    ("model.path='/a", "No closing quotation"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), CASES, ids=[o for o, _ in CASES])
+def test_one_sentence_names_the_key_and_the_rule(overrides: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(overrides)
+    assert str(caught.value) == sentence
+
+
+def test_errors_come_before_anything_is_built(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was built")
+
+    monkeypatch.setattr(Session, "__init__", never)
+    monkeypatch.setattr(Pretrained, "build", never)
+    monkeypatch.setattr(Pretrained, "tokenizer", never)
+    with pytest.raises(ConfigError, match=r"method\.rank must be >= 1"):
+        run("method.rank=0")
+    assert not run.run_dir.exists()
+
+
+# --- what a configuration holds ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "clients", "expected"),
+    [
+        ("null", 5, 5),
+        ("1", 5, 1),
+        ("5", 5, 5),
+        ("1.0", 5, 5),
+        ("0.5", 10, 5),
+        ("0.25", 10, 2),
+        ("0.3", 10, 3),
+        ("0.01", 10, 1),
+    ],
+)
+def test_clients_per_round(given: str, clients: int, expected: int) -> None:
+    config = load([f"clients_per_round={given}", f"num_clients={clients}"])
+    assert config.cohort_size() == expected
+    assert isinstance(config.clients_per_round, float) == ("." in given)
+
+
+@pytest.mark.parametrize("given", ["0", "6", "-1", "0.0", "1.5", "-0.5"])
+def test_impossible_clients_per_round(given: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load([f"clients_per_round={given}", "num_clients=5"])
+    assert str(caught.value) == (
+        "clients_per_round must be a count from 1 to num_clients=5 or a share in (0, 1] such as "
+        f"0.5, got {given}"
+    )
+
+
+def test_the_defaults() -> None:
+    config = load()
+    assert config.method == LoRA(rank=8, alpha=16.0, targets=["q", "v"], dropout=0.0)
+    assert config.partition == Dirichlet(alpha=0.5, min_size=10)
+    assert (config.lr, config.num_clients, config.local_steps) == (3e-3, 5, 10)
+    assert config.runtime.kind == "ray"
+    assert config.optimizer == Optimization()
+    with pytest.raises(FrozenInstanceError):
+        config.lr = 1.0  # type: ignore[misc]
+
+
+def test_overrides_arrive_with_their_types() -> None:
+    config = load(
+        "method=fedsa_lora method.rank=3 method.alpha=5 method.targets=[q,k] lr=1 "
+        "partition.alpha=inf optimizer.max_grad_norm=null evaluation.max_client_rows=7 "
+        "data.labels=[no,yes] runtime.total_cpus=2 local_steps=null local_epochs=3"
+    )
+    assert config.method == FedSALoRA(rank=3, alpha=5.0, targets=["q", "k"], head="personal")
+    assert type(config.method.targets) is list and type(config.method.alpha) is float
+    assert config.lr == 1.0 and type(config.lr) is float
+    assert config.partition.alpha == math.inf
+    assert config.optimizer.max_grad_norm is None
+    assert config.evaluation.max_client_rows == 7
+    assert config.data.labels == ["no", "yes"] and type(config.data.labels) is list
+    assert (config.local_steps, config.local_epochs, config.runtime.total_cpus) == (None, 3, 2)
+
+
+def test_the_methods_own_learning_rate_gives_way_to_the_given_one() -> None:
+    assert load("method=scl").lr == 1e-3
+    assert load("method=fedtt").lr == 3e-3
+    assert load("method=scl lr=0.5").lr == 0.5
+    assert load("lr=0.5 method=scl").lr == 0.5
+
+
+def test_an_experiment_wins_over_the_defaults_and_loses_to_overrides() -> None:
+    quickstart = load("experiment=quickstart")
+    assert quickstart.num_rounds == 6 != load().num_rounds
+    assert quickstart.partition == Dirichlet(alpha=1.0, min_size=10)
+    assert load("experiment=quickstart num_rounds=3 partition.alpha=9").num_rounds == 3
+    assert load("experiment=quickstart partition.alpha=9").partition.alpha == 9
+
+
+def test_fields_that_no_yaml_lists_can_be_set() -> None:
+    """``++`` is what Hydra wants for them; a person need not know."""
+    assert load("method=fedtt method.train_layernorm=true").method.train_layernorm is True
+    assert load("data.subset=x").data.subset == "x"
+    assert load("optimizer.name=sgd runtime.join_timeout=5").runtime.join_timeout == 5.0
+    assert addable("method.rank=2") == "++method.rank=2"
+    assert addable("lr=2") == "++lr=2"
+    assert addable("method=scl") == "method=scl"
+    assert addable("num_clients=2") == "num_clients=2"
+
+
+def yaml_files() -> Iterator[tuple[str, str]]:
+    for path in sorted(CONF.rglob("*.yaml")):
+        if path.parent != CONF:
+            yield path.parent.name, path.stem
+
+
+@pytest.mark.parametrize(("group", "name"), list(yaml_files()))
+def test_every_file_composes_and_loads(group: str, name: str) -> None:
+    config = load([f"{group}={name}"])
+    tree = composed([f"{group}={name}"])
+    if group in GROUPS:
+        value = getattr(config, group)
+        assert isinstance(value, GROUPS[group])
+        assert f"{type(value).__module__}.{type(value).__name__}" == tree[group]["_target_"]
+        # every field of the file is one of the class, with the file's value
+        for key in tree[group]:
+            if key != "_target_":
+                given = tree[group][key]
+                found = getattr(value, str(key))
+                assert found == given or dict(found) == dict(given)
+
+
+def test_every_key_of_config_is_in_the_yaml() -> None:
+    assert {f.name for f in fields(Config)} == set(composed([]))
+
+
+def test_the_strings_of_overrides() -> None:
+    given = [
+        "model.path='/my models/it''s'",
+        'data.path="/a b/c"',
+        "data.labels=[yes please,no]",
+        "method.targets=['q','v']",
+        "run_dir=/x y",
+        "lr=1e-3",
+    ]
+    assert split(join(given)) == given
+    assert split(given) == given
+    assert split("a=1  'b=c d'\nlr=2") == ["a=1", "b=c d", "lr=2"]
+    config = load(join(["model=local", "model.path='/my models/x y'", "data.labels=['a b',c]"]))
+    assert config.model.path == "/my models/x y"
+    assert config.data.labels == ["a b", "c"]
+
+
+def test_a_bad_path_is_named(base: list[str], tmp_path: Path) -> None:
+    model = load([*base, f"model.path={tmp_path / 'none'}"]).model
+    with pytest.raises(ValueError, match="/none is no folder with a config.json"):
+        model.tokenizer()
+    with pytest.raises(ValueError, match="model.path is not set"):
+        load(["model=local"]).model.tokenizer()
+    settings = load([*base, "model.settings.dropuot=0.1"]).model
+    with pytest.raises(ValueError, match="model.settings.dropuot is no field of BertConfig"):
+        settings.config(4)
+
+
+def test_iid_is_a_partition_of_its_own() -> None:
+    assert load("partition=iid").partition == IID()

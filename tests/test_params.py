@@ -1,0 +1,141 @@
+"""The papers' parameter counts, on the published architectures without their weights."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from fedpeft.config import load
+from fedpeft.params import count_on_meta
+
+BASE = ("model=roberta_base", "data=sst2")
+LARGE = ("model=roberta_large", "data=sst2")
+LLAMA7B = ("model=llama2_7b", "data=docstrings_lm")
+LLAMA13B = (
+    *LLAMA7B,
+    "model.architecture.hidden_size=5120",
+    "model.architecture.intermediate_size=13824",
+    "model.architecture.num_hidden_layers=40",
+    "model.architecture.num_attention_heads=40",
+    "model.architecture.num_key_value_heads=40",
+)
+# RoBERTa's head: dense d x d, output layer d x 2, their biases.
+BASE_OUTPUT, LARGE_OUTPUT = 768 * 2 + 2, 1024 * 2 + 2
+BASE_HEAD, LARGE_HEAD = 768 * 769 + BASE_OUTPUT, 1024 * 1025 + LARGE_OUTPUT
+
+
+@cache
+def count(*overrides: str) -> dict[str, Any]:
+    return count_on_meta(load(list(overrides)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "tt_rank", "expected"),
+    [
+        (BASE, 5, 38_360 + 20_736 + BASE_OUTPUT),
+        (BASE, 5, 60_634),
+        (BASE, 10, 167_794),
+        (LARGE, 5, 137_178),
+        (LARGE, 10, 375_058),
+        (LLAMA7B, 5, 407_040),
+        (LLAMA7B, 10, 803_840),
+        (LLAMA13B, 5, 585_120),
+        (LLAMA13B, 10, 1_075_520),
+    ],
+)
+def test_fedtt(setting: tuple[str, ...], tt_rank: int, expected: int) -> None:
+    found = count(*setting, "method=fedtt", f"method.tt_rank={tt_rank}")
+    assert found["trained"] == found["sent_up"] == found["sent_down"] == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("setting", "least", "most", "factors", "head"),
+    [
+        (BASE, 13_760, 18_560, 38_360, BASE_OUTPUT),
+        (LARGE, 23_280, 23_480, 81_880, LARGE_OUTPUT),
+        (LLAMA7B, 44_800, 44_800, 140_800, 0),
+    ],
+)
+def test_fedtt_plus(
+    setting: tuple[str, ...], least: int, most: int, factors: int, head: int
+) -> None:
+    """{1, m, J} up; down, a client without memory needs all factors that ever moved."""
+    found = count(*setting, "method=fedtt_plus")
+    assert found["trained"] == found["sent_up"] == [least + head, most + head]
+    assert found["sent_down"][1] == factors + head
+    assert least + head <= found["sent_down"][0] <= most + head
+    assert found["trained_percent"] == pytest.approx(100 * (most + head) / found["total"])
+
+
+def test_fedtt_plus_with_one_factor_and_biases() -> None:
+    found = count(*LLAMA7B, "method=fedtt_plus", "method.active=one")
+    # 64 adapters: axes 16 16 16 4 4 4 down and the reverse up, so ends of 80 and 20, else 25 k.
+    assert found["trained"] == [64 * (80 + 20), 64 * (400 + 100)]
+    biased = count(*LLAMA7B, "method=fedtt_plus", "method.train_bias=true")
+    assert biased["trained"] == [44_800 + 64 * 4160] * 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "factors", "head", "layers", "width"),
+    [
+        (BASE, 294_912, BASE_HEAD, 12, 768),
+        (LARGE, 786_432, LARGE_HEAD, 24, 1024),
+        (LLAMA7B, 4_194_304, 0, 32, 4096),
+        (LLAMA13B, 6_553_600, 0, 40, 5120),
+    ],
+)
+def test_the_lora_family(
+    setting: tuple[str, ...], factors: int, head: int, layers: int, width: int
+) -> None:
+    """q and v, r = 8: A (8, d) and B (d, 8) twice a layer."""
+    assert factors == layers * 2 * 2 * 8 * width
+    assert count(*setting, "method=lora")["trained"] == [factors + head] * 2
+    ffa = count(*setting, "method=ffa_lora")
+    assert ffa["trained"] == ffa["sent_up"] == [factors // 2 + head] * 2
+
+
+def test_fedsa_lora_trains_all_and_sends_a() -> None:
+    personal = count(*BASE, "method=fedsa_lora")
+    assert personal["trained"] == [294_912 + BASE_HEAD] * 2
+    assert personal["sent_up"] == personal["sent_down"] == [147_456] * 2
+    shared = count(*BASE, "method=fedsa_lora", "method.head=shared")
+    assert shared["trained"] == personal["trained"]
+    assert shared["sent_up"] == [147_456 + BASE_HEAD] * 2
+
+
+@pytest.mark.parametrize("rank", [1, 64])
+@pytest.mark.parametrize(
+    ("setting", "blocks", "widths", "head"),
+    [
+        (BASE, 12, 3072 + 768, BASE_HEAD),
+        (LARGE, 24, 4096 + 1024, LARGE_HEAD),
+        (LLAMA7B, 32, 11008 + 4096, 0),
+    ],
+)
+def test_scl_has_r_times_f_plus_d_per_block(
+    setting: tuple[str, ...], blocks: int, widths: int, head: int, rank: int
+) -> None:
+    found = count(*setting, "method=scl", f"method.rank={rank}")
+    assert found["trained"] == found["sent_up"] == [rank * widths * blocks + head] * 2
+
+
+@pytest.mark.parametrize("method", ["lora", "scl", "fedtt"])
+@pytest.mark.parametrize(
+    ("setting", "total"),
+    [(BASE, 124_647_170), (LARGE, 355_361_794), (LLAMA7B, 6_738_415_616)],
+)
+def test_percentages_are_of_the_untouched_model(
+    setting: tuple[str, ...], total: int, method: str
+) -> None:
+    """The published sizes: RoBERTa's encoder and head, Llama-2-7B's 6.74 B."""
+    found = count(*setting, f"method={method}")
+    assert found["total"] == total
+    assert found["trained_percent"] == pytest.approx(100 * found["trained"][1] / total)
+
+
+@pytest.mark.parametrize(
+    ("setting", "ratio"), [(LLAMA7B, 10.3), (LLAMA13B, 11.2)], ids=["7b", "13b"]
+)
+def test_lora_has_so_many_times_fedtt_s_parameters(setting: tuple[str, ...], ratio: float) -> None:
+    lora, fedtt = count(*setting, "method=lora"), count(*setting, "method=fedtt")
+    assert round(lora["trained"][0] / fedtt["trained"][0], 1) == ratio

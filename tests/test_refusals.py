@@ -1,0 +1,350 @@
+"""A client's unusable reply is left out with its reason; the others are averaged as ever."""
+
+import json
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+
+from fedpeft.client_app import app as client_app
+from fedpeft.methods.base import State
+from fedpeft.results import read_metrics
+from fedpeft.runtime import InProcessGrid
+from fedpeft.session import Session
+from fedpeft.state import pack, wire_bytes
+from fedpeft.strategy import RoundFailed
+from tests.conftest import Answer, Runner, state_of
+
+HEAD = "classifier.bias"
+Spoil = Callable[[Message, Message], Message]
+
+
+def rewritten(reply: Message, message: Message, state: State, **metrics: Any) -> Message:
+    """The reply with another state or other metrics."""
+    arrays, index = pack(state)
+    numbers = dict(reply.content.metric_records["metrics"]) | metrics
+    numbers = {key: value for key, value in numbers.items() if value is not None}
+    content = RecordDict(
+        {
+            "arrays": arrays,
+            "config": ConfigRecord({"index": index}),
+            "metrics": MetricRecord(numbers),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+def with_value(value: float) -> Spoil:
+    def spoil(reply: Message, message: Message) -> Message:
+        state = state_of(reply)
+        state[HEAD][2] = value
+        return rewritten(reply, message, state)
+
+    return spoil
+
+
+def with_tensor(change: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
+    def spoil(reply: Message, message: Message) -> Message:
+        state = state_of(reply)
+        return rewritten(reply, message, state | {HEAD: change(state[HEAD])})
+
+    return spoil
+
+
+def without_key(reply: Message, message: Message) -> Message:
+    state = state_of(reply)
+    del state[HEAD]
+    return rewritten(reply, message, state)
+
+
+def with_key(reply: Message, message: Message) -> Message:
+    return rewritten(reply, message, state_of(reply) | {"bert.pooler.dense.bias": torch.zeros(32)})
+
+
+def with_metrics(**metrics: Any) -> Spoil:
+    return lambda reply, message: rewritten(reply, message, state_of(reply), **metrics)
+
+
+def without_arrays(reply: Message, message: Message) -> Message:
+    metrics = reply.content.metric_records["metrics"]
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+def without_index(reply: Message, message: Message) -> Message:
+    return Message(
+        RecordDict(
+            {
+                "arrays": reply.content.array_records["arrays"],
+                "metrics": reply.content.metric_records["metrics"],
+            }
+        ),
+        reply_to=message,
+    )
+
+
+def with_index(index: bytes) -> Spoil:
+    def spoil(reply: Message, message: Message) -> Message:
+        content = without_index(reply, message).content
+        content["config"] = ConfigRecord({"index": index})
+        return Message(content, reply_to=message)
+
+    return spoil
+
+
+def with_array(change: Callable[[np.ndarray], np.ndarray]) -> Spoil:
+    """Another flat array under the name float32; the index stays."""
+
+    def spoil(reply: Message, message: Message) -> Message:
+        array = reply.content.array_records["arrays"]["float32"].numpy()
+        content = with_index(index_of(reply))(reply, message).content
+        content["arrays"] = ArrayRecord({"float32": Array(change(array))})
+        return Message(content, reply_to=message)
+
+    return spoil
+
+
+def index_of(reply: Message) -> bytes:
+    index = reply.content.config_records["config"]["index"]
+    assert isinstance(index, bytes)
+    return index
+
+
+def raising(reply: Message, message: Message) -> Message:
+    raise RuntimeError("the disk of this client is full")
+
+
+CASES: dict[str, tuple[Spoil, str]] = {
+    "NaN": (with_value(float("nan")), "classifier.bias holds values that are not finite"),
+    "infinity": (with_value(float("inf")), "classifier.bias holds values that are not finite"),
+    "shape": (
+        with_tensor(lambda t: t[:3].clone()),
+        "classifier.bias is torch.float32 (3,), expected torch.float32 (4,)",
+    ),
+    "transposed shape": (
+        with_tensor(lambda t: t.reshape(2, 2)),
+        "classifier.bias is torch.float32 (2, 2), expected torch.float32 (4,)",
+    ),
+    "dtype": (
+        with_tensor(lambda t: t.double()),
+        "classifier.bias is torch.float64 (4,), expected torch.float32 (4,)",
+    ),
+    "missing key": (without_key, "1 keys are missing, first classifier.bias"),
+    "unknown key": (with_key, "1 keys are unknown, first bert.pooler.dense.bias"),
+    "zero examples": (
+        with_metrics(**{"num-examples": 0}),
+        "num-examples must be a whole number >= 1, got 0",
+    ),
+    "negative examples": (
+        with_metrics(**{"num-examples": -5}),
+        "num-examples must be a whole number >= 1, got -5",
+    ),
+    "fractional examples": (
+        with_metrics(**{"num-examples": 2.5}),
+        "num-examples must be a whole number >= 1, got 2.5",
+    ),
+    "no loss": (with_metrics(loss=None), "loss must be a finite number, got None"),
+    "NaN loss": (with_metrics(loss=float("nan")), "loss must be a finite number, got nan"),
+    "exception": (raising, "the disk of this client is full"),
+    "no arrays": (without_arrays, "the reply carries no arrays"),
+    "no index": (without_index, "the reply carries no config"),
+    "garbled index": (
+        with_index(b"not what zlib wrote"),
+        "the index of the arrays cannot be read: Error -3 while decompressing data",
+    ),
+    "index that is no index": (
+        with_index(zlib.compress(b"[[1, 2], 3]")),
+        "not enough values to unpack",
+    ),
+    "array of another dtype": (
+        with_array(lambda a: a.astype("float64")),
+        "the array of float32 holds torch.float64",
+    ),
+    "short array": (with_array(lambda a: a[:-3].copy()), "the array of float32 is too short for"),
+    "long array": (
+        with_array(lambda a: np.append(a, a[:2])),
+        "the array of float32 holds more than the index names",
+    ),
+}
+
+
+def spoiling(spoil: Spoil, clients: set[int], rounds: set[int]) -> Answer:
+    """The client app, but for the replies of some clients in some rounds."""
+
+    def answer(message: Message, context: Context) -> Message:
+        reply = client_app(message=message, context=context)
+        config = message.content.config_records.get("config", {})
+        if (
+            message.metadata.message_type == "train"
+            and context.node_config["partition-id"] in clients
+            and config["round"] in rounds
+        ):
+            return spoil(reply, message)
+        return reply
+
+    return answer
+
+
+def weighted(states: list[State], numbers: list[int]) -> State:
+    """By hand: sum of n_i theta_i / sum of n_i."""
+    weights = torch.tensor(numbers, dtype=torch.float64)
+    return {
+        name: (
+            torch.stack([s[name].double() for s in states], dim=-1) @ weights / sum(numbers)
+        ).float()
+        for name in states[0]
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_reply_is_left_out(case: str, run: Runner) -> None:
+    spoil, reason = CASES[case]
+    summary = run("num_rounds=1", answer=spoiling(spoil, {1}, {1}))
+    line = run.lines()[1]
+    assert list(line["refused"]) == ["1"] and reason in line["refused"]["1"]
+    assert summary["refused"] == {"1": line["refused"]}
+    assert line["cohort"] == [0, 1, 2]
+
+    good = [e for e in run.recorder.of("train", 1) if e.client != 1]
+    numbers: list[int] = [
+        e.up.content.metric_records["metrics"]["num-examples"]  # type: ignore[misc]
+        for e in good
+    ]
+    assert [e.client for e in good] == [0, 2] and numbers[0] != numbers[1]
+    expected = weighted([e.up_state() for e in good], numbers)
+    saved = run.saved()
+    assert saved.keys() == expected.keys()
+    for name, value in saved.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-8)
+    losses: list[float] = [
+        e.up.content.metric_records["metrics"]["loss"]  # type: ignore[misc]
+        for e in good
+    ]
+    mean = sum(n * x for n, x in zip(numbers, losses, strict=True)) / sum(numbers)
+    assert line["train_loss"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_three_clients_unequal_weights(run: Runner) -> None:
+    """Bug 2: by hand, with nobody refused."""
+    run("num_rounds=1")
+    exchanges = run.recorder.of("train", 1)
+    numbers: list[int] = [
+        e.up.content.metric_records["metrics"]["num-examples"]  # type: ignore[misc]
+        for e in exchanges
+    ]
+    assert len(set(numbers)) == 3
+    expected = weighted([e.up_state() for e in exchanges], numbers)
+    for name, value in run.saved().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-8)
+
+
+def test_who_was_refused_takes_part_again(run: Runner) -> None:
+    summary = run(answer=spoiling(CASES["NaN"][0], {1}, {1}))
+    assert list(summary["refused"]) == ["1"]
+    assert "refused" not in run.lines()[2]
+    again = run.recorder.of("train", 2)
+    assert [e.client for e in again] == [0, 1, 2]
+    received = [e.down_state() for e in again]
+    assert all(torch.equal(received[0][n], received[1][n]) for n in received[0])
+
+
+@pytest.mark.parametrize("case", ["NaN", "exception", "no arrays"])
+def test_when_all_fail_the_run_ends(case: str, run: Runner) -> None:
+    spoil, reason = CASES[case]
+    with pytest.raises(RoundFailed, match="no client's reply was usable; client 0: ") as caught:
+        run("num_rounds=3", answer=spoiling(spoil, {0, 1, 2}, {2}))
+    assert reason in str(caught.value)
+    text = (run.run_dir / "metrics.jsonl").read_text()
+    assert text.endswith("\n") and text.count("\n") == 2
+    assert [json.loads(line)["round"] for line in text.splitlines()] == [0, 1]
+    assert run.lines() == [json.loads(line) for line in text.splitlines()]
+    assert not (run.run_dir / "summary.json").exists()
+
+
+def test_a_line_that_was_cut_off_is_not_read(run: Runner) -> None:
+    run()
+    path = run.run_dir / "metrics.jsonl"
+    text = path.read_text()
+    path.write_text(text[:-20])
+    assert [line["round"] for line in read_metrics(run.run_dir)] == [0, 1]
+
+
+def test_a_client_whose_loss_is_not_finite(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_client = Session.train_client
+
+    def with_nan(session: Session, client: int, round: int) -> tuple[int, float]:
+        if client == 2:
+            session.model.get_parameter("classifier.weight").data[0, 0] = float("nan")
+        return train_client(session, client, round)
+
+    monkeypatch.setattr(Session, "train_client", with_nan)
+    summary = run("num_rounds=1")
+    assert summary["refused"] == {
+        "1": {"2": "training loss is nan: lower lr, or set precision=fp32"}
+    }
+    assert all(torch.isfinite(value).all() for value in run.saved().values())
+
+
+class Deaf(InProcessGrid):
+    """Never delivers what node 2 answers to training."""
+
+    def push_messages(self, messages: Any) -> list[str]:
+        ids = super().push_messages(messages)
+        for i in ids:
+            message = self._queue[i]
+            if message.metadata.message_type == "train" and message.metadata.dst_node_id == 2:
+                del self._queue[i]
+        return ids
+
+
+def test_who_is_late_is_left_out(run: Runner) -> None:
+    summary = run("num_rounds=1", "runtime.round_timeout=0.5", grid=Deaf)
+    assert summary["refused"] == {"1": {"1": "no reply within runtime.round_timeout=0.5 s"}}
+    assert [e.client for e in run.recorder.of("train")] == [0, 2]
+
+
+def test_a_client_that_fails_in_evaluation(run: Runner) -> None:
+    def answer(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "evaluate" and context.node_config["partition-id"] == 0:
+            raise ValueError("client 0 cannot evaluate")
+        return client_app(message=message, context=context)
+
+    summary = run("method=fedsa_lora", "num_rounds=1", answer=answer)
+    assert summary["refused"] == {
+        str(round): {"0": "evaluation: client 0 cannot evaluate"} for round in (0, 1)
+    }
+    # round 0 asks for what round 1 would send, so both evaluations carry round 1
+    assert len(run.recorder.of("evaluate", 1)) == 4
+    last = run.recorder.of("evaluate", 1)[2:]
+    numbers: list[Any] = [e.up.content.metric_records["metrics"] for e in last]
+    mean = sum(m["test-num-examples"] * m["test_loss"] for m in numbers) / sum(
+        m["test-num-examples"] for m in numbers
+    )
+    assert summary["final"]["client_test_loss"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_traffic_of_a_refused_reply_is_counted(run: Runner) -> None:
+    """It was sent, whatever it holds."""
+    run("num_rounds=1", answer=spoiling(CASES["NaN"][0], {1}, {1}))
+    sent = [wire_bytes(e.up.content) for e in run.recorder.of("train")]
+    assert len(sent) == 3 and run.lines()[1]["uplink_bytes"] == sum(sent)
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ([0, 1, 5], "a client holds partition 5, but num_clients=3"),
+        ([0, 1, 1], "two clients hold partition 1"),
+        ([0, None, 2], "this node has no partition-id"),
+        ([0, 2], r"no client holds partitions \[1\] of num_clients=3"),
+    ],
+)
+def test_who_joins(configs: list[int | None], message: str, run: Runner) -> None:
+    def grid(app: Any, _: Any) -> InProcessGrid:
+        return InProcessGrid(app, [{} if i is None else {"partition-id": i} for i in configs])
+
+    with pytest.raises((ValueError, TimeoutError), match=message):
+        run("runtime.join_timeout=0.3", grid=grid)  # type: ignore[arg-type]

@@ -1,0 +1,453 @@
+"""Whole runs of every method in conf/method: who sends what, at what cost, and always the same."""
+
+import json
+import random
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from torch import Tensor
+
+from fedpeft.config import CONF, load
+from fedpeft.methods.base import State
+from fedpeft.runtime import InProcessGrid, launch
+from fedpeft.server_app import serve
+from fedpeft.session import Session
+from fedpeft.state import snapshot
+from tests.conftest import Recorder, Runner, quiet
+
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+HEAD = r"^classifier\.(weight|bias)$"
+# The role table: for rounds 1 and 2, what is sent up and what is sent down.
+LORA, FFA = rf"\.lora_[AB]\.|{HEAD}", rf"\.lora_B\.|{HEAD}"
+SCL = rf"\.(compress|project)$|{HEAD}"
+FEDTT = rf"\.factor_\d_of_\d$|(down|up|pooler\.dense)\.bias$|{HEAD}"
+SENT: dict[str, list[tuple[str, str]]] = {
+    "lora": [(LORA, LORA), (LORA, LORA)],
+    "ffa_lora": [(FFA, FFA), (FFA, FFA)],
+    "fedsa_lora": [(r"\.lora_A\.", r"\.lora_A\."), (r"\.lora_A\.", r"\.lora_A\.")],
+    "scl": [(SCL, SCL), (SCL, SCL)],
+    "fedtt": [(FEDTT, FEDTT), (FEDTT, FEDTT)],
+    "fedtt_plus": [
+        (rf"\.factor_[134]_of_4$|{HEAD}", rf"\.factor_[134]_of_4$|{HEAD}"),
+        (rf"\.factor_[124]_of_4$|{HEAD}", rf"\.factor_[1234]_of_4$|{HEAD}"),
+    ],
+}
+PERSONAL = {"fedsa_lora": rf"\.lora_B\.|{HEAD}"}
+# Tensors and numbers sent up in a round, by hand, for the tiny BERT: hidden 32, MLP 64, two layers,
+# four labels (a head of 32 * 4 + 4 = 132), rank 4 on q and v, SCL at 8, TT at 5 on 32x64 = (4, 8,
+# 8, 8), 64x32 = (8, 8, 8, 4) and a pooler of 32x32 = (4, 8, 8, 4).
+COUNTS = {
+    "lora": (8 + 2, 2 * 2 * 4 * (32 + 32) + 132),
+    "ffa_lora": (4 + 2, 2 * 2 * 4 * 32 + 132),
+    "fedsa_lora": (4, 2 * 2 * 4 * 32),
+    "scl": (4 + 2, 2 * 8 * (64 + 32) + 132),
+    "fedtt": (40 + 5 + 2, 4 * (2 * 460 + 64 + 32) + (440 + 32) + 132),
+    "fedtt_plus": (24 + 3 + 2, 4 * 2 * 260 + 240 + 132),
+}
+SUMMARY = {
+    "method": str,
+    "selected_by": str,
+    "final": dict,
+    "best": dict,
+    "initial": dict,
+    "baseline": dict,
+    "parameters": dict,
+    "bytes": dict,
+    "interference": list,
+    "initial_error": dict,
+    "refused": dict,
+    "seconds": float,
+    "shared_state_sha256": str,
+    "weights_sha256": str,
+    "random_weights": bool,
+    "data": dict,
+    "seed": int,
+    "versions": dict,
+    "run_dir": str,
+}
+
+
+def names_of(model: torch.nn.Module, pattern: str) -> list[str]:
+    return [name for name, _ in model.named_parameters() if re.search(pattern, name)]
+
+
+def without_time(value: Any) -> Any:
+    """A summary or a line without what may differ between two equal runs."""
+    if isinstance(value, list):
+        return [without_time(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: without_time(v) for k, v in value.items() if k not in ("seconds", "run_dir")}
+
+
+def serialised(message: Message) -> int:
+    return sum(len(part.deflate()) for part in get_all_nested_objects(message.content).values())
+
+
+def test_every_method_is_in_the_role_table() -> None:
+    assert set(SENT) == set(METHODS) == set(COUNTS)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, State, State]]:
+    """(client, round, all tensors of the model before training, and after) of each training."""
+    seen: list[tuple[int, int, State, State]] = []
+    train_client = Session.train_client
+
+    def everything(session: Session) -> State:
+        return {k: v.detach().clone() for k, v in session.model.state_dict().items()}
+
+    def watch(session: Session, client: int, round: int) -> tuple[int, float]:
+        before = everything(session)
+        result = train_client(session, client, round)
+        seen.append((client, round, before, everything(session)))
+        return result
+
+    monkeypatch.setattr(Session, "train_client", watch)
+    return seen
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_rounds(
+    method: str,
+    run: Runner,
+    opened: Callable[..., Session],
+    watched: list[tuple[int, int, State, State]],
+) -> None:
+    summary = run(f"method={method}")
+    session, lines = opened(f"method={method}"), run.lines()
+
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    for round, (up_pattern, down_pattern) in enumerate(SENT[method], start=1):
+        up, down = names_of(session.model, up_pattern), names_of(session.model, down_pattern)
+        exchanges = run.recorder.of("train", round)
+        assert [e.client for e in exchanges] == [0, 1, 2] == lines[round]["cohort"]
+        for exchange in exchanges:
+            assert list(exchange.up_state()) == up
+            assert list(exchange.down_state()) == down
+        assert len(up), sum(session.initial[n].numel() for n in up) == COUNTS[method]
+        payload = {
+            n: 4 * sum(session.initial[k].numel() for k in ns)
+            for n, ns in (("up", up), ("down", down))
+        }
+        for way, messages in (
+            ("up", [e.up for e in exchanges]),
+            ("down", [e.down for e in exchanges]),
+        ):
+            assert lines[round][f"{way}link_bytes"] == sum(map(serialised, messages))
+            assert lines[round][f"{way}link_payload_bytes"] == 3 * payload[way]
+            assert all(payload[way] < serialised(m) < payload[way] + 4000 for m in messages)
+
+    assert [(client, round) for client, round, _, _ in watched] == [
+        (client, round) for round in (1, 2) for client in (0, 1, 2)
+    ]
+    for _, round, before, after in watched:
+        trained = SENT[method][round - 1][0] + "|" + PERSONAL.get(method, "^$")
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        assert sorted(changed) == sorted(names_of(session.model, trained))
+
+    assert summary == json.loads((run.run_dir / "summary.json").read_text())
+    assert {key: type(value) for key, value in summary.items()} == SUMMARY
+    totals = {k: sum(line.get(k, 0) for line in lines) for k in summary["bytes"]}
+    assert summary["bytes"] == totals
+    assert set(totals) >= {
+        f"{way}link{kind}" for way in ("up", "down") for kind in ("_bytes", "_payload_bytes")
+    }
+    assert summary["parameters"]["sent_up"] == [COUNTS[method][1]] * 2
+    assert summary["data"]["rows"] == {"train": 240, "validation": 40, "test": 40}
+    assert summary["refused"] == {} and summary["seed"] == 0
+    assert summary["run_dir"] == str(run.run_dir)
+    metrics = summary["final"]
+    where = "client_test" if method in PERSONAL else "test"
+    assert 0 <= metrics[f"{where}_accuracy"] <= 1 and metrics[f"{where}_loss"] > 0
+
+
+def test_the_numbers_are_those_of_the_last_line_and_the_saved_state(run: Runner) -> None:
+    summary = run()
+    assert summary["final"]["validation_loss"] == run.lines()[-1]["validation_loss"]
+    assert summary["initial"]["validation_loss"] == run.lines()[0]["validation_loss"]
+    assert summary["final"]["validation_loss"] != summary["initial"]["validation_loss"]
+    sent = run.recorder.of("train", 2)
+    weights = torch.tensor([e.up.content.metric_records["metrics"]["num-examples"] for e in sent])
+    weights = weights.double() / weights.sum()
+    for name, value in run.saved().items():
+        states = torch.stack([e.up_state()[name].double() for e in sent], dim=-1)
+        torch.testing.assert_close(value, (states @ weights).float(), rtol=1e-6, atol=1e-8)
+
+
+def test_the_next_round_starts_from_the_aggregate(run: Runner) -> None:
+    run("num_rounds=1", "seed=3")
+    after_one = run.saved()
+    run("num_rounds=2", "seed=3")
+    for exchange in run.recorder.of("train", 2):
+        received = exchange.down_state()
+        assert received.keys() == after_one.keys()
+        assert all(torch.equal(received[n], after_one[n]) for n in after_one)
+
+
+def test_training_learns_the_topics(run: Runner) -> None:
+    summary = run("num_rounds=4", "local_steps=20", "lr=0.01", "partition=iid")
+    assert summary["baseline"]["test_baseline"] == 0.25
+    assert summary["final"]["test_accuracy"] >= 0.55
+    assert summary["final"]["test_loss"] < 0.75 * summary["initial"]["validation_loss"]
+
+
+# --- bytes -----------------------------------------------------------------------------------
+
+
+def test_payload_doubles_with_the_rank(run: Runner) -> None:
+    """Bug 5: bytes of what is sent, not of Python objects. FedSA-LoRA sends A alone."""
+    small = run("method=fedsa_lora", "method.rank=4")["bytes"]
+    large = run("method=fedsa_lora", "method.rank=8")["bytes"]
+    for key in ("uplink_payload_bytes", "downlink_payload_bytes"):
+        assert small[key] == 2 * 3 * 512 * 4
+        assert large[key] == 2 * small[key]
+    for key in ("uplink_bytes", "downlink_bytes"):
+        assert abs((large[key] - small[key]) - 2 * 3 * 512 * 4) < 200  # the index differs a little
+
+
+def test_evaluation_is_counted_apart(run: Runner) -> None:
+    without = run("evaluation.clients=never")["bytes"]
+    assert not any(key.startswith("evaluation") for key in without)
+    assert run.recorder.of("evaluate") == []
+    sent = run("evaluation.clients=always")["bytes"]
+    exchanges = run.recorder.of("evaluate")
+    assert len(exchanges) == 3 * 3
+    assert sent["evaluation_uplink_bytes"] == sum(serialised(e.up) for e in exchanges)
+    assert sent["evaluation_downlink_bytes"] == sum(serialised(e.down) for e in exchanges)
+    # "always" is a letter longer than "never" in the configuration that each message carries
+    assert sent["downlink_bytes"] == without.pop("downlink_bytes") + 2 * 3
+    assert {key: sent[key] for key in without} == without
+
+
+# --- the same again ----------------------------------------------------------------------------
+
+
+class Reversed(InProcessGrid):
+    """Answers the newest message first."""
+
+    def pull_messages(self, message_ids: Any) -> list[Message]:
+        wanted = set(message_ids)
+        for message_id in reversed(list(self._queue)):
+            if message_id in wanted:
+                return [self._answer(self._queue.pop(message_id))]
+        return []
+
+
+class Shuffled(InProcessGrid):
+    """Answers in a random order, some messages at once, from nodes numbered the other way round."""
+
+    def __init__(self, app: Any, node_configs: list[dict[str, Any]]) -> None:
+        super().__init__(app, node_configs[::-1])
+        self._rng = random.Random(11)
+
+    def pull_messages(self, message_ids: Any) -> list[Message]:
+        waiting = [i for i in self._queue if i in set(message_ids)]
+        self._rng.shuffle(waiting)
+        return [self._answer(self._queue.pop(i)) for i in waiting[: self._rng.randint(0, 2)]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_bits(method: str, run: Runner) -> None:
+    """Bug 12: also when replies come in another order, from nodes of other numbers."""
+    overrides = [f"method={method}", "evaluation.clients=always"]
+    first, lines = run(*overrides), run.lines()
+    again = run(*overrides, grid=Shuffled)
+    assert run.run_dir != Path(first["run_dir"])
+    assert without_time(again) == without_time(first)
+    assert without_time(run.lines()) == without_time(lines)
+
+
+def test_any_order_of_replies_gives_the_same_bits(run: Runner) -> None:
+    """And the grids do what this and the test above suppose."""
+    results, orders = [], []
+    for grid in (InProcessGrid, Reversed, Shuffled):
+        results.append(without_time(run(grid=grid)))
+        orders.append([e.client for e in run.recorder.of("train")])
+    assert results[0] == results[1] == results[2]
+    assert orders[0] == [0, 1, 2, 0, 1, 2] and orders[1] == [2, 1, 0, 2, 1, 0]
+    assert orders[2] not in orders[:2]
+    nodes = {e.client: e.down.metadata.dst_node_id for e in run.recorder.of("train")}
+    assert nodes == {0: 3, 1: 2, 2: 1}
+
+
+def test_another_seed_another_run(run: Runner) -> None:
+    first, second = run("seed=0"), run("seed=1")
+    assert first["shared_state_sha256"] != second["shared_state_sha256"]
+    assert first["initial"] != second["initial"]  # the head's start
+    assert first["data"] == second["data"]
+
+
+def test_launch_gives_the_same_as_the_grid(run: Runner, base: list[str], tmp_path: Path) -> None:
+    expected = run("method.rank=4")["shared_state_sha256"]
+    found: list[str] = []
+    overrides = [*base, "method.rank=4", f"run_dir={tmp_path / 'launched'}"]
+    config = load(overrides)
+    launch(
+        lambda grid, _: found.append(serve(grid, overrides, quiet())["shared_state_sha256"]),
+        config.num_clients,
+        config.runtime,
+    )
+    assert found == [expected]
+
+
+def test_cohorts(run: Runner) -> None:
+    overrides = ["num_clients=5", "clients_per_round=2", "num_rounds=6", "local_steps=1"]
+    cohorts = []
+    for seed in (0, 0, 1):
+        run(*overrides, f"seed={seed}", "partition=iid")
+        cohorts.append([line["cohort"] for line in run.lines()[1:]])
+        worked = [[e.client for e in run.recorder.of("train", r)] for r in range(1, 7)]
+        assert worked == cohorts[-1]
+    assert cohorts[0] == cohorts[1] != cohorts[2]
+    assert all(len(set(c)) == 2 and c == sorted(c) for c in cohorts[0])
+    assert len({tuple(c) for c in cohorts[0]}) > 2
+    assert {client for c in cohorts[0] for client in c} == {0, 1, 2, 3, 4}
+
+
+# --- the run's directory -------------------------------------------------------------------------
+
+
+def test_a_directory_holds_one_run(run: Runner, tmp_path: Path) -> None:
+    run(f"run_dir={tmp_path / 'mine'}")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "mine").iterdir()}
+    assert set(before) == {
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "shared_state.safetensors",
+        "best_shared_state.safetensors",
+    }
+    with pytest.raises(ValueError, match=r"run_dir=.*/mine already holds a run"):
+        run(f"run_dir={tmp_path / 'mine'}", "seed=5")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "mine").iterdir()} == before
+
+
+def test_evaluation_every(run: Runner) -> None:
+    run("num_rounds=5", "evaluation.every=2", "local_steps=1")
+    assert [line["round"] for line in run.lines() if "validation_loss" in line] == [0, 2, 4, 5]
+
+
+def test_clients_get_no_path_of_the_server(run: Runner) -> None:
+    run()
+    for exchange in run.recorder.of("train"):
+        overrides = exchange.down.content.config_records["config"]["overrides"]
+        assert "run_dir" not in str(overrides)
+
+
+def test_personal_method_without_client_evaluation(run: Runner) -> None:
+    """Nothing is measured, so the last round stands for the best; the run still ends well."""
+    summary = run("method=fedsa_lora", "evaluation.clients=never")
+    assert summary["best"]["round"] == summary["final"]["round"] == 2
+    best, last = run.saved("best_shared_state"), run.saved()
+    assert all(torch.equal(best[name], last[name]) for name in last)
+
+
+def test_uniform_weights(run: Runner) -> None:
+    run("num_rounds=1", "strategy.weights=uniform")
+    sent = [e.up_state() for e in run.recorder.of("train", 1)]
+    for name, value in run.saved().items():
+        mean = torch.stack([state[name].double() for state in sent]).mean(0)
+        torch.testing.assert_close(value, mean.float(), rtol=1e-6, atol=1e-8)
+
+
+# --- personal parameters -------------------------------------------------------------------------
+
+
+def test_personal_tensors_stay_each_client_s_own(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug 1: one resident model serves all clients, yet each has its own B and head."""
+    last: dict[int, State] = {}
+    initial: State = {}
+    checked: list[tuple[str, int, int]] = []
+    train_client, evaluate = Session.train_client, Session.evaluate
+
+    def personal(session: Session) -> State:
+        return snapshot(session.model, names_of(session.model, PERSONAL["fedsa_lora"]))
+
+    def check(session: Session) -> None:
+        initial.update({name: session.initial[name] for name in personal(session)})
+        expected = last.get(run.recorder.client, initial)
+        for name, value in personal(session).items():
+            assert torch.equal(value, expected[name]), (run.recorder.client, name)
+        checked.append((run.recorder.kind, run.recorder.round, run.recorder.client))
+
+    def train_and_check(session: Session, client: int, round: int) -> tuple[int, float]:
+        assert client == run.recorder.client
+        check(session)
+        result = train_client(session, client, round)
+        last[client] = personal(session)
+        return result
+
+    def evaluate_and_check(session: Session, *args: Any) -> dict[str, float]:
+        check(session)
+        return evaluate(session, *args)
+
+    monkeypatch.setattr(Session, "train_client", train_and_check)
+    monkeypatch.setattr(Session, "evaluate", evaluate_and_check)
+    summary = run("method=fedsa_lora", "clients_per_round=2", "num_rounds=4", "seed=2")
+    assert summary["refused"] == {}  # where a check that fails in a client would show
+
+    assert len(initial) == 4 + 2
+    assert all(not value.any() for name, value in initial.items() if "lora_B" in name)
+    assert initial["classifier.weight"].any()
+    cohorts = [line["cohort"] for line in run.lines()[1:]]
+    assert sorted(last) == [0, 1, 2] and len({tuple(c) for c in cohorts}) > 1
+    # One training in each cohort, and validation and test of every client in rounds 0 to 4.
+    trained = [(round, client) for kind, round, client in checked if kind == "train"]
+    assert trained == [(r, c) for r, cohort in enumerate(cohorts, start=1) for c in cohort]
+    assert len(checked) == len(trained) + 2 * 3 * 5
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        assert all(not torch.equal(last[a][name], last[b][name]) for name in initial)
+    for exchange in run.recorder.exchanges:
+        for state in (exchange.down_state(), exchange.up_state()):
+            assert all(".lora_A." in name for name in state)
+
+
+def test_a_fresh_client_starts_from_zero_b_and_the_initial_head(
+    run: Runner, watched: list[tuple[int, int, State, State]]
+) -> None:
+    run("method=fedsa_lora", "clients_per_round=1", "num_rounds=6", "seed=2")
+    first: dict[int, tuple[int, State]] = {}
+    for client, round, before, _ in watched:
+        first.setdefault(client, (round, before))
+    assert len(first) == 3 and max(round for round, _ in first.values()) > 1
+    heads: list[Tensor] = []
+    for _, before in first.values():
+        assert all(not v.any() for name, v in before.items() if ".lora_B." in name)
+        heads.append(before["classifier.weight"])
+    assert all(torch.equal(a, b) for a, b in pairwise(heads))
+    # while A is the one that the others have trained
+    a = [name for name in first[0][1] if ".lora_A." in name]
+    starts = [before for _, before in first.values()]
+    assert not torch.equal(starts[0][a[0]], starts[1][a[0]])
+
+
+def test_shared_head_of_fedsa_lora(run: Runner) -> None:
+    run("method=fedsa_lora", "method.head=shared", "num_rounds=1")
+    for exchange in run.recorder.of("train"):
+        assert {n for n in exchange.up_state() if ".lora_" not in n} == {
+            "classifier.weight",
+            "classifier.bias",
+        }
+
+
+def test_runs_of_one_process_do_not_share_personal_values(base: list[str], tmp_path: Path) -> None:
+    """``fedpeft compare`` serves several configurations to the same nodes in turn."""
+    recorder = Recorder()
+    grid = InProcessGrid(recorder, [{"partition-id": i} for i in range(3)])  # type: ignore[arg-type]
+    shas = []
+    for rank in (4, 2, 4):
+        overrides = [*base, "method=fedsa_lora", f"method.rank={rank}", "num_rounds=1", "seed=9"]
+        folder = tmp_path / str(len(shas))
+        shas.append(serve(grid, [*overrides, f"run_dir={folder}"], quiet())["shared_state_sha256"])
+    assert shas[0] != shas[1]
+    assert len(recorder.of("train")) == 3 * 3
