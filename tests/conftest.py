@@ -62,7 +62,7 @@ def sentences(label: str, rows: int, rng: random.Random) -> list[str]:
 @pytest.fixture(scope="session", autouse=True)
 def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is read from or left in this machine's caches."""
-    import datasets
+    import datasets.config
     from transformers.utils import logging
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
@@ -73,12 +73,12 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of hidden size 32, two layers, with random weights and a tokenizer of whole words."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizer
 
     folder = tmp_path_factory.mktemp("bert")
     words = sorted({w for text in (*TOPICS.values(), COMMON) for w in text.split()})
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
+    BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=32,

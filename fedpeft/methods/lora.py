@@ -59,6 +59,7 @@ class LoRA(Method):
         if not isinstance(module, LoraLayer) or not isinstance(module, nn.Module):
             return None
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        assert isinstance(a, Tensor) and isinstance(b, Tensor)
         return module.scaling["default"] * (b @ a)
 
 

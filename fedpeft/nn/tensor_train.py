@@ -125,22 +125,22 @@ class TTLinear(nn.Module):
         """The factors G_1..G_J in order."""
         return [getattr(self, name) for name in self._names]
 
-    def _cut(self) -> tuple[int, int] | None:
-        """(j, q): the first j axes make the input; q of axis j spill over into the output.
+    def _cut(self) -> tuple[int, int, int] | None:
+        """The cheapest cut (j, s, q): L is made of the first j factors, R of the others.
 
-        None where the first j axes hold no whole number of inputs (the table's 1280x64, say), or
-        where the thin sides would cost more than the dense W: then W is built.
+        Where the axes' product meets the input's width only across an axis, either s slots of the
+        input stay for R, or q slots of the output already come out of L; else both are 1.
+        None where building W costs no more multiply-adds a token.
         """
+        options = [(self.in_features * self.out_features, None)]
         inside = 1
         for j, k in enumerate(self.shape, start=1):
             inside *= k
-            if inside >= self.in_features:
-                q = inside // self.in_features
-                even = inside == q * self.in_features
-                r = self.rank if j < len(self.shape) else 1
-                thin_cost = r * (self.in_features * q + self.out_features)
-                return (j, q) if even and thin_cost < self.in_features * self.out_features else None
-        raise ValueError(f"TT shape {list(self.shape)} is smaller than {self.in_features} inputs")
+            r = self.rank if j < len(self.shape) else 1
+            s, q = max(1, self.in_features // inside), max(1, inside // self.in_features)
+            if self.in_features * q == inside * s:
+                options.append((r * (self.in_features * q + self.out_features * s), (j, s, q)))
+        return min(options, key=lambda option: option[0])[1]
 
     def dense(self) -> Tensor:
         """W, (in, out)."""
@@ -150,13 +150,18 @@ class TTLinear(nn.Module):
         """(..., in) to (..., out)."""
         if self.cut is None:
             return x @ self.dense() + self.bias
-        j, q = self.cut
+        j, s, q = self.cut
         factors = self.factors()
         r = factors[j - 1].shape[2]
-        left = _chain(factors[:j]).reshape(self.in_features, q * r)
-        y = x @ left
+        left = _chain(factors[:j]).reshape(self.in_features // s, q * r)
+        if s == 1:
+            y = (x @ left).reshape(-1, r)
+        else:  # (tokens, in/s, s) with L on its middle axis
+            y = x.reshape(-1, left.shape[0], s).transpose(1, 2) @ left
+            y = y.reshape(-1, s * r)
         if j < len(factors):
-            y = y.reshape(-1, r) @ _chain(factors[j:]).reshape(r, -1)
+            right = _chain(factors[j:]).reshape(r, s, -1).transpose(0, 1)
+            y = y @ right.reshape(s * r, -1)
         return y.reshape(*x.shape[:-1], self.out_features) + self.bias
 
     def extra_repr(self) -> str:
