@@ -18,7 +18,7 @@ quick: $(VENV)/dev ## the tests that take seconds
 lint: $(VENV)/dev ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint test
 
@@ -30,10 +30,12 @@ $(VENV)/pip: constraints.txt
 	touch $@
 
 $(VENV)/quickstart: $(VENV)/pip pyproject.toml
+	@echo 'installing into $(VENV), a minute or two'
 	$(PIP) -e '.[quickstart]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/pip pyproject.toml
+	@echo 'installing into $(VENV), a minute or two'
 	$(PIP) -e '.[quickstart,dev]'
 	touch $@ $(VENV)/quickstart
 

@@ -116,9 +116,7 @@ def bare_client(model: nn.Module, parameters: list[nn.Parameter], given: list[Ba
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     model.train()
     for batch in given:
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = nn.functional.cross_entropy(logits, batch["labels"])
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -83,6 +83,8 @@ def _serve_all(runs: list[list[str]], quiet: bool) -> list[dict[str, Any]]:
     from fedpeft.progress import Display
 
     configs = [configuration.load(overrides) for overrides in runs]  # all are checked first
+    for config in configs:
+        config.model.source()
     from fedpeft.runtime import launch
 
     summaries: list[dict[str, Any]] = []

@@ -63,7 +63,7 @@ def _open(message: Message, context: Context) -> "tuple[Session, int, int]":
 
 def _client(context: Context) -> int:
     if "partition-id" not in context.node_config:
-        raise ValueError("this node has no partition-id: start it with --node-config partition-id=N")
+        raise ValueError("this node has no partition-id: give --node-config partition-id=N")
     return int(context.node_config["partition-id"])
 
 
@@ -112,4 +112,3 @@ def _reply(
     if arrays is not None:
         content["arrays"], content["config"] = arrays, ConfigRecord({"index": index})
     return Message(content, reply_to=message)
-

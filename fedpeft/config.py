@@ -221,7 +221,7 @@ def composed(overrides: str | Sequence[str]) -> DictConfig:
         try:
             with initialize_config_dir(str(CONF), version_base="1.3", job_name="fedpeft"):
                 return compose("config", [_override(o) for o in split(overrides)])
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ConfigError(_sentence(error)) from error
         finally:
             GlobalHydra.instance().hydra = outer
@@ -236,9 +236,9 @@ def load(overrides: str | Sequence[str] = ()) -> Config:
     tree = composed(overrides)
     try:
         values: dict[str, Any] = {name: _group(tree, name, base) for name, base in GROUPS.items()}
-        scalars = [key for key in tree if key not in GROUPS]
+        scalars = [str(key) for key in tree if key not in GROUPS]
         typed = OmegaConf.merge(_writable(Config), OmegaConf.masked_copy(tree, scalars))
-        plain = {str(key): _plain(typed, str(key)) for key in scalars}
+        plain = {key: _plain(typed, key) for key in scalars}
         return Config(**values, **plain)
     except OmegaConfBaseException as error:
         raise ConfigError(_sentence(error)) from error

@@ -97,7 +97,8 @@ def initial_error(base: nn.Module, injected: nn.Module, batch: Batch) -> dict[st
 
     handles = [base.get_submodule(s).register_forward_hook(compare(s)) for s in sites]
     try:
-        base.eval(), injected.eval()
+        base.eval()
+        injected.eval()
         base(**{key: value for key, value in batch.items() if key != "labels"})
     finally:
         for handle in handles:

@@ -158,7 +158,9 @@ class MeanPooledClassifier(nn.Module):
         self.config: Any = backbone.config
         self.backbone = backbone
         if getattr(backbone, "pooler", None) is not None:
-            backbone.pooler = None  # reads the first token only; nothing would use it
+            backbone.register_module(
+                "pooler", None
+            )  # reads the first token only; nothing would use it
         self.classifier = nn.Linear(self.config.hidden_size, self.config.num_labels)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:

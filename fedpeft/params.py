@@ -16,7 +16,7 @@ def parameter_counts(
     """Numbers of parameters, each [least, most] over the rounds 1..num_rounds.
 
     ``sent_down`` counts what a client that keeps nothing between rounds needs; ``total`` the whole
-    model without what the method added.
+    model with what the method added.
     """
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     names = list(trainable)
@@ -31,7 +31,7 @@ def parameter_counts(
 
 
 def count_on_meta(config: Config, rounds: int = 24) -> dict[str, Any]:
-    """``parameter_counts`` of the real architecture, without its weights.
+    """``parameter_counts`` of the real architecture without its weights; ``total`` is its own.
 
     Args:
         rounds: enough for every factor of FedTT+ to have its turn.

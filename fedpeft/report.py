@@ -46,9 +46,7 @@ HEADER = (
 )
 
 
-def comparison_rows(
-    summaries: dict[str, dict[str, Any]], metric: str, cohort: int
-) -> Rows:
+def comparison_rows(summaries: dict[str, dict[str, Any]], metric: str, cohort: int) -> Rows:
     """One row a method, best quality first.
 
     ``quality`` is the mean of ``metric`` on the clients' own test rows after the last round, the

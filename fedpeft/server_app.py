@@ -119,9 +119,7 @@ class _Run:
             clients = sorted(strategy.nodes)
             self.display.phase("evaluate", len(clients))
             timeout = session.config.runtime.round_timeout
-            replies = strategy.exchange(
-                grid, messages, clients, timeout, self.display.client_done
-            )
+            replies = strategy.exchange(grid, messages, clients, timeout, self.display.client_done)
             line |= strategy.aggregate_evaluate(round, replies) or {}
         return line
 
@@ -220,4 +218,3 @@ def _measures(line: dict[str, Any]) -> dict[str, Any]:
 def round_seconds(begun: float) -> float:
     """Seconds since, to the millisecond."""
     return float(f"{time.perf_counter() - begun:.3f}")
-

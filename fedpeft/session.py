@@ -129,9 +129,7 @@ class Session:
         self.set_trainable(round)
 
         def rate(step: int) -> float:
-            return config.optimizer.rate(
-                config.lr, round, config.num_rounds, step, len(batches)
-            )
+            return config.optimizer.rate(config.lr, round, config.num_rounds, step, len(batches))
 
         with torch_seed(config.seed, "dropout", round, client):
             loss = train(

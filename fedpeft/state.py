@@ -141,4 +141,3 @@ def wire_bytes(content: RecordDict) -> int:
 def payload_bytes(state: State) -> int:
     """Bytes of the arrays alone."""
     return sum(value.numel() * value.element_size() for value in state.values())
-

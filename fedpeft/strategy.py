@@ -18,6 +18,7 @@ from fedpeft.session import Session
 from fedpeft.state import check, pack, payload_bytes, unpack, wire_bytes
 
 POLL_SECONDS = 0.05
+OWN_SPLITS = ("validation", "test")  # what a client measures itself on
 
 
 class RoundFailed(RuntimeError):
@@ -253,20 +254,32 @@ class RoleStrategy(Strategy):
         totals: dict[str, float] = {}
         rows: dict[str, int] = {}
         for reply in replies:
-            if reply.has_error():
-                self.round.refused[self._client_of(reply)] = "evaluation: " + _reason(reply)
+            try:
+                metrics = self._measured(reply)
+            except (ValueError, KeyError) as error:
+                self.round.refused[self._client_of(reply)] = f"evaluation: {error}"
                 continue
             self.round.count("evaluation_uplink_bytes", wire_bytes(reply.content))
-            metrics: dict[str, Any] = dict(reply.content.metric_records["metrics"])
             for key, value in metrics.items():
-                split = key.partition("_")[0]
-                if key != f"{split}-num-examples" and "-num-examples" not in key:
-                    number = metrics[f"{split}-num-examples"]
+                if not key.endswith("-num-examples"):
+                    number = int(metrics[f"{key.partition('_')[0]}-num-examples"])
                     totals[key] = totals.get(key, 0.0) + number * value
                     rows[key] = rows.get(key, 0) + number
         if not totals:
             return None
         return MetricRecord({f"client_{key}": totals[key] / rows[key] for key in sorted(totals)})
+
+    def _measured(self, reply: Message) -> dict[str, float]:
+        """A client's metrics, or an error that says what is wrong."""
+        if reply.has_error():
+            raise ValueError(_reason(reply))
+        metrics: dict[str, Any] = dict(reply.content.metric_records["metrics"])
+        for key, value in metrics.items():
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{key} must be a finite number, got {value}")
+        if not all(metrics.get(f"{split}-num-examples", 0) >= 1 for split in OWN_SPLITS):
+            raise ValueError(f"num-examples of {' and '.join(OWN_SPLITS)} must be >= 1")
+        return metrics
 
     def summary(self) -> None:
         """Nothing to log: the run's directory holds the configuration."""

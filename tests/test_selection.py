@@ -136,7 +136,7 @@ def test_the_best_state_s_test_numbers_are_those_of_that_state(run: Runner) -> N
         assert summary[key]["test_loss"] == found["loss"]
         assert summary[key]["test_accuracy"] == found["accuracy"]
     best = max(run.lines(), key=lambda line: line["validation_accuracy"])
-    assert summary["best"]["round"] == best["round"]
+    assert summary["best"]["round"] == best["round"] != 3
 
 
 def test_when_no_training_helps_the_initial_state_is_the_best(

@@ -42,7 +42,7 @@ class Examples:
         return np.diff(self.offsets)
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """Rows padded on the right to the longest: input_ids, attention_mask (B, L), labels (B,)."""
+        """Rows padded on the right: input_ids and attention_mask (B, L), labels (B,)."""
         lengths = self.lengths[rows]
         ids = np.full((len(rows), int(lengths.max())), self.pad_id, np.int64)
         for i, row in enumerate(rows):

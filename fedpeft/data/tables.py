@@ -16,6 +16,7 @@ def load_tables(path: str, subset: str | None, revision: str | None) -> "dict[st
         ValueError: the folder holds no table, or the hub cannot be reached.
     """
     import datasets
+    from datasets.exceptions import DatasetsError
 
     datasets.disable_progress_bars()
     folder = Path(path).expanduser()
@@ -26,7 +27,7 @@ def load_tables(path: str, subset: str | None, revision: str | None) -> "dict[st
             raise ValueError(f"data.path={path} is no folder")
         else:
             found = datasets.load_dataset(path, subset, revision=revision)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, DatasetsError) as error:
         raise ValueError(
             f"data set {path} is neither a folder here nor to be had from the hub "
             f"({type(error).__name__}): give a folder of parquet, CSV or JSON lines with data.path="

@@ -204,9 +204,7 @@ class TextClassification:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of a batch, a scalar."""
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return nn.functional.cross_entropy(logits.float(), batch["labels"])
 
     def evaluate_batch(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -229,7 +227,9 @@ class TextClassification:
         return {
             "loss": float(joined["loss"].double().mean()),
             "accuracy": float(accuracy_score(label, prediction)),
-            "f1_macro": float(f1_score(label, prediction, average="macro", zero_division=0)),
+            "f1_macro": float(
+                f1_score(label, prediction, average="macro", zero_division=0)  # type: ignore[arg-type]
+            ),
         }
 
     def baseline(self, train: np.ndarray, rows: np.ndarray) -> float | None:
@@ -266,9 +266,9 @@ class LanguageModelling(TextClassification):
 
     def _logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (B, L-1, V) and their targets (B, L-1), -100 on padding."""
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits[:, :-1]
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+            :, :-1
+        ]
         targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]
         return logits.float(), targets
 

@@ -82,9 +82,7 @@ class FedTT(Method):
             if CLASSIFIER.search(name) and isinstance(module, nn.Linear):
                 i, o = module.in_features, module.out_features
                 shape = tt_shape(i, o, self.shapes)
-                replace(
-                    model, name, TTLinear(i, o, shape, self.tt_rank, module.weight.device)
-                )
+                replace(model, name, TTLinear(i, o, shape, self.tt_rank, module.weight.device))
 
     def effective(self, module: nn.Module) -> Tensor | None:
         return module.dense() if isinstance(module, TTLinear) else None

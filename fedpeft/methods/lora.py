@@ -35,6 +35,8 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank must be >= 1, got {self.rank}")
+        if not self.targets:
+            raise ValueError("targets must name at least one projection, got []")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.alpha <= 0:

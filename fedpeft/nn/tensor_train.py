@@ -132,6 +132,7 @@ class TTLinear(nn.Module):
         input stay for R, or q slots of the output already come out of L; else both are 1.
         None where building W costs no more multiply-adds a token.
         """
+        options: list[tuple[int, tuple[int, int, int] | None]]
         options = [(self.in_features * self.out_features, None)]
         inside = 1
         for j, k in enumerate(self.shape, start=1):

@@ -1,0 +1,106 @@
+"""The command line: what it prints, saves, and says of wrong input."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft import cli
+
+TINY = ["--methods", "fedsa_lora,ffa_lora", "method.rank=4"]
+
+
+@pytest.fixture
+def fedpeft(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Any:
+    """``fedpeft("run", ...)`` gives what the command prints, run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["fedpeft", *arguments])
+        cli.main()
+        return capsys.readouterr().out
+
+    return command
+
+
+def test_run_prints_and_returns_its_summary(fedpeft: Any, base: list[str]) -> None:
+    summary = json.loads(fedpeft("run", "--json", *base, "method.rank=4"))
+    saved = json.loads((Path(summary["run_dir"]) / "summary.json").read_text())
+    assert saved == summary
+    text = fedpeft("run", *base, "method.rank=4", "run_dir=again")
+    assert summary["shared_state_sha256"] in text
+    assert f"test_accuracy: {summary['final']['test_accuracy']:.4f}" in text
+
+
+def test_compare_sorts_by_quality_and_saves(fedpeft: Any, base: list[str]) -> None:
+    rest = [o for o in base if not o.startswith("method=")]
+    text = fedpeft("compare", *TINY, *rest, "run_dir=out")
+    folder = Path("out")
+    rows = (folder / "comparison.csv").read_text().splitlines()
+    assert rows[0].startswith("method,quality,global_test,round_0")
+    quality = {name: float(value) for name, value, *_ in (row.split(",") for row in rows[1:])}
+    assert list(quality.values()) == sorted(quality.values(), reverse=True)
+    for name, value in quality.items():
+        summary = json.loads((folder / name / "summary.json").read_text())
+        assert value == summary["final"]["client_test_accuracy"]
+        assert ("test_accuracy" in summary["final"]) == (name == "ffa_lora")
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    table = (folder / "comparison.md").read_text()
+    assert all(f"{value:.3f}" in text and name in text for name, value in quality.items())
+    assert table.count("\n| ") == 2
+
+
+def test_params_of_all_methods(fedpeft: Any) -> None:
+    counts = json.loads(fedpeft("params", "--json", "model=roberta_base", "data=sst2"))
+    assert list(counts) == cli.METHODS.split(",")
+    assert counts["fedtt"]["sent_up"] == [60_634, 60_634]
+    assert counts["fedsa_lora"]["sent_up"] == [147_456, 147_456]
+    text = fedpeft("params", "model=roberta_base", "data=sst2", "method=fedtt_plus")
+    assert "15,298-20,098" in text and "20,098-39,898" in text
+
+
+def test_partition_counts_and_draws(fedpeft: Any, base: list[str]) -> None:
+    overrides = [o for o in base if o.startswith(("data", "num_clients", "partition"))]
+    counts = json.loads(fedpeft("partition", "--json", *overrides))
+    assert [sum(column) for column in zip(*counts["counts"], strict=True)] == [60] * 4
+    assert len(counts["counts"]) == 3
+    fedpeft("partition", *overrides)
+    assert Path("partition.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweep_runs_each_choice(fedpeft: Any, base: list[str]) -> None:
+    rest = [o for o in base if not o.startswith("method=")]
+    fedpeft("run", "-m", *rest, "method=lora,ffa_lora", "method.rank=4")
+    found = sorted(Path("runs").glob("*_sweep/*/summary.json"))
+    methods = [json.loads(path.read_text())["method"] for path in found]
+    assert methods == ["LoRA", "FFALoRA"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "lrr=1"], "lrr"),
+        (["run", "method=nope"], "nope"),
+        (["run", "method=scl", "method.rnak=3"], "method.rnak"),
+        (["params", "method.rank=3"], "method.rank=3 needs method=NAME"),
+        (["compare", "--methods"], "--methods needs a value"),
+        (["run", "model.path=/nowhere"], "/nowhere"),
+        (["partition", "num_clients=2000", "data=table", "data.path=/nowhere"], "/nowhere"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_status_2(
+    fedpeft: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        fedpeft(*arguments)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert says in error and error.startswith("fedpeft: ") and error.count("\n") == 1
+
+
+def test_unknown_command(fedpeft: Any) -> None:
+    with pytest.raises(SystemExit, match="unknown command fly, must be one of run, compare"):
+        fedpeft("fly")

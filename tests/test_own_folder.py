@@ -1,0 +1,61 @@
+"""A client with a data folder of its own: all its rows are its, and classes are numbered alike."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from flwr.app import Context, Message
+
+from fedpeft.client_app import app as client_app
+from fedpeft.config import join
+from fedpeft.session import open_session
+from tests.conftest import TOPICS, sentences
+
+LABELS = f"data.labels=[{','.join(TOPICS)}]"
+
+
+@pytest.fixture
+def ward(tmp_path: Path) -> Path:
+    """A hospital's folder: training rows alone, of two of the four classes."""
+    import random
+
+    rng = random.Random(5)
+    rows = [(t, label) for label in ("music", "weather") for t in sentences(label, 15, rng)]
+    columns = {"text": [t for t, _ in rows], "label": [label for _, label in rows]}
+    datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "train.parquet"))
+    return tmp_path
+
+
+def test_labels_must_be_given(base: list[str], ward: Path) -> None:
+    with pytest.raises(ValueError, match=r"own data-path needs data\.labels="):
+        open_session(join(base), str(ward))
+
+
+def test_all_rows_are_the_clients_and_classes_keep_their_numbers(
+    base: list[str], ward: Path
+) -> None:
+    session = open_session(join([*base, LABELS]), str(ward))
+    for client in (0, 2):
+        own = session.client_examples(client)
+        assert [len(own[split]) for split in ("train", "validation", "test")] == [24, 3, 3]
+        used = {int(label) for examples in own.values() for label in examples.labels}
+        assert used == {list(TOPICS).index("music"), list(TOPICS).index("weather")}
+
+
+def test_the_node_names_its_folder(base: list[str], ward: Path, run: Any) -> None:
+    numbers: dict[int, int] = {}
+
+    def answer(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            config = {**context.node_config, "data-path": str(ward)}
+            context = Context(1, context.node_id, config, context.state, {})
+        reply = client_app(message=message, context=context)
+        if message.metadata.message_type == "train":
+            number = reply.content.metric_records["metrics"]["num-examples"]
+            assert isinstance(number, int)
+            numbers[int(context.node_config["partition-id"])] = number
+        return reply
+
+    summary = run(LABELS, answer=answer)
+    assert summary["refused"] == {} and numbers[1] == 24 and numbers[0] != 24
