@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from fedpeft.config import Config
 from fedpeft.methods.base import Method, Role
+from fedpeft.schema import Config
 from fedpeft.state import down_names, roles
 
 

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedpeft.config import Runtime
+from fedpeft.schema import Runtime
 
 Main = Callable[[Grid, Context], None]
 

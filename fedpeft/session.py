@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from fedpeft import config as configuration
-from fedpeft.config import Config
 from fedpeft.data.batching import Examples, training_batches
 from fedpeft.data.partition import own_splits
 from fedpeft.methods.base import Role, State
+from fedpeft.schema import Config
 from fedpeft.seeding import generator, torch_seed
 from fedpeft.state import down_names, load_state, names_with, roles, snapshot
 from fedpeft.training import evaluate, train

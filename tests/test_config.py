@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.config import CONF, GROUPS, Config, ConfigError, addable, composed, join, load, split
+from fedpeft.config import CONF, GROUPS, addable, composed, join, load, split
 from fedpeft.data.partition import IID, Dirichlet
 from fedpeft.methods.lora import FedSALoRA, LoRA
 from fedpeft.models import Pretrained
+from fedpeft.schema import Config, ConfigError
 from fedpeft.session import Session
 from fedpeft.training import Optimization
 from tests.conftest import Runner

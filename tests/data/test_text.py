@@ -13,7 +13,8 @@ from torch import nn
 
 from fedpeft.config import load
 from fedpeft.data.tables import subsample
-from fedpeft.data.text import LanguageModelling, TextClassification
+from fedpeft.data.language import LanguageModelling
+from fedpeft.data.text import TextClassification
 from fedpeft.session import Session
 
 ROWS = [
