@@ -23,6 +23,10 @@ METHODS = "lora,ffa_lora,fedsa_lora,scl,fedtt,fedtt_plus"
 
 def main() -> None:
     """Entry point; errors of configuration and data end with one sentence and status 2."""
+    # Before the libraries are imported, which read them then: no usage reports, and no tokenizer
+    # threads beside the workers.
+    for name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED"):
+        os.environ.setdefault(name, "0")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     command, *arguments = sys.argv[1:] or ["--help"]

@@ -99,7 +99,6 @@ def _launch_ray(main: Main, client_app: ClientApp, num_clients: int, runtime: Ru
     # Before Ray starts: its actors inherit the environment, and would run at nice 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     from flwr.simulation import run_simulation
 
     server_app = ServerApp()
