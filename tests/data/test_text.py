@@ -12,8 +12,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from torch import nn
 
 from fedpeft.config import load
-from fedpeft.data.tables import subsample
 from fedpeft.data.language import LanguageModelling
+from fedpeft.data.tables import subsample
 from fedpeft.data.text import TextClassification
 from fedpeft.session import Session
 
