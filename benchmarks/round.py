@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/round.json"))
+    parser.add_argument("--output", type=Path, default=Path("results/round.json"))
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     overrides = configuration.join(
