@@ -1,0 +1,348 @@
+"""Every metric by hand and against the library that defines it, and the evaluate wrapper."""
+
+import logging
+import math
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics.bleu import BLEU
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+
+from fedpeft import metrics
+from fedpeft.metrics import METRICS, measure
+
+LABELS = ("accuracy", "f1", "f1_macro", "f1_weighted", "matthews")
+NUMBERS = ("spearman", "pearson")
+TEXTS = ("bleu4", "rouge_l", "exact_match", "token_f1")
+NAMES = (*LABELS, *NUMBERS, *TEXTS)
+WORDS = (
+    "the a cat dogs Café sat, on. «blue» naïve 東京 running 3.14 don't mat! &amp; привет".split()
+)
+
+
+def rows(name: str, count: int = 6) -> tuple[list[Any], list[Any]]:
+    """Predictions and references that a metric takes, different from each other."""
+    draw = random.Random(count)
+    if name in LABELS:
+        return draw.choices((0, 1), k=count), draw.choices((0, 1), k=count)
+    if name in NUMBERS:
+        return [draw.random() for _ in range(count)], [draw.random() for _ in range(count)]
+    references = [[sentence(draw) for _ in range(1 + i % 3)] for i in range(count)]
+    predictions = [draw.choice(row).split()[i % 4 :] for i, row in enumerate(references)]
+    return [" ".join(words) for words in predictions], references
+
+
+def sentence(draw: random.Random) -> str:
+    return " ".join(draw.choices(WORDS, k=draw.randint(4, 12)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [  # class 1: 2 right, 2 wrongly predicted; class 0: 1 right, 2 missed
+        ("accuracy", 3 / 5),
+        ("f1", 4 / 6),
+        ("f1_macro", (4 / 6 + 2 / 4) / 2),
+        ("f1_weighted", (2 * 4 / 6 + 3 * 2 / 4) / 5),
+        ("matthews", 2 / math.sqrt(4 * 2 * 3 * 1)),
+    ],
+)
+def test_labels_by_hand(name: str, value: float) -> None:
+    predictions, references = [1, 1, 1, 1, 0], [1, 0, 1, 0, 0]
+    assert measure(name, predictions, references) == pytest.approx(value)
+    assert measure(name, np.array(predictions), np.array(references)) == pytest.approx(value)
+
+
+def test_labels_as_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    truth, guess = rng.integers(0, 5, 200), rng.integers(0, 4, 200)  # 4 is never predicted
+    for average in ("macro", "weighted"):
+        theirs = sklearn_metrics.f1_score(truth, guess, average=average, zero_division=0)  # type: ignore
+        assert measure(f"f1_{average}", guess, truth) == pytest.approx(theirs)
+    theirs = sklearn_metrics.matthews_corrcoef(truth, guess)
+    assert measure("matthews", guess, truth) == pytest.approx(theirs)
+    assert measure("accuracy", guess, truth) == sklearn_metrics.accuracy_score(truth, guess)
+
+
+def test_f1_without_positives_is_0_and_of_other_classes_refused() -> None:
+    assert measure("f1", [0, 0], [0, 0]) == 0
+    assert measure("f1", [0, 0], [0, 1]) == 0
+    with pytest.raises(ValueError, match="multiclass"):
+        measure("f1", [0, 1, 2], [0, 1, 2])
+
+
+def test_as_many_classes_as_rows() -> None:
+    classes = list(range(30))
+    assert measure("f1_macro", classes, [*classes[:-1], 0]) == pytest.approx((28 + 2 / 3) / 30)
+
+
+@pytest.mark.parametrize(("name", "value"), [("spearman", 0.8), ("pearson", 13 / math.sqrt(250))])
+def test_numbers_by_hand(name: str, value: float) -> None:
+    # ranks differ by 0, 1, 1, 0: 1 - 6 * 2 / (4 * 15); deviations -3 -2 -1 6 and -1.5 .5 -.5 1.5
+    assert measure(name, [1, 2, 3, 10], [1, 3, 2, 4]) == pytest.approx(value)
+    assert measure(name, [-1, -2, -3, -10], [1, 3, 2, 4]) == pytest.approx(-value)
+
+
+def test_numbers_as_scipy_with_ties_and_single_precision() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 6, 100)
+    guess = (truth + rng.normal(size=100)).astype(np.float32)
+    guess[10:20] = guess[0]
+    ours = measure("pearson", guess, truth)
+    assert ours == pytest.approx(stats.pearsonr(guess.astype(float), truth)[0], abs=1e-14)
+    assert measure("spearman", guess, truth) == pytest.approx(stats.spearmanr(guess, truth)[0])  # type: ignore
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, "matthews"])
+def test_constant_is_0(name: str) -> None:
+    assert measure(name, [1, 1, 1], [0, 1, 2]) == 0
+    assert measure(name, [0, 1, 2], [1, 1, 1]) == 0
+    assert measure(name, [0, 0, 0], [0, 0, 0]) == 0
+    assert measure(name, [1], [1]) == 0
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_rounding_is_constant_and_small_spread_is_not(name: str) -> None:
+    assert measure(name, [0.1 + 0.2, 0.3, 0.3], [3, 1, 2]) == 0
+    assert measure(name, [7, 7 + 1e-6, 7 + 2e-6], [1, 2, 3]) == pytest.approx(1)
+    assert measure(name, [1e-20, 2e-20, 3e-20], [1, 2, 3]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_are_finite(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"values of {name} must be finite, got nan or inf"):
+        measure(name, [1, value], [1, 2])
+    with pytest.raises(ValueError, match="finite"):
+        measure(name, [1, 2], [1, value])
+
+
+def test_bleu_by_hand() -> None:
+    # 5 of 6 words (the second "the" is one too many), 3 of 5 pairs, 2 of 4 triples, 1 of 3
+    value = measure("bleu4", ["the cat sat on the mat"], ["the cat sat on a mat"])
+    assert value == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+    # no run of 4: counts as half of one
+    value = measure("bleu4", ["a b c x"], ["a b c y"])
+    assert value == pytest.approx((3 / 4 * 2 / 3 * 1 / 2 * 0.5 / 1) ** 0.25)
+    # all right but 8 words where the nearest references have 4 + 10
+    references = [["x y z w", "a b c d"], ["e f g h i j k l m n"]]
+    value = measure("bleu4", ["a b c d", "e f g h"], references)
+    assert value == pytest.approx(math.exp(1 - 14 / 8))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "same"),
+    [
+        ("Hello, world!", "Hello , world !", True),  # punctuation is a word
+        ("pay &lt; 5 dollars", "pay < 5 dollars", True),
+        ("“a b c d”", "“ a b c d ”", False),  # but not beyond ASCII, as tokenizer intl would
+        ("a b c d", "A B C D", False),
+    ],
+)
+def test_bleu_tokenizer_is_13a(prediction: str, reference: str, same: bool) -> None:
+    assert (measure("bleu4", [prediction], [reference]) == 1) is same
+
+
+def test_bleu_as_sacrebleu_where_rows_differ_in_references() -> None:
+    predictions, references = rows("bleu4", 30)
+    columns = [[row[i] if i < len(row) else None for row in references] for i in range(3)]
+    theirs = BLEU(tokenize="13a").corpus_score(predictions, columns).score  # type: ignore[arg-type]
+    assert 10 < theirs < 90
+    assert measure("bleu4", predictions, references) == theirs / 100
+
+
+def test_bleu_is_at_most_1_and_0_without_4_grams() -> None:
+    assert BLEU().corpus_score(["a b c d e"], [["a b c d e"]]).score > 100  # by rounding
+    assert measure("bleu4", ["a b c d e"], ["a b c d e"]) == 1
+    assert measure("bleu4", ["a b c"], ["a b c"]) == 0
+
+
+def test_bleu_logs_nothing_of_spaced_full_stops(caplog: pytest.LogCaptureFixture) -> None:
+    texts = [f"line {i} ends like this ." for i in range(120)]
+    with caplog.at_level(logging.DEBUG):
+        measure("bleu4", texts, texts)
+        measure("rouge_l", texts[:2], texts[:2])
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "value"),
+    [
+        ("the cat sat on the mat", ["the cat lay on a mat"], 4 / 6),
+        ("the cat sat", ["the cat sat on the mat"], 2 * 3 / (3 + 6)),
+        ("b a", ["a b"], 1 / 2),
+        ("a b\nc d", ["c d\na b"], 2 / 4),  # a line is not a unit of its own
+        ("The, CAT!", ["the cat"], 1),
+        ("cats running", ["cat run"], 0),  # no stemmer
+        ("привет", ["привет"], 0),
+        ("a b c d", ["x", "a b", "a y"], 2 * 2 / (4 + 2)),
+    ],
+)
+def test_rouge_by_hand(prediction: str, references: list[str], value: float) -> None:
+    assert measure("rouge_l", [prediction], [references]) == pytest.approx(value)
+    both = measure("rouge_l", [prediction, "same"], [references, ["same"]])
+    assert both == pytest.approx((value + 1) / 2)
+
+
+def test_rouge_as_rouge_score() -> None:
+    predictions, references = rows("rouge_l", 30)
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    pairs = zip(predictions, references, strict=True)
+    best = [max(scorer.score(r, p)["rougeL"].fmeasure for r in row) for p, row in pairs]
+    assert len(set(best)) > 10
+    assert measure("rouge_l", predictions, references) == pytest.approx(np.mean(best))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "value"),
+    [
+        ("The Eiffel Tower!", "eiffel tower", 1),
+        ("in  1889\n", "in 1889", 1),
+        ("U.S.", "us", 1),
+        ("a dog and an owl", "dog and the owl", 1),
+        ("don't", "dont", 1),
+        ("$5", "5", 1),
+        ("theatre", "atre", 0),  # an article is a word
+        ("the-end", "end", 0),  # punctuation goes before articles, and leaves no space
+        ("rock–the–boat", "rock– –boat", 1),  # an article leaves a space
+        ("“tower”", "tower", 0),  # only ASCII punctuation
+        ("ÉCOLE", "école", 1),
+        ("école", "ecole", 0),
+        ("tower", "eiffel tower", 0),
+    ],
+)
+def test_exact_match_by_hand(prediction: str, reference: str, value: float) -> None:
+    assert measure("exact_match", [prediction], [reference]) == value
+    assert measure("exact_match", [prediction], [["other", reference]]) == value
+    assert measure("exact_match", [prediction, "x", "x"], [reference, "x", "y"]) == (1 + value) / 3
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "value"),
+    [
+        ("The Eiffel Tower!", ["eiffel tower"], 1),
+        ("the cat sat sat", ["a cat sat"], 2 * 2 / (3 + 2)),  # 2 of 3 and 2 of 2
+        ("cat cat", ["cat, cat, cat"], 2 * 2 / (2 + 3)),
+        ("tower eiffel", ["eiffel tower"], 1),
+        ("in Paris", ["London", "paris", "in the city of Paris"], 2 / 3),
+        ("the", ["a"], 0),
+        ("Rome", ["Paris"], 0),
+    ],
+)
+def test_token_f1_by_hand(prediction: str, references: list[str], value: float) -> None:
+    assert measure("token_f1", [prediction], [references]) == pytest.approx(value)
+    both = measure("token_f1", [prediction, "x"], [references, ["y"]])
+    assert both == pytest.approx(value / 2)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_empty_prediction_is_0(name: str, empty: str) -> None:
+    for reference in ("the cat sat on it", "The", ""):
+        assert measure(name, [empty], [reference]) == 0
+    right = "one two three four"
+    assert 0 < measure(name, [empty, right], [right, right]) < 0.51
+    assert measure(name, [right], [""]) == 0
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_one_reference_needs_no_list(name: str) -> None:
+    predictions, references = rows(name)
+    first = [row[0] for row in references]
+    value = measure(name, predictions, [[each] for each in first])
+    assert measure(name, predictions, first) == value
+    assert measure(name, np.array(predictions), tuple(first)) == value
+    mixed = [row if i % 2 else row[0] for i, row in enumerate(references)]
+    assert measure(name, predictions, mixed) >= value > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refusals(name: str) -> None:
+    for compute in (measure_as_keywords(name), METRICS[name]().compute):
+        with pytest.raises(ValueError, match=f"^{name} needs .* 1 or more, got 0 predictions"):
+            compute(predictions=[], references=[])
+        with pytest.raises(ValueError, match="got 2 predictions and 3 references"):
+            compute(predictions=["1", "0"], references=["1", "0", "1"])
+        with pytest.raises(ValueError, match="got 3 predictions and 2 references"):
+            compute(predictions=[1, 0, 1], references=[1, 0])
+
+
+def measure_as_keywords(name: str) -> Any:
+    return lambda **both: measure(name, **both)
+
+
+def test_unknown_metric() -> None:
+    listed = ", ".join(NAMES)
+    with pytest.raises(ValueError, match=f"^unknown metric bleu, must be one of {listed}$"):
+        measure("bleu", ["a"], ["a"])
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_refusals(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} needs at least 1 reference a row, .* in row 1"):
+        measure(name, ["a", "b"], [["a"], []])
+    for predictions, references in ((["a", 3], ["a", "b"]), (["a", "b"], [["a"], ["b", 3]])):
+        with pytest.raises(ValueError, match=f"texts of {name} must be str, got 3"):
+            measure(name, predictions, references)
+
+
+def test_every_metric_is_an_evaluate_metric() -> None:
+    assert tuple(METRICS) == tuple(metrics.MEASURES) == NAMES
+    assert metrics.METRICS is METRICS and type(METRICS) is dict
+    for name, each in METRICS.items():
+        assert issubclass(each, evaluate.Metric) and each().name == name
+    with pytest.raises(AttributeError, match="no attribute METRIC$"):
+        _ = metrics.METRIC  # type: ignore
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluate_wrapper(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path)
+    predictions, references = rows(name)
+    expected = {name: measure(name, predictions, references)}
+    assert 0 < abs(expected[name]) < 1
+    metric = METRICS[name]()
+    assert metric.compute(predictions=predictions, references=references) == expected
+    metric.add_batch(predictions=predictions[:3], references=references[:3])
+    metric.add(prediction=predictions[3], reference=references[3])
+    assert metric.compute(predictions=predictions[4:], references=references[4:]) == expected
+    metric.add_batch(predictions=predictions, references=references)
+    assert metric.compute() == expected
+    if name in TEXTS:
+        metric.add_batch(predictions=predictions, references=[row[0] for row in references])
+        first = measure(name, predictions, [row[0] for row in references])
+        assert metric.compute() == {name: first}
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_one_object_for_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("numpy's generator is the whole process's")
+
+    metric = METRICS["accuracy"]()
+    monkeypatch.setattr(np.random, "seed", refuse)
+
+    def compute(right: int) -> Any:
+        return metric.compute(predictions=[1] * 100, references=[1] * right + [0] * (100 - right))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(compute, range(100))) == [{"accuracy": i / 100} for i in range(100)]
+
+
+def test_import_is_light() -> None:
+    heavy = "{'evaluate', 'datasets', 'sklearn', 'scipy', 'rouge_score', 'nltk', 'sacrebleu'}"
+    code = f"import sys, fedpeft.metrics; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
