@@ -3,47 +3,75 @@
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from fedpeft.data.partition import IID, Dirichlet, Partition, own_splits
+from fedpeft.data import partition as module
+from fedpeft.data.partition import IID, Dirichlet, Partition, Rows, draws, own_splits
+from fedpeft.data.skew import EqualSize, Pathological, Quantity
 from fedpeft.session import Session
 
 LABELS = np.arange(400) % 4
 
 
-def parts(partition: Partition, clients: int = 5, seed: int = 0) -> list[np.ndarray]:
+def parts(partition: Partition, clients: int = 5, seed: int = 0) -> Rows:
     return partition.indices(LABELS, clients, seed)
 
 
-def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+def same(a: Rows, b: Rows) -> bool:
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize(
-    "partition", [IID(), Dirichlet(0.1, 5), Dirichlet(1.0), Dirichlet(100.0), Dirichlet(math.inf)]
-)
-@pytest.mark.parametrize("clients", [1, 3, 7])
+ALL = [
+    IID(),
+    Dirichlet(0.1, min_size=5),
+    Dirichlet(1.0),
+    Dirichlet(100.0),
+    Dirichlet(math.inf),
+    Pathological(),
+    Pathological(4),
+    Quantity(0.1),
+    Quantity(10.0, min_size=3),
+    EqualSize(0.1),
+    EqualSize(10.0),
+]
+
+
+@pytest.mark.parametrize("partition", ALL)
+@pytest.mark.parametrize("clients", [2, 3, 7])
 def test_disjoint_and_complete(partition: Partition, clients: int) -> None:
     found = parts(partition, clients)
     assert len(found) == clients
+    assert {rows.dtype for rows in found} == {np.dtype(np.int64)}
     assert sorted(np.concatenate(found).tolist()) == list(range(400))
-    least = partition.min_size if isinstance(partition, Dirichlet) else 1
-    assert min(map(len, found)) >= least
+    assert min(map(len, found)) >= partition.min_size >= 3
 
 
-@pytest.mark.parametrize("partition", [IID(), Dirichlet(0.5)])
+@pytest.mark.parametrize("partition", [p for p in ALL if p != Pathological()])
+def test_one_client_holds_all(partition: Partition) -> None:
+    assert sorted(parts(partition, 1)[0].tolist()) == list(range(400))
+
+
+@pytest.mark.parametrize("partition", ALL)
 def test_seeds(partition: Partition) -> None:
     first = parts(partition)
-    if isinstance(partition, Dirichlet):
-        from fedpeft.data import partition as module
-
-        module._dirichlet.cache_clear()
+    module._dirichlet.cache_clear()
+    np.random.seed(1)  # which nothing may depend on
     assert same(first, parts(partition))
     assert not same(first, parts(partition, seed=1))
     assert not same(first, parts(partition, clients=4))
+
+
+@pytest.mark.parametrize("partition", ALL)
+def test_labels_need_not_be_numbered_without_gaps(partition: Partition) -> None:
+    found = partition.indices(LABELS * 3 + 2, 5, 0)
+    assert same(found, parts(partition))
+
+
+# --- equal random shares -------------------------------------------------------------------------
 
 
 def test_iid_shares_are_equal_and_shuffled() -> None:
@@ -55,16 +83,45 @@ def test_iid_shares_are_equal_and_shuffled() -> None:
     assert counts.min() >= 10  # of 80 rows in four labels
 
 
+@pytest.mark.parametrize("clients", [3, 20, 50])
+def test_iid_is_that_of_flwr_datasets(clients: int) -> None:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import IidPartitioner
+
+    from fedpeft.seeding import generator
+
+    theirs = IidPartitioner(clients)
+    theirs.dataset = Dataset.from_dict({"row": generator(4, "partition").permutation(400)})
+    expected = [np.asarray(theirs.load_partition(i)["row"]) for i in range(clients)]
+    assert same(parts(IID(), clients, seed=4), expected)
+
+
+# --- label shares from a Dirichlet distribution --------------------------------------------------
+
+
 def test_infinite_alpha_is_iid() -> None:
     assert same(parts(Dirichlet(math.inf)), parts(IID()))
+
+
+def test_dirichlet_is_that_of_flwr_datasets() -> None:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    from fedpeft.seeding import derive
+
+    seed = derive(2, "partition", 0)
+    theirs = DirichletPartitioner(5, "y", 1.0, 10, self_balancing=False, seed=seed)
+    theirs.dataset = Dataset.from_dict({"y": LABELS, "row": np.arange(400)})
+    expected = [np.asarray(theirs.load_partition(i)["row"]) for i in range(5)]
+    assert same(parts(Dirichlet(1.0), seed=2), expected)
 
 
 def test_small_alpha_is_skewed() -> None:
     """Mean entropy of the clients' labels, of at most log 4 = 1.386."""
 
     def mean_entropy(alpha: float) -> float:
-        counts = [np.bincount(LABELS[rows], minlength=4) for rows in parts(Dirichlet(alpha, 5))]
-        return float(np.mean([entropy(c) for c in counts]))
+        found = parts(Dirichlet(alpha, min_size=5))
+        return float(np.mean([entropy(np.bincount(LABELS[rows], minlength=4)) for rows in found]))
 
     skewed, mild, even = mean_entropy(0.1), mean_entropy(1.0), mean_entropy(1000.0)
     assert skewed < 0.8 < mild < even
@@ -72,7 +129,7 @@ def test_small_alpha_is_skewed() -> None:
 
 
 def test_each_label_has_its_own_shares() -> None:
-    counts = np.stack([np.bincount(LABELS[r], minlength=4) for r in parts(Dirichlet(0.3, 5))])
+    counts = np.stack([np.bincount(LABELS[r], minlength=4) for r in parts(Dirichlet(0.3))])
     assert counts.sum(0).tolist() == [100] * 4
     orders = {tuple(np.argsort(counts[:, label])) for label in range(4)}
     assert len(orders) > 1
@@ -80,33 +137,47 @@ def test_each_label_has_its_own_shares() -> None:
 
 def test_min_size_is_kept() -> None:
     """Where the plain draw leaves someone with less."""
-    assert min(map(len, parts(Dirichlet(0.1, 1), 8, seed=3))) < 25
-    assert min(map(len, parts(Dirichlet(0.1, 25), 8, seed=3))) >= 25
+    assert min(map(len, parts(Dirichlet(0.1, min_size=3), 8, seed=3))) < 15
+    assert min(map(len, parts(Dirichlet(0.1, min_size=15), 8, seed=3))) >= 15
 
 
-def test_a_min_size_that_the_draws_do_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedpeft.data.partition.ATTEMPTS", 3)
+def test_few_rows_and_a_small_alpha_end_with_a_message() -> None:
+    labels = np.arange(40) % 4
     with pytest.raises(
         ValueError,
         match=re.escape(
-            "partition.alpha=0.01 left a client with fewer than partition.min_size=80 of 400 rows "
-            "in each of 33 draws for num_clients=5: raise alpha, or lower min_size or num_clients"
+            "partition.alpha=0.1 left a client with fewer than partition.min_size=8 of 40 rows "
+            "in each of 550 draws for num_clients=5: raise alpha, or lower min_size or num_clients"
         ),
     ):
-        parts(Dirichlet(0.01, 80))
+        Dirichlet(0.1, min_size=8).indices(labels, 5, 0)
+
+
+def test_a_min_size_that_the_draws_do_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DRAWS", 33)
+    with pytest.raises(ValueError, match="in each of 33 draws for num_clients=5"):
+        parts(Dirichlet(0.01, min_size=80))
+
+
+def test_large_draws_are_fewer() -> None:
+    """4,000,000 rows and counts over all draws, 550 draws at most."""
+    assert draws(10, np.arange(1000) % 10) == 550
+    assert draws(10, np.arange(39_900) % 10) == 100
+    assert draws(10_000, np.arange(100_000) % 10) == 20
+    assert draws(10_000, np.arange(5_000_000) % 10) == 1
+
+
+# --- what no partition may do --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("partition", "clients", "message"),
     [
-        (IID(), 401, "400 training rows cannot give num_clients=401 at least 1 each"),
-        (Dirichlet(1.0, 1), 401, "400 training rows cannot give num_clients=401 at least 1 each"),
-        (Dirichlet(1.0, 10), 41, "400 training rows cannot give num_clients=41 at least 10 each"),
-        (
-            Dirichlet(math.inf, 10),
-            41,
-            "400 training rows cannot give num_clients=41 at least 10 each",
-        ),
+        (IID(), 134, "400 training rows cannot give num_clients=134 at least 3 each"),
+        (Dirichlet(1.0), 41, "400 training rows cannot give num_clients=41 at least 10 each"),
+        (Dirichlet(math.inf), 41, "400 training rows cannot give num_clients=41 at least 10 each"),
+        (Quantity(), 41, "400 training rows cannot give num_clients=41 at least 10 each"),
+        (EqualSize(), 134, "400 training rows cannot give num_clients=134 at least 3 each"),
     ],
 )
 def test_more_clients_than_rows(partition: Partition, clients: int, message: str) -> None:
@@ -114,8 +185,62 @@ def test_more_clients_than_rows(partition: Partition, clients: int, message: str
         parts(partition, clients)
 
 
-def test_one_row_each() -> None:
-    assert [len(p) for p in parts(IID(), 400)] == [1] * 400
+def test_as_many_clients_as_the_rows_allow() -> None:
+    assert sorted(map(len, parts(IID(), 133))) == [3] * 132 + [4]
+    assert [len(rows) for rows in parts(Quantity(min_size=10), 40)] == [10] * 40
+    assert [len(rows) for rows in parts(EqualSize(0.1, min_size=10), 40)] == [10] * 40
+
+
+@pytest.mark.parametrize("kind", [IID, Dirichlet, Pathological, Quantity, EqualSize])
+@pytest.mark.parametrize("size", [2, 0, -1])
+def test_a_min_size_below_what_a_client_needs(kind: type[Partition], size: int) -> None:
+    rule = "partition.min_size must be >= 3, one row each to train, validate and test, got"
+    with pytest.raises(ValueError, match=f"{rule} {size}"):
+        kind(min_size=size)
+
+
+@dataclass(frozen=True)
+class Given(Partition):
+    """Any row numbers."""
+
+    found: Rows | None = None
+
+    def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
+        assert self.found is not None
+        return self.found
+
+
+def rows_of(*clients: list[int]) -> Rows:
+    return [np.array(rows, np.int64) for rows in clients]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (rows_of([0, 1, 2]), "is of 1 clients, but num_clients=2"),
+        (
+            rows_of([0, 1, 2], [3, 4]),
+            "gives client 1 2 of 20 rows, but every client needs partition.min_size=3",
+        ),
+        (
+            rows_of([], [3, 4, 5]),
+            "gives client 0 0 of 20 rows, but every client needs partition.min_size=3",
+        ),
+        (
+            rows_of([0, 1, 2], [3, 20, 5]),
+            "gives client 1 row 20, but rows go from 0 to 19",
+        ),
+        (rows_of([0, -1, 2], [3, 4, 5]), "gives client 0 row -1, but rows go from 0 to 19"),
+        (rows_of([0, 1, 2], [3, 4, 1]), "gives row 1 to clients 0 and 1"),
+        (rows_of([0, 1, 1], [3, 4, 5]), "gives row 1 to clients 0 and 0"),
+        ([np.arange(3), np.arange(3, 6.0)], "gives client 1 float64 numbers, not int64"),
+    ],
+)
+def test_every_result_is_checked(found: Rows, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(f'partition Given {message}')}$"):
+        Given(found=found).indices(np.zeros(20, np.int64), 2, 0)
+    good = rows_of([0, 1, 2], [5, 4, 19])
+    assert Given(found=good).indices(np.zeros(20, np.int64), 2, 0) is good
 
 
 # --- a client's own splits -----------------------------------------------------------------------
