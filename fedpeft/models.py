@@ -1,6 +1,5 @@
-"""Base models and tokenizers: pure in (configuration, seed)."""
+"""Base models with their tokenizers and image processors: pure in (configuration, seed)."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -8,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_outputs import SequenceClassifierOutput
+from torch import nn
 
+from fedpeft.architectures import check_fits, check_modality
+from fedpeft.chat import set_template
+from fedpeft.hub import fetching, one_sentence, weights_sha256
+from fedpeft.memory import checkpoint_blocks, quantisation
+from fedpeft.methods.sites import head_names
+from fedpeft.nn.pooling import MeanPooledClassifier
 from fedpeft.seeding import torch_seed
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,14 @@ class Pretrained:
         settings: configuration fields to set on top, e.g. dropout probabilities.
         pooling: ``mean`` reads a classifier off the mean of the last layer's tokens, as sentence
             encoders are trained; null takes the architecture's own classifier.
+        tokenizer_path: folder or hub name of the tokenizer or image processor, if not the model's.
+        dtype: of the frozen weights: ``float32`` or ``bfloat16``, which needs ``precision=bf16``.
+            The task head, which trains, is float32 in both.
+        load_in: ``8bit`` or ``4bit`` (NF4) quantises the linear layers but for the head, by
+            bitsandbytes on a GPU; null does not.
+        gradient_checkpointing: keep only the blocks' inputs while training and compute the rest
+            again for the gradient: less memory, a third more work.
+        chat_template: a Jinja template of conversations, in place of the tokenizer's own.
     """
 
     path: str | None = None
@@ -41,10 +55,21 @@ class Pretrained:
     random: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     pooling: str | None = None
+    tokenizer_path: str | None = None
+    dtype: str = "float32"
+    load_in: str | None = None
+    gradient_checkpointing: bool = False
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         if self.pooling not in (None, "mean"):
             raise ValueError(f"pooling must be mean or null, got {self.pooling}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype}")
+        if self.load_in not in (None, "8bit", "4bit"):
+            raise ValueError(f"load_in must be 8bit, 4bit or null, got {self.load_in}")
+        if self.load_in is not None and self.random:
+            raise ValueError(f"load_in={self.load_in} is for pretrained weights: set random=false")
 
     def source(self) -> str:
         """The folder or hub name that transformers gets.
@@ -53,12 +78,7 @@ class Pretrained:
             ValueError: neither path nor package is set, or the package is not installed.
         """
         if self.path is not None:
-            if self.path.startswith((".", "/", "~")):
-                folder = Path(self.path).expanduser()
-                if not (folder / "config.json").is_file():
-                    raise ValueError(f"model.path={self.path} is no folder with a config.json")
-                return str(folder)
-            return self.path
+            return _checked(self.path, "model.path", "config.json")
         if self.package is None:
             raise ValueError("model.path is not set: give a transformers folder or a hub name")
         module, _, inner = self.package.partition("/")
@@ -70,17 +90,27 @@ class Pretrained:
             )
         return str(Path(spec.origin).parent / inner)
 
-    def config(self, num_labels: int | None) -> Any:
-        """The transformers configuration; the published one where no weights are at hand."""
-        from transformers import AutoConfig
+    def config(self, num_labels: int | None, of_weights: bool = False) -> Any:
+        """The transformers configuration.
 
+        Args:
+            of_weights: the one beside the weights; else the published one where they may not be
+                at hand, which needs no network.
+        """
+        from transformers import AutoConfig, logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         extra = {} if num_labels is None else {"num_labels": num_labels}
-        if self.architecture and (self.random or not self._is_local()):
+        if self.architecture and (self.random or not (of_weights or self._is_local())):
             fields = dict(self.architecture)
             config = AutoConfig.for_model(fields.pop("model_type"), **fields, **extra)
         else:
-            with _hub_errors(self.source()):
-                config = AutoConfig.from_pretrained(self.source(), **extra, **self._revision())
+            source = self.source()
+            with one_sentence(source, self.revision):
+                config = AutoConfig.from_pretrained(
+                    source, **extra, **fetching(source, self.revision)
+                )
         for key, value in self.settings.items():
             if not hasattr(config, key):
                 raise ValueError(f"model.settings.{key} is no field of {type(config).__name__}")
@@ -88,54 +118,143 @@ class Pretrained:
         return config
 
     def _is_local(self) -> bool:
-        return self.package is not None or Path(self.path or "").expanduser().is_dir()
+        if self.path is None:
+            return self.package is not None
+        return Path(self.path).expanduser().is_dir()
 
-    def _revision(self) -> dict[str, str]:
-        return {} if self.revision is None else {"revision": self.revision}
+    def _name(self) -> str:
+        return self.path or self.package or "the model"
+
+    def check_precision(self, precision: str) -> None:
+        """Checks that the computation's ``precision``, fp32 or bf16, suits the weights.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self.dtype == "bfloat16" and precision != "bf16":
+            raise ValueError(f"model.dtype=bfloat16 needs precision=bf16, got {precision}")
+        if precision == "fp32" or self.dtype == "bfloat16":
+            return
+        if self.config(None).model_type == "deberta":  # it masks with float32's least number
+            raise ValueError(
+                f"{self._name()} (deberta) computes with precision=bf16 only on weights of "
+                "model.dtype=bfloat16, got float32"
+            )
 
     def build_meta(self, auto_class: str, num_labels: int | None) -> nn.Module:
         """The architecture without weights, to count parameters."""
+        config = self.config(num_labels)
         with torch.device("meta"):
-            return self._built(auto_class, lambda f: f.from_config(self.config(num_labels)))
+            return self._built(auto_class, config, lambda f: f.from_config(config))
 
     def build(self, auto_class: str, num_labels: int | None, seed: int) -> nn.Module:
-        """The model in float32 on the CPU; new parts, such as the head, are seeded.
+        """The model on the CPU, or on the GPU if quantised; new parts, e.g. the head, are seeded.
 
         Raises:
-            ValueError: the weights cannot be had, or differ from ``sha256``.
+            ValueError: the weights cannot be had, differ from ``sha256``, are of an architecture
+                that does not fit the task, or cannot be quantised here.
         """
-        config = self.config(num_labels)
-        if self.random:
-            with torch_seed(seed, "model"):
-                return self._built(auto_class, lambda f: f.from_config(config))
+        config = self.config(num_labels, of_weights=True)
+        load = self._at_random(config) if self.random else self._from_files(auto_class, config)
+        with torch_seed(seed, "model"):
+            model = self._built(auto_class, config, load)
+        for name in head_names(model):
+            model.get_submodule(name).float()
+        if self.gradient_checkpointing:
+            checkpoint_blocks(model)
+        return model
+
+    def _at_random(self, config: Any) -> Callable[[Any], nn.Module]:
+        dtype = DTYPES[self.dtype]
+        return lambda auto: auto.from_config(config, dtype=dtype).to(dtype)
+
+    def _from_files(self, auto_class: str, config: Any) -> Callable[[Any], nn.Module]:
         source = self.source()
         self._check_hash(source)
-        with torch_seed(seed, "model"), _hub_errors(source):
-            return self._built(
-                auto_class,
-                lambda f: f.from_pretrained(
-                    source, config=config, dtype=torch.float32, **self._revision()
-                ),
-            )
+        settings: dict[str, Any] = {"config": config, "dtype": DTYPES[self.dtype]}
+        if self.load_in is not None:
+            with torch.device("meta"):
+                shape = self._built(auto_class, config, lambda f: f.from_config(config))
+            settings["quantization_config"] = quantisation(self.load_in, shape)
 
-    def _built(self, auto_class: str, load: Callable[[Any], nn.Module]) -> nn.Module:
+        def load(auto: Any) -> nn.Module:
+            with one_sentence(source, self.revision):
+                return auto.from_pretrained(source, **settings, **fetching(source, self.revision))
+
+        return load
+
+    def _built(self, auto_class: str, config: Any, load: Callable[[Any], nn.Module]) -> nn.Module:
         import transformers
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        check_fits(auto_class, config, self._name())
         if self.pooling == "mean" and auto_class == "AutoModelForSequenceClassification":
             return MeanPooledClassifier(load(transformers.AutoModel))
         return load(getattr(transformers, auto_class))
 
     def tokenizer(self) -> Any:
-        """The fast tokenizer, with a padding token."""
+        """The fast tokenizer, with a padding token and a chat template.
+
+        Raises:
+            ValueError: the model reads images, the tokenizer cannot be had, or the template is
+                not Jinja.
+        """
         from transformers import AutoTokenizer
 
-        with _hub_errors(self.source()):
-            tokenizer = AutoTokenizer.from_pretrained(self.source(), **self._revision())
+        tokenizer = self._processor(AutoTokenizer, "tokenizer")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        set_template(tokenizer, self.chat_template)
         return tokenizer
+
+    def image_processor(self) -> Any:
+        """The image processor on PIL alone, giving (B, C, H, W) ``pixel_values``.
+
+        A random model without files gets squares of its configuration's size with mean and
+        standard deviation 0.5. Grey images are made RGB for a model of three channels.
+
+        Raises:
+            ValueError: the model reads text, or the processor cannot be had.
+        """
+        from transformers import AutoImageProcessor
+
+        here = self._is_local() and (Path(self.source()) / "preprocessor_config.json").is_file()
+        if self.random and self.tokenizer_path is None and not here:
+            processor = self._plain_image_processor()
+        else:
+            processor = self._processor(AutoImageProcessor, "image processor", backend="pil")
+        processor.do_convert_rgb = len(processor.image_mean) == 3
+        return processor
+
+    def _plain_image_processor(self) -> Any:
+        from transformers import ViTImageProcessorPil
+
+        config = self.config(None)
+        check_modality("image processor", config, self._name())
+        config = getattr(config, "vision_config", config)
+        side, half = config.image_size, [0.5] * config.num_channels
+        size = {"height": side, "width": side}
+        return ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
+
+    def _processor(self, auto: Any, what: str, **settings: Any) -> Any:
+        """What turns texts or images into the model's inputs, from ``tokenizer_path`` or source."""
+        check_modality(what, self.config(None), self._name())
+        if self.tokenizer_path is not None:
+            source, revision = _checked(self.tokenizer_path, "model.tokenizer_path"), None
+            key = "model.tokenizer_path"
+        else:
+            source, revision, key = self.source(), self.revision, "model.path"
+        try:
+            with one_sentence(source, revision, key):
+                found = auto.from_pretrained(source, **settings, **fetching(source, revision))
+                _check_vocabulary(found)
+                return found
+        except ValueError as error:
+            if self.random and self.tokenizer_path is None:
+                raise ValueError(
+                    f"{self._name()} with random weights still needs its {what}, which is not at "
+                    "hand: set model.tokenizer_path to a folder that has one"
+                ) from error
+            raise
 
     def _check_hash(self, source: str) -> None:
         if self.sha256 is None or self.path is not None:
@@ -148,54 +267,19 @@ class Pretrained:
             )
 
 
-class MeanPooledClassifier(nn.Module):
-    """A backbone, the mean of its last layer over real tokens, and one linear layer."""
-
-    base_model_prefix = "backbone"
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.config: Any = backbone.config
-        self.backbone = backbone
-        if getattr(backbone, "pooler", None) is not None:
-            backbone.register_module(
-                "pooler", None
-            )  # reads the first token only; nothing would use it
-        self.classifier = nn.Linear(self.config.hidden_size, self.config.num_labels)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
-        """(B, L) token ids and mask to logits (B, num_labels)."""
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * mask).sum(1) / mask.sum(1)
-        return SequenceClassifierOutput(logits=self.classifier(mean))  # type: ignore[arg-type]
+def _checked(path: str, key: str, file: str = "") -> str:
+    """A hub name as it is; a path that can only be a folder, if it is one."""
+    if not path.startswith((".", "/", "~")):
+        return path
+    folder = Path(path).expanduser()
+    if not ((folder / file).is_file() if file else folder.is_dir()):
+        raise ValueError(f"{key}={path} is no folder" + (f" with a {file}" if file else ""))
+    return str(folder)
 
 
-def weights_sha256(source: str) -> str | None:
-    """sha256 over a folder's safetensors files in the order of their names; None without any."""
-    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-class _hub_errors:
-    """Turns a hub's many errors into one sentence that says what to give instead."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise ValueError(
-                f"model {self.source} is neither a folder here nor to be had from the hub "
-                f"({kind.__name__}): give a folder with config.json and safetensors by model.path="
-            ) from error
+def _check_vocabulary(processor: Any) -> None:
+    """Transformers makes tokenizers of special tokens alone where it finds no file."""
+    if not hasattr(processor, "get_vocab"):
+        return
+    if len(processor.get_vocab()) <= len(set(processor.all_special_tokens)):
+        raise ValueError("there is no tokenizer.json or other vocabulary, only special tokens")

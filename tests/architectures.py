@@ -1,7 +1,7 @@
 """Tiny models of every family that the methods know, with random weights, and their names."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -204,3 +204,49 @@ def logits(model: nn.Module) -> Tensor:
 def trainable(model: nn.Module) -> set[str]:
     """Names of the parameters that require a gradient."""
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# Decoders like Llama: Gemma's heads are wider than its hidden size shared out, Qwen has biases on
+# q, k and v, Mistral looks back through a window.
+_FAMILIES = {"gemma": "llama_lm", "qwen2": "llama_lm", "mistral": "llama_lm"}
+_FEWER: dict[str, int] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), LAYERS),
+    **dict.fromkeys(("hidden_size", "n_embd", "dim", "pooler_hidden_size"), HIDDEN),
+    **dict.fromkeys(("intermediate_size", "hidden_dim", "n_inner"), WIDTH),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), HEADS),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 66),
+    "head_dim": 16,
+    "sliding_window": 8,
+    "vocab_size": 100,
+    "image_size": 16,
+    "patch_size": 8,
+    "projection_dim": 16,
+}
+
+
+def table_of(model_type: str, causal: bool = False, pooled: bool = False) -> Architecture:
+    """Where the parts of a published architecture are.
+
+    Args:
+        causal: as a language model, which has no task head.
+        pooled: with the mean's classifier in place of its own.
+    """
+    name = "mean_pooled" if pooled else _FAMILIES.get(model_type, model_type)
+    table = ARCHITECTURES["llama" if name == "llama_lm" and not causal else name]
+    return replace(table, head=()) if causal else table
+
+
+def shrunk(architecture: dict[str, Any]) -> dict[str, Any]:
+    """A published configuration, two blocks deep and 48 wide; what makes it special stays."""
+    heads = architecture.get("num_attention_heads", HEADS)
+    small: dict[str, Any] = {}
+    for key, value in architecture.items():
+        if isinstance(value, dict):
+            small[key] = shrunk(value)
+        elif key == "num_key_value_heads":  # as many queries share a key as before, at most HEADS
+            small[key] = max(1, HEADS * value // heads)
+        elif key.endswith("_token_id") and value is not None:
+            small[key] = min(value, 2)
+        else:
+            small[key] = _FEWER.get(key, value)
+    return small

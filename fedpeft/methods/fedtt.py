@@ -10,8 +10,8 @@ from fedpeft.methods.sites import (
     ATTENTION_OUTPUT,
     MLP_OUTPUT,
     freeze_all_but_head,
-    linear_weight,
     named_sites,
+    output_width,
     replace,
 )
 from fedpeft.nn.tensor_train import AdaptedOutput, TTAdapter, TTLinear, tt_shape
@@ -66,12 +66,9 @@ class FedTT(Method):
         return model
 
     def _adapter(self, projection: nn.Module) -> TTAdapter:
-        weight, _, transposed = linear_weight(projection)
-        width = weight.shape[1] if transposed else weight.shape[0]
+        width, device = output_width(projection), next(projection.parameters()).device
         zero_last = self.init == "zero_last"
-        return TTAdapter(
-            width, self.bottleneck, self.tt_rank, self.shapes, zero_last, weight.device
-        )
+        return TTAdapter(width, self.bottleneck, self.tt_rank, self.shapes, zero_last, device)
 
     def _compress_classifier(self, model: nn.Module) -> None:
         """The classifier's hidden layer as a TT layer; the output layer stays dense and trains.

@@ -62,7 +62,7 @@ class LoRA(Method):
             return None
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
         assert isinstance(a, Tensor) and isinstance(b, Tensor)
-        return module.scaling["default"] * (b @ a)
+        return module.scaling["default"] * (b.float() @ a.float())
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,24 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def linear_weight(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None, bool]:
-    """Weight, bias and whether the weight stands transposed, (in, out), as in GPT-2's Conv1D."""
+    """Weight, bias and whether the weight stands transposed, (in, out), as in GPT-2's Conv1D.
+
+    Raises:
+        ValueError: the weight is quantised, so its numbers cannot be read.
+    """
     weight, bias = module.weight, module.bias
     assert isinstance(weight, nn.Parameter)
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"{type(module).__name__} holds quantised weights ({weight.dtype}), and this method "
+            "has to read them: set model.load_in=null, or choose a method that only adds to them"
+        )
     assert bias is None or isinstance(bias, nn.Parameter)
     return weight, bias, type(module).__name__ == "Conv1D"
+
+
+def output_width(module: nn.Module) -> int:
+    """Width of what a linear layer gives; a quantised weight's own shape does not tell."""
+    width = module.nf if type(module).__name__ == "Conv1D" else module.out_features
+    assert isinstance(width, int)
+    return width

@@ -220,7 +220,10 @@ class TTAdapter(nn.Module):
 
 
 class AdaptedOutput(nn.Module):
-    """An adapter on the output of a frozen projection, before dropout, residual and LayerNorm."""
+    """An adapter on the output of a frozen projection, before dropout, residual and LayerNorm.
+
+    What comes out has the projection's dtype, whatever the adapter's own.
+    """
 
     def __init__(self, projection: nn.Module, adapter: nn.Module) -> None:
         super().__init__()
@@ -228,4 +231,5 @@ class AdaptedOutput(nn.Module):
         self.adapter = adapter
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.adapter(self.projection(x))
+        y = self.projection(x)
+        return self.adapter(y).to(y.dtype)

