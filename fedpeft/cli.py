@@ -84,11 +84,13 @@ def _serve_all(runs: list[list[str]], quiet: bool) -> list[dict[str, Any]]:
     from rich.console import Console
 
     from fedpeft import config as configuration
+    from fedpeft.data.tables import check_path
     from fedpeft.progress import Display
 
     configs = [configuration.load(overrides) for overrides in runs]  # all are checked first
     for config in configs:
         config.model.source()
+        check_path(config.data.folder())
     from fedpeft.runtime import launch
 
     summaries: list[dict[str, Any]] = []
@@ -109,9 +111,16 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(summary))
         return
     final, sent = summary["final"], summary["bytes"]
+    if summary["weights"] == "RANDOM":
+        print("RANDOM WEIGHTS: a dry run, its measures say nothing about the model")
     for key in sorted(final):
         if key.startswith(("test_", "client_test_")):
             print(f"{key}: {final[key]:.4f} (best round {summary['best'].get(key, 0):.4f})")
+    for reason, count in summary["data"]["skipped"].items():
+        print(f"left out: {count} rows, each {reason}")
+    for split, counts in summary["data"]["cut"].items():
+        cut = ", ".join(f"{count} {key.removeprefix('cut_')}s" for key, count in counts.items())
+        print(f"cut to data.max_length in {split}: {cut}")
     up, down = sent["uplink_bytes"], sent["downlink_bytes"]
     print(f"sent up {up / 1e6:.3f} MB, down {down / 1e6:.3f} MB, {summary['seconds']:.0f} s")
     print(f"shared_state_sha256: {summary['shared_state_sha256']}")
@@ -142,13 +151,13 @@ def compare(arguments: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     summaries = dict(zip(names, _serve_all(runs, as_json), strict=True))
     config = configuration.load(base)
-    metric = config.data.metric
+    metric, selects = config.data.headline, config.data.selects[0]
     rows = comparison_rows(summaries, metric, config.cohort_size())
     baseline = next(iter(summaries.values()))["baseline"].get("client_test_baseline")
     notes = comparison_notes(metric, baseline, arguments)
     write_comparison(folder, rows, notes)
     curves = {name: read_metrics(folder / name) for name in names}
-    plot_comparison(folder / "comparison.png", rows, curves, metric, baseline)
+    plot_comparison(folder / "comparison.png", rows, curves, metric, selects, baseline)
     if as_json:
         print(json.dumps({"rows": rows, "baseline": baseline, "folder": str(folder)}))
         return
@@ -202,27 +211,21 @@ def params(arguments: list[str]) -> None:
 
 
 def partition(arguments: list[str]) -> None:
-    """Who holds what, as a table and a heat map."""
-    import numpy as np
-
+    """Who holds what, as a table, a heat map and a file of row numbers."""
     from fedpeft import config as configuration
-    from fedpeft.report import plot_partition, print_table
+    from fedpeft.partition_command import Holdings
 
     as_json, arguments = _flag(arguments, "--json")
-    config = configuration.load(arguments)
-    labels = config.data.class_numbers(config.data.train_rows)
-    parts = config.partition.indices(labels, config.num_clients, config.seed)
-    names = config.data.label_names
-    counts = np.stack([np.bincount(labels[rows], minlength=len(names)) for rows in parts])
+    folder, arguments = _option(arguments, "--out", "")
+    holdings = Holdings.of(configuration.load(arguments))
     if as_json:
-        print(json.dumps({"labels": names, "counts": counts.tolist()}))
-        return
-    cells = [[str(i), str(row.sum()), *map(str, row)] for i, row in enumerate(counts)]
-    cells.append(["all", str(counts.sum()), *map(str, counts.sum(0))])
-    print_table("training rows by client and label", ("client", "rows", *names), cells)
-    picture = Path("partition.png").absolute()
-    plot_partition(picture, counts, names)
-    print(f"saved {picture}")
+        print(holdings.as_json())
+    else:
+        holdings.show()
+    if folder or not as_json:
+        out = Path(folder).absolute()
+        names = holdings.save(out)
+        print(f"saved {out}/{', '.join(names)}", file=sys.stderr if as_json else sys.stdout)
 
 
 def _flag(arguments: list[str], name: str) -> tuple[bool, list[str]]:

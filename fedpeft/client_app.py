@@ -40,14 +40,14 @@ def evaluate(message: Message, context: Context) -> Message:
     """Measures the client's model on its own validation and test rows."""
     session, round, client = _open(message, context)
     session.load(_received(message, session, round), _personal(message, context))
+    last = round == session.config.num_rounds
     own = session.client_examples(client)
     metrics: dict[str, float] = {}
     for split in ("validation", "test"):
         metrics[f"{split}-num-examples"] = len(own[split])
-        for name, value in session.evaluate(own[split]).items():
+        for name, value in session.evaluate(own[split], last=last).items():
             metrics[f"{split}_{name}"] = value
-        baseline = session.task.baseline(own["train"].labels, own[split].labels)
-        if baseline is not None:
+        if (baseline := session.baseline(own["train"], own[split])) is not None:
             metrics[f"{split}_baseline"] = baseline
     return _reply(message, metrics)
 

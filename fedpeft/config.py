@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedpeft.averaging import FedAvg
 from fedpeft.data.partition import Partition
-from fedpeft.data.text import TextClassification
+from fedpeft.data.task import Task
 from fedpeft.methods.base import Method
 from fedpeft.models import Pretrained
 from fedpeft.schema import Config, ConfigError
@@ -26,7 +26,7 @@ CONF = _packaged if _packaged.is_dir() else Path(__file__).parent.parent / "conf
 GROUPS: dict[str, type] = {
     "method": Method,
     "model": Pretrained,
-    "data": TextClassification,
+    "data": Task,
     "partition": Partition,
     "strategy": FedAvg,
 }

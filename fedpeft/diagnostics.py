@@ -1,12 +1,11 @@
 """What the field asks for and rarely reports: interference, client drift, initial error."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedpeft.data.batching import Batch
 from fedpeft.methods.base import Method, State
 from fedpeft.state import load_state
 
@@ -74,11 +73,16 @@ def drift(before: State, states: Sequence[State]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def initial_error(base: nn.Module, injected: nn.Module, batch: Batch) -> dict[str, float]:
+def initial_error(
+    base: nn.Module, injected: nn.Module, forward: Callable[[nn.Module], Any]
+) -> dict[str, float]:
     """|f'(x) - f(x)|_F / |f(x)|_F of every module that injection replaced, on real activations.
 
     Both get the inputs that the module sees in the untouched model, so errors of earlier layers
     do not add up. Padding is left in; it is the same for both.
+
+    Args:
+        forward: runs a model on a batch.
     """
     replaced = dict(injected.named_modules())
     sites = [
@@ -99,7 +103,7 @@ def initial_error(base: nn.Module, injected: nn.Module, batch: Batch) -> dict[st
     try:
         base.eval()
         injected.eval()
-        base(**{key: value for key, value in batch.items() if key != "labels"})
+        forward(base)
     finally:
         for handle in handles:
             handle.remove()

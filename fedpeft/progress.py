@@ -11,15 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def line_text(line: Mapping[str, Any], num_rounds: int) -> str:
     """One round in one line."""
     parts = [f"round {line['round']}/{num_rounds}"]
-    names = {
-        "train_loss": "train loss",
-        "validation_loss": "validation loss",
-        "validation_accuracy": "accuracy",
-        "validation_token_accuracy": "token accuracy",
-        "client_validation_accuracy": "clients' accuracy",
-        "client_validation_token_accuracy": "clients' token accuracy",
-    }
-    parts += [f"{text} {line[key]:.4f}" for key, text in names.items() if line.get(key) is not None]
+    starts = {"train_loss": "train loss", "validation_": "", "client_validation_": "clients' "}
+    for start, text in starts.items():
+        for key in line:
+            if key.startswith(start) and not key.endswith(("_examples", "_baseline")):
+                name = key.removeprefix(start) if start.endswith("_") else ""
+                name = "validation loss" if key == "validation_loss" else name.replace("_", " ")
+                parts.append(f"{text}{name} {line[key]:.4f}")
     if line.get("uplink_bytes"):
         parts.append(f"sent {(line['uplink_bytes'] + line['downlink_bytes']) / 1e6:.2f} MB")
     parts.append(f"{line['seconds']:.1f} s")

@@ -61,8 +61,8 @@ def comparison_rows(summaries: dict[str, dict[str, Any]], metric: str, cohort: i
                 "method": name,
                 "quality": summary["final"][f"client_test_{metric}"],
                 "global_test": summary["final"].get(f"test_{metric}"),
-                "round_0": summary["initial"][f"client_test_{metric}"],
-                "best": summary["best"][f"client_test_{metric}"],
+                "round_0": summary["initial"].get(f"client_test_{metric}"),
+                "best": summary["best"].get(f"client_test_{metric}"),
                 "best_round": summary["best"]["round"],
                 "trained": summary["parameters"]["trained"][1],
                 "up_bytes_per_client_round": size["uplink_bytes"] / rounds / cohort,
@@ -80,9 +80,7 @@ def comparison_cells(rows: Rows) -> list[list[str]]:
         [
             row["method"],
             f"{row['quality']:.3f}",
-            "-" if row["global_test"] is None else f"{row['global_test']:.3f}",
-            f"{row['round_0']:.3f}",
-            f"{row['best']:.3f}",
+            *(_measure(row[key]) for key in ("global_test", "round_0", "best")),
             str(row["best_round"]),
             f"{row['trained']:,}",
             f"{row['up_bytes_per_client_round'] / 1e3:.1f}",
@@ -92,6 +90,10 @@ def comparison_cells(rows: Rows) -> list[list[str]]:
         ]
         for row in rows
     ]
+
+
+def _measure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def write_comparison(folder: Path, rows: Rows, notes: Sequence[str]) -> None:
@@ -106,21 +108,27 @@ def write_comparison(folder: Path, rows: Rows, notes: Sequence[str]) -> None:
 
 
 def plot_comparison(
-    path: Path, rows: Rows, curves: dict[str, Rows], metric: str, baseline: float | None
+    path: Path,
+    rows: Rows,
+    curves: dict[str, Rows],
+    metric: str,
+    selects: str,
+    baseline: float | None,
 ) -> None:
-    """Quality against megabytes sent, and quality by round."""
+    """Quality against megabytes sent, and what selects the best round, by round."""
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    key = f"client_validation_{metric}"
+    key = f"client_validation_{selects}"
     for i, row in enumerate(rows):
         style = {"color": f"C{i}", "marker": "osD^vP"[i % 6], "label": row["method"]}
         left.plot(row["total_bytes"] / 1e6, row["quality"], linestyle="none", ms=9, **style)
         points = [(line["round"], line[key]) for line in curves[row["method"]] if key in line]
         right.plot(*zip(*points, strict=True), ms=4, **style)
-    name = metric.replace("_", " ")
+    name, selected = metric.replace("_", " "), selects.replace("_", " ")
     left.set(xscale="log", xlabel="MB sent, all clients, both ways", ylabel=f"test {name}")
-    right.set(xlabel="round", ylabel=f"validation {name}")
-    for axis, title in ((left, "Quality against bytes sent"), (right, "Quality by round")):
+    right.set(xlabel="round", ylabel=f"validation {selected}")
+    titles = ("Quality against bytes sent", f"{selected.capitalize()} by round")
+    for axis, title in zip((left, right), titles, strict=True):
         axis.set_title(title)
         axis.grid(alpha=0.3)
         if baseline is not None:
@@ -130,24 +138,59 @@ def plot_comparison(
     plt.close(figure)
 
 
-def plot_partition(path: Path, counts: np.ndarray, labels: Sequence[str]) -> None:
-    """Who holds what: a heat map of (clients, labels) counts."""
+def plot_partition(
+    path: Path, counts: np.ndarray, labels: Sequence[str], kind: str = "label"
+) -> None:
+    """Who holds what: a heat map of (clients, labels) counts, coloured by their square roots.
+
+    Args:
+        kind: what the labels are.
+    """
+    from matplotlib.colors import PowerNorm
+
     plt = _pyplot()
-    clients, classes = counts.shape
-    figure, axis = plt.subplots(
-        figsize=(2.5 + 0.7 * classes, 1.8 + 0.35 * clients), layout="constrained"
-    )
-    image = axis.imshow(counts, aspect="auto", cmap="Blues")
-    axis.set(xlabel="label", ylabel="client", title="Training rows by client and label")
-    axis.set_xticks(range(classes), labels, rotation=45, ha="right")
-    axis.set_yticks(range(clients))
-    if counts.size <= 400:
-        for (i, j), count in np.ndenumerate(counts):
-            dark = count > counts.max() / 2
-            axis.text(j, i, str(count), ha="center", va="center", color="w" if dark else "k")
+    wide, high = _inches(counts.shape[1], 0.15, 0.7, 20), _inches(counts.shape[0], 0.13, 0.35, 14)
+    figure, axis = plt.subplots(figsize=(2.5 + wide, 1.8 + high), layout="constrained")
+    pixels = "nearest" if max(counts.shape) <= 2000 else "auto"
+    norm = PowerNorm(0.5, vmin=0)
+    image = axis.imshow(counts, aspect="auto", cmap="Blues", norm=norm, interpolation=pixels)
+    axis.set(xlabel=kind, ylabel="client", title=f"Training rows by client and {kind}")
+    _name_cells(axis, counts, labels, wide, high)
     figure.colorbar(image, label="rows")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _inches(cells: int, least: float, most: float, whole: float) -> float:
+    """Length of an axis whose cells are ``least`` to ``most`` inches, at most ``whole`` in all."""
+    return min(whole, cells * min(most, max(least, 12 / cells)))
+
+
+def _name_cells(
+    axis: Any, counts: np.ndarray, labels: Sequence[str], wide: float, high: float
+) -> None:
+    """Ticks of clients and labels and, where there is room, the counts."""
+    clients, classes = counts.shape
+    roomy, columns = wide / classes > 0.4, _ticks(classes, wide)
+    slant = {"rotation": 45, "ha": "right"} if roomy else {"rotation": 90, "fontsize": 7}
+    names = [_short(labels[i]) for i in columns]
+    axis.set_xticks(columns, names, parse_math=False, **slant)
+    axis.set_yticks(_ticks(clients, high))
+    axis.tick_params(axis="y", labelsize=9 if high / clients > 0.2 else 7)
+    if roomy and clients <= 40:
+        for (i, j), count in np.ndenumerate(counts):
+            colour = "w" if count > counts.max() / 3 else "k"
+            axis.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=8)
+
+
+def _ticks(count: int, inches: float) -> range:
+    """Every first, second, fifth, tenth ... number, so that ticks are 0.12 inches apart."""
+    steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
+    return range(0, count, next(step for step in steps if step * inches >= 0.12 * count))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else name[:23] + "…"
 
 
 def _pyplot() -> Any:

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +42,11 @@ class RunDirectory:
         draft = self.path / f".{name}.part"
         save_file({key: value.contiguous() for key, value in state.items()}, draft)
         draft.replace(self.path / f"{name}.safetensors")
+
+    def save_samples(self, samples: Sequence[Mapping[str, str]], most: int = 100) -> None:
+        """Generated texts beside their references, to be read: ``samples.jsonl``."""
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples[:most]]
+        (self.path / "samples.jsonl").write_text("".join(lines))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes the summary, atomically."""

@@ -45,6 +45,8 @@ class Runtime:
                 "runtime.threads must be >= 1, num_cpus > 0 and num_gpus >= 0, got "
                 f"{self.threads}, {self.num_cpus} and {self.num_gpus}"
             )
+        if self.total_cpus is not None and self.total_cpus < 1:
+            raise ValueError(f"runtime.total_cpus must be >= 1 or null, got {self.total_cpus}")
         if self.round_timeout <= 0 or self.join_timeout <= 0:
             raise ValueError(
                 "runtime.round_timeout and runtime.join_timeout must be > 0, got "
@@ -60,7 +62,9 @@ class Evaluation:
         every: rounds between evaluations; the last round is always evaluated.
         clients: every client evaluates on its own validation and test rows: ``auto`` where the
             method keeps personal parameters, ``always`` or ``never``.
-        batch_size: rows a batch.
+        batch_size: rows a batch, at most.
+        max_tokens: a batch's rows x its longest length, at most: a language model's logits take 4
+            bytes for each of them and each token of the vocabulary.
         max_client_rows: at most so many rows of each of a client's own splits; null for all.
         interference: compute the aggregation's interference each round.
     """
@@ -68,15 +72,14 @@ class Evaluation:
     every: int = 1
     clients: str = "auto"
     batch_size: int = 64
+    max_tokens: int = 8192
     max_client_rows: int | None = None
     interference: bool = True
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.batch_size < 1:
-            raise ValueError(
-                "evaluation.every and evaluation.batch_size must be >= 1, "
-                f"got {self.every} and {self.batch_size}"
-            )
+        for key in ("every", "batch_size", "max_tokens"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"evaluation.{key} must be >= 1, got {getattr(self, key)}")
         if self.max_client_rows is not None and self.max_client_rows < 1:
             raise ValueError(
                 f"evaluation.max_client_rows must be >= 1 or null, got {self.max_client_rows}"

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from torch import nn
 
 from fedpeft import config as configuration
+from fedpeft.data.batching import REPORTED
+from fedpeft.data.task import SPLITS
 from fedpeft.diagnostics import initial_error
 from fedpeft.methods.base import State
 from fedpeft.models import weights_sha256
@@ -18,6 +21,7 @@ from fedpeft.results import RunDirectory, versions
 from fedpeft.session import Session, open_session
 from fedpeft.state import sha256
 from fedpeft.strategy import RoleStrategy
+from fedpeft.training import autocast
 
 app = ServerApp()
 
@@ -49,7 +53,8 @@ def serve(
     label = type(session.config.method).__name__
     directory = RunDirectory(tree.run_dir, tree, label)
     run = _Run(session, RoleStrategy(session, sent), directory, display)
-    display.start(f"{label}: {directory.path}", session.config.num_rounds)
+    weights = " (RANDOM WEIGHTS)" if session.config.model.random else ""
+    display.start(f"{label}{weights}: {directory.path}", session.config.num_rounds)
     try:
         run.strategy.join(grid)
         for round in range(session.config.num_rounds + 1):
@@ -69,7 +74,7 @@ class _Run:
         self.directory, self.display = directory, display
         self.lines: list[dict[str, Any]] = []
         self.started = time.perf_counter()
-        metric = session.task.metric
+        metric, self.sign = session.task.selects
         self.selects = (
             f"client_validation_{metric}" if session.has_personal else f"validation_{metric}"
         )
@@ -123,16 +128,17 @@ class _Run:
             line |= strategy.aggregate_evaluate(round, replies) or {}
         return line
 
-    def _server_metrics(self, split: str, state: State) -> dict[str, float]:
+    def _server_metrics(self, split: str, state: State, last: bool = False) -> dict[str, float]:
         self.session.load(state)
         workers = os.cpu_count() or 1
-        metrics = self.session.evaluate(self.session.examples(split), workers)
-        return {f"{split}_{key}": value for key, value in metrics.items()}
+        metrics = self.session.evaluate(self.session.examples(split), workers, last)
+        prefix = split if split in SPLITS else f"test_{split}"
+        return {f"{prefix}_{key}": value for key, value in metrics.items()}
 
     def _select(self, line: dict[str, Any]) -> None:
         """Keeps the best round by validation, the earlier one of equals; test rows never select."""
-        value = line.get(self.selects)
-        if value is not None and value > self.best.get(self.selects, float("-inf")):
+        value, best = line.get(self.selects), self.best.get(self.selects)
+        if value is not None and (best is None or self.sign * (value - best) > 0):
             self.best, self.best_state = line, dict(self.strategy.state)
 
     def summarize(self) -> dict[str, Any]:
@@ -144,6 +150,8 @@ class _Run:
         best_state = {n: self.best_state.get(n, session.initial[n]) for n in state}
         self.directory.save_state("best_shared_state", best_state)
         final = self._tested(self.lines[-1], state)
+        if session.samples and not session.has_personal:
+            self.directory.save_samples(session.samples)
         last_is_best = self.best is self.lines[-1]
         summary = {
             "method": type(session.config.method).__name__,
@@ -164,14 +172,23 @@ class _Run:
             "seconds": round_seconds(self.started),
             "shared_state_sha256": sha256(state),
             "weights_sha256": self._weights_hash(),
-            "random_weights": session.config.model.random,
-            "data": session.task.fingerprint(),
+            "weights": "RANDOM" if session.config.model.random else "pretrained",
+            "data": session.task.fingerprint() | {"cut": self._cut()},
             "seed": session.config.seed,
             "versions": versions(),
             "run_dir": str(self.directory.path),
         }
         self.directory.finish(summary)
         return summary
+
+    def _cut(self) -> dict[str, dict[str, int]]:
+        """Rows whose prompt or answer was longer than its room, by split."""
+        found: dict[str, dict[str, int]] = {}
+        for split in (*SPLITS, *self.session.task.extra_tests):
+            arrays = self.session.examples(split).arrays
+            counts = {n: int(arrays[n].sum()) for n in REPORTED if n in arrays}
+            found |= {split: counts} if counts else {}
+        return found
 
     def _weights_hash(self) -> str | None:
         model = self.session.config.model
@@ -181,15 +198,16 @@ class _Run:
         """A round's measures, with the server's model on the test rows where it has one."""
         measures = {"round": line["round"]} | _measures(line)
         if not self.session.has_personal:
-            measures |= self._server_metrics("test", state)
+            # test comes last: its generated texts stay as the samples
+            for split in (*self.session.task.extra_tests, "test"):
+                measures |= self._server_metrics(split, state, last=True)
         return measures
 
     def _baseline(self) -> dict[str, float]:
         """Always answering the commonest label: on the test rows, and on the clients' own."""
-        task, session = self.session.task, self.session
+        session = self.session
         found = {k: v for k, v in self.lines[-1].items() if k.endswith("_baseline")}
-        train = task.class_numbers(task.train_rows)
-        baseline = task.baseline(train, session.examples("test").labels)
+        baseline = session.baseline(session.examples("train"), session.examples("test"))
         return found if baseline is None else found | {"test_baseline": baseline}
 
     def _bytes(self) -> dict[str, int]:
@@ -201,12 +219,19 @@ class _Run:
         """Of every replaced module, on one batch of validation rows."""
         session = self.session
         examples = session.examples("validation")
-        rows = torch.arange(min(32, len(examples))).numpy()
+        device = next(session.model.parameters()).device
+        batch = examples.batch(torch.arange(min(32, len(examples))).numpy())
+        batch = {key: value.to(device) for key, value in batch.items()}
         session.load()
+
+        def forward(model: nn.Module) -> None:
+            with autocast(device, session.config.precision):
+                session.task.evaluate_batch(model, batch)
+
         return initial_error(
-            session.base_model().to(next(session.model.parameters()).device),
+            session.base_model().to(device),
             session.model,
-            examples.batch(rows),
+            forward,
         )
 
 

@@ -1,15 +1,17 @@
 """What a process needs for one configuration: built once, resident over all its messages."""
 
-from functools import cached_property, lru_cache
+from collections.abc import Callable
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedpeft import config as configuration
 from fedpeft.data.batching import Examples, training_batches
 from fedpeft.data.partition import own_splits
+from fedpeft.memory import train_in_float32
 from fedpeft.methods.base import Role, State
 from fedpeft.schema import Config
 from fedpeft.seeding import generator, torch_seed
@@ -29,23 +31,26 @@ class Session:
 
     def __init__(self, config: Config, data_path: str | None = None) -> None:
         torch.set_num_threads(config.runtime.threads)
+        config.model.check_precision(config.precision)
         self.config = config
         self.owns_all_rows = data_path is not None
         self.task = config.data
-        if self.owns_all_rows and self.task.num_labels is not None and not self.task.labels:
+        if self.owns_all_rows and getattr(self.task, "labels", None) == []:
             raise ValueError(
                 "a client with its own data-path needs data.labels=[...]: numbered from its own "
                 "rows, its classes could differ from the others'"
             )
-        self.tokenizer = config.model.tokenizer()
+        self.processor = getattr(config.model, self.task.needs)()
         model = self.base_model()
         with torch_seed(config.seed, "method"):
             model = config.method.inject(model)
+        train_in_float32(model)
         self.model: nn.Module = model.to(_device(config.runtime.device))
         self.trainable = [n for n, p in self.model.named_parameters() if p.requires_grad]
         self.initial = snapshot(self.model, self.trainable)
+        self.samples: list[dict[str, str]] = []  # the last generated texts, beside references
         # Of the session, not of the class, which would keep every session's model alive.
-        self.examples = lru_cache(maxsize=4)(self._examples)
+        self.examples = lru_cache(maxsize=None)(self._examples)
         self.client_examples = lru_cache(maxsize=256)(self._client_examples)
 
     def base_model(self) -> nn.Module:
@@ -53,7 +58,8 @@ class Session:
         model = self.config.model.build(
             self.task.auto_class, self.task.num_labels, self.config.seed
         )
-        model.config.pad_token_id = self.tokenizer.pad_token_id
+        if self.task.needs == "tokenizer":
+            model.config.pad_token_id = self.processor.pad_token_id
         return model
 
     def roles(self, round: int) -> dict[str, Role]:
@@ -84,17 +90,17 @@ class Session:
             parameter.requires_grad_(by_name.get(name, Role.FROZEN) is not Role.FROZEN)
 
     def _examples(self, split: str) -> Examples:
-        """The whole data set's validation or test rows."""
-        return self.task.encode(self.task.splits[split], self.tokenizer)
+        """A split of the whole data set."""
+        return self.task.encode(split, self.processor)
 
     @cached_property
     def client_rows(self) -> list[np.ndarray]:
         """Row numbers of the training split by client."""
-        rows = self.task.train_rows
         if self.owns_all_rows:
-            return [np.arange(len(rows))] * self.config.num_clients
-        labels = self.task.class_numbers(rows)
-        return self.config.partition.indices(labels, self.config.num_clients, self.config.seed)
+            return [np.arange(len(self.task.train_rows))] * self.config.num_clients
+        partition = self.config.partition
+        groups, _ = self.task.grouped(partition.column)
+        return partition.indices(groups, self.config.num_clients, self.config.seed)
 
     def _client_examples(self, client: int) -> dict[str, Examples]:
         """A client's own train, validation and test rows."""
@@ -105,11 +111,9 @@ class Session:
             )
         limit = self.config.evaluation.max_client_rows
         splits = own_splits(self.client_rows[client], self.config.seed, client)
-        table = self.task.train_rows
+        train = self.examples("train")
         return {
-            name: self.task.encode(
-                table.select(rows if name == "train" else rows[:limit]), self.tokenizer
-            )
+            name: train.select(rows if name == "train" else rows[:limit])
             for name, rows in splits.items()
         }
 
@@ -137,17 +141,39 @@ class Session:
             )
         return len(examples), loss
 
-    def evaluate(self, examples: Examples, workers: int = 1) -> dict[str, float]:
-        """Metrics of the loaded model."""
-        rows = evaluate(
+    def evaluate(
+        self, examples: Examples, workers: int = 1, last: bool = False
+    ) -> dict[str, float]:
+        """Metrics of the loaded model; of generated text too where the task has them now."""
+        outputs = self._outputs(self.task.evaluate_batch, examples, workers)
+        rows = self.task.split_rows(examples.split)
+        metrics = self.task.score(outputs, rows, self.processor)
+        if self.task.generates(last):
+            generate = partial(self.task.generate_batch, processor=self.processor)
+            outputs = self._outputs(generate, examples, workers)
+            found, self.samples = self.task.score_generated(outputs, rows, self.processor)
+            metrics |= found
+        return metrics
+
+    def baseline(self, train: Examples, examples: Examples) -> float | None:
+        """The headline measure of a constant answer that the training rows suggest."""
+        if "labels" not in train.arrays:
+            return None
+        return self.task.baseline(train.labels, examples.labels)
+
+    def _outputs(
+        self, function: Callable[..., dict[str, Tensor]], examples: Examples, workers: int
+    ) -> list[dict[str, Tensor]]:
+        settings = self.config.evaluation
+        return evaluate(
             self.model,
-            self.task.evaluate_batch,
+            function,
             examples,
-            self.config.evaluation.batch_size,
+            settings.batch_size,
+            settings.max_tokens,
             self.config.precision,
             workers,
         )
-        return self.task.metrics(rows)
 
 
 def _device(name: str) -> torch.device:

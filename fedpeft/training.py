@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedpeft.data.batching import Batch, Examples, by_length
+from fedpeft.data.batching import Batch, Examples, within
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -47,9 +47,9 @@ class Optimization:
         _one_of("optimizer.round_schedule", self.round_schedule, SCHEDULES)
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"optimizer.max_grad_norm must be > 0, got {self.max_grad_norm}")
-        if self.weight_decay < 0 or self.momentum < 0:
+        if self.weight_decay < 0 or not 0 <= self.momentum < 1:
             raise ValueError(
-                "optimizer.weight_decay and optimizer.momentum must be >= 0, got "
+                "optimizer.weight_decay must be >= 0 and optimizer.momentum in [0, 1), got "
                 f"{self.weight_decay} and {self.momentum}"
             )
         if not 0 <= self.warmup < 1:
@@ -129,13 +129,14 @@ def evaluate(
     evaluate_batch: Callable[[nn.Module, Batch], dict[str, Tensor]],
     examples: Examples,
     batch_size: int,
+    max_tokens: int,
     precision: str = "fp32",
     workers: int = 1,
 ) -> list[dict[str, Tensor]]:
     """What ``evaluate_batch`` gives for each batch of neighbouring length, in a fixed order.
 
-    Batches run in ``workers`` threads; each is computed by one thread of torch's own number, so
-    the bits do not depend on ``workers``.
+    With it goes ``row`` (B,), the rows' numbers in their split. Batches run in ``workers``
+    threads; each is computed by one thread of torch's own number, so the bits do not depend on it.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -143,11 +144,11 @@ def evaluate(
     def run(batch: Batch) -> dict[str, Tensor]:
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         with torch.inference_mode(), autocast(device, precision):
-            return evaluate_batch(model, batch)
+            return {"row": batch["row"]} | evaluate_batch(model, batch)
 
     batches: Iterator[Batch] | Iterable[Batch] = (
         examples.batch(rows)
-        for rows in by_length(torch.arange(len(examples)).numpy(), examples.lengths, batch_size)
+        for rows in within(examples.lengths, batch_size, max_tokens, examples.sequences)
     )
     if workers == 1:
         return [run(batch) for batch in batches]

@@ -66,6 +66,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     from transformers.utils import logging
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    os.environ["FEDPEFT_CACHE"] = str(tmp_path_factory.mktemp("fedpeft"))
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
 

@@ -80,7 +80,10 @@ CASES = [
     ("method=fedsa_lora method.head=no", "method.head must be personal or shared, got no"),
     ("partition.alpha=0", "partition.alpha must be > 0, got 0.0"),
     ("partition.alpha=nan", "partition.alpha must be > 0, got nan"),
-    ("partition.min_size=0", "partition.min_size must be >= 1, got 0"),
+    (
+        "partition.min_size=0",
+        "partition.min_size must be >= 3, one row each to train, validate and test, got 0",
+    ),
     ("strategy.weights=rows", "strategy.weights must be examples or uniform, got rows"),
     ("model.pooling=cls", "model.pooling must be mean or null, got cls"),
     ("data.max_length=1", "data.max_length must be >= 2, got 1"),
@@ -98,12 +101,12 @@ CASES = [
     ("optimizer.max_grad_norm=0", "optimizer.max_grad_norm must be > 0, got 0.0"),
     (
         "optimizer.weight_decay=-1",
-        "optimizer.weight_decay and optimizer.momentum must be >= 0, got -1.0 and 0.0",
+        "optimizer.weight_decay must be >= 0 and optimizer.momentum in [0, 1), got -1.0 and 0.0",
     ),
     ("evaluation.clients=no", "evaluation.clients must be auto, always or never, got no"),
     (
         "evaluation.every=0",
-        "evaluation.every and evaluation.batch_size must be >= 1, got 0 and 64",
+        "evaluation.every must be >= 1, got 0",
     ),
     (
         "evaluation.max_client_rows=0",
@@ -111,6 +114,11 @@ CASES = [
     ),
     ("runtime.kind=dask", "runtime.kind must be ray or inprocess, got dask"),
     ("runtime.device=tpu", "runtime.device must be auto, cpu or cuda, got tpu"),
+    (
+        "optimizer.momentum=1",
+        "optimizer.weight_decay must be >= 0 and optimizer.momentum in [0, 1), got 0.0 and 1.0",
+    ),
+    ("runtime.total_cpus=0", "runtime.total_cpus must be >= 1 or null, got 0"),
     (
         "runtime.threads=0",
         "runtime.threads must be >= 1, num_cpus > 0 and num_gpus >= 0, got 0, 1.0 and 0.0",

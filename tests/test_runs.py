@@ -66,7 +66,7 @@ SUMMARY = {
     "seconds": float,
     "shared_state_sha256": str,
     "weights_sha256": str,
-    "random_weights": bool,
+    "weights": str,
     "data": dict,
     "seed": int,
     "versions": dict,
@@ -387,9 +387,9 @@ def test_personal_tensors_stay_each_client_s_own(
         last[client] = personal(session)
         return result
 
-    def evaluate_and_check(session: Session, *args: Any) -> dict[str, float]:
+    def evaluate_and_check(session: Session, *args: Any, **more: Any) -> dict[str, float]:
         check(session)
-        return evaluate(session, *args)
+        return evaluate(session, *args, **more)
 
     monkeypatch.setattr(Session, "train_client", train_and_check)
     monkeypatch.setattr(Session, "evaluate", evaluate_and_check)

@@ -98,7 +98,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Accuracies by round and split in place of measured ones; notes which split is measured."""
     measured: list[str] = []
 
-    def evaluate(session: Session, examples: Examples, workers: int = 1) -> dict[str, float]:
+    def evaluate(session: Session, examples: Examples, *_: Any, **__: Any) -> dict[str, float]:
         # 40 rows each; the table's first test row stands only there
         split = "test" if examples is session.examples("test") else "validation"
         measured.append(split)
@@ -144,7 +144,7 @@ def test_when_no_training_helps_the_initial_state_is_the_best(
 ) -> None:
     calls: list[int] = []
 
-    def evaluate(session: Session, examples: Examples, workers: int = 1) -> dict[str, float]:
+    def evaluate(session: Session, examples: Examples, *_: Any, **__: Any) -> dict[str, float]:
         calls.append(1)
         return {"accuracy": 1 / len(calls), "loss": 1.0}
 
@@ -161,7 +161,7 @@ def test_personal_runs_choose_by_the_clients(run: Runner, monkeypatch: pytest.Mo
     """Clients measure validation and test in turn; the test rows would choose another round."""
     count = 0
 
-    def evaluate(session: Session, examples: Examples, workers: int = 1) -> dict[str, float]:
+    def evaluate(session: Session, examples: Examples, *_: Any, **__: Any) -> dict[str, float]:
         nonlocal count
         round, of_round = divmod(count, 6)  # three clients, two splits
         count += 1

@@ -1,11 +1,16 @@
 """Real data and weights: those that stand beside the project, and the embedded default."""
 
+import hashlib
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from fedpeft.config import load
+from fedpeft.data.tables import values
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(
@@ -14,12 +19,78 @@ needs_shared = pytest.mark.skipif(
 pytestmark = pytest.mark.slow
 
 
+SIZES = {
+    "sst2": (66_675, 674, 872),  # FedPETuning's
+    "mrpc": (3_301, 367, 408),
+    "copa": (360, 40, 100),
+    "squad": (86_723, 876, 10_570),
+    "medquad": (13_289, 1_477, 1_641),  # of 16,407
+    "dolly": (12_158, 1_351, 1_502),  # of 15,011
+}
+GROUPS = {"sst2": 2, "mrpc": 2, "copa": 2, "squad": 442, "medquad": 15, "dolly": 8}  # in train
+FEW = ["data.max_train_rows=60", "data.max_validation_rows=9", "data.max_test_rows=9"]
+
+
+def task_of(name: str) -> Any:
+    return load([f"data={name}", f"data.path={SHARED}/data/{name}"]).data
+
+
 @needs_shared
-def test_sst2_has_fedpetunings_splits() -> None:
-    task = load(["data=sst2", f"data.path={SHARED}/data/sst2"]).data
-    sizes = {split: len(rows) for split, rows in task.splits.items()}
-    assert sizes == {"train": 66_675, "validation": 674, "test": 872}
-    assert task.label_names == ["negative", "positive"]
+@pytest.mark.parametrize("name", SIZES)
+def test_splits(name: str) -> None:
+    task = task_of(name)
+    found = task.fingerprint()
+    assert tuple(found["rows"].values()) == SIZES[name] and found["skipped"] == {}
+    groups, names = task.grouped(None)
+    assert len(groups) == SIZES[name][0] and len(names) == GROUPS[name] == len(set(groups))
+    if name == "sst2":
+        assert task.label_names == ["negative", "positive"]
+
+
+@needs_shared
+def test_each_brain_image_once() -> None:
+    """213 stand in both splits, encoded anew or not: train loses them."""
+    task = task_of("brain_tumor")
+    pixels: dict[str, list[bytes]] = {}
+    for split, rows in task.tables.items():
+        pixels[split] = []
+        for value in values(rows, "image"):
+            with Image.open(io.BytesIO(value["bytes"])) as image:
+                shown = image.convert("RGB")
+                pixels[split].append(hashlib.sha256(shown.tobytes()).digest())
+    train, test = set(pixels["train"]), set(pixels["test"])
+    assert (len(pixels["train"]), len(pixels["test"])) == (2_870, 394)
+    assert len(train | test) == 2_870 and len(train & test) == 213
+    found = task.fingerprint()
+    assert found["rows"] == {"train": 2_300, "validation": 256, "test": 314}
+    assert found["skipped"] == {"is a repeat in train": 314, "is a repeat in test": 80}
+    assert task.label_names == ["glioma", "meningioma", "no_tumor", "pituitary"]
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["medquad", "squad"])
+def test_two_rounds_of_answers(run: Any, name: str) -> None:
+    """Prompts are longer than the room here: cut, and counted."""
+    data = [f"data={name}", f"data.path={SHARED}/data/{name}", *FEW, "partition=iid"]
+    model = [f"model.path={SHARED}/models/stories260k", "method.rank=4", "lr=0.01"]
+    summary = run(*model, *data, "data.max_length=96", "data.max_answer_length=16")
+    first = load([f"data={name}"]).data.metrics[0]
+    assert summary["refused"] == {} and summary["selected_by"] == "validation_loss"
+    assert 0 <= summary["final"][f"test_{first}_generated"] <= 1
+    assert summary["final"]["validation_loss"] < summary["initial"]["validation_loss"]
+    assert summary["data"]["cut"]["train"]["cut_prompt"] > 0
+    samples = [json.loads(s) for s in (run.run_dir / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 9 and all(sample["reference"] for sample in samples)
+
+
+@needs_shared
+def test_two_rounds_of_choices(run: Any) -> None:
+    data = ["data=copa", f"data.path={SHARED}/data/copa", *FEW, "data.scoring=likelihood"]
+    model = [f"model.path={SHARED}/models/stories260k", "method.rank=4", "lr=0.01"]
+    summary = run(*model, *data, "partition=iid")
+    assert summary["refused"] == {} and summary["selected_by"] == "validation_accuracy"
+    assert summary["final"]["test_accuracy"] in [i / 9 for i in range(10)]
+    assert summary["final"]["validation_loss"] != summary["initial"]["validation_loss"]
 
 
 @needs_shared

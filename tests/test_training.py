@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedpeft.data.batching import Batch, Examples
+from fedpeft.data.batching import Batch, Examples, within
 from fedpeft.session import Session
 from fedpeft.training import Optimization, evaluate, train
 from tests.conftest import Runner
@@ -124,7 +124,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation() -> None:
         assert not torch.is_grad_enabled()
         return {"label": batch["labels"]}
 
-    evaluate(model, measure, examples([3, 2]), 2)
+    evaluate(model, measure, examples([3, 2]), 2, 1000)
     assert modes == [True, False]
 
 
@@ -202,7 +202,7 @@ def test_every_row_is_evaluated_once() -> None:
         return {"label": batch["labels"], "sum": batch["attention_mask"].sum(1)}
 
     for size in (1, 2, 3, 7, 100):
-        rows = evaluate(Weights(), measure, examples(lengths), size)
+        rows = evaluate(Weights(), measure, examples(lengths), size, 1000)
         label = torch.cat([row["label"] for row in rows]).tolist()
         total = torch.cat([row["sum"] for row in rows]).tolist()
         assert sorted(label) == list(range(7))
@@ -214,9 +214,9 @@ def test_the_bits_do_not_depend_on_workers(opened: Callable[..., Session]) -> No
     session = opened("evaluation.batch_size=4")
     rows = session.examples("test")
     session.load()
-    one = evaluate(session.model, session.task.evaluate_batch, rows, 4)
+    one = evaluate(session.model, session.task.evaluate_batch, rows, 4, 1000)
     for workers in (2, 3, 8):
-        many = evaluate(session.model, session.task.evaluate_batch, rows, 4, workers=workers)
+        many = evaluate(session.model, session.task.evaluate_batch, rows, 4, 1000, workers=workers)
         assert len(many) == len(one) == 10
         for a, b in zip(one, many, strict=True):
             assert all(torch.equal(a[key], b[key]) for key in a)
@@ -229,8 +229,8 @@ def test_metrics_do_not_depend_on_the_batches(opened: Callable[..., Session]) ->
     session.load()
     found = []
     for size in (1, 7, 16, 64):
-        parts = evaluate(session.model, session.task.evaluate_batch, rows, size)
-        found.append(session.task.metrics(parts))
+        parts = evaluate(session.model, session.task.evaluate_batch, rows, size, 1000)
+        found.append(session.task.score(parts, session.task.split_rows("test"), None))
     for metrics in found[1:]:
         assert metrics["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
         assert metrics["accuracy"] == found[0]["accuracy"]
@@ -270,3 +270,10 @@ def test_a_run_in_bfloat16(run: Runner) -> None:
     assert rounded["final"]["test_loss"] == pytest.approx(exact["final"]["test_loss"], rel=0.05)
     assert rounded["bytes"]["uplink_payload_bytes"] == exact["bytes"]["uplink_payload_bytes"]
     assert all(v.dtype == torch.float32 for v in run.saved().values())
+
+
+def test_an_evaluation_batch_keeps_to_its_tokens() -> None:
+    lengths = np.array([5, 1, 9, 2, 40, 3, 3])
+    batches = within(lengths, 3, 20)
+    assert [lengths[b].tolist() for b in batches] == [[1, 2, 3], [3, 5], [9], [40]]
+    assert [b.tolist() for b in within(np.zeros(5, np.int64), 2, 1)] == [[0, 1], [2, 3], [4]]

@@ -1,64 +1,164 @@
-"""Tokenised rows, and the batches a client sees in a round."""
+"""Encoded rows, and the batches a client sees in a round."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]
+PER_SEQUENCE = ("prompts", "right")  # the others have one entry a row
+SEQUENCES = ("tokens", "offsets", "groups", *PER_SEQUENCE)
+REPORTED = ("cut_prompt", "cut_answer")  # for the summary alone
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised rows of unequal length in flat arrays.
+    """Encoded rows in flat arrays, which may be memory-mapped, and a choice of them.
 
     Attributes:
-        tokens: int32 (sum of lengths,).
-        offsets: int64 (rows + 1,); row i is ``tokens[offsets[i]:offsets[i + 1]]``.
-        labels: int64 (rows,) class numbers.
+        arrays: ``tokens`` int32 (sum of lengths,) and ``offsets`` int64 (sequences + 1,): sequence
+            s is ``tokens[offsets[s]:offsets[s + 1]]``. ``prompts`` int64 (sequences,): how many
+            tokens at its beginning are given, not predicted; ``right`` bool (sequences,): whether
+            it is a right candidate. ``groups`` int64 (rows + 1,): row i has sequences
+            ``groups[i]`` to ``groups[i + 1]``; without it, sequence i alone. Every other array has
+            one entry a row, such as ``labels`` or ``pixels``.
+        rows: int64, the rows of this choice by their numbers in the split.
+        split: the split of the data set that they stand in.
         pad_id: the tokenizer's padding token.
     """
 
-    tokens: np.ndarray
-    offsets: np.ndarray
-    labels: np.ndarray
-    pad_id: int
+    arrays: Mapping[str, np.ndarray]
+    rows: np.ndarray
+    split: str = "train"
+    pad_id: int = 0
 
     @classmethod
-    def from_lists(cls, rows: Sequence[Sequence[int]], labels: np.ndarray, pad_id: int):
-        """Packs tokenizer output."""
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-        tokens = np.fromiter((t for row in rows for t in row), np.int32, int(offsets[-1]))
-        return cls(tokens, offsets, np.asarray(labels, np.int64), pad_id)
+    def whole(cls, arrays: Mapping[str, np.ndarray], split: str, pad_id: int) -> "Examples":
+        """All rows of a split."""
+        count = len(arrays["groups"]) - 1 if "groups" in arrays else len(_first(arrays))
+        return cls(arrays, np.arange(count), split, pad_id)
+
+    @classmethod
+    def from_lists(
+        cls, rows: Sequence[Sequence[int]], labels: np.ndarray, pad_id: int
+    ) -> "Examples":
+        """One sequence a row and its label."""
+        arrays = flat(rows) | {"labels": np.asarray(labels, np.int64)}
+        return cls.whole(arrays, "train", pad_id)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.rows)
 
-    @property
+    def select(self, rows: np.ndarray) -> "Examples":
+        """Some rows, by their numbers in the split."""
+        return replace(self, rows=np.asarray(rows))
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """int64 (rows,) class numbers, or float32 targets."""
+        return self.arrays["labels"][self.rows]
+
+    @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens per row."""
-        return np.diff(self.offsets)
+        """Tokens per row; of several sequences, the longest's. Zeros where there are no tokens."""
+        if "tokens" not in self.arrays:
+            return np.zeros(len(self), np.int64)
+        lengths = np.diff(self.arrays["offsets"])
+        if "groups" in self.arrays:
+            lengths = np.maximum.reduceat(lengths, self.arrays["groups"][:-1])
+        return lengths[self.rows]
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        """Rows padded on the right: input_ids and attention_mask (B, L), labels (B,)."""
-        lengths = self.lengths[rows]
-        ids = np.full((len(rows), int(lengths.max())), self.pad_id, np.int64)
-        for i, row in enumerate(rows):
-            ids[i, : lengths[i]] = self.tokens[self.offsets[row] : self.offsets[row + 1]]
+    @cached_property
+    def sequences(self) -> np.ndarray:
+        """Sequences per row: its candidates, or one."""
+        if "groups" not in self.arrays:
+            return np.ones(len(self), np.int64)
+        return np.diff(self.arrays["groups"])[self.rows]
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        """Rows by their position in this choice, padded on the right.
+
+        input_ids and attention_mask (sequences, L), prompts (sequences,), choices (B,) sequences
+        a row, row (B,) numbers in the split, and the other arrays' entries (B, ...).
+        """
+        rows = self.rows[positions]
+        batch = {"row": torch.from_numpy(np.asarray(rows, np.int64))}
+        for name, array in self.arrays.items():
+            if name not in (*SEQUENCES, *REPORTED):
+                batch[name] = torch.from_numpy(np.ascontiguousarray(array[rows]))
+        if "tokens" in self.arrays:
+            batch |= self._padded(rows)
+        return batch
+
+    def _padded(self, rows: np.ndarray) -> Batch:
+        batch: Batch = {}
+        sequences = rows
+        if (groups := self.arrays.get("groups")) is not None:
+            sequences = np.concatenate(
+                [np.arange(int(groups[r]), int(groups[r + 1])) for r in rows]
+            )
+            batch["choices"] = torch.from_numpy(groups[rows + 1] - groups[rows])
+        tokens, offsets = self.arrays["tokens"], self.arrays["offsets"]
+        lengths = offsets[sequences + 1] - offsets[sequences]
+        ids = np.full((len(sequences), int(lengths.max())), self.pad_id, np.int64)
+        for i, s in enumerate(sequences):
+            ids[i, : lengths[i]] = tokens[offsets[s] : offsets[s + 1]]
         mask = np.arange(ids.shape[1])[None] < lengths[:, None]
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-            "labels": torch.from_numpy(self.labels[rows]),
-        }
+        batch["input_ids"] = torch.from_numpy(ids)
+        batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        for name in PER_SEQUENCE:
+            if name in self.arrays:
+                batch[name] = torch.from_numpy(np.ascontiguousarray(self.arrays[name][sequences]))
+        return batch
+
+
+def _first(arrays: Mapping[str, np.ndarray]) -> Any:
+    """An array with one entry a row (``offsets`` has one more than sequences)."""
+    others = [array for name, array in arrays.items() if name not in SEQUENCES]
+    return others[0] if others else arrays["offsets"][1:]
+
+
+def flat(sequences: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """Lists of token ids as ``tokens`` and ``offsets``."""
+    offsets = np.concatenate([[0], np.cumsum([len(s) for s in sequences])]).astype(np.int64)
+    tokens = np.fromiter((t for s in sequences for t in s), np.int32, int(offsets[-1]))
+    return {"tokens": tokens, "offsets": offsets}
 
 
 def by_length(rows: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """Cuts rows into batches of neighbouring length, shortest first; the order is stable."""
     order = rows[np.argsort(lengths[rows], kind="stable")]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def within(
+    lengths: np.ndarray, batch_size: int, max_tokens: int, sequences: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """All rows in batches of neighbouring length: sequences x longest length <= ``max_tokens``.
+
+    A row that is longer alone is a batch of its own.
+
+    Args:
+        sequences: of each row, (rows,); one each if not given.
+    """
+    order = np.argsort(lengths, kind="stable")
+    sizes = np.ones_like(lengths) if sequences is None else sequences
+
+    def tokens(rows: np.ndarray) -> int:
+        return sizes[rows].sum() * lengths[rows[-1]]
+
+    batches, start = [], 0
+    while start < len(order):
+        end = min(start + batch_size, len(order))
+        while end > start + 1 and tokens(order[start:end]) > max_tokens:
+            end -= 1
+        batches.append(order[start:end])
+        start = end
+    return batches
 
 
 def training_batches(

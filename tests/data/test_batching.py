@@ -1,12 +1,13 @@
 """Which rows a client sees in a round, and how they are padded."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fedpeft.data.batching import Batch, Examples, by_length, training_batches
+from fedpeft.data.batching import Batch, Examples, by_length, flat, training_batches, within
 from fedpeft.seeding import generator
 from fedpeft.session import Session
 
@@ -27,7 +28,7 @@ def drawn(
     ]
 
 
-def flat(batches: list[list[int]]) -> list[int]:
+def rows_of(batches: list[list[int]]) -> list[int]:
     return [row for batch in batches for row in batch]
 
 
@@ -38,7 +39,7 @@ def test_an_epoch_covers_every_row_once(bucket: bool, epochs: int) -> None:
     assert len(batches) == 7 * epochs  # 53 rows in batches of 8
     for epoch in range(epochs):
         part = batches[7 * epoch : 7 * (epoch + 1)]
-        assert sorted(flat(part)) == list(range(53))
+        assert sorted(rows_of(part)) == list(range(53))
         assert sorted(map(len, part)) == [5] + [8] * 6
 
 
@@ -56,7 +57,7 @@ def test_steps_are_exact(bucket: bool, steps: int) -> None:
     for batch in batches:
         assert len(set(batch)) == len(batch)
     for start in range(0, steps, 7):  # no row twice before every row was seen
-        seen = flat(batches[start : start + 7])
+        seen = rows_of(batches[start : start + 7])
         assert len(set(seen)) == len(seen)
         assert len(seen) == (53 if steps - start >= 7 else 8 * (steps - start))
 
@@ -78,7 +79,7 @@ def test_order_by_seed_round_and_client(bucket: bool) -> None:
     first = drawn(steps=5, bucket=bucket)
     assert first == drawn(steps=5, bucket=bucket)
     others = [drawn(steps=5, bucket=bucket, path=p) for p in ((1, 1, 2), (0, 2, 2), (0, 1, 3))]
-    orders = [flat(first), *map(flat, others)]
+    orders = [rows_of(first), *map(rows_of, others)]
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
     assert all(set(a) != set(b) for i, a in enumerate(orders) for b in orders[:i])
 
@@ -89,7 +90,7 @@ def padding(batches: list[list[int]]) -> int:
 
 def test_bucketing_lessens_padding() -> None:
     grouped, plain = drawn(epochs=4), drawn(epochs=4, bucket=False)
-    assert sorted(flat(grouped)) == sorted(flat(plain))
+    assert sorted(rows_of(grouped)) == sorted(rows_of(plain))
     assert padding(grouped) < padding(plain) / 3
 
 
@@ -113,7 +114,8 @@ def test_batch_pads_right_and_masks() -> None:
     batch = rows.batch(np.array([2, 1, 0]))
     assert batch["input_ids"].tolist() == [[1, 2, 3], [9, 99, 99], [7, 8, 99]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
-    assert batch["labels"].tolist() == [2, 0, 1]
+    assert batch["labels"].tolist() == [2, 0, 1] and batch["row"].tolist() == [2, 1, 0]
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "row"}
     assert {v.dtype for v in batch.values()} == {torch.int64}
     assert rows.batch(np.array([1]))["attention_mask"].tolist() == [[1]]
 
@@ -121,6 +123,68 @@ def test_batch_pads_right_and_masks() -> None:
 def test_a_padding_token_in_the_text_is_not_masked() -> None:
     batch = Examples.from_lists([[0, 5, 0], [5]], np.array([0, 0]), 0).batch(np.array([0, 1]))
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+CHOICES = flat([[1], [2, 2], [3, 3, 3], [4], [5, 5], [6]]) | {
+    "groups": np.array([0, 2, 5, 6]),  # rows of two, three and one sequences
+    "prompts": np.array([0, 1, 2, 0, 1, 0]),
+    "right": np.array([True, False, False, True, True, True]),
+    "score": np.array([0.5, 1.5, 2.5], np.float32),
+    "cut_prompt": np.array([True, False, False]),
+}
+
+
+def test_rows_of_several_sequences() -> None:
+    rows = Examples.whole(CHOICES, "test", 9)
+    assert len(rows) == 3 and rows.lengths.tolist() == [2, 3, 1]
+    assert rows.sequences.tolist() == [2, 3, 1]
+    batch = rows.batch(np.array([2, 0]))
+    assert batch["input_ids"].tolist() == [[6, 9], [1, 9], [2, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 0], [1, 0], [1, 1]]
+    assert batch["choices"].tolist() == [1, 2] and batch["row"].tolist() == [2, 0]
+    assert batch["prompts"].tolist() == [0, 0, 1]
+    assert batch["right"].tolist() == [True, True, False]
+    assert batch["score"].tolist() == [2.5, 0.5] and batch["score"].dtype == torch.float32
+    assert "cut_prompt" not in batch and "groups" not in batch
+
+
+def test_a_choice_of_rows_keeps_their_numbers() -> None:
+    rows = Examples.whole(CHOICES, "train", 9).select(np.array([2, 1]))
+    assert len(rows) == 2 and rows.lengths.tolist() == [1, 3] and rows.split == "train"
+    batch = rows.batch(np.array([1]))
+    assert batch["row"].tolist() == [1]
+    assert batch["input_ids"].tolist() == [[3, 3, 3], [4, 9, 9], [5, 5, 9]]
+
+
+def test_rows_without_tokens() -> None:
+    arrays = {"pixels": np.arange(12, dtype=np.uint8).reshape(3, 4), "labels": np.arange(3)}
+    rows = Examples.whole(arrays, "train", 0)
+    assert rows.lengths.tolist() == [0, 0, 0] and rows.sequences.tolist() == [1, 1, 1]
+    batch = rows.batch(np.array([1]))
+    assert batch["pixels"].tolist() == [[4, 5, 6, 7]] and batch["pixels"].dtype == torch.uint8
+    assert set(batch) == {"row", "pixels", "labels"}
+
+
+def test_batches_of_mapped_arrays_can_be_written(tmp_path: Path) -> None:
+    """Loops may work in place; what stands on the disk must stay."""
+    mapped: dict[str, np.ndarray] = {}
+    for name, array in CHOICES.items():
+        np.save(tmp_path / f"{name}.npy", array)
+        mapped[name] = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
+    rows = Examples.whole(mapped, "test", 9)
+    for batch in (rows.batch(np.arange(3)), rows.batch(np.array([1]))):
+        for value in batch.values():
+            value.zero_()
+    assert rows.batch(np.array([1]))["input_ids"].tolist()[0] == [3, 3, 3]
+
+
+def test_evaluation_counts_every_sequence() -> None:
+    """Of 2, 30 and 4 candidates of 10, 11 and 12 tokens: at most 72 tokens, padding and all."""
+    lengths, sequences = np.array([10, 12, 11]), np.array([2, 4, 30])
+    assert [b.tolist() for b in within(lengths, 8, 72, sequences)] == [[0], [2], [1]]
+    assert [b.tolist() for b in within(lengths, 8, 72)] == [[0, 2, 1]]
+    assert [b.tolist() for b in within(lengths, 8, 352, sequences)] == [[0, 2], [1]]
+    assert [b.tolist() for b in within(lengths, 8, 351, sequences)] == [[0], [2], [1]]
 
 
 def test_padding_does_not_change_the_logits(opened: Callable[..., Session]) -> None:
@@ -191,9 +255,8 @@ def test_batches_are_a_client_s_own_rows(opened: Callable[..., Session], seen: l
     for client in range(3):
         session.train_client(client, 1)
         own = session.client_examples(client)["train"]
-        expected = sorted(
-            own.tokens[own.offsets[i] : own.offsets[i + 1]].tolist() for i in range(len(own))
-        )
+        tokens, offsets = own.arrays["tokens"], own.arrays["offsets"]
+        expected = sorted(tokens[offsets[row] : offsets[row + 1]].tolist() for row in own.rows)
         given = sorted(
             row[: int(mask.sum())].tolist()
             for batch in seen

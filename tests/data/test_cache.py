@@ -1,0 +1,313 @@
+"""Encoded data on disk: found again by what it holds, built once, whole or not at all."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from fedpeft.data.cache import cache_folder, cached, content_sha256
+from fedpeft.data.choice import MultipleChoice
+from fedpeft.data.instruction import InstructionTuning
+from fedpeft.data.task import Task
+from fedpeft.data.text import TextClassification
+from tests.data.conftest import tokenizer_of_words
+from tests.data.made import Refusing, Rows, write
+
+ROWS: Rows = [
+    {"text": "sun and rain", "two": "a", "label": "weather"},
+    {"text": "a goal", "two": "b", "label": "sport"},
+    {"text": "the snow", "two": "c", "label": "weather"},
+]
+WORDS = "sun and rain a goal the snow b c".split()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("FEDPEFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def entries(folder: Path) -> list[str]:
+    """Of the cache, locks apart."""
+    found = (folder / "encoded").glob("*")
+    return sorted(f.name for f in found if f.suffix != ".lock")
+
+
+def is_built(task: Task, tokenizer: Any, split: str = "test") -> bool:
+    """Whether a split stands in the cache; if not, nothing is left there."""
+    try:
+        task.encode(split, Refusing(tokenizer))
+    except AssertionError:
+        return False
+    return True
+
+
+# --- what is found again ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> TextClassification:
+    """Its test rows are encoded."""
+    path = write(tmp_path / "given", train=ROWS, validation=ROWS, test=ROWS)
+    task = TextClassification(path=path)
+    assert not is_built(task, tokenizer_of_words(*WORDS))
+    task.encode("test", tokenizer_of_words(*WORDS))
+    return task
+
+
+def test_the_same_rows_are_not_encoded_again(task: TextClassification, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of_words(*WORDS)
+    first, again = task.encode("test", tokenizer), replace(task)
+    assert is_built(again, tokenizer)
+    assert is_built(again, tokenizer, "train")  # the same rows here
+    other = write(tmp_path / "parquet", "parquet", train=ROWS, validation=ROWS, test=ROWS)
+    assert is_built(TextClassification(path=other), tokenizer)
+    assert is_built(TextClassification(path=other, metrics=["f1"], bad_rows="skip"), tokenizer)
+    found = TextClassification(path=other).encode("test", Refusing(tokenizer))
+    assert found.arrays.keys() == first.arrays.keys() == {"tokens", "offsets", "labels"}
+    assert all((found.arrays[n] == first.arrays[n]).all() for n in first.arrays)
+    assert found.labels.tolist() == [1, 0, 1] and found.pad_id == 0
+
+
+def test_a_tokenizer_that_was_used_is_the_same(task: TextClassification) -> None:
+    """Calls leave truncation and padding set; they are not part of it."""
+    tokenizer = tokenizer_of_words(*WORDS)
+    tokenizer(["a b c", "a"], truncation=True, max_length=2, padding=True)
+    assert is_built(replace(task), tokenizer)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "length": {"max_length": 5},
+    "second text": {"text_pair": "two"},
+    "column": {"text": "two"},
+    "order of labels": {"labels": ["weather", "sport"]},
+    "more labels": {"labels": ["sport", "weather", "food"]},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_recipe_is_another_entry(task: TextClassification, change: str) -> None:
+    assert not is_built(replace(task, **CHANGES[change]), tokenizer_of_words(*WORDS))
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_a_changed_cell_is_another_entry(
+    task: TextClassification, tmp_path: Path, column: str
+) -> None:
+    values = {"text": "the rain", "label": "sport"}
+    changed = [*ROWS[:2], ROWS[2] | {column: values[column]}]
+    path = write(tmp_path / "changed", train=ROWS, validation=ROWS, test=changed)
+    assert not is_built(TextClassification(path=path), tokenizer_of_words(*WORDS))
+    unread = write(
+        tmp_path / "b", train=ROWS, validation=ROWS, test=[r | {"two": ""} for r in ROWS]
+    )
+    assert is_built(TextClassification(path=unread), tokenizer_of_words(*WORDS))
+
+
+def test_labels_that_train_numbers_otherwise(task: TextClassification, tmp_path: Path) -> None:
+    """The same test rows, beside train rows of one more class: other numbers."""
+    path = write(tmp_path / "c", train=[*ROWS, ROWS[0] | {"label": "art"}], test=ROWS)
+    other = TextClassification(path=path, validation_split="test")
+    assert other.encode("test", tokenizer_of_words(*WORDS)).labels.tolist() == [2, 1, 2]
+    assert task.encode("test", tokenizer_of_words(*WORDS)).labels.tolist() == [1, 0, 1]
+
+
+def test_names_and_positions_are_not_confused(tmp_path: Path) -> None:
+    """A column of numbers that stand for names, and one of the numbers alone."""
+    columns = {"text": ["a", "b"], "label": [0, 1]}
+    named = Features({"text": Value("string"), "label": ClassLabel(names=["1", "0"])})
+    found = []
+    for i, features in enumerate((named, None)):
+        for split in ("train", "validation", "test"):
+            file = tmp_path / str(i) / f"{split}.parquet"
+            file.parent.mkdir(exist_ok=True)
+            Dataset.from_dict(columns, features).to_parquet(str(file))
+        task = TextClassification(path=str(tmp_path / str(i)), labels=["1", "0"])
+        found.append(task.encode("test", tokenizer_of_words(*WORDS)).labels.tolist())
+    assert found == [[0, 1], [1, 0]]
+
+
+def test_another_tokenizer_is_another_entry(task: TextClassification) -> None:
+    assert is_built(task, tokenizer_of_words(*WORDS))
+    others = [
+        tokenizer_of_words(*WORDS[::-1]),
+        tokenizer_of_words(*WORDS, single="<s> $A </s>"),
+        tokenizer_of_words(*WORDS),
+    ]
+    others[2].eos_token = "<unk>"
+    assert [is_built(task, other) for other in others] == [False, False, False]
+
+
+def test_prompts_and_templates_are_of_the_key(tmp_path: Path) -> None:
+    rows = [{"q": "sun", "a": "rain"}, {"q": "snow", "a": "goal"}]
+    path = write(tmp_path / "q", train=rows, test=rows)
+    tokenizer = tokenizer_of_words(*WORDS)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    task = InstructionTuning(
+        path=path, prompt="{{ q }}", answer="a", label=None, validation_split="test"
+    )
+    task.encode("test", tokenizer)
+    assert is_built(replace(task), tokenizer)
+    assert not is_built(replace(task, prompt="the {{ q }}"), tokenizer)
+    assert not is_built(replace(task, max_answer_length=3), tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content }} a"
+    assert not is_built(replace(task), tokenizer)
+    choice = MultipleChoice(path=path, choices=["q", "a"], prompt="the", label=None, answers="a")
+    assert not is_built(replace(choice, validation_split="test"), tokenizer)
+
+
+def test_arrays_stay_on_the_disk(task: TextClassification, folder: Path) -> None:
+    arrays = task.encode("train", tokenizer_of_words(*WORDS)).arrays
+    assert {type(array) for array in arrays.values()} == {np.memmap}
+    assert arrays["labels"].tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="read-only"):
+        arrays["labels"][0] = 5
+    assert len(entries(folder)) == 1  # train's rows are test's
+
+
+# --- contents -----------------------------------------------------------------------------------
+
+PAIRS: dict[str, tuple[list[Any], list[Any]]] = {
+    "where a text ends": (["ab", "c"], ["a", "bc"]),
+    "order": (["a", "b"], ["b", "a"]),
+    "null": ([None, "a"], ["None", "a"]),
+    "number": ([1, 2], ["1", "2"]),
+    "float": ([1.0, 2.0], [1.0, 2.5]),
+    "in a list": ([["a", "b"]], [["a, b"]]),
+    "in a struct": ([{"text": ["a"]}], [{"text": ["b"]}]),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_contents_that_differ(case: str) -> None:
+    one, two = (content_sha256(Dataset.from_dict({"x": v}), ["x"]) for v in PAIRS[case])
+    assert one != two
+    x, y = PAIRS[case]
+    both = Dataset.from_dict({"y": y, "x": x})
+    assert content_sha256(both, ["x"]) == one
+    assert len({content_sha256(both, names) for names in (["x"], ["y"], ["x", "y"])}) == 3
+
+
+def test_images_are_their_bytes_wherever_they_stand(tmp_path: Path) -> None:
+    def of(value: dict[str, Any]) -> str:
+        return content_sha256(Dataset.from_list([{"x": value}]), ["x"])
+
+    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / name).write_bytes(content)
+    inside = [of({"bytes": content, "path": "z.png"}) for content in (b"one", b"two")]
+    outside = [of({"bytes": None, "path": str(tmp_path / name)}) for name in "abc"]
+    assert [inside[0], inside[0], inside[1]] == outside and inside[0] != inside[1]
+    (tmp_path / "a").write_bytes(b"two")  # at the same path
+    assert of({"bytes": None, "path": str(tmp_path / "a")}) == inside[1]
+
+
+# --- building -----------------------------------------------------------------------------------
+
+
+def three() -> dict[str, np.ndarray]:
+    return {"a": np.arange(3), "b": np.ones((2, 2), np.float32)}
+
+
+def test_the_folder_follows_the_environment(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached(["x"], three)
+    assert cache_folder() == folder and len(entries(folder)) == 1
+    monkeypatch.delenv("FEDPEFT_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "fedpeft"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("at", ["build", "write"])
+def test_an_interrupted_build_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], at: str
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        if at == "write":  # the first array stands there, the second does not
+            patch.setattr(np, "save", lambda f, a: fail() if a.ndim == 2 else f.write_bytes(b"x"))
+        cached(["x"], fail if at == "build" else three)
+    assert entries(folder) == []
+    assert cached(["x"], three)["a"].tolist() == [0, 1, 2]
+    assert cached(["x"], fail)["b"].tolist() == [[1, 1], [1, 1]]
+
+
+def test_a_folder_that_cannot_be_written(folder: Path) -> None:
+    folder.write_text("a file stands here")
+    with pytest.raises(ValueError) as error:
+        cached(["x"], three)
+    assert str(error.value) == (
+        f"cannot write encoded data to {folder} ([Errno 20] Not a directory: "
+        f"'{folder}/encoded'): set FEDPEFT_CACHE"
+    )
+
+
+def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(ValueError) as error:
+        cached(["x"], three)
+    assert str(error.value) == (
+        f"cannot write encoded data to {folder} ([Errno 28] No space left on device): "
+        "set FEDPEFT_CACHE"
+    )
+    assert entries(folder) == []
+
+
+def test_threads_build_once(folder: Path) -> None:
+    built: list[int] = []
+    found: list[dict[str, np.ndarray]] = []
+
+    def build() -> dict[str, np.ndarray]:
+        built.append(1)
+        time.sleep(0.1)
+        return three()
+
+    work: Callable[[], None] = lambda: found.append(cached(["x"], build))  # noqa: E731
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1 and len(entries(folder)) == 1
+    assert [f["a"].tolist() for f in found] == [[0, 1, 2]] * 4
+
+
+PROCESS = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from fedpeft.data.cache import cached
+
+def build():
+    Path(sys.argv[1], f"built-{time.monotonic_ns()}").touch()
+    time.sleep(1)
+    return {"a": np.arange(3)}
+
+Path(sys.argv[1], f"ready-{sys.argv[2]}").touch()
+while len(list(Path(sys.argv[1]).glob("ready-*"))) < 2:
+    time.sleep(0.01)
+print(cached(["x"], build)["a"].tolist())
+"""
+
+
+@pytest.mark.slow
+def test_processes_build_once(folder: Path, tmp_path: Path) -> None:
+    commands = [[sys.executable, "-c", PROCESS, str(tmp_path), str(i)] for i in range(2)]
+    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for c in commands]
+    assert [p.communicate(timeout=120)[0] for p in processes] == ["[0, 1, 2]\n"] * 2
+    assert len(list(tmp_path.glob("built-*"))) == 1 and len(entries(folder)) == 1

@@ -1,0 +1,268 @@
+"""Multiple choice: candidates as sequences, scores by row, and several that are right."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedpeft.config import load
+from fedpeft.data.choice import MultipleChoice
+from fedpeft.session import Session
+from tests.conftest import Runner
+from tests.data.made import Logits, Rows, write
+
+COPA: Rows = [
+    {"premise": "Snow was old.", "choice1": "The house", "choice2": "A cloud", "question": "cause"}
+    | {"label": 1, "idx": 0},
+    {"premise": "rain and wind.", "choice1": "the storm", "choice2": "old plate"}
+    | {"question": "effect", "label": 0, "idx": 1},
+]
+RECORD: Rows = [
+    {"passage": "rain and snow @highlight wind", "query": "then @placeholder was near", "idx": 0}
+    | {"entities": ["rain", "snow", "rain", "wind"], "answers": ["rain", "wind", "rain"]},
+    {"passage": "goal and team", "query": "@placeholder", "idx": 1}
+    | {"entities": ["goal", "team"], "answers": ["team"]},
+]
+NO_ROW = "mend it, or leave such rows out with data.bad_rows=skip"
+Make = Callable[..., Session]
+
+
+def several(rows: Rows, times: int = 12) -> Rows:
+    return [dict(row) for _ in range(times) for row in rows]
+
+
+@pytest.fixture
+def session(base: list[str], decoder: Path, tmp_path: Path) -> Make:
+    """A session of these rows on the tiny BERT or, by likelihood, on the tiny Llama."""
+
+    def make(data: str, rows: Rows, *given: str, likelihood: bool = False) -> Session:
+        path = write(tmp_path / data, train=several(rows), validation=rows)
+        model = [f"model.path={decoder}", "data.scoring=likelihood"] if likelihood else []
+        fields = [f"data={data}", f"data.path={path}", "method.rank=4"]
+        return Session(load([*base, *model, *fields, *given]))
+
+    return make
+
+
+def sequences(session: Session, split: str = "test") -> list[list[str]]:
+    examples = session.examples(split)
+    ids, cuts = examples.arrays["tokens"].tolist(), examples.arrays["offsets"].tolist()
+    pairs = zip(cuts, cuts[1:], strict=False)
+    return [session.processor.convert_ids_to_tokens(ids[a:b]) for a, b in pairs]
+
+
+# --- encoding -----------------------------------------------------------------------------------
+
+
+def test_pairs_for_an_encoder(session: Make) -> None:
+    own = session("copa", COPA)
+    because = so = "[UNK]"  # to the tiny BERT
+    assert sequences(own) == [
+        ["[CLS]", "snow", "was", "old", because, "[SEP]", "the", "house", "[SEP]"],
+        ["[CLS]", "snow", "was", "old", because, "[SEP]", "a", "cloud", "[SEP]"],
+        ["[CLS]", "rain", "and", "wind", so, "[SEP]", "the", "storm", "[SEP]"],
+        ["[CLS]", "rain", "and", "wind", so, "[SEP]", "old", "plate", "[SEP]"],
+    ]
+    arrays = own.examples("test").arrays
+    assert arrays["groups"].tolist() == [0, 2, 4]
+    assert arrays["right"].tolist() == [False, True, True, False]
+    assert own.task.num_labels == 1 and own.task.auto_class.endswith("SequenceClassification")
+    assert own.task.selects == ("accuracy", 1)
+
+
+def test_continuations_for_a_decoder(session: Make) -> None:
+    own = session("copa", COPA[1:], likelihood=True)
+    assert sequences(own) == [
+        ["<s>", "rain", "and", "wind", "so", "the", "storm"],
+        ["<s>", "rain", "and", "wind", "so", "old", "plate"],
+    ]
+    assert own.examples("test").arrays["prompts"].tolist() == [5, 5]
+    assert own.task.num_labels is None and own.task.auto_class == "AutoModelForCausalLM"
+
+
+def test_entities_that_fill_the_gap(session: Make) -> None:
+    """Each once, though one stands twice; two of the three are right."""
+    own = session("record", RECORD, likelihood=True)
+    passage = ["<s>", "rain", "and", "snow", "wind"]
+    assert sequences(own) == [
+        [*passage, "then", "rain", "was", "near"],
+        [*passage, "then", "snow", "was", "near"],
+        [*passage, "then", "wind", "was", "near"],
+        ["<s>", "goal", "and", "team", "goal"],
+        ["<s>", "goal", "and", "team", "team"],
+    ]
+    arrays = own.examples("test").arrays
+    assert arrays["groups"].tolist() == [0, 3, 5]
+    assert arrays["right"].tolist() == [True, False, True, False, True]
+    assert arrays["prompts"].tolist() == [5, 5, 5, 4, 4]
+    groups, names = own.task.grouped(None)
+    assert names == ["all"] and len(groups) == len(own.task.train_rows)
+
+
+def test_cuts_are_counted_by_row(session: Make) -> None:
+    """At most 7 tokens: one of a prompt of 5 goes, one of an answer of 4; row 1 is shorter."""
+    arrays = session("record", RECORD, "data.max_length=7", likelihood=True).examples("test").arrays
+    assert arrays["cut_prompt"].tolist() == [True, False]
+    assert arrays["cut_answer"].tolist() == [True, False]
+    assert np.diff(arrays["offsets"]).tolist() == [7, 7, 7, 5, 5]
+
+
+# --- scores, losses, metrics --------------------------------------------------------------------
+
+# Rows of two, three and two candidates; the second has two right ones.
+SCORES = torch.tensor([[0.0], [2.0], [1.0], [3.0], [2.0], [1.0], [0.0]])
+BATCH = {
+    "row": torch.tensor([2, 0, 1]),
+    "input_ids": torch.ones(7, 1, dtype=torch.long),
+    "attention_mask": torch.ones(7, 1, dtype=torch.long),
+    "choices": torch.tensor([2, 3, 2]),
+    "right": torch.tensor([True, False, True, False, True, True, False]),
+}
+LOSSES = [
+    np.log(1 + np.exp(2)),  # candidate 0 of scores 0 and 2
+    -np.log((np.exp(1) + np.exp(2)) / (np.exp(1) + np.exp(3) + np.exp(2))),
+    -np.log(np.exp(1) / (np.exp(1) + 1)),
+]
+
+
+def test_losses_by_hand() -> None:
+    task, model = MultipleChoice(), Logits(SCORES)
+    inf = float("-inf")
+    assert task.scores(model, BATCH).tolist() == [[0, 2, inf], [1, 3, 2], [1, 0, inf]]
+    found = task.evaluate_batch(model, BATCH)
+    assert found["loss"].tolist() == pytest.approx(LOSSES)
+    assert found["prediction"].tolist() == [1, 1, 0]
+    assert found["hit"].tolist() == [False, False, True]
+    assert float(task.loss(model, BATCH)) == pytest.approx(np.mean(LOSSES))
+
+
+def test_scores_by_hand(tmp_path: Path) -> None:
+    """Batches' rows are numbers in the split: 2, 0 and 1."""
+    given: Rows = [
+        {"premise": "x", "c": ["the old house", "big house", "old big house"]}
+        | {"a": ["the old house", "old big house"]},
+        {"premise": "x", "c": ["team", "goal"], "a": ["team"]},
+        {"premise": "x", "c": ["rain", "snow"], "a": ["rain"]},
+    ]
+    task = MultipleChoice(
+        path=write(tmp_path, train=given, test=given[:1]),
+        validation_split="test",
+        choices=["c"],
+        answers="a",
+        label=None,
+        metrics=["accuracy", "token_f1", "exact_match"],
+    )
+    found = task.score(
+        [task.evaluate_batch(Logits(SCORES), BATCH) | {"row": BATCH["row"]}], task.train_rows, None
+    )
+    assert set(found) == {"loss", "accuracy", "token_f1", "exact_match"}
+    assert found["loss"] == pytest.approx(np.mean(LOSSES))
+    assert found["accuracy"] == found["exact_match"] == pytest.approx(1 / 3)
+    # of row 2 nothing; of row 0 "big house" beside "old big house" 4/5; row 1 is right
+    assert found["token_f1"] == pytest.approx((0 + 4 / 5 + 1) / 3)
+
+
+@pytest.mark.parametrize("likelihood", [True, False])
+def test_scores_of_a_model(session: Make, likelihood: bool) -> None:
+    """Of a batch with padding, as of each candidate alone; by hand where it is a likelihood."""
+    rows = RECORD if likelihood else COPA
+    own = session("record" if likelihood else "copa", rows, likelihood=likelihood)
+    own.model.eval()
+    examples = own.examples("test")
+    expected: list[list[float]] = []
+    for row in range(2):
+        alone = examples.batch(np.array([row]))
+        scores = []
+        for ids, mask in zip(alone["input_ids"], alone["attention_mask"], strict=True):
+            with torch.no_grad():
+                given = ids[: int(mask.sum())][None]
+                logits = own.model(input_ids=given, attention_mask=torch.ones_like(given)).logits[0]
+            if likelihood:
+                prompt = int(alone["prompts"][0])
+                logp = logits.log_softmax(-1)
+                places = range(prompt, given.shape[1])
+                scores.append(float(np.mean([float(logp[i - 1, ids[i]]) for i in places])))
+            else:
+                scores.append(float(logits[0]))
+        expected.append(scores)
+    with torch.no_grad():
+        found = own.task.scores(own.model, examples.batch(np.arange(2))).tolist()
+    for got, scores in zip(found, expected, strict=True):
+        assert got[: len(scores)] == pytest.approx(scores, abs=1e-5)
+        assert set(got[len(scores) :]) <= {float("-inf")}
+
+
+@pytest.mark.parametrize("likelihood", [True, False])
+def test_a_run(run: Runner, decoder: Path, tmp_path: Path, likelihood: bool) -> None:
+    path = write(tmp_path / "c", train=several(COPA, 30), validation=COPA)
+    model = [f"model.path={decoder}", "data.scoring=likelihood"] if likelihood else []
+    given = ["method.rank=4", "data=copa", f"data.path={path}", "local_steps=6", "lr=0.01"]
+    summary = run(*model, *given)
+    assert summary["refused"] == {} and summary["selected_by"] == "validation_accuracy"
+    measured = {key for key in summary["final"] if key.startswith("test_")}
+    assert measured == {"test_loss", "test_accuracy"}
+    lines = run.lines()
+    assert lines[2]["validation_loss"] < lines[0]["validation_loss"]
+    assert summary["data"]["rows"] == {"train": 54, "validation": 6, "test": 2}
+    none = {"cut_prompt": 0, "cut_answer": 0}
+    cut = dict.fromkeys(("train", "validation", "test"), none) if likelihood else {}
+    assert summary["data"]["cut"] == cut
+
+
+# --- rows and fields ----------------------------------------------------------------------------
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "none right": ({"answers": ["frost"]}, "has answers ['frost']: no candidate's"),
+    "no answer": ({"answers": []}, "has answers []: no candidate's"),
+    "null answers": ({"answers": None}, "has no answers"),
+    "one entity": ({"entities": ["rain", "rain"]}, "has 1 candidates, needs 2"),
+    "no entity": ({"entities": []}, "has 0 candidates, needs 2"),
+    "null entities": ({"entities": None}, "has no entities"),
+    "empty passage": ({"passage": " "}, "has an empty passage"),
+    "null query": ({"query": None}, "has no query"),
+}
+
+
+@pytest.fixture(scope="module")
+def record() -> MultipleChoice:
+    """ReCoRD as its YAML has it."""
+    return load(["data=record"]).data
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_rows_that_have_no_choice(tmp_path: Path, record: MultipleChoice, case: str) -> None:
+    changes, reason = BAD[case]
+    path = write(tmp_path, train=[RECORD[1], RECORD[0] | changes, RECORD[0]], validation=RECORD)
+    skipping = replace(record, path=path, validation_split="validation")
+    assert [row["idx"] for row in skipping.train_rows] == [1, 0]
+    assert skipping.fingerprint()["skipped"] == {reason: 1}
+    strict = replace(skipping, bad_rows="error")
+    with pytest.raises(ValueError) as error:
+        _ = strict.train_rows
+    assert str(error.value) == f"row 1 of train {reason}: {NO_ROW}"
+
+
+@pytest.mark.parametrize("label", [2, -1, None])
+def test_a_label_that_is_no_candidate_s(tmp_path: Path, label: int | None) -> None:
+    path = write(tmp_path, train=[*COPA, COPA[0] | {"label": label}], validation=COPA)
+    with pytest.raises(ValueError) as error:
+        load(["data=copa", f"data.path={path}"]).data.split_rows("train")
+    assert str(error.value) == f"row 2 of train has label {label}: no candidate's: {NO_ROW}"
+
+
+FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"scoring": "vote"}, "data.scoring must be head or likelihood, got vote"),
+    ({"max_length": 3}, "data.max_length must be >= 4, got 3"),
+    ({"label": None}, "data.label or data.answers must say which candidate is right"),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), FIELDS)
+def test_fields_are_checked(fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError) as error:
+        MultipleChoice(**fields)
+    assert str(error.value) == expected

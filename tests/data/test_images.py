@@ -1,0 +1,286 @@
+"""Images: every layout, each image once whatever its file, and pixels as the processor's own."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil
+
+from fedpeft.config import load
+from fedpeft.data import images
+from fedpeft.data.images import ImageClassification
+from fedpeft.data.tables import values
+from tests.conftest import Runner
+from tests.data.made import Refusing, Rows, image
+
+NO_ROW = "mend it, or leave such rows out with data.bad_rows=skip"
+RED, BLUE = (250, 10, 10), (10, 10, 250)
+ARCHITECTURE = (
+    "{model_type: vit, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, "
+    "intermediate_size: 64, image_size: 16, patch_size: 8, num_channels: 3}"
+)
+
+
+def row(content: bytes | None, label: Any = 0, **more: Any) -> dict[str, Any]:
+    return {"image": {"bytes": content, "path": "x.png"}, "label": label} | more
+
+
+def parquet(folder: Path, **splits: Rows) -> str:
+    """Images as hubs store them: a struct of bytes and a path."""
+    folder.mkdir(exist_ok=True)
+    for split, rows in splits.items():
+        Dataset.from_list(rows).to_parquet(str(folder / f"{split}.parquet"))
+    return str(folder)
+
+
+def task_of(path: str, **fields: Any) -> ImageClassification:
+    """Two classes, and nothing set aside."""
+    given = {"labels": ["a", "b"], "validation_split": "test"} | fields
+    return ImageClassification(path=path, **given)
+
+
+def kept(task: ImageClassification, split: str) -> list[int]:
+    return values(task.split_rows(split), "id")
+
+
+def processor(side: int = 16) -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(size={"height": side, "width": side})
+
+
+# --- layouts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def layouts(tmp_path: Path) -> dict[str, str]:
+    """The same images as a folder, as structs, as bytes and as paths; a class each."""
+    rows = [(image(i), "cat" if i < 3 else "dog") for i in range(5)]
+    table = [{"label": label, "image": {"bytes": b, "path": "p"}} for b, label in rows]
+    paths = []
+    for i, (content, label) in enumerate(rows):
+        for split in ("train", "test"):
+            file = tmp_path / "folder" / split / label / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        paths.append({"label": label, "image": str(file)})
+    (tmp_path / "paths").mkdir()
+    for split in ("train", "test"):
+        with (tmp_path / "paths" / f"{split}.csv").open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, ["label", "image"])
+            writer.writeheader()
+            writer.writerows(paths)
+    plain = [{"label": label, "image": content} for content, label in rows]
+    return {
+        "folder": str(tmp_path / "folder"),
+        "structs": parquet(tmp_path / "structs", train=table, test=table),
+        "bytes": parquet(tmp_path / "bytes", train=plain, test=plain),
+        "paths": str(tmp_path / "paths"),
+    }
+
+
+# datasets leaves CSV files to the garbage collector, which then warns
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("layout", ["folder", "structs", "bytes", "paths"])
+def test_layouts(layouts: dict[str, str], layout: str) -> None:
+    task = ImageClassification(path=layouts[layout], duplicates="keep", validation_split="test")
+    assert task.label_names == ["cat", "dog"] and task.num_labels == 2
+    examples = task.encode("train", processor(8))
+    assert examples.labels.tolist() == [0, 0, 0, 1, 1] and examples.pad_id == 0
+    pixels = examples.arrays["pixels"]
+    assert pixels.dtype == np.uint8 and pixels.shape == (5, 3, 8, 8)
+    for i in range(5):  # of the size that is wanted: nothing is resized
+        given = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+        assert (pixels[i] == given.transpose(2, 0, 1)).all()
+    groups, names = task.grouped(None)
+    assert (groups.tolist(), names) == ([0, 0, 0, 1, 1], ["cat", "dog"])
+    batch = examples.batch(np.array([3]))
+    assert batch["pixels"].dtype == torch.uint8 and batch["labels"].tolist() == [1]
+
+
+# --- duplicates ---------------------------------------------------------------------------------
+
+
+def test_each_image_once(tmp_path: Path) -> None:
+    """Image 0 stands twice in train, 3 in train and test, 4 twice in test, in other formats."""
+    train = [(0, "PNG"), (1, "PNG"), (0, "BMP"), (3, "BMP"), (2, "PNG")]
+    test = [(4, "PNG"), (3, "PNG"), (4, "TIFF")]
+    splits = {
+        split: [row(image(n, kind=kind), n % 2, id=i) for i, (n, kind) in enumerate(given)]
+        for split, given in (("train", train), ("test", test))
+    }
+    path = parquet(tmp_path, **splits)
+    task = task_of(path)
+    assert kept(task, "train") == [0, 1, 4] and kept(task, "test") == [0, 1]
+    found = task.fingerprint()
+    assert found["rows"] == {"train": 3, "validation": 2, "test": 2}
+    assert found["skipped"] == {"is a repeat in train": 2, "is a repeat in test": 1}
+    whole = task_of(path, duplicates="keep")
+    assert [len(kept(whole, s)) for s in ("train", "test")] == [5, 3] and whole.skipped == {}
+    only = task_of(path, test_split="train")  # no other test: image 3 stays
+    assert kept(only, "train") == [0, 1, 3, 4]
+
+
+def test_a_validation_split_and_further_tests_have_no_image_of_a_test(tmp_path: Path) -> None:
+    given = {"train": [0, 1, 2, 3, 4], "dev": [5, 1, 6, 2], "test": [1, 7], "more": [2, 7]}
+    splits = {s: [row(image(n), n % 2, id=n) for n in found] for s, found in given.items()}
+    path = parquet(tmp_path, **splits)
+    task = task_of(path, validation_split="dev", extra_tests={"more": "more"})
+    assert kept(task, "train") == [0, 3, 4] and kept(task, "validation") == [5, 6]
+    assert kept(task, "test") == [1, 7] and kept(task, "more") == [2, 7]
+
+
+def test_images_are_set_aside_after_repeats_went(tmp_path: Path) -> None:
+    """Else one could stand in train and validation."""
+    rows = [row(image(n), n % 2, id=n) for n in [*range(20), *range(20)]]
+    task = task_of(
+        parquet(tmp_path, train=rows, test=rows[:4]), validation_split=None, validation_fraction=0.5
+    )
+    train, validation = kept(task, "train"), kept(task, "validation")
+    assert len(train) == len(validation) == 8
+    assert sorted([*train, *validation]) == list(range(4, 20))
+
+
+def test_images_of_one_colour_and_other_sizes_differ(tmp_path: Path) -> None:
+    """8 by 8 pixels have the bytes of 4 by 16."""
+    flat = io.BytesIO()
+    Image.new("RGB", (4, 16), RED).save(flat, "PNG")
+    rows = [row(image(*RED)), row(flat.getvalue(), 1), row(image(*BLUE)), row(image(*RED))]
+    task = task_of(parquet(tmp_path, train=rows, test=[row(image(1))]))
+    assert len(task.train_rows) == 3
+
+
+# --- broken images ------------------------------------------------------------------------------
+
+WHOLE = image(0)
+BROKEN = {
+    "cut": WHOLE[:-30],
+    "cut early": WHOLE[:20],
+    "a text": b"hello",
+    "nothing": b"",
+    "no file": None,
+    "header": b"P6 8 x8 255\n",  # Pillow raises ValueError
+    "bomb": b"GIF89a\xff\xff\xff\xff\x00\x00\x00,\x00\x00\x00\x00\xff\xff\xff\xff\x00\x02",
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_image(tmp_path: Path, case: str) -> None:
+    rows = [row(image(1), 0), row(image(2), 1), row(BROKEN[case], 1), row(image(3), 0)]
+    path = parquet(tmp_path, train=rows, test=[row(image(4))])
+    with pytest.raises(ValueError) as error:
+        _ = task_of(path).train_rows
+    assert str(error.value) == f"row 2 of train has a broken image: {NO_ROW}"
+    skipping = task_of(path, bad_rows="skip")
+    assert len(skipping.train_rows) == 3
+    assert skipping.fingerprint()["skipped"] == {"has a broken image": 1}
+    assert skipping.encode("train", processor()).labels.tolist() == [0, 1, 0]
+
+
+def test_a_broken_file_of_a_folder(layouts: dict[str, str]) -> None:
+    (Path(layouts["folder"]) / "train" / "dog" / "3.png").write_bytes(WHOLE[:40])
+    with pytest.raises(ValueError) as error:
+        _ = ImageClassification(path=layouts["folder"], validation_split="test").train_rows
+    assert str(error.value) == f"row 3 of train has a broken image: {NO_ROW}"
+
+
+def test_other_errors(tmp_path: Path) -> None:
+    path = parquet(tmp_path, train=[row(image(1), 0), row(image(2), 5)], test=[row(image(3))])
+
+    def said(**fields: Any) -> str:
+        with pytest.raises(ValueError) as error:
+            _ = task_of(path, **fields).train_rows
+        return str(error.value)
+
+    unknown = "row 1 of train has label 5, which is none of the 2 labels a, b"
+    assert said() == f"{unknown}: {NO_ROW}"
+    assert said(image="picture") == (
+        f"data set {path} has no column picture in train, only image, label"
+    )
+    assert said(duplicates="some") == "data.duplicates must be drop or keep, got some"
+
+
+# --- pixels -------------------------------------------------------------------------------------
+
+STATISTICS: dict[str, Any] = {"image_mean": [0.1, 0.5, 0.4], "image_std": [0.2, 0.5, 0.25]}
+PROCESSORS = {
+    "vit": ViTImageProcessorPil(size={"height": 12, "width": 20}, **STATISTICS),
+    "clip": CLIPImageProcessorPil(  # resizes the shorter side, then crops
+        size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}
+    ),
+    "siglip": SiglipImageProcessorPil(size={"height": 24, "width": 24}),
+    "as it is": ViTImageProcessorPil(size={"height": 9, "width": 9}, do_normalize=False),
+    "to 255": ViTImageProcessorPil(size={"height": 9, "width": 9}, do_rescale=False, **STATISTICS),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pixels_are_the_processor_s(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "AT_ONCE", 2)  # of three
+    encoded = [image(1, side=16), image(2, side=40), image(3, side=16)]
+    rows = [row(content, i % 2) for i, content in enumerate(encoded)]
+    task = task_of(parquet(tmp_path, train=rows, test=[row(image(9))]))
+    given = PROCESSORS[name]
+    batch = task.encode("train", given).batch(np.array([2, 0, 1]))
+    seen: list[torch.Tensor] = []
+
+    class Model(torch.nn.Module):
+        def forward(self, pixel_values: torch.Tensor) -> Any:
+            seen.append(pixel_values)
+            self.logits = torch.zeros(3, 2)
+            return self
+
+    task.logits(Model(), batch)
+    pictures = [Image.open(io.BytesIO(encoded[i])).convert("RGB") for i in (2, 0, 1)]
+    expected = given(pictures, return_tensors="pt")["pixel_values"]
+    assert seen[0].shape == expected.shape and seen[0].dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_encoded_once_and_again_when_a_file_changes(layouts: dict[str, str]) -> None:
+    given: dict[str, Any] = {"validation_split": "test", "duplicates": "keep"}
+    ImageClassification(path=layouts["structs"], **given).encode("train", processor())
+    again = ImageClassification(path=layouts["bytes"], **given)
+    found = again.encode("train", Refusing(processor()))  # the same images elsewhere
+    assert isinstance(found.arrays["pixels"], np.memmap)
+    with pytest.raises(AssertionError, match="was asked again"):
+        again.encode("train", Refusing(processor(12)))
+    path = layouts["folder"]
+    first = ImageClassification(path=path, **given).encode("train", processor())
+    (Path(path) / "train" / "cat" / "1.png").write_bytes(image(77))
+    changed = ImageClassification(path=path, **given).encode("train", processor())
+    same = (changed.arrays["pixels"] == first.arrays["pixels"]).all(axis=(1, 2, 3))
+    assert same.tolist() == [True, False, True, True, True]
+
+
+# --- a run --------------------------------------------------------------------------------------
+
+
+def test_a_vision_transformer_learns_colours(run: Runner, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        row(image(*(np.array([RED, BLUE][i % 2]) + rng.integers(-9, 6, 3)).tolist()), i % 2)
+        for i in range(60)
+    ]
+    rows = [*rows[:50], rows[0], row(WHOLE[:40], 1), *rows[50:]]
+    path = parquet(tmp_path / "p", train=rows[:52], test=rows[52:])
+    fields = ["data=images", f"data.path={path}", "data.labels=[red,blue]", "data.bad_rows=skip"]
+    model = ["model=vit_base", "model.path=null", "model.random=true"]
+    tiny = [f"model.architecture={ARCHITECTURE}", "method.rank=4", "lr=0.01", "local_steps=4"]
+    summary = run(*model, *tiny, *fields, "partition=iid")
+    assert summary["refused"] == {} and summary["weights"] == "RANDOM"
+    assert summary["data"]["skipped"] == {"has a broken image": 1, "is a repeat in train": 1}
+    assert summary["data"]["rows"] == {"train": 45, "validation": 5, "test": 10}
+    assert summary["selected_by"] == "validation_f1_macro" and summary["data"]["cut"] == {}
+    measured = {key for key in summary["final"] if key.startswith("test_")}
+    assert measured == {f"test_{m}" for m in ("loss", "f1_macro", "f1_weighted", "accuracy")}
+    losses = [line["validation_loss"] for line in run.lines()]
+    assert losses[2] < losses[0] and summary["final"]["test_accuracy"] == 1
+    typed = load([*model, tiny[0], *fields]).data
+    assert isinstance(typed, ImageClassification) and typed.needs == "image_processor"

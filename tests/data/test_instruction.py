@@ -1,0 +1,314 @@
+"""Prompts, the loss on answers alone, cuts that leave an answer, and teacher-forced metrics."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+
+from fedpeft.config import load
+from fedpeft.data.batching import Examples
+from fedpeft.data.instruction import InstructionTuning, QuestionAnswering, sequences
+from fedpeft.data.templates import keep_ends, prompt_tokens, rendered, template_columns
+from fedpeft.session import Session
+from tests.conftest import Runner
+from tests.data.conftest import tokenizer_of_words
+from tests.data.made import Logits, Rows, write
+
+OPTIONAL = "{{ instruction }}{% if context %} . {{ context }}{% endif %}"
+NO_ROW = "mend it, or leave such rows out with data.bad_rows=skip"
+
+
+def said(act: Callable[[], Any]) -> str:
+    with pytest.raises(ValueError) as error:
+        act()
+    return str(error.value)
+
+
+# --- templates ----------------------------------------------------------------------------------
+
+
+def test_an_optional_context() -> None:
+    rows = Dataset.from_list(
+        [{"instruction": f"i{i}", "context": c} for i, c in enumerate(["", "c1", None])]
+    )
+    assert template_columns(OPTIONAL) == ["context", "instruction"]
+    assert rendered(OPTIONAL, rows) == ["i0", "i1 . c1", "i2"]
+
+
+def test_templates_are_filled_row_by_row() -> None:
+    rows = Dataset.from_list([{"a": None, "b": 1}, {"a": "x", "b": 2}])
+    assert rendered("{{ a }}/{{ b }}\n", rows) == ["/1\n", "x/2\n"]  # a null is nothing
+    assert rendered("{{ choice }}{{ b }}", rows, choice=["p", "q"]) == ["p1", "q2"]
+    assert rendered("the same", rows) == ["the same"] * 2
+    assert rendered("", rows) == ["", ""]
+
+
+def test_templates_that_fail() -> None:
+    rows = Dataset.from_list([{"a": "x"}, {"a": "y"}])
+    assert said(lambda: template_columns("{{ a")) == (
+        "'{{ a' is no Jinja template: unexpected end of template, expected 'end of print "
+        "statement'."
+    )
+    assert said(lambda: rendered("{{ 1 // (a == 'x') }}", rows)) == (
+        "the template \"{{ 1 // (a == 'x') }}\" fails in row 1: integer division or modulo by zero"
+    )
+    assert said(lambda: rendered("{{ a.__class__.__mro__ }}", rows)) == (  # it may be another's
+        "the template '{{ a.__class__.__mro__ }}' fails in row 0: access to attribute '__class__' "
+        "of 'str' object is unsafe."
+    )
+
+
+WORDS = "[INST] [/INST] goal rain".split()
+BEGINNINGS = {
+    # what the tokenizer adds, and what the template writes
+    "only the tokenizer": ("<s> $A", "[INST] {} [/INST]"),
+    "only the template": ("$A", "<s> [INST] {} [/INST]"),
+    "both": ("<s> $A", "<s> [INST] {} [/INST]"),
+    "with an end": ("<s> $A </s>", "<s> [INST] {} [/INST]"),
+}
+
+
+@pytest.mark.parametrize("case", BEGINNINGS)
+def test_a_prompt_has_one_beginning_and_no_end(case: str) -> None:
+    single, template = BEGINNINGS[case]
+    tokenizer = tokenizer_of_words(*WORDS, single=single)
+    found = prompt_tokens([template.format(text) for text in ("goal", "rain goal")], tokenizer)
+    assert [tokenizer.convert_ids_to_tokens(ids) for ids in found] == [
+        ["<s>", "[INST]", "goal", "[/INST]"],
+        ["<s>", "[INST]", "rain", "goal", "[/INST]"],
+    ]
+
+
+def test_a_prompt_without_a_beginning() -> None:
+    tokenizer = tokenizer_of_words(*WORDS, single="$A")
+    assert prompt_tokens(["goal", "rain"], tokenizer) == [[6], [7]]
+
+
+@pytest.fixture
+def chat(base: list[str], decoder: Path, tmp_path: Path) -> Callable[..., Session]:
+    """A session of the tiny Llama on these rows, which are also those that validate and test."""
+
+    def make(rows: Rows, *given: str) -> Session:
+        path = write(tmp_path / "chat", train=rows, validation=rows, test=rows)
+        fields = [f"data.path={path}", "data.validation_split=validation", "data.test_split=test"]
+        data = ["data=instructions", "method.rank=4", *fields]
+        return Session(load([*base, f"model.path={decoder}", *data, *given]))
+
+    return make
+
+
+PAIR: Rows = [
+    {"instruction": "rain then snow", "response": "a cloud", "context": "wind"},
+    {"instruction": "goal", "response": "team", "context": None},
+]
+
+
+def words(session: Session, split: str = "test") -> list[tuple[list[str], list[str]]]:
+    """Prompt and answer of each row, as tokens."""
+    examples = session.examples(split)
+    found = []
+    for row in range(len(examples)):
+        batch = examples.batch(np.array([row]))
+        tokens = session.processor.convert_ids_to_tokens(batch["input_ids"][0].tolist())
+        given = int(batch["prompts"][0])
+        found.append((tokens[:given], tokens[given:]))
+    return found
+
+
+def test_rows_through_the_plain_template(chat: Callable[..., Session]) -> None:
+    head, tail = ["<s>", "###", "Instruction:"], ["###", "Response:"]
+    found = words(chat(PAIR, f"data.prompt='{OPTIONAL}'"))
+    assert found == [
+        ([*head, "rain", "then", "snow", ".", "wind", *tail], ["a", "cloud", "</s>"]),
+        ([*head, "goal", *tail], ["team", "</s>"]),
+    ]
+
+
+def test_rows_through_a_given_template(chat: Callable[..., Session]) -> None:
+    template = "{{ bos_token }}{% for m in messages %} {{ m.role }} , {{ m.content }}{% endfor %}"
+    ending = " {% if add_generation_prompt %}because{% endif %}"
+    found = words(chat(PAIR, f"model.chat_template='{template}{ending}'"))
+    assert found[1] == (["<s>", "<unk>", ",", "goal", "because"], ["team", "</s>"])
+
+
+# --- the loss -----------------------------------------------------------------------------------
+
+
+def by_hand(model: nn.Module, rows: Examples, answers_only: bool) -> list[list[float]]:
+    """-log p of each predicted token, from each row alone: no batch, no padding."""
+    found = []
+    for row in range(len(rows)):
+        batch = rows.batch(np.array([row]))
+        ids, given = batch["input_ids"][0], int(batch["prompts"][0])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0].double()
+        start = given if answers_only else 1
+        found.append(
+            [
+                float(logits[i - 1].logsumexp(0) - logits[i - 1, ids[i]])
+                for i in range(start, len(ids))
+            ]
+        )
+    return found
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "all"])
+def test_the_loss_is_of_the_answers_tokens(chat: Callable[..., Session], loss_on: str) -> None:
+    session = chat(PAIR, f"data.loss_on={loss_on}")
+    rows, task = session.examples("train"), session.task
+    session.model.eval()
+    losses = by_hand(session.model, rows, loss_on == "answer")
+    # answers with their ends; or all but the first: <s> ### Instruction: ... ### Response:
+    expected = [3, 2] if loss_on == "answer" else [8 - 1 + 3, 6 - 1 + 2]
+    assert [len(row) for row in losses] == expected
+    mean = np.mean(sum(losses, []))
+    with torch.no_grad():
+        assert float(task.loss(session.model, rows.batch(np.arange(2)))) == pytest.approx(mean)
+    metrics = session.evaluate(rows)  # of the answers, whatever trains
+    of_answers = by_hand(session.model, rows, True)
+    assert metrics["loss"] == pytest.approx(np.mean(sum(of_answers, [])))
+    assert task.selects == ("loss", -1)
+
+
+# --- cuts ---------------------------------------------------------------------------------------
+
+
+def test_keep_ends() -> None:
+    cut = [keep_ends(list(range(6)), room) for room in (7, 6, 5, 4, 1, 0)]
+    whole = [0, 1, 2, 3, 4, 5]
+    assert cut == [whole, whole, [0, 1, 3, 4, 5], [0, 1, 4, 5], [5], []]
+
+
+def test_a_cut_always_leaves_an_answer() -> None:
+    """3,000 pairs of any lengths, in any room."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        max_length = int(rng.integers(4, 40))
+        room = int(rng.integers(1, max_length))
+        sizes = rng.integers([0, 1], [60, 60], size=(10, 2))
+        prompts = [list(range(1000, 1000 + p)) for p, _ in sizes]
+        answers = [list(range(2000, 2000 + a)) for _, a in sizes]
+        found = sequences(prompts, answers, max_length, room)
+        assert found["offsets"][-1] == len(found["tokens"])
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            ids = found["tokens"][found["offsets"][i] : found["offsets"][i + 1]].tolist()
+            start, kept = ids[: found["prompts"][i]], ids[found["prompts"][i] :]
+            assert len(kept) >= min(len(answer), room) >= 1 and kept == answer[: len(kept)]
+            assert len(ids) == min(max_length, len(prompt) + len(answer))
+            head = len(start) // 2
+            if len(start) < len(prompt):
+                assert start == prompt[:head] + prompt[len(prompt) - (len(start) - head) :]
+                assert len(kept) <= room
+            else:
+                assert start == prompt
+            assert bool(found["cut_prompt"][i]) == (len(start) < len(prompt))
+            assert bool(found["cut_answer"][i]) == (len(kept) < len(answer))
+
+
+LONG: Rows = [
+    {"instruction": "rain", "response": "a cloud"},  # 6 + 3 tokens
+    {"instruction": "rain wind storm frost snow", "response": "a cloud"},  # 10 + 3
+    {"instruction": "rain", "response": "rain wind storm frost snow thunder"},  # 6 + 7
+    {"instruction": "rain wind storm frost snow", "response": "rain wind storm frost snow"},
+]
+
+
+def test_cuts_are_counted_in_the_summary(run: Runner, decoder: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "long", train=LONG * 4, validation=LONG[:2], test=LONG[1:])
+    fields = ["data.validation_split=validation", "data.test_split=test", "data.generate=never"]
+    data = ["data=instructions", f"data.path={path}", *fields, "data.max_length=10"]
+    sizes = ["data.max_answer_length=4", "partition=iid", "num_rounds=1"]
+    summary = run(f"model.path={decoder}", *data, *sizes)
+    assert summary["data"]["cut"] == {
+        "train": {"cut_prompt": 8, "cut_answer": 8},
+        "validation": {"cut_prompt": 1, "cut_answer": 0},
+        "test": {"cut_prompt": 2, "cut_answer": 2},
+    }
+    assert summary["data"]["rows"] == {"train": 16, "validation": 2, "test": 3}
+    assert json.loads((run.run_dir / "summary.json").read_text())["data"] == summary["data"]
+
+
+# --- teacher-forced metrics ---------------------------------------------------------------------
+
+
+def test_teacher_forced_metrics_by_hand() -> None:
+    """Prompts of one token; the answers (goal rain </s>) and (rain </s>)."""
+    task = InstructionTuning(metrics=["rouge_l"], label=None)
+    tokenizer = tokenizer_of_words(*WORDS)
+    goal, rain, end = 6, 7, 2
+    predicted = torch.tensor([[goal, goal, end, 0], [rain, rain, 0, 0]])  # after each token
+    model = Logits(nn.functional.one_hot(predicted, 8).float() * 9)
+    ids = torch.tensor([[1, goal, rain, end], [1, rain, end, 0]])
+    prompts = torch.tensor([1, 1])
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "prompts": prompts}
+    found = task.evaluate_batch(model, batch) | {"row": torch.tensor([0, 1])}
+    assert found["count"].tolist() == [3, 2] and found["correct"].tolist() == [2, 1]
+    metrics = task.score([found], Dataset.from_dict({}), tokenizer)
+    assert set(metrics) == {"loss", "token_accuracy", "rouge_l_teacher_forced"}
+    assert metrics["token_accuracy"] == pytest.approx(3 / 5)
+    # "goal goal" beside "goal rain": 1/2; "rain rain", its end missed, beside "rain": 2/3
+    assert metrics["rouge_l_teacher_forced"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    right, wrong = np.log(np.exp(9) + 7) - 9, np.log(np.exp(9) + 7)
+    assert metrics["loss"] == pytest.approx((3 * right + 2 * wrong) / 5, rel=1e-5)
+
+
+# --- rows and fields ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"q": "x", "a": " "}, "an empty a"),
+        ({"q": "x", "a": None}, "an empty a"),
+        ({"q": "\n", "a": "y"}, "an empty prompt {{ q }}"),
+        ({"q": None, "a": "y"}, "an empty prompt {{ q }}"),
+    ],
+)
+def test_rows_without_a_prompt_or_an_answer(tmp_path: Path, row: Any, reason: str) -> None:
+    fields: dict[str, Any] = {"prompt": "{{ q }}", "answer": "a", "label": None}
+    fields |= {"path": write(tmp_path, train=[{"q": "x", "a": "y"}, row]), "test_split": "train"}
+    task = InstructionTuning(**fields, validation_split="train")
+    assert said(lambda: task.train_rows) == f"row 1 of train has {reason}: {NO_ROW}"
+    skipping = InstructionTuning(**fields, validation_split="train", bad_rows="skip")
+    assert len(skipping.train_rows) == 1 and skipping.skipped == {f"has {reason}": 1}
+
+
+def test_references() -> None:
+    rows = Dataset.from_dict({"response": [5, None, 7]})
+    assert InstructionTuning().references(rows) == [["5"], [""], ["7"]]
+    for given in (["x", "y"], {"text": ["x", "y"], "answer_start": [0, 1]}):
+        rows = Dataset.from_dict({"answers": [given]})
+        assert QuestionAnswering().references(rows) == [["x", "y"]]
+    assert QuestionAnswering().references(Dataset.from_dict({"answers": ["x"]})) == [["x"]]
+
+
+def test_questions_without_an_answer(tmp_path: Path) -> None:
+    given = [{"text": ["y"]}, {"text": []}, {"text": [""]}]
+    rows = [{"context": "c", "question": "q", "answers": answers} for answers in given]
+    path = write(tmp_path, train=rows)
+    task = QuestionAnswering(path=path, label=None)
+    why = f"row 1 of train has an empty answers (and 1 rows more): {NO_ROW}"
+    assert said(lambda: task.split_rows("train")) == why
+
+
+FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"max_length": 3}, "data.max_length must be >= 4, got 3"),
+    (
+        {"max_length": 8, "max_answer_length": 8},
+        "data.max_answer_length must be from 1 to data.max_length - 1 = 7, got 8",
+    ),
+    ({"loss_on": "prompt"}, "data.loss_on must be answer or all, got prompt"),
+    ({"generate": "first"}, "data.generate must be last, always or never, got first"),
+    ({"generation": {"beams": 2}}, "data.generation.beams is no argument of generate"),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), FIELDS)
+def test_fields_are_checked(fields: dict[str, Any], expected: str) -> None:
+    assert said(lambda: InstructionTuning(**fields)) == expected

@@ -1,0 +1,353 @@
+"""What every task shares: splits, rows that cannot be used, groups, and clear errors."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
+
+from fedpeft.data.instruction import InstructionTuning
+from fedpeft.data.language import LanguageModelling
+from fedpeft.data.tables import values
+from fedpeft.data.task import Task
+from fedpeft.data.text import Regression, TextClassification
+from fedpeft.session import Session
+from tests.conftest import Runner
+from tests.data.made import Rows, write
+
+
+def numbered(rows: int, start: int = 0) -> Rows:
+    """Distinct texts, which name the rows, and two labels in turn."""
+    return [{"text": f"t{start + i}", "label": "ab"[i % 2]} for i in range(rows)]
+
+
+def texts(task: Task, split: str) -> list[str]:
+    return values(task.split_rows(split), "text")
+
+
+def said(act: Callable[[], Any]) -> str:
+    with pytest.raises(ValueError) as error:
+        act()
+    return str(error.value)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    """12 rows to train on, 4 to validate, 2 to test."""
+    more = {"validation": numbered(4, 20), "test": numbered(2, 30)}
+    return write(tmp_path / "small", "jsonl", "", train=numbered(12), **more)
+
+
+# --- splits -------------------------------------------------------------------------------------
+
+
+def test_splits_that_are_there(small: str) -> None:
+    task = TextClassification(path=small)
+    assert texts(task, "train") == [f"t{i}" for i in range(12)]
+    assert texts(task, "validation") == ["t20", "t21", "t22", "t23"]
+    assert texts(task, "test") == ["t30", "t31"]
+    assert task.split_rows("test") is task.split_rows("test")
+
+
+# of 240 rows, and rounded up: 0.003 of them is 0.72
+@pytest.mark.parametrize(("fraction", "expected"), [(0.1, 24), (0.25, 60), (0.003, 1), (0.03, 8)])
+def test_validation_out_of_train(table: Path, fraction: float, expected: int) -> None:
+    given: dict[str, Any] = {"validation_split": None, "validation_fraction": fraction}
+    one, two = (TextClassification(path=str(table), **given) for _ in range(2))
+    whole = texts(TextClassification(path=str(table)), "train")
+    assert len(set(whole)) == 240  # so texts name rows
+    train, validation = texts(one, "train"), texts(one, "validation")
+    assert len(validation) == expected and len(train) == 240 - expected
+    assert sorted([*train, *validation]) == sorted(whole)
+    assert train == [t for t in whole if t not in validation]  # in their order
+    assert validation == [t for t in whole if t in validation] != whole[:expected]
+    assert (texts(two, "train"), texts(two, "validation")) == (train, validation)
+    assert len(texts(one, "test")) == 40
+
+
+def test_test_and_validation_out_of_train(tmp_path: Path) -> None:
+    """The test first: 10 of 95 rows, rounded up; then 0.2 of the 85 that are left."""
+    path = write(tmp_path, train=numbered(95))
+    given: dict[str, Any] = {"test_split": None, "validation_split": None}
+    task = TextClassification(path=path, **given, validation_fraction=0.2)
+    parts = {split: texts(task, split) for split in ("train", "validation", "test")}
+    assert {split: len(found) for split, found in parts.items()} == {
+        "train": 68,
+        "validation": 17,
+        "test": 10,
+    }
+    assert sorted(sum(parts.values(), [])) == sorted(f"t{i}" for i in range(95))
+    other = TextClassification(path=path, **given, validation_fraction=0.5)
+    assert texts(other, "test") == parts["test"]  # whatever validates
+
+
+def test_other_columns_and_splits(tmp_path: Path) -> None:
+    rows = [{"said": f"s{i}", "more": "and rain", "about": "ab"[i % 2]} for i in range(6)]
+    path = write(tmp_path, one=rows[:3], two=rows[3:5], three=rows[5:])
+    task = TextClassification(
+        path=path,
+        text="said",
+        text_pair="more",
+        label="about",
+        train_split="one",
+        validation_split="two",
+        test_split="three",
+        extra_tests={"again": "two"},
+    )
+    found = {split: values(task.split_rows(split), "said") for split in ("train", "test", "again")}
+    assert found == {"train": ["s0", "s1", "s2"], "test": ["s5"], "again": ["s3", "s4"]}
+    assert task.fingerprint()["rows"] == {"train": 3, "validation": 2, "test": 1, "again": 2}
+
+
+def test_limits(tmp_path: Path) -> None:
+    path = write(tmp_path, train=numbered(50), dev=numbered(9, 60), more=numbered(9, 70))
+    task = TextClassification(
+        path=path,
+        validation_split=None,
+        validation_fraction=0.4,
+        test_split="dev",
+        extra_tests={"more": "more"},
+        max_train_rows=5,
+        max_validation_rows=3,
+        max_test_rows=7,
+    )
+    assert task.fingerprint()["rows"] == {"train": 5, "validation": 3, "test": 7, "more": 7}
+    whole = TextClassification(
+        path=path, validation_split=None, validation_fraction=0.4, test_split="dev"
+    )
+    for split in ("train", "validation", "test"):
+        part, all_of_it = texts(task, split), texts(whole, split)
+        assert part == [t for t in all_of_it if t in part] and len(set(part)) == len(part)
+    assert texts(task, "train") != texts(whole, "train")[:5]
+
+
+def test_clients_and_server_agree_on_the_splits(opened: Callable[..., Session]) -> None:
+    """Their seeds divide training rows alone: no validation row reaches a client."""
+    given = ["data.validation_split=null", "data.validation_fraction=0.2"]
+    a, b = opened(*given, "seed=0"), opened(*given, "seed=1")
+    assert a.task.fingerprint() == b.task.fingerprint()
+    assert sum(map(len, a.client_rows)) == 192 and len(a.examples("validation")) == 48
+
+
+def test_fingerprint_sees_every_text_and_label(tmp_path: Path) -> None:
+    changed = [numbered(4), numbered(4)[::-1], numbered(3), numbered(4), numbered(4)]
+    changed[3][2]["text"] += "x"
+    changed[4][2]["label"] = "b"
+    seen = set()
+    for i, rows in enumerate(changed):
+        path = write(tmp_path / str(i), train=rows, validation=numbered(2), test=numbered(2))
+        found = TextClassification(path=path).fingerprint()
+        assert found["rows"] == {"train": len(rows), "validation": 2, "test": 2}
+        seen.add(found["sha256"])
+    assert len(seen) == 5
+    again = write(
+        tmp_path / "p", "parquet", train=changed[0], validation=numbered(2), test=numbered(2)
+    )
+    first = TextClassification(path=str(tmp_path / "0")).fingerprint()
+    assert TextClassification(path=again).fingerprint() == first
+
+
+# --- rows that cannot be used -------------------------------------------------------------------
+
+BAD = [
+    {"text": "fine", "label": "a"},
+    {"text": " \n", "label": "b"},
+    {"text": None, "label": "a"},
+    {"text": "", "label": "b"},
+    {"text": "fine too", "label": "b"},
+]
+NO_ROW = "mend it, or leave such rows out with data.bad_rows=skip"
+
+
+def test_a_bad_row_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path, train=numbered(4), validation=numbered(4), test=BAD)
+    task = TextClassification(path=path)
+    assert len(task.train_rows) == 4  # what is not asked for is not read
+    why = said(lambda: task.split_rows("test"))
+    assert why == f"row 1 of test has an empty text (and 2 rows more): {NO_ROW}"
+    only = write(tmp_path / "only", train=numbered(4), validation=numbered(4), test=BAD[2:3])
+    why = said(lambda: TextClassification(path=only).split_rows("test"))
+    assert why == f"row 0 of test has no text: {NO_ROW}"
+
+
+def test_bad_rows_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path, train=BAD * 2, validation=numbered(4), test=BAD)
+    task = TextClassification(path=path, bad_rows="skip")
+    assert texts(task, "train") == ["fine", "fine too"] * 2
+    assert texts(task, "test") == ["fine", "fine too"]
+    found = task.fingerprint()
+    assert found["rows"] == {"train": 4, "validation": 4, "test": 2}
+    assert found["skipped"] == {"has an empty text": 6, "has no text": 3}
+    assert TextClassification(path=path, train_split="validation").skipped == {}
+
+
+def test_a_split_of_bad_rows_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, train=numbered(4), validation=BAD[1:4], test=numbered(2))
+    task = TextClassification(path=path, bad_rows="skip")
+    why = said(lambda: task.split_rows("validation"))
+    assert why == f"split validation of data set {path} has no rows"
+
+
+def test_columns_that_are_not_read_may_hold_anything(tmp_path: Path) -> None:
+    rows = [row | {"more": None, "note": ""} for row in numbered(4)]
+    path = write(tmp_path, train=rows, validation=rows, test=rows)
+    assert len(TextClassification(path=path).train_rows) == 4
+    task = TextClassification(path=path, text_pair="note")
+    why = said(lambda: task.train_rows)
+    assert why == f"row 0 of train has an empty note (and 3 rows more): {NO_ROW}"
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+ELSE = "set data.validation_split or data.test_split to one of them, or to null to set rows of "
+ELSE += "train aside"
+SPLITS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "validation": ({"validation_split": "dev"}, "dev", ELSE),
+    "test": ({"test_split": "dev"}, "dev", ELSE),
+    "train": ({"train_split": "dev"}, "dev", "set data.train_split to one of them"),
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_missing_split(small: str, split: str) -> None:
+    fields, name, advice = SPLITS[split]
+    task = TextClassification(path=small, **fields)
+    expected = f"data set {small} has no split {name}, only test, train, validation: {advice}"
+    assert said(lambda: task.split_rows(split)) == expected
+    if split == "train":  # the model's head is asked for first
+        assert said(lambda: task.num_labels) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "column"),
+    [({"text": "body"}, "body"), ({"label": "class"}, "class"), ({"text_pair": "two"}, "two")],
+)
+def test_a_missing_column(small: str, fields: dict[str, Any], column: str) -> None:
+    expected = f"data set {small} has no column {column} in train, only text, label"
+    assert said(lambda: TextClassification(path=small, **fields).train_rows) == expected
+    assert said(lambda: TextClassification(path=small, **fields).num_labels) == expected
+
+
+def test_too_few_rows_to_set_aside(tmp_path: Path) -> None:
+    path = write(tmp_path, train=numbered(2))
+    task = TextClassification(path=path, test_split=None, validation_split=None)
+    why = said(lambda: task.split_rows("validation"))
+    assert why == f"1 rows of {path} are too few to set some aside for validation"
+
+
+def test_texts_that_are_numbers(tmp_path: Path) -> None:
+    rows = [{"text": i, "label": "ab"[i % 2]} for i in range(4)]
+    path = write(tmp_path, train=rows)
+    for task in (TextClassification(path=path), LanguageModelling(path=path, label=None)):
+        why = said(lambda task=task: task.train_rows)
+        assert why == "column text of train must hold texts, got int64"
+
+
+def test_fewer_rows_than_clients_need(run: Runner, tmp_path: Path) -> None:
+    path = write(tmp_path, train=numbered(8), validation=numbered(2), test=numbered(2))
+    given = [f"data.path={path}", "partition.min_size=3"]
+    with pytest.raises(Exception) as error:
+        run(*given)
+    why = "8 training rows cannot give num_clients=3 at least 3 each"
+    assert why in str(error.value)
+
+
+FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"validation_fraction": 0.0}, "data.validation_fraction must be in (0, 1), got 0.0"),
+    ({"test_fraction": 1.0}, "data.test_fraction must be in (0, 1), got 1.0"),
+    ({"max_train_rows": 0}, "data.max_train_rows must be >= 1 or null, got 0"),
+    ({"max_test_rows": -1}, "data.max_test_rows must be >= 1 or null, got -1"),
+    ({"bad_rows": "drop"}, "data.bad_rows must be error or skip, got drop"),
+    ({"metrics": []}, "data.metrics must name at least one, got []"),
+    ({"extra_tests": {"test": "x"}}, "data.extra_tests must not be named test"),
+    ({"labels": ["a"]}, "data.labels must name two classes or more, got a"),
+    ({"max_length": 1}, "data.max_length must be >= 2, got 1"),
+    (
+        {"metrics": ["accuracy", "spearman"]},
+        "data.metrics of TextClassification must be of accuracy, f1, f1_macro, f1_weighted, "
+        "matthews, got spearman",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), FIELDS)
+def test_fields_are_checked(fields: dict[str, Any], expected: str) -> None:
+    assert said(lambda: TextClassification(**fields)) == expected
+
+
+# --- groups -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def groups(tmp_path: Path) -> InstructionTuning:
+    """Ten rows to train on, with columns of all kinds."""
+    kinds = ["b", "a", "b", "c", "a", "b", "a", "a", "b", "b"]
+    columns: dict[str, Any] = {
+        "instruction": [f"i{i}" for i in range(10)],
+        "response": ["yes"] * 10,
+        "kind": kinds,
+        "named": [1, 0, 1, 1, 1, 0, 0, 0, 0, 1],
+        "score": [0.2, 4.8, 2.6, -1.4, 5.0, 2.6, 0.4, 0.0, 5.0, 3.0],
+        "gap": [7, 3, None, 3, 3, 3, 3, 3, 3, 3],
+        "nan": [7.0, float("nan"), *[3.0] * 8],
+        "lists": [["x"]] * 10,
+        "year": [1999, 2001, 1999, 2000, *[1999] * 6],
+    }
+    features = Features(
+        {"instruction": Value("string"), "response": Value("string"), "kind": Value("string")}
+        | {"named": ClassLabel(names=["no", "yes"]), "score": Value("float64")}
+        | {"gap": Value("int64"), "nan": Value("float64"), "lists": List(Value("string"))}
+        | {"year": Value("int64")}
+    )
+    Dataset.from_dict(columns, features).to_parquet(str(tmp_path / "train.parquet"))
+    Dataset.from_dict({k: v[:1] for k, v in columns.items()}, features).to_parquet(
+        str(tmp_path / "test.parquet")
+    )
+    return InstructionTuning(path=str(tmp_path), label="kind", validation_split="test")
+
+
+def test_groups_of_texts(groups: InstructionTuning) -> None:
+    for column in ("kind", None):  # the label's, where none is named
+        numbers, names = groups.grouped(column)
+        assert names == ["a", "b", "c"]
+        assert numbers.tolist() == [1, 0, 1, 2, 0, 1, 0, 0, 1, 1] and numbers.dtype == "int64"
+
+
+def test_groups_by_name_and_number(groups: InstructionTuning) -> None:
+    numbers, names = groups.grouped("named")
+    assert (names, numbers.tolist()) == (["no", "yes"], [1, 0, 1, 1, 1, 0, 0, 0, 0, 1])
+    numbers, names = groups.grouped("year")
+    assert (names, numbers.tolist()) == (["1999", "2000", "2001"], [0, 2, 0, 1, *[0] * 6])
+
+
+def test_groups_of_rounded_numbers(groups: InstructionTuning) -> None:
+    numbers, names = groups.grouped("score")
+    assert names == ["-1", "0", "3", "5"]
+    assert [names[n] for n in numbers] == ["0", "5", "3", "-1", "5", "3", "0", "0", "5", "3"]
+
+
+def test_groups_of_a_regression(tmp_path: Path) -> None:
+    rows = [{"text": "x", "label": v} for v in (0.2, 1.8, 2.4)]
+    task = Regression(path=write(tmp_path, train=rows))
+    numbers, names = task.grouped(None)
+    assert (names, numbers.tolist()) == (["0", "2"], [0, 1, 1])
+
+
+def test_no_label_is_one_group(small: str) -> None:
+    numbers, names = LanguageModelling(path=small, label=None).grouped(None)
+    assert (names, numbers.tolist()) == (["all"], [0] * 12)
+
+
+GROUPLESS = {
+    "gap": "row 2 of train has no gap to partition by",
+    "nan": "row 1 of train has no nan to partition by",
+    "lists": "partition.column=lists must hold texts or numbers, got ['x'] in row 0",
+    "else": "partition.column=else is no column of {}, only instruction, response, kind, named, "
+    "score, gap, nan, lists, year",
+}
+
+
+@pytest.mark.parametrize("column", GROUPLESS)
+def test_columns_that_make_no_groups(groups: InstructionTuning, column: str) -> None:
+    assert said(lambda: groups.grouped(column)) == GROUPLESS[column].format(groups.path)
