@@ -81,7 +81,7 @@ def _read(path: str, files: dict[str, list[Path]]) -> "dict[str, Dataset]":
 
 
 def _from_hub(path: str, subset: str | None, revision: str | None) -> "dict[str, Dataset]":
-    import datasets
+    import datasets.config
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
 

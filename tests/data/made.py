@@ -3,17 +3,28 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor, nn
 
+from fedpeft.config import load
+from fedpeft.schema import Config
+
 Rows = list[dict[str, Any]]
+
+
+@cache
+def composed(*overrides: str) -> Config:
+    """A configuration, composed once; its ``data`` is to be replaced, since it keeps its rows."""
+    return load(overrides)
 
 
 def write(folder: Path, kind: str = "jsonl", suffix: str = "", **splits: Rows) -> str:
@@ -41,6 +52,13 @@ def write_file(file: Path, rows: Rows) -> str:
     else:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
+
+
+def said(act: Callable[[], Any]) -> str:
+    """The sentence of the ValueError that it raises."""
+    with pytest.raises(ValueError) as error:
+        act()
+    return str(error.value)
 
 
 def image(*pixels: int, side: int = 8, kind: str = "PNG") -> bytes:

@@ -178,6 +178,7 @@ def test_arrays_stay_on_the_disk(task: TextClassification, folder: Path) -> None
 
 PAIRS: dict[str, tuple[list[Any], list[Any]]] = {
     "where a text ends": (["ab", "c"], ["a", "bc"]),
+    "where an image ends": ([b"ab", b"c"], [b"a", b"bc"]),
     "order": (["a", "b"], ["b", "a"]),
     "null": ([None, "a"], ["None", "a"]),
     "number": ([1, 2], ["1", "2"]),

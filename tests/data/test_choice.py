@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.config import load
 from fedpeft.data.choice import MultipleChoice
+from fedpeft.data.tables import values
 from fedpeft.session import Session
 from tests.conftest import Runner
-from tests.data.made import Logits, Rows, write
+from tests.data.made import Logits, Rows, composed, write
 
 COPA: Rows = [
     {"premise": "Snow was old.", "choice1": "The house", "choice2": "A cloud", "question": "cause"}
@@ -39,11 +39,12 @@ def several(rows: Rows, times: int = 12) -> Rows:
 def session(base: list[str], decoder: Path, tmp_path: Path) -> Make:
     """A session of these rows on the tiny BERT or, by likelihood, on the tiny Llama."""
 
-    def make(data: str, rows: Rows, *given: str, likelihood: bool = False) -> Session:
+    def make(data: str, rows: Rows, likelihood: bool = False, **fields: Any) -> Session:
         path = write(tmp_path / data, train=several(rows), validation=rows)
-        model = [f"model.path={decoder}", "data.scoring=likelihood"] if likelihood else []
-        fields = [f"data={data}", f"data.path={path}", "method.rank=4"]
-        return Session(load([*base, *model, *fields, *given]))
+        model = [f"model.path={decoder}"] if likelihood else []
+        scoring = "likelihood" if likelihood else "head"
+        task = replace(composed(f"data={data}").data, path=path, scoring=scoring, **fields)
+        return Session(replace(composed(*base, *model, "method.rank=4"), data=task))
 
     return make
 
@@ -105,7 +106,7 @@ def test_entities_that_fill_the_gap(session: Make) -> None:
 
 def test_cuts_are_counted_by_row(session: Make) -> None:
     """At most 7 tokens: one of a prompt of 5 goes, one of an answer of 4; row 1 is shorter."""
-    arrays = session("record", RECORD, "data.max_length=7", likelihood=True).examples("test").arrays
+    arrays = session("record", RECORD, likelihood=True, max_length=7).examples("test").arrays
     assert arrays["cut_prompt"].tolist() == [True, False]
     assert arrays["cut_answer"].tolist() == [True, False]
     assert np.diff(arrays["offsets"]).tolist() == [7, 7, 7, 5, 5]
@@ -227,18 +228,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def record() -> MultipleChoice:
-    """ReCoRD as its YAML has it."""
-    return load(["data=record"]).data
-
-
 @pytest.mark.parametrize("case", BAD)
-def test_rows_that_have_no_choice(tmp_path: Path, record: MultipleChoice, case: str) -> None:
+def test_rows_that_have_no_choice(tmp_path: Path, case: str) -> None:
     changes, reason = BAD[case]
     path = write(tmp_path, train=[RECORD[1], RECORD[0] | changes, RECORD[0]], validation=RECORD)
-    skipping = replace(record, path=path, validation_split="validation")
-    assert [row["idx"] for row in skipping.train_rows] == [1, 0]
+    record = composed("data=record").data
+    skipping: MultipleChoice = replace(record, path=path, validation_split="validation")
+    assert values(skipping.train_rows, "idx") == [1, 0]
     assert skipping.fingerprint()["skipped"] == {reason: 1}
     strict = replace(skipping, bad_rows="error")
     with pytest.raises(ValueError) as error:
@@ -250,7 +246,7 @@ def test_rows_that_have_no_choice(tmp_path: Path, record: MultipleChoice, case: 
 def test_a_label_that_is_no_candidate_s(tmp_path: Path, label: int | None) -> None:
     path = write(tmp_path, train=[*COPA, COPA[0] | {"label": label}], validation=COPA)
     with pytest.raises(ValueError) as error:
-        load(["data=copa", f"data.path={path}"]).data.split_rows("train")
+        replace(composed("data=copa").data, path=path).split_rows("train")
     assert str(error.value) == f"row 2 of train has label {label}: no candidate's: {NO_ROW}"
 
 

@@ -1,18 +1,19 @@
 """Every YAML in conf/data, on small tables in its hub data set's columns and layout."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from fedpeft.config import CONF, load
+from fedpeft.config import CONF
 from fedpeft.data.tables import values
 from fedpeft.data.templates import rendered
 from fedpeft.session import Session
 from tests.conftest import TOPICS
-from tests.data.made import image
+from tests.data.made import composed, image
 
 NAMES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
 WORDS = sum((words.split() for words in TOPICS.values()), [])
@@ -86,7 +87,7 @@ def test_every_yaml_is_here() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_yaml_composes(name: str) -> None:
-    data = load([f"data={name}"]).data
+    data = composed(f"data={name}").data
     assert type(data).__name__ == (OWN.get(name) or EXPECTED[name][0])
     if name not in EXPECTED:
         return
@@ -214,7 +215,13 @@ OTHER_ROWS = {
 
 
 @pytest.fixture
-def opened(base: list[str], decoder: Path, tmp_path: Path) -> Callable[[str], Session]:
+def read(tmp_path: Path) -> Callable[[str], Any]:
+    """A data set's small tables, without a model."""
+    return lambda name: replace(composed(f"data={name}").data, path=hub(tmp_path / name, name))
+
+
+@pytest.fixture
+def opened(base: list[str], decoder: Path, read: Callable[[str], Any]) -> Callable[[str], Session]:
     """A session of a data set's small tables, with a tiny model of its kind."""
 
     def make(name: str) -> Session:
@@ -225,10 +232,8 @@ def opened(base: list[str], decoder: Path, tmp_path: Path) -> Callable[[str], Se
             model += [f"model.architecture={VIT}"]
         elif kind in ("InstructionTuning", "QuestionAnswering") or name == "record":
             model = [f"model.path={decoder}"]
-        data = [f"data={name}", f"data.path={hub(tmp_path / name, name)}", "method.rank=4"]
-        if name == "images":
-            data.append("data.labels=[glioma,meningioma]")
-        return Session(load([*base, *model, *data, "num_clients=1", "partition=iid"]))
+        settings = ["method.rank=4", "num_clients=1", "partition=iid"]
+        return Session(replace(composed(*base, *model, *settings), data=read(name)))
 
     return make
 
@@ -252,12 +257,6 @@ def test_small_tables(opened: Callable[[str], Session], name: str) -> None:
     assert all(value == value for value in found.values())  # no NaN
     number, loss = session.train_client(0, 1)
     assert number > 0 and loss > 0
-
-
-@pytest.fixture
-def read(tmp_path: Path) -> Callable[[str], Any]:
-    """A data set's small tables, without a model."""
-    return lambda name: load([f"data={name}", f"data.path={hub(tmp_path / name, name)}"]).data
 
 
 def test_mnli_s_two_tests(read: Callable[[str], Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedpeft.config import load
 from fedpeft.data.instruction import IGNORED, InstructionTuning, QuestionAnswering
 from fedpeft.session import Session
 from tests.conftest import TOPICS, Runner
 from tests.data.conftest import tokenizer_of_words
-from tests.data.made import Rows, write
+from tests.data.made import Rows, composed, write
 
 ROOM = 6
 WORDS = sum((words.split() for words in TOPICS.values()), [])
@@ -33,11 +33,12 @@ def instructions(rows: int) -> Rows:
     ]
 
 
-@pytest.fixture
-def settings(decoder: Path, tmp_path: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def settings(decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides of a run on the tiny Llama: 24 rows to train on, 8 to validate, 24 to test."""
     rows = instructions(56)
-    path = write(tmp_path / "d", train=rows[:24], validation=rows[24:32], test=rows[32:])
+    folder = tmp_path_factory.mktemp("d")
+    path = write(folder, train=rows[:24], validation=rows[24:32], test=rows[32:])
     return [
         f"model.path={decoder}",
         "data=instructions",
@@ -53,7 +54,11 @@ def settings(decoder: Path, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def session(base: list[str], settings: list[str]) -> Callable[..., Session]:
-    return lambda *given: Session(load([*base, *settings, "data.generate=always", *given]))
+    def make(*given: str, **fields: Any) -> Session:
+        config = composed(*base, *settings, "data.generate=always", "lr=0.01", *given)
+        return Session(replace(config, data=replace(config.data, **fields)))
+
+    return make
 
 
 def greedy(model: nn.Module, ids: list[int], room: int, end: int) -> list[int]:
@@ -93,20 +98,20 @@ def test_a_batch_generates_what_each_row_does_alone(session: Callable[..., Sessi
 
 
 def test_settings_of_generation(session: Callable[..., Session]) -> None:
-    def of(*given: str) -> list[list[int]]:
-        own = session(*given)
+    def of(**fields: Any) -> list[list[int]]:
+        own = session(**fields)
         own.model.eval()
         batch = own.examples("test").batch(np.arange(24))
         return own.task.generate_batch(own.model, batch, own.processor)["generated"].tolist()
 
     plain = of()
     assert {len(row) for row in plain} == {ROOM}
-    assert of("data.generation={max_new_tokens:2}") == [row[:2] for row in plain]
-    assert of("data.generation={num_beams:3}") != plain
+    assert of(generation={"max_new_tokens": 2}) == [row[:2] for row in plain]
+    assert of(generation={"num_beams": 3}) != plain
 
 
 def test_threads_change_nothing(session: Callable[..., Session]) -> None:
-    own = session("evaluation.batch_size=3", "lr=0.01")
+    own = session("evaluation.batch_size=3")
     rows = own.examples("test")
     assert own.samples == []
     one = own.evaluate(rows)
@@ -193,7 +198,9 @@ def test_when_a_run_generates(
 
 
 def test_samples_can_be_read(run: Runner, settings: list[str]) -> None:
-    run(*settings, "num_rounds=1", "data.extra_tests={more: validation}")
+    summary = run(*settings, "num_rounds=1", "data.extra_tests={more: validation}")
+    assert summary["data"]["cut"].keys() == {"train", "validation", "test", "more"}
+    assert forms(summary["final"], "test_more") == forms(summary["final"], "test") == BOTH
     lines = (run.run_dir / "samples.jsonl").read_text().split("\n")
     samples = [json.loads(line) for line in lines[:-1]]
     given = instructions(56)[32:]  # of the test, not of the one more

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,16 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from fedpeft.config import load
 from fedpeft.data.batching import Examples
 from fedpeft.data.instruction import InstructionTuning, QuestionAnswering, sequences
 from fedpeft.data.templates import keep_ends, prompt_tokens, rendered, template_columns
 from fedpeft.session import Session
 from tests.conftest import Runner
 from tests.data.conftest import tokenizer_of_words
-from tests.data.made import Logits, Rows, write
+from tests.data.made import Logits, Rows, composed, said, write
 
 OPTIONAL = "{{ instruction }}{% if context %} . {{ context }}{% endif %}"
 NO_ROW = "mend it, or leave such rows out with data.bad_rows=skip"
-
-
-def said(act: Callable[[], Any]) -> str:
-    with pytest.raises(ValueError) as error:
-        act()
-    return str(error.value)
 
 
 # --- templates ----------------------------------------------------------------------------------
@@ -94,11 +88,13 @@ def test_a_prompt_without_a_beginning() -> None:
 def chat(base: list[str], decoder: Path, tmp_path: Path) -> Callable[..., Session]:
     """A session of the tiny Llama on these rows, which are also those that validate and test."""
 
-    def make(rows: Rows, *given: str) -> Session:
+    def make(rows: Rows, template: str | None = None, **fields: Any) -> Session:
         path = write(tmp_path / "chat", train=rows, validation=rows, test=rows)
-        fields = [f"data.path={path}", "data.validation_split=validation", "data.test_split=test"]
-        data = ["data=instructions", "method.rank=4", *fields]
-        return Session(load([*base, f"model.path={decoder}", *data, *given]))
+        given: dict[str, Any] = {"validation_split": "validation", "test_split": "test"} | fields
+        task = InstructionTuning(path=path, label=None, **given)
+        config = composed(*base, f"model.path={decoder}", "method.rank=4")
+        model = replace(config.model, chat_template=template)
+        return Session(replace(config, data=task, model=model))
 
     return make
 
@@ -123,7 +119,7 @@ def words(session: Session, split: str = "test") -> list[tuple[list[str], list[s
 
 def test_rows_through_the_plain_template(chat: Callable[..., Session]) -> None:
     head, tail = ["<s>", "###", "Instruction:"], ["###", "Response:"]
-    found = words(chat(PAIR, f"data.prompt='{OPTIONAL}'"))
+    found = words(chat(PAIR, prompt=OPTIONAL))
     assert found == [
         ([*head, "rain", "then", "snow", ".", "wind", *tail], ["a", "cloud", "</s>"]),
         ([*head, "goal", *tail], ["team", "</s>"]),
@@ -133,7 +129,7 @@ def test_rows_through_the_plain_template(chat: Callable[..., Session]) -> None:
 def test_rows_through_a_given_template(chat: Callable[..., Session]) -> None:
     template = "{{ bos_token }}{% for m in messages %} {{ m.role }} , {{ m.content }}{% endfor %}"
     ending = " {% if add_generation_prompt %}because{% endif %}"
-    found = words(chat(PAIR, f"model.chat_template='{template}{ending}'"))
+    found = words(chat(PAIR, template + ending))
     assert found[1] == (["<s>", "<unk>", ",", "goal", "because"], ["team", "</s>"])
 
 
@@ -160,7 +156,7 @@ def by_hand(model: nn.Module, rows: Examples, answers_only: bool) -> list[list[f
 
 @pytest.mark.parametrize("loss_on", ["answer", "all"])
 def test_the_loss_is_of_the_answers_tokens(chat: Callable[..., Session], loss_on: str) -> None:
-    session = chat(PAIR, f"data.loss_on={loss_on}")
+    session = chat(PAIR, loss_on=loss_on)
     rows, task = session.examples("train"), session.task
     session.model.eval()
     losses = by_hand(session.model, rows, loss_on == "answer")

@@ -14,7 +14,7 @@ from fedpeft.data.task import Task
 from fedpeft.data.text import Regression, TextClassification
 from fedpeft.session import Session
 from tests.conftest import Runner
-from tests.data.made import Rows, write
+from tests.data.made import Rows, said, write
 
 
 def numbered(rows: int, start: int = 0) -> Rows:
@@ -24,12 +24,6 @@ def numbered(rows: int, start: int = 0) -> Rows:
 
 def texts(task: Task, split: str) -> list[str]:
     return values(task.split_rows(split), "text")
-
-
-def said(act: Callable[[], Any]) -> str:
-    with pytest.raises(ValueError) as error:
-        act()
-    return str(error.value)
 
 
 @pytest.fixture
