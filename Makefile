@@ -4,16 +4,18 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test quick check lint bench clean
+.PHONY: quickstart test quick slow check lint bench clean
 
 quickstart: $(VENV)/quickstart ## six methods on the embedded model and data
 	$(BIN)/fedpeft compare experiment=quickstart
 
-test: $(VENV)/dev ## every test
-	$(BIN)/python -m pytest
+test: quick slow ## every test
 
-quick: $(VENV)/dev ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+quick: $(VENV)/dev ## the tests that take seconds, on all cores
+	$(BIN)/python -m pytest -m "not slow" -n auto
+
+slow: $(VENV)/dev ## Ray, Flower's processes, the real model and data
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/dev ## style and types
 	$(BIN)/ruff check .

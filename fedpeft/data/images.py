@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fedpeft.data.batching import Batch
 from fedpeft.data.cache import cached, content_sha256
 from fedpeft.data.classification import Classification
+from fedpeft.data.source import Source
 from fedpeft.data.tables import values
-from fedpeft.data.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,7 +52,7 @@ class ImageClassification(Classification):
     def tables(self) -> "dict[str, Dataset]":
         from datasets import Image
 
-        found = Task.tables.func(self)  # type: ignore[attr-defined]
+        found = Source.tables.func(self)  # type: ignore[attr-defined]
         return {
             split: rows.cast_column(self.image, Image(decode=False))
             if self.image in rows.column_names

@@ -230,7 +230,7 @@ def test_a_client_s_batches_by_round(opened: Callable[..., Session], seen: list[
     found: dict[tuple[int, int], list[list[list[int]]]] = {}
     for client in (0, 1):
         for round in (1, 2):
-            number, _ = session.train_client(client, round)
+            number = session.train_client(client, round).num_examples
             found[client, round] = tokens(seen)
             assert number == len(session.client_examples(client)["train"])
             assert [len(batch) for batch in found[client, round]] == [8, 8, 8]
@@ -243,7 +243,7 @@ def test_a_client_s_batches_by_round(opened: Callable[..., Session], seen: list[
 
 def test_local_epochs(opened: Callable[..., Session], seen: list[Batch]) -> None:
     session = opened("local_steps=null", "local_epochs=2")
-    number, _ = session.train_client(1, 1)
+    number = session.train_client(1, 1).num_examples
     own = session.client_examples(1)["train"]
     assert number == len(own)
     assert sum(len(batch["labels"]) for batch in seen) == 2 * number

@@ -255,8 +255,8 @@ def test_small_tables(opened: Callable[[str], Session], name: str) -> None:
         assert len(session.samples) == expected[2]
     assert set(found) == {"loss", *named}
     assert all(value == value for value in found.values())  # no NaN
-    number, loss = session.train_client(0, 1)
-    assert number > 0 and loss > 0
+    trained = session.train_client(0, 1)
+    assert trained.num_examples > 0 and trained.loss > 0
 
 
 def test_mnli_s_two_tests(read: Callable[[str], Any]) -> None:
