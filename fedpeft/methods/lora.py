@@ -7,13 +7,14 @@
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedpeft.methods.base import Method, Role
-from fedpeft.methods.sites import attention_projections, freeze_all_but_head
+from fedpeft.methods.sites import add_by_peft, attention_projections
 
 
 @dataclass(frozen=True)
@@ -43,26 +44,30 @@ class LoRA(Method):
             raise ValueError(f"alpha must be > 0, got {self.alpha}")
 
     def inject(self, model: nn.Module) -> nn.Module:
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  # peft divides it: any number will do
-            lora_dropout=self.dropout,
-            target_modules=attention_projections(model, self.targets),
-            fan_in_fan_out=getattr(model.config, "model_type", "") == "gpt2",
-        )
-        freeze_all_but_head(model)
-        head = [p for p in model.parameters() if p.requires_grad]
-        inject_adapter_in_model(config, model)
-        for parameter in head:  # peft froze all but its own
-            parameter.requires_grad_(True)
+        add_by_peft(model, default=self.config(model))
         return model
 
+    def config(self, model: nn.Module, **more: Any) -> LoraConfig:
+        """PEFT's, for this model; ``more`` wins."""
+        fields: dict[str, Any] = {
+            "r": self.rank,
+            "lora_alpha": self.alpha,  # peft divides it: any number will do
+            "lora_dropout": self.dropout,
+            "target_modules": attention_projections(model, self.targets),
+            "fan_in_fan_out": getattr(model.config, "model_type", "") == "gpt2",
+        }
+        return LoraConfig(**(fields | more))
+
     def effective(self, module: nn.Module) -> Tensor | None:
+        return self.product(module, "default")
+
+    def product(self, module: nn.Module, adapter: str) -> Tensor | None:
+        """(alpha/r) B A of a PEFT adapter, or None where there is no LoRA."""
         if not isinstance(module, LoraLayer) or not isinstance(module, nn.Module):
             return None
-        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         assert isinstance(a, Tensor) and isinstance(b, Tensor)
-        return module.scaling["default"] * (b.float() @ a.float())
+        return module.scaling[adapter] * (b.float() @ a.float())
 
 
 @dataclass(frozen=True)

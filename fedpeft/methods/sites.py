@@ -1,8 +1,11 @@
 """Where in a transformers model the methods put their parameters."""
 
 import re
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
+from peft import PeftConfig, inject_adapter_in_model
 from torch import nn
 
 # Names end alike within a family: BERT/RoBERTa/DeBERTa/older ViT, SigLIP/CLIP/newer ViT,
@@ -10,6 +13,10 @@ from torch import nn
 MLP_OUTPUT = re.compile(
     r"(?:(?<!attention)\.output\.dense|(?<!\.head)\.mlp\.fc2|"
     r"\.ffn\.lin2|\.mlp\.down_proj|\.mlp\.c_proj)$"
+)
+MLP_INPUT = re.compile(
+    r"(?:\.intermediate\.dense|(?<!\.head)\.mlp\.fc1|"
+    r"\.ffn\.lin1|\.mlp\.(?:gate|up)_proj|\.mlp\.c_fc)$"
 )
 ATTENTION_OUTPUT = re.compile(
     r"(?:attention\.output\.dense|"
@@ -21,6 +28,11 @@ PROJECTIONS = {
     "v": ("value", "v_proj", "v_lin", "value_proj"),
 }
 FUSED_PROJECTIONS = ("c_attn", "in_proj")  # GPT-2, DeBERTa: q, k and v in one matrix
+# Parts that transformers builds with a classifier of images, whose logits do not pass them.
+UNUSED = {
+    "SiglipForImageClassification": "vision_model.head.",
+    "CLIPForImageClassification": "vision_model.post_layernorm.",
+}
 
 
 def head_names(model: nn.Module) -> list[str]:
@@ -45,6 +57,34 @@ def freeze_all_but_head(model: nn.Module) -> None:
     model.requires_grad_(False)
     for name in head_names(model):
         model.get_submodule(name).requires_grad_(True)
+
+
+def unused(model: nn.Module) -> set[str]:
+    """Names of the parameters that the model's logits do not depend on."""
+    prefix = UNUSED.get(type(model).__name__)
+    names = [name for name, _ in model.named_parameters()]
+    return set() if prefix is None else {name for name in names if name.startswith(prefix)}
+
+
+def train_layernorms(model: nn.Module) -> None:
+    """Sets ``requires_grad`` on every LayerNorm and RMSNorm that the model computes with."""
+    skip = unused(model)
+    for path, module in model.named_modules():
+        if "norm" in type(module).__name__.lower():
+            for name, parameter in module.named_parameters(path):
+                parameter.requires_grad_(name not in skip)
+
+
+def add_by_peft(model: nn.Module, **adapters: PeftConfig) -> None:
+    """Puts HF PEFT's layers into the model, by adapter name; they and the task head train."""
+    freeze_all_but_head(model)
+    head = [p for p in model.parameters() if p.requires_grad]
+    with warnings.catch_warnings():  # of a second adapter, which is meant
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+        for name, config in adapters.items():
+            inject_adapter_in_model(config, model, name)
+    for parameter in head:  # peft froze all but its own
+        parameter.requires_grad_(True)
 
 
 def named_sites(model: nn.Module, pattern: re.Pattern[str], what: str) -> list[str]:
@@ -82,6 +122,26 @@ def attention_projections(model: nn.Module, targets: Iterable[str]) -> list[str]
             raise ValueError(f"target {target} matches no module of {type(model).__name__}")
         found += [name for name in matches if name not in found]
     return found
+
+
+def reads_text(model: nn.Module) -> nn.Module:
+    """The model, which reads text.
+
+    Raises:
+        ValueError: it reads images.
+    """
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        raise ValueError(
+            f"{type(model).__name__} reads images, and this method puts virtual tokens before a "
+            "text: choose another method, such as method=lora"
+        )
+    return model
+
+
+def word_embedding(model: nn.Module) -> nn.Embedding:
+    """The embedding of a text model's tokens."""
+    owner: Any = getattr(model, "backbone", model)
+    return owner.get_input_embeddings()
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

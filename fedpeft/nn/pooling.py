@@ -21,9 +21,15 @@ class MeanPooledClassifier(nn.Module):
             )  # reads the first token only; nothing would use it
         self.classifier = nn.Linear(self.config.hidden_size, self.config.num_labels)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
-        """(B, L) token ids and mask to logits (B, num_labels)."""
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, **more: Any
+    ) -> SequenceClassifierOutput:
+        """(B, L) token ids and mask to logits (B, num_labels).
+
+        Args:
+            more: the backbone's, such as keys and values, which a longer mask then begins with.
+        """
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **more)[0]
+        mask = attention_mask[:, -hidden.shape[1] :].unsqueeze(-1).to(hidden.dtype)
         mean = (hidden * mask).sum(1) / mask.sum(1)
         return SequenceClassifierOutput(logits=self.classifier(mean))  # type: ignore[arg-type]

@@ -1,0 +1,86 @@
+"""Ranks that differ by client: a client of low rank trains the leading block of every factor."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpeft.methods.base import State
+from fedpeft.methods.lora import LoRA
+
+# A list, gone through again and again by client number, or a mapping from client numbers; a client
+# that it lacks has the largest rank; None: all have. A configuration has no unions of containers.
+Ranks = Any
+
+
+def check_ranks(name: str, ranks: Ranks, largest: int) -> None:
+    """Raises ValueError for what is no list or mapping of ranks from 1 to the largest."""
+    if ranks is None:
+        return
+    if not isinstance(ranks, list | Mapping):
+        raise ValueError(f"{name} must be a list, or a rank by client, got {ranks}")
+    if isinstance(ranks, Mapping) and not all(isinstance(c, int) and c >= 0 for c in ranks):
+        raise ValueError(f"{name} must be by client numbers, got {list(ranks)}")
+    for rank in ranks.values() if isinstance(ranks, Mapping) else ranks:
+        if not isinstance(rank, int) or not 1 <= rank <= largest:
+            raise ValueError(f"{name} must be from 1 to the largest, {largest}, got {rank}")
+
+
+def rank_of(ranks: Ranks, client: int, largest: int) -> int:
+    """A client's rank; the largest where none are given."""
+    if isinstance(ranks, Mapping):
+        return ranks.get(client, largest)
+    return ranks[client % len(ranks)] if ranks else largest
+
+
+@dataclass(frozen=True)
+class RankedLoRA(LoRA):
+    """LoRA in which client c trains and sends the first r_c rows of A and columns of B.
+
+    ``rank`` is the largest. B A is multiplied by alpha/rank on every client: the leading blocks
+    then mean the same everywhere.
+
+    Args:
+        ranks: of client c ``ranks[c mod len(ranks)]``, or by client; null: all have ``rank``.
+    """
+
+    ranks: Ranks = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranks("ranks", self.ranks, self.rank)
+
+    def block(self, name: str, shape: Sequence[int], client: int) -> Sequence[int]:
+        rank = rank_of(self.ranks, client, self.rank)
+        if ".lora_A." in name:
+            return (rank, shape[1])
+        return (shape[0], rank) if ".lora_B." in name else shape
+
+
+def mean_of_holders(states: Sequence[State], weights: Sequence[float], before: State) -> State:
+    """Mean of every entry over those clients whose block holds it, by their weights.
+
+    A mean with the others' zeros would shrink what few clients hold, in every round again. An
+    entry that none holds stays. A client's block is the smallest leading one with all its numbers
+    that are not zero.
+    """
+    mean: State = {}
+    for name, first in states[0].items():
+        total, mass = (torch.zeros(first.shape, dtype=torch.float64) for _ in range(2))
+        for state, weight in zip(states, weights, strict=True):
+            block = _leading_block(state[name])
+            total[block] += weight * state[name][block].double()
+            mass[block] += weight
+        kept = before[name].double() if name in before else torch.zeros_like(total)
+        mean[name] = torch.where(mass > 0, total / mass.clamp(min=1e-30), kept).to(first.dtype)
+    return mean
+
+
+def _leading_block(value: Tensor) -> tuple[slice, ...]:
+    """All of a tensor of zeros, which tells nothing."""
+    places = value.nonzero()
+    if len(places) == 0:
+        return tuple(slice(n) for n in value.shape)
+    return tuple(slice(int(last) + 1) for last in places.max(dim=0).values)

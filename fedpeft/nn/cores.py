@@ -1,0 +1,74 @@
+"""Small trained matrices between frozen bases, beside a frozen linear layer."""
+
+import torch
+from torch import Tensor, nn
+
+BASES = ("svd", "orthogonal")
+
+
+class CoreAdapter(nn.Module):
+    """``base(x) + sum over heads i of s_i B_i H_i A_i x``, where only H_i and s_i train.
+
+    ``core`` is H, (heads, r, r), zero at the start; ``scales`` s, (heads,), one at the start, or
+    absent. ``basis_in`` holds the A_i, (heads r, in), ``basis_out`` the B_i, (out, heads r).
+
+    Args:
+        base_layer: whose output is added to.
+        weight: the base layer's, as (out, in).
+        rank: r; heads r <= min(out, in) for ``svd``.
+        init: of the bases: leading singular vectors of the weight (``svd``), or random with
+            orthonormal rows or columns, whichever are fewer (``orthogonal``).
+        scaled: whether there are scales.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        weight: Tensor,
+        rank: int,
+        heads: int = 1,
+        init: str = "orthogonal",
+        scaled: bool = False,
+    ) -> None:
+        super().__init__()
+        width, largest = heads * rank, min(weight.shape)
+        if init not in BASES:
+            raise ValueError(f"init must be one of {', '.join(BASES)}, got {init}")
+        if init == "svd" and width > largest:
+            raise ValueError(f"rank must be from 1 to {largest // heads} here, got {rank}")
+        self.base_layer = base_layer
+        basis_out, basis_in = _bases(weight.detach(), width, init)
+        self.basis_out = nn.Parameter(basis_out, requires_grad=False)
+        self.basis_in = nn.Parameter(basis_in, requires_grad=False)
+        self.core = nn.Parameter(torch.zeros(heads, rank, rank, device=weight.device))
+        self.scales = nn.Parameter(torch.ones(heads, device=weight.device)) if scaled else None
+
+    def cores(self) -> Tensor:
+        """s_i H_i, (heads, r, r)."""
+        return self.core if self.scales is None else self.scales[:, None, None] * self.core
+
+    def dense(self) -> Tensor:
+        """Sum of s_i B_i H_i A_i, (out, in)."""
+        return self.basis_out.float() @ torch.block_diag(*self.cores()) @ self.basis_in.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the base layer's dtype."""
+        y = self.base_layer(x)
+        inner = (x @ self.basis_in.T).unflatten(-1, self.core.shape[:2]).to(self.core.dtype)
+        inner = torch.einsum("...hi,hoi->...ho", inner, self.cores()).flatten(-2)
+        return y + (inner.to(self.basis_out.dtype) @ self.basis_out.T).to(y.dtype)
+
+
+def _bases(weight: Tensor, width: int, init: str) -> tuple[Tensor, Tensor]:
+    """(out, width) and (width, in), in the weight's dtype."""
+    rows, columns = weight.shape
+    if init == "svd" and not weight.is_meta:
+        u, _, v = torch.linalg.svd(weight.float(), full_matrices=False)
+        return u[:, :width].contiguous().to(weight.dtype), v[:width].to(weight.dtype)
+    bases = [
+        torch.empty(shape, device=weight.device) for shape in ((rows, width), (width, columns))
+    ]
+    if not weight.is_meta:
+        for basis in bases:
+            nn.init.orthogonal_(basis)
+    return bases[0].to(weight.dtype), bases[1].to(weight.dtype)

@@ -1,0 +1,197 @@
+"""Virtual tokens: trained vectors that a text model reads before its tokens or in its attention."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PromptedEmbedding(nn.Module):
+    """An embedding whose ids from V on are the virtual tokens 0, 1, ... of ``prompt``.
+
+    Args:
+        embedding: of a vocabulary of V.
+        prompt: gives the vectors (n, d) of the numbers (n,), as HF PEFT's prompt encoders do.
+        num_tokens: n.
+    """
+
+    def __init__(self, embedding: nn.Embedding, prompt: nn.Module, num_tokens: int) -> None:
+        super().__init__()
+        self.embedding, self.prompt = embedding, prompt
+        self.vocabulary, self.num_tokens = embedding.num_embeddings, num_tokens
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, L) to (B, L, d)."""
+        virtual = ids >= self.vocabulary
+        text = self.embedding(ids.masked_fill(virtual, 0))
+        vectors = self.prompt(torch.arange(self.num_tokens, device=ids.device))
+        chosen = nn.functional.embedding((ids - self.vocabulary).clamp(min=0), vectors)
+        return torch.where(virtual.unsqueeze(-1), chosen.to(text.dtype), text)
+
+
+class _Around(nn.Module):
+    """What is common: the model inside, and what others ask of it."""
+
+    base_model_prefix = "inner"
+
+    def __init__(self, model: nn.Module, num_tokens: int) -> None:
+        super().__init__()
+        self.inner: Any = model
+        self.num_tokens = num_tokens
+        self.limit = position_limit(model)
+
+    @property
+    def config(self) -> Any:
+        """Of the model inside."""
+        return self.inner.config
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model inside."""
+        return next(self.inner.parameters()).device
+
+    @property
+    def generation_config(self) -> Any:
+        """Of the model inside."""
+        return self.inner.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.inner.generation_config = value
+
+    def _before(self, tokens: Tensor, values: Tensor) -> Tensor:
+        """(B, L) with the (n,) values before every row."""
+        return torch.cat([values.expand(len(tokens), -1).to(tokens.dtype), tokens], dim=1)
+
+    def _check_length(self, ids: Tensor) -> None:
+        if self.limit is not None and ids.shape[1] + self.num_tokens > self.limit:
+            raise ValueError(
+                f"{type(self.inner).__name__} has {self.limit} positions, too few for "
+                f"{self.num_tokens} virtual tokens and {ids.shape[1]} of a text: set "
+                f"data.max_length to at most {self.limit - self.num_tokens}"
+            )
+
+    def _mask(self, mask: Tensor) -> Tensor:
+        """Every text attends to all virtual tokens."""
+        return self._before(mask, mask.new_ones(self.num_tokens))
+
+
+class Prompted(_Around):
+    """A model that reads virtual tokens before every text; they take up positions.
+
+    Ids, not vectors, go in: a decoder that classifies looks for its last token among them, and
+    HF PEFT's wrapper, which passes vectors, makes it read padding. Logits are the text's alone.
+
+    Args:
+        prompt: gives the vectors (n, d) of the numbers (n,).
+    """
+
+    def __init__(self, model: Any, prompt: nn.Module, num_tokens: int) -> None:
+        super().__init__(model, num_tokens)
+        owner = getattr(model, "backbone", model)  # a mean-pooled classifier's
+        owner.set_input_embeddings(
+            PromptedEmbedding(owner.get_input_embeddings(), prompt, num_tokens)
+        )
+
+    def _ids(self, ids: Tensor) -> Tensor:
+        self._check_length(ids)
+        first = self.inner_embedding.vocabulary
+        return self._before(ids, torch.arange(first, first + self.num_tokens, device=ids.device))
+
+    @property
+    def inner_embedding(self) -> PromptedEmbedding:
+        """The embedding that knows the virtual tokens."""
+        return getattr(self.inner, "backbone", self.inner).get_input_embeddings()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """(B, L) token ids and mask to logits (B, labels) or (B, L, V)."""
+        found = self.inner(
+            input_ids=self._ids(input_ids), attention_mask=self._mask(attention_mask)
+        )
+        if found.logits.dim() == 3:
+            found.logits = found.logits[:, self.num_tokens :]
+        return found
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Tensor:
+        """The given ids (B, L) and those that follow, as of transformers' ``generate``.
+
+        A repetition penalty counts the new tokens alone.
+        """
+        new = self.inner.generate(
+            inputs_embeds=self.inner_embedding(self._ids(input_ids)),
+            attention_mask=self._mask(attention_mask),
+            **settings,
+        )
+        return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
+
+
+class Prefixed(_Around):
+    """A model whose every attention layer sees n trained keys and values before the text's own.
+
+    They go in as a filled cache. A text's positions begin at n, as with HF PEFT.
+
+    Args:
+        prefix: gives (n, 2 * layers * kv_heads * head_dim) of the numbers (n,), as PEFT's
+            ``PrefixEncoder`` does.
+        heads: of keys and values.
+        head_dim: width of a head.
+    """
+
+    def __init__(
+        self, model: nn.Module, prefix: nn.Module, num_tokens: int, heads: int, head_dim: int
+    ) -> None:
+        super().__init__(model, num_tokens)
+        self.prefix = prefix
+        self.heads, self.head_dim = heads, head_dim
+
+    def _cache(self, rows: int) -> Any:
+        from transformers import DynamicCache
+
+        numbers = torch.arange(self.num_tokens, device=self.device)
+        vectors = self.prefix(numbers).view(self.num_tokens, -1, 2, self.heads, self.head_dim)
+        vectors = vectors.permute(1, 2, 3, 0, 4).to(self._dtype())  # (layers, 2, heads, n, dim)
+        cache = DynamicCache()
+        for layer, (key, value) in enumerate(vectors):
+            cache.update(key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1), layer)
+        return cache
+
+    def _dtype(self) -> torch.dtype:
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return next(p.dtype for p in self.inner.parameters() if p.is_floating_point())
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """(B, L) token ids and mask to logits (B, labels) or (B, L, V)."""
+        self._check_length(input_ids)
+        return self.inner(
+            input_ids=input_ids,
+            attention_mask=self._mask(attention_mask),
+            past_key_values=self._cache(len(input_ids)),
+        )
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Tensor:
+        """The given ids (B, L) and those that follow, as of transformers' ``generate``."""
+        # Ids for what is in the cache already: transformers counts them and reads none.
+        ids = self._before(input_ids, input_ids.new_zeros(self.num_tokens))
+        found = self.inner.generate(
+            input_ids=ids,
+            attention_mask=self._mask(attention_mask),
+            past_key_values=self._cache(len(ids) * self._copies(**settings)),
+            **settings,
+        )
+        return found[:, self.num_tokens :]
+
+    def _copies(self, generation_config: Any = None, **_: Any) -> int:
+        """Rows that ``generate`` makes of each; it does not copy a cache that it is given."""
+        config = generation_config or self.generation_config
+        return max(config.num_beams or 1, config.num_return_sequences or 1)
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Tokens that a model with learned positions can read; None if its positions are computed."""
+    for name, module in model.named_modules():
+        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
+            start = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's
+            return module.num_embeddings - start
+    return None
