@@ -1,11 +1,13 @@
 """FedTT and FedTT+: tensor-train adapters (https://arxiv.org/abs/2410.13097)."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from fedpeft.methods.base import Method, Role
+from fedpeft.methods.base import Method, Role, State, weighted_mean
+from fedpeft.methods.ranks import Ranks, check_ranks, mean_of_holders, rank_of
 from fedpeft.methods.sites import (
     ATTENTION_OUTPUT,
     MLP_OUTPUT,
@@ -13,6 +15,7 @@ from fedpeft.methods.sites import (
     named_sites,
     output_width,
     replace,
+    train_layernorms,
 )
 from fedpeft.nn.tensor_train import AdaptedOutput, TTAdapter, TTLinear, tt_shape
 from fedpeft.seeding import derive
@@ -33,6 +36,9 @@ class FedTT(Method):
         classifier: make the classifier's hidden layer, where there is one, a TT layer.
         train_layernorm: train and share LayerNorms; open in the paper, frozen here.
         shapes: TT axes by "INxOUT", in place of the papers' table and the computed ones.
+        tt_ranks: inner ranks r_c by client, each <= ``tt_rank``, which the papers lack: client c
+            has ``tt_ranks[c mod length]``, or give a rank by client. It trains and sends the
+            leading r_c of every inner axis; an entry is averaged over the clients that hold it.
     """
 
     tt_rank: int = 5
@@ -41,6 +47,7 @@ class FedTT(Method):
     classifier: bool = True
     train_layernorm: bool = False
     shapes: dict[str, list[int]] = field(default_factory=dict)
+    tt_ranks: Ranks = None
 
     def __post_init__(self) -> None:
         if self.tt_rank < 1:
@@ -49,6 +56,7 @@ class FedTT(Method):
             raise ValueError(f"bottleneck must be >= 2, got {self.bottleneck}")
         if self.init not in ("normal", "zero_last"):
             raise ValueError(f"init must be normal or zero_last, got {self.init}")
+        check_ranks("tt_ranks", self.tt_ranks, self.tt_rank)
 
     def inject(self, model: nn.Module) -> nn.Module:
         freeze_all_but_head(model)
@@ -60,9 +68,7 @@ class FedTT(Method):
         if self.classifier:
             self._compress_classifier(model)
         if self.train_layernorm:
-            for module in model.modules():
-                if "norm" in type(module).__name__.lower():
-                    module.requires_grad_(True)
+            train_layernorms(model)
         return model
 
     def _adapter(self, projection: nn.Module) -> TTAdapter:
@@ -80,6 +86,27 @@ class FedTT(Method):
                 i, o = module.in_features, module.out_features
                 shape = tt_shape(i, o, self.shapes)
                 replace(model, name, TTLinear(i, o, shape, self.tt_rank, module.weight.device))
+
+    def block(self, name: str, shape: Sequence[int], client: int) -> Sequence[int]:
+        factor = FACTOR.search(name)
+        if factor is None:
+            return shape
+        rank = rank_of(self.tt_ranks, client, self.tt_rank)
+        number, count = map(int, factor.groups())
+        return (1 if number == 1 else rank, shape[1], 1 if number == count else rank)
+
+    def aggregate(
+        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
+    ) -> State:
+        mean = weighted_mean(states, weights)
+        if not self.tt_ranks:
+            return mean
+        trains = [{n: v for n, v in state.items() if FACTOR.search(n)} for state in states]
+        return mean | mean_of_holders(trains, weights, before)
+
+    @property
+    def averages(self) -> bool:
+        return not self.tt_ranks
 
     def effective(self, module: nn.Module) -> Tensor | None:
         return module.dense() if isinstance(module, TTLinear) else None
