@@ -1,0 +1,78 @@
+"""Prefix tuning: trained keys and values in every layer (https://arxiv.org/abs/2101.00190)."""
+
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+from peft import PrefixTuningConfig
+from peft.tuners import PrefixEncoder
+from torch import nn
+
+from fedpeft.methods.base import Method
+from fedpeft.methods.sites import freeze_all_but_head, reads_text
+from fedpeft.nn.virtual import Prefixed
+
+
+@dataclass(frozen=True)
+class Prefix(Method):
+    """``num_tokens`` keys and values a layer, what computes them, and the head are shared.
+
+    They are HF PEFT's ``PrefixEncoder``. PEFT's wrapper around the model is not used: it knows no
+    mean-pooled classifier and copies the head. Where a model looks back through a window
+    (Mistral), a token sees the prefix only within it.
+
+    Args:
+        num_tokens: >= 1.
+        projection: the paper's network over the vectors (two layers, tanh); else the keys and
+            values train themselves.
+        hidden: the network's inner width, >= 1.
+    """
+
+    num_tokens: int = 20
+    projection: bool = False
+    hidden: int = 128
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise ValueError(f"num_tokens must be >= 1, got {self.num_tokens}")
+        if self.hidden < 1:
+            raise ValueError(f"hidden must be >= 1, got {self.hidden}")
+
+    def inject(self, model: nn.Module) -> nn.Module:
+        """A ``Prefixed`` around the model.
+
+        Raises:
+            ValueError: the model reads images, takes no keys and values from outside, or
+                recomputes its blocks for the gradient.
+        """
+        check_takes_cache(reads_text(model))
+        freeze_all_but_head(model)
+        config: Any = model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None)
+        width = width or config.hidden_size // config.num_attention_heads
+        encoder = PrefixEncoder(
+            PrefixTuningConfig(
+                num_virtual_tokens=self.num_tokens,
+                token_dim=heads * width,
+                num_layers=config.num_hidden_layers,
+                prefix_projection=self.projection,
+                encoder_hidden_size=self.hidden,
+            )
+        )
+        return Prefixed(model, encoder, self.num_tokens, heads, width)
+
+
+def check_takes_cache(model: Any) -> None:
+    """Raises ValueError where transformers drops or does not take keys and values."""
+    name, backbone = type(model).__name__, getattr(model, model.base_model_prefix)
+    if "past_key_values" not in signature(backbone.forward).parameters:
+        raise ValueError(
+            f"{name} takes no keys and values from outside, so it can have no prefix: choose "
+            "another method, such as method=prompt, or a model such as roberta_base"
+        )
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            f"{name} drops keys and values from outside while it recomputes its blocks: set "
+            "model.gradient_checkpointing=false, or choose another method"
+        )
