@@ -1,0 +1,18 @@
+"""RoLoRA: LoRA that trains B in odd rounds and A in even ones (https://arxiv.org/abs/2409.02346)."""
+
+from dataclasses import dataclass
+
+from fedpeft.methods.base import Role
+from fedpeft.methods.lora import LoRA
+
+
+@dataclass(frozen=True)
+class RoLoRA(LoRA):
+    """One of A and B is frozen each round, so the aggregation is exact.
+
+    Which comes first is open in the paper: B does, since A has no gradient while B is zero.
+    """
+
+    def role(self, name: str, round: int) -> Role:
+        frozen = ".lora_A." if round % 2 else ".lora_B."
+        return Role.FROZEN if frozen in name else Role.SHARED
