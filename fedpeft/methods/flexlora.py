@@ -1,0 +1,27 @@
+"""FlexLoRA: the mean product, cut to each client's rank (https://arxiv.org/abs/2402.11505)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedpeft.methods.base import State, weighted_mean
+from fedpeft.methods.products import A, B, stacked, truncated
+from fedpeft.methods.ranks import RankedLoRA
+
+
+@dataclass(frozen=True)
+class FlexLoRA(RankedLoRA):
+    """LoRA whose server factorises avg(B A) by its SVD: B = U S, A = V^T, cut to ``rank``.
+
+    The first r columns and rows, which a client of rank r gets, are the best approximation of that
+    rank. The aggregation is exact only where ``rank`` is at least the rank of the mean, e.g.
+    min(in, out) or the sum of the clients' ranks.
+    """
+
+    def aggregate(
+        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
+    ) -> State:
+        after = weighted_mean(states, weights)
+        for site, (wide, tall) in stacked(states, weights).items():
+            for end, factor in zip((B, A), truncated(wide, tall, self.rank), strict=True):
+                after[site + end] = factor.to(after[site + end].dtype)
+        return after
