@@ -1,0 +1,41 @@
+"""FLoRA: the clients' stacked LoRAs go into the base weight (https://arxiv.org/abs/2409.05976)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedpeft.methods.base import State, weighted_mean
+from fedpeft.methods.products import BASE, A, B, BaseChangingLoRA, stacked
+from fedpeft.methods.ranks import RankedLoRA
+from fedpeft.seeding import derive
+
+
+@dataclass(frozen=True)
+class FLoRA(RankedLoRA, BaseChangingLoRA):
+    """LoRA whose server adds alpha/r avg(B A) to the base weight; each round starts with a new one.
+
+    Stacking [w_1 B_1, w_2 B_2, ...] [A_1; A_2; ...] is that mean whatever the clients' ranks, so
+    the aggregation is exact. The next A is drawn by the server, kaiming-uniform, from the round;
+    the next B is zero. The paper sends the stack down, (sum of ranks) x (in + out) numbers a
+    module; here the base weight goes whole, see ``BaseChangingLoRA``.
+
+    Args:
+        fresh_seed: of the new A.
+    """
+
+    fresh_seed: int = 0
+
+    def aggregate(
+        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
+    ) -> State:
+        after = weighted_mean(states, weights)
+        draws = torch.Generator().manual_seed(derive(self.fresh_seed, "fresh", round))
+        for site, (wide, tall) in stacked(states, weights).items():
+            after[site + BASE] = self.grown(before, site, wide @ tall)
+            a = after[site + A]
+            fresh = torch.rand(a.shape, generator=draws) * 2 - 1
+            after[site + A] = (fresh / math.sqrt(a.shape[1])).to(a.dtype)
+            after[site + B] = torch.zeros_like(after[site + B])
+        return after
