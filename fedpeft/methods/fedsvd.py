@@ -1,0 +1,43 @@
+"""FedSVD: clients train B, the server turns A by an SVD (https://arxiv.org/abs/2505.12805)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedpeft.methods.base import Role, State, weighted_mean
+from fedpeft.methods.lora import LoRA
+from fedpeft.methods.products import A, B, factors, truncated
+
+
+@dataclass(frozen=True)
+class FedSVD(LoRA):
+    """LoRA whose clients train and send B; the server makes A = V^T, B = U S of avg(B) A.
+
+    The product has rank r, so this changes the factors and not what they stand for: the
+    aggregation is exact. A goes down beside B after round 1. In round 1 it is LoRA's random one;
+    the paper may start otherwise (open).
+
+    Args:
+        every: rounds between two decompositions, >= 1.
+    """
+
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every < 1:
+            raise ValueError(f"every must be >= 1, got {self.every}")
+
+    def role(self, name: str, round: int) -> Role:
+        return Role.RECEIVED if ".lora_A." in name else Role.SHARED
+
+    def aggregate(
+        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
+    ) -> State:
+        after = weighted_mean(states, weights)
+        if round % self.every:
+            return after
+        values = {n: v for n, v in (before | after).items() if n.endswith((A, B))}
+        for site, (b, a) in factors(values).items():
+            for end, factor in zip((B, A), truncated(b, a, self.rank), strict=True):
+                after[site + end] = factor.to(values[site + end].dtype)
+        return after
