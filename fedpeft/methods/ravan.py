@@ -1,0 +1,50 @@
+"""Ravan: several heads s_i B_i H_i A_i, of which s_i and H_i train (https://arxiv.org/abs/2506.05568)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedpeft.methods.base import State, weighted_mean
+from fedpeft.methods.cores import Cores
+
+
+@dataclass(frozen=True)
+class Ravan(Cores):
+    """W0 + sum of s_i B_i H_i A_i with B_i, A_i frozen: the server averages s_i H_i, exactly.
+
+    Clients send H_i and the numbers s_i apart, one more number a head than their products; the
+    server makes H_i the mean product and s_i one. Training some heads only, for weak clients, is
+    not offered; H_i = 0 and s_i = 1 at the start (open).
+
+    Args:
+        heads: >= 1.
+    """
+
+    scaled: ClassVar[bool] = True
+
+    rank: int = 32
+    init: str = "orthogonal"
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads < 1:
+            raise ValueError(f"heads must be >= 1, got {self.heads}")
+
+    def num_heads(self) -> int:
+        return self.heads
+
+    def aggregate(
+        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
+    ) -> State:
+        sites = [n.removesuffix(".scales") for n in states[0] if n.endswith(".scales")]
+        products = [dict(state) for state in states]
+        for product in products:
+            for site in sites:
+                scales = product[f"{site}.scales"].double()
+                product[f"{site}.core"] = scales[:, None, None] * product[f"{site}.core"].double()
+                product[f"{site}.scales"] = torch.ones_like(product[f"{site}.scales"])
+        mean = weighted_mean(products, weights)
+        return {name: value.to(states[0][name].dtype) for name, value in mean.items()}
