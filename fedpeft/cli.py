@@ -18,6 +18,7 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
 
 Overrides are those of Hydra: key=value, group=name. Groups and names stand in conf/.
 """
+# What compare runs if not told otherwise; params counts all.
 METHODS = "lora,ffa_lora,fedsa_lora,scl,fedtt,fedtt_plus"
 
 
@@ -179,19 +180,17 @@ def comparison_notes(metric: str, baseline: float | None, arguments: list[str]) 
 
 
 def params(arguments: list[str]) -> None:
-    """Counts on the meta device for one method, or for all."""
-    from fedpeft import config as configuration
-    from fedpeft.params import count_on_meta
+    """Counts on the meta device for one method, or for all that fit the model."""
     from fedpeft.report import print_table, span
 
     as_json, arguments = _flag(arguments, "--json")
     one = [a for a in arguments if a.startswith("method=")]
-    names = [one[0].removeprefix("method=")] if one else METHODS.split(",")
+    names = [one[0].removeprefix("method=")] if one else _every_method()
     base = [a for a in arguments if not a.startswith("method=")]
     own = [a for a in base if a.startswith(("method.", "+method."))]
     if own and not one:
         raise ValueError(f"{own[0]} needs method=NAME, since not all methods have it")
-    counts = {n: count_on_meta(configuration.load([*base, f"method={n}"])) for n in names}
+    counts, refused = _counts(names, base)
     if as_json:
         print(json.dumps(counts))
         return
@@ -208,6 +207,33 @@ def params(arguments: list[str]) -> None:
     total = next(iter(counts.values()))["total"]
     title = f"{' '.join(base) or 'model=minilm'}: {total:,} parameters; a round and client:"
     print_table(title, ("method", "trained", "sent up", "sent down", "of the whole"), cells)
+    for name, reason in refused.items():
+        print(f"{name}: {reason}")
+
+
+def _every_method() -> list[str]:
+    """Names of the files in conf/method."""
+    from fedpeft.config import CONF
+
+    return sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+
+
+def _counts(names: list[str], base: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Counts by method, and the reasons of methods that refuse the model; one must fit it."""
+    from fedpeft import config as configuration
+    from fedpeft.params import count_on_meta
+
+    counts: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for name in names:
+        config = configuration.load([*base, f"method={name}"])
+        try:
+            counts[name] = count_on_meta(config)
+        except ValueError as error:
+            refused[name] = str(error)
+    if not counts:
+        raise ValueError(next(iter(refused.values())))
+    return counts, refused
 
 
 def partition(arguments: list[str]) -> None:

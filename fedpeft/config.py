@@ -14,7 +14,8 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedpeft.averaging import FedAvg
+from fedpeft.algorithms.base import FedAvg
+from fedpeft.compression import Compression
 from fedpeft.data.partition import Partition
 from fedpeft.data.task import Task
 from fedpeft.methods.base import Method
@@ -29,6 +30,7 @@ GROUPS: dict[str, type] = {
     "data": Task,
     "partition": Partition,
     "strategy": FedAvg,
+    "compression": Compression,
 }
 _FIELD = re.compile(rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation)\.[\w.]+|lr)=")
 _lock = Lock()  # Hydra's compose is not thread-safe; the simulation's server runs in a thread

@@ -56,6 +56,8 @@ def _effective(module: nn.Module, method: Method, before: State, state: State) -
 
 def drift(before: State, states: Sequence[State]) -> dict[str, float]:
     """Mean and spread of the clients' update norms, and the mean cosine between two updates."""
+    if not states[0]:
+        return {}  # nothing is sent
     updates = torch.stack(
         [torch.cat([(s[n] - before[n]).double().reshape(-1) for n in s]) for s in states]
     )

@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from fedpeft.methods.base import Method, Role
+from fedpeft.methods.base import TRAINED, Role
 from fedpeft.schema import Config
-from fedpeft.state import down_names, roles
+from fedpeft.state import RoleOf, down_names, roles
 
 
 def parameter_counts(
-    method: Method, model: nn.Module, trainable: Iterable[str], num_rounds: int
+    role: RoleOf, model: nn.Module, trainable: Iterable[str], num_rounds: int
 ) -> dict[str, Any]:
     """Numbers of parameters, each [least, most] over the rounds 1..num_rounds.
 
@@ -22,10 +22,10 @@ def parameter_counts(
     names = list(trainable)
     seen: dict[str, list[int]] = {"trained": [], "sent_up": [], "sent_down": []}
     for round in range(1, num_rounds + 1):
-        by_name = roles(method, names, round)
-        seen["trained"].append(sum(sizes[n] for n in names if by_name[n] is not Role.FROZEN))
+        by_name = roles(role, names, round)
+        seen["trained"].append(sum(sizes[n] for n in names if by_name[n] in TRAINED))
         seen["sent_up"].append(sum(sizes[n] for n in names if by_name[n] is Role.SHARED))
-        seen["sent_down"].append(sum(sizes[n] for n in down_names(method, names, round)))
+        seen["sent_down"].append(sum(sizes[n] for n in down_names(role, names, round)))
     counts: dict[str, Any] = {key: [min(v), max(v)] for key, v in seen.items()}
     return counts | {"total": sum(sizes.values())}
 
@@ -41,5 +41,5 @@ def count_on_meta(config: Config, rounds: int = 24) -> dict[str, Any]:
     base = sum(p.numel() for p in model.parameters())
     model = config.method.inject(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    counts = parameter_counts(config.method, model, trainable, rounds)
+    counts = parameter_counts(config.method.role, model, trainable, rounds)
     return counts | {"total": base, "trained_percent": 100 * counts["trained"][1] / base}

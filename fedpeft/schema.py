@@ -102,6 +102,7 @@ class Config:
     data: Any
     partition: Any
     strategy: Any
+    compression: Any
     runtime: Runtime = field(default_factory=Runtime)
     optimizer: Optimization = field(default_factory=Optimization)
     evaluation: Evaluation = field(default_factory=Evaluation)

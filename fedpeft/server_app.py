@@ -11,7 +11,7 @@ from torch import nn
 
 from fedpeft import config as configuration
 from fedpeft.data.batching import REPORTED
-from fedpeft.data.task import SPLITS
+from fedpeft.data.source import SPLITS
 from fedpeft.diagnostics import initial_error
 from fedpeft.methods.base import State
 from fedpeft.models import weights_sha256
@@ -161,7 +161,7 @@ class _Run:
             "initial": _measures(self.lines[0]),
             "baseline": self._baseline(),
             "parameters": parameter_counts(
-                session.config.method, session.model, session.trainable, session.config.num_rounds
+                session.role, session.model, session.trainable, session.config.num_rounds
             ),
             "bytes": self._bytes(),
             "interference": [line.get("interference") for line in self.lines[1:]],

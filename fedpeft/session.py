@@ -2,21 +2,31 @@
 
 from collections.abc import Callable
 from functools import cached_property, lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedpeft import config as configuration
+from fedpeft.algorithms.base import Setting, Term
 from fedpeft.data.batching import Examples, training_batches
 from fedpeft.data.partition import own_splits
 from fedpeft.memory import train_in_float32
-from fedpeft.methods.base import Role, State
+from fedpeft.methods.base import TRAINED, Role, State
 from fedpeft.schema import Config
 from fedpeft.seeding import generator, torch_seed
-from fedpeft.state import down_names, load_state, names_with, roles, snapshot
+from fedpeft.state import blocks, down_names, filled, load_state, names_with, roles, snapshot
 from fedpeft.training import evaluate, train
+
+
+class Trained(NamedTuple):
+    """What a client's training was."""
+
+    num_examples: int
+    loss: float  # mean over the steps
+    steps: int
+    lr: float  # mean over the steps
 
 
 class Session:
@@ -48,6 +58,7 @@ class Session:
         self.model: nn.Module = model.to(_device(config.runtime.device))
         self.trainable = [n for n, p in self.model.named_parameters() if p.requires_grad]
         self.initial = snapshot(self.model, self.trainable)
+        config.strategy.check(self._setting())
         self.samples: list[dict[str, str]] = []  # the last generated texts, beside references
         # Of the session, not of the class, which would keep every session's model alive.
         self.examples = lru_cache(maxsize=None)(self._examples)
@@ -62,32 +73,59 @@ class Session:
             model.config.pad_token_id = self.processor.pad_token_id
         return model
 
+    def role(self, name: str, round: int) -> Role:
+        """Role by method and strategy."""
+        return self.config.strategy.role(self.config.method.role(name, round))
+
     def roles(self, round: int) -> dict[str, Role]:
         """Role of every trainable parameter; all others are frozen."""
-        return roles(self.config.method, self.trainable, round)
+        return roles(self.role, self.trainable, round)
 
     def shared(self, round: int) -> State:
-        """Initial values of what a client sends in a round: the keys, shapes and dtypes."""
+        """Initial values of what is shared in a round: the keys, shapes and dtypes."""
         return {n: self.initial[n] for n in names_with(self.roles(round), Role.SHARED)}
+
+    def blocks(self, state: State, client: int) -> State:
+        """What of a state one client trains."""
+        return blocks(self.config.method, state, client)
 
     def down(self, round: int) -> list[str]:
         """Names of what a client receives in a round."""
-        return down_names(self.config.method, self.trainable, round)
+        return down_names(self.role, self.trainable, round)
 
     @property
     def has_personal(self) -> bool:
         """Whether the method keeps parameters on the client."""
         return Role.PERSONAL in self.roles(1).values()
 
-    def load(self, *states: State) -> None:
-        """Sets every trainable parameter: its initial value, then those of ``states``."""
-        load_state(self.model, self.initial, *states)
+    def _setting(self) -> Setting:
+        """What the strategy is to work with."""
+        config = self.config
+        rounds, clients = range(1, config.num_rounds + 1), range(config.num_clients)
+        shares = any(Role.SHARED in self.roles(round).values() for round in rounds)
+        whole = all(
+            tuple(config.method.block(name, value.shape, client)) == tuple(value.shape)
+            for client in clients
+            for name, value in self.initial.items()
+        )
+        return Setting(config.method, shares, whole, config.cohort_size())
+
+    def load(self, *states: State, client: int | None = None) -> None:
+        """Sets every parameter that can change: its initial value, then those of ``states``.
+
+        Args:
+            client: whose blocks to load, the rest being zero; null for whole parameters.
+        """
+        initial = self.initial
+        if client is not None:
+            initial = filled(self.blocks(initial, client), initial)
+        load_state(self.model, initial, *(filled(state, initial) for state in states))
 
     def set_trainable(self, round: int) -> None:
         """``requires_grad`` by role."""
         by_name = self.roles(round)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(by_name.get(name, Role.FROZEN) is not Role.FROZEN)
+            parameter.requires_grad_(by_name.get(name) in TRAINED)
 
     def _examples(self, split: str) -> Examples:
         """A split of the whole data set."""
@@ -117,14 +155,25 @@ class Session:
             for name, rows in splits.items()
         }
 
-    def train_client(self, client: int, round: int) -> tuple[int, float]:
-        """Trains the loaded model on a client's rows; returns their number and the mean loss."""
-        config, examples = self.config, self.client_examples(client)["train"]
+    def _training_rows(self, client: int) -> tuple[Examples, int]:
+        """A client's rows, and how many clients' work it does: all of a round's, where pooled."""
+        if not self.config.strategy.pooled:
+            return self.client_examples(client)["train"], 1
+        if self.owns_all_rows:
+            raise ValueError("strategy=centralized needs all rows in one place: simulate it")
+        clients = range(self.config.num_clients)
+        rows = [self.client_examples(c)["train"].rows for c in clients]
+        return self.examples("train").select(np.concatenate(rows)), self.config.cohort_size()
+
+    def train_client(self, client: int, round: int, term: Term | None = None) -> Trained:
+        """Trains the loaded model on a client's rows."""
+        config = self.config
+        examples, share = self._training_rows(client)
         rng = generator(config.seed, "batches", round, client)
         rows = training_batches(
             examples.lengths,
             config.batch_size,
-            config.local_steps,
+            None if config.local_steps is None else config.local_steps * share,
             config.local_epochs,
             rng,
             config.bucketing,
@@ -137,9 +186,10 @@ class Session:
 
         with torch_seed(config.seed, "dropout", round, client):
             loss = train(
-                self.model, self.task.loss, batches, config.optimizer, rate, config.precision
+                self.model, self.task.loss, batches, config.optimizer, rate, config.precision, term
             )
-        return len(examples), loss
+        steps = len(batches)
+        return Trained(len(examples), loss, steps, sum(map(rate, range(steps))) / steps)
 
     def evaluate(
         self, examples: Examples, workers: int = 1, last: bool = False

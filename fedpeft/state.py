@@ -3,7 +3,7 @@
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from fedpeft.methods.base import Method, Role, State
 
+EXTRA = "strategy:"  # what a strategy sends beside parameters
+RoleOf = Callable[[str, int], Role]  # of a parameter's name in a round
 # What numpy cannot hold goes as a view of its bits, with the torch dtype named in the index.
 BITS = {torch.bfloat16: torch.int16}
 
 
-def roles(method: Method, names: Iterable[str], round: int) -> dict[str, Role]:
+def roles(role: RoleOf, names: Iterable[str], round: int) -> dict[str, Role]:
     """Role of each trainable parameter in a round."""
-    return {name: method.role(name, round) for name in names}
+    return {name: role(name, round) for name in names}
 
 
 def names_with(roles: Mapping[str, Role], role: Role) -> list[str]:
@@ -27,16 +29,17 @@ def names_with(roles: Mapping[str, Role], role: Role) -> list[str]:
     return [name for name, has in roles.items() if has is role]
 
 
-def down_names(method: Method, names: Iterable[str], round: int) -> list[str]:
-    """What a client needs of the server in a round: all that was shared in a round so far.
+def down_names(role: RoleOf, names: Iterable[str], round: int) -> list[str]:
+    """What a client needs of the server in a round: all that has left its seeded start.
 
-    A parameter that is frozen now but was trained earlier (FedTT+, RoLoRA) has left its seeded
-    start, so a client that keeps nothing between rounds needs its value too.
+    That is what was shared in a round so far, also if it is frozen now (FedTT+, RoLoRA), since a
+    client keeps nothing between rounds; and, after the first round, what the server changes.
     """
     return [
         name
         for name in names
-        if any(method.role(name, r) is Role.SHARED for r in range(1, round + 1))
+        if any(role(name, r) is Role.SHARED for r in range(1, round + 1))
+        or any(role(name, r) is Role.RECEIVED for r in range(1, round))
     ]
 
 
@@ -53,6 +56,41 @@ def load_state(model: nn.Module, *states: State) -> None:
     for state in states:
         for name, value in state.items():
             parameters[name].copy_(value)
+
+
+def with_extras(state: State, extras: State, prefix: str = EXTRA) -> State:
+    """Parameters and a strategy's extras as one state."""
+    return state | {prefix + name: value for name, value in extras.items()}
+
+
+def split_extras(state: State, prefix: str = EXTRA) -> tuple[State, State]:
+    """What ``with_extras`` joined."""
+    extras = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    return {n: v for n, v in state.items() if not n.startswith(prefix)}, extras
+
+
+def zeros(state: State) -> State:
+    """Zeros of the same names, shapes and dtypes."""
+    return {name: torch.zeros_like(value) for name, value in state.items()}
+
+
+def blocks(method: Method, state: State, client: int) -> State:
+    """The leading blocks of a state that a client trains."""
+    return {
+        name: value[tuple(slice(n) for n in method.block(name, value.shape, client))]
+        for name, value in state.items()
+    }
+
+
+def filled(state: State, like: Mapping[str, Tensor]) -> State:
+    """Blocks filled up with zeros to the shapes of ``like``."""
+    full: State = {}
+    for name, value in state.items():
+        full[name] = value
+        if value.shape != like[name].shape:
+            full[name] = torch.zeros_like(like[name])
+            full[name][tuple(slice(n) for n in value.shape)] = value
+    return full
 
 
 def sha256(state: State) -> str:

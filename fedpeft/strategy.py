@@ -1,7 +1,5 @@
 """The Flower strategy: every method's rounds, read off the roles alone."""
 
-import math
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,14 +9,24 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from fedpeft.algorithms.base import Replies
 from fedpeft.diagnostics import drift, interference
 from fedpeft.methods.base import Role, State
+from fedpeft.replies import Reply, measured, read, reason
 from fedpeft.seeding import generator
 from fedpeft.session import Session
-from fedpeft.state import check, pack, payload_bytes, unpack, wire_bytes
+from fedpeft.state import (
+    filled,
+    pack,
+    payload_bytes,
+    split_extras,
+    unpack,
+    wire_bytes,
+    with_extras,
+    zeros,
+)
 
 POLL_SECONDS = 0.05
-OWN_SPLITS = ("validation", "test")  # what a client measures itself on
 
 
 class RoundFailed(RuntimeError):
@@ -51,7 +59,8 @@ class RoleStrategy(Strategy):
         self.session = session
         self.overrides = overrides
         self.nodes: dict[int, int] = {}
-        self.state: State = {}  # every parameter that was shared so far, as aggregated
+        self.state: State = {}  # every parameter that the server has set so far
+        self.memory: dict[str, State] = {}  # the algorithm's own
         self.round = Round()
         self._clients_of: dict[str, int] = {}
 
@@ -82,7 +91,7 @@ class RoleStrategy(Strategy):
 
     def _register(self, reply: Message, wanted: int) -> None:
         if reply.has_error():
-            raise ValueError(f"a client could not be asked: {_reason(reply)}")
+            raise ValueError(f"a client could not be asked: {reason(reply)}")
         partition = int(reply.content.metric_records["metrics"]["partition-id"])  # type: ignore[arg-type]
         if not 0 <= partition < wanted:
             raise ValueError(
@@ -96,6 +105,8 @@ class RoleStrategy(Strategy):
     def cohort(self, round: int) -> list[int]:
         """The clients of a round, sorted; drawn from (seed, round)."""
         config = self.session.config
+        if config.strategy.pooled:
+            return [0]
         drawn = generator(config.seed, "cohort", round).permutation(config.num_clients)
         return sorted(int(client) for client in drawn[: config.cohort_size()])
 
@@ -129,24 +140,53 @@ class RoleStrategy(Strategy):
     def _client_of(self, reply: Message) -> int:
         return self._clients_of[reply.metadata.reply_to_message_id]
 
+    @property
+    def values(self) -> State:
+        """All that can change, as it now is."""
+        return self.session.initial | self.state
+
+    def before(self, round: int) -> State:
+        """All that can change, as a round's clients get it."""
+        values, compression = self.values, self.session.config.compression
+        given = {name: values[name] for name in self.session.down(round)}
+        return values | compression.received(compression.down(given), given)
+
     def packed(self, round: int) -> tuple[ArrayRecord, ConfigRecord]:
-        """What a client receives in a round, and the configuration that goes with it."""
-        names = self.session.down(round)
-        state = {n: self.state.get(n, self.session.initial[n]) for n in names}
+        """What a client of full rank receives to train, and the configuration along with it."""
+        values, session = self.values, self.session
+        shared = {name: values[name] for name in session.shared(round)}
+        extras = session.config.strategy.down(self.memory, shared)
+        state = with_extras({name: values[name] for name in session.down(round)}, extras)
+        return self._record(session.config.compression.down(state), round)
+
+    def _record(self, state: State, round: int) -> tuple[ArrayRecord, ConfigRecord]:
         arrays, index = pack(state)
-        self._down_payload = payload_bytes(state)
         config = {"overrides": self.overrides, "round": round, "index": index}
         return arrays, ConfigRecord(config)  # type: ignore[arg-type]
 
     def _messages(
         self, kind: str, clients: list[int], arrays: ArrayRecord, config: ConfigRecord
     ) -> list[Message]:
-        content = RecordDict({"arrays": arrays, "config": config})
-        wire = wire_bytes(content)
-        prefix = "" if kind == MessageType.TRAIN else "evaluation_"
-        self.round.count(prefix + "downlink_bytes", wire * len(clients))
-        self.round.count(prefix + "downlink_payload_bytes", self._down_payload * len(clients))
-        return [Message(content, self.nodes[client], kind) for client in clients]
+        """One content for all clients that train the same blocks."""
+        state = unpack(arrays, config["index"])  # type: ignore[arg-type]
+        parameters, extras = split_extras(state)
+        if kind == MessageType.EVALUATE:
+            extras = {}
+        contents: dict[tuple[Any, ...], tuple[RecordDict, int, int]] = {}
+        messages = []
+        for client in clients:
+            own = with_extras(self.session.blocks(parameters, client), extras)
+            shapes = tuple(value.shape for value in own.values())
+            if shapes not in contents:
+                given = self._record(own, int(config["round"]))  # type: ignore[arg-type]
+                content = RecordDict({"arrays": given[0], "config": given[1]})
+                contents[shapes] = content, wire_bytes(content), payload_bytes(own)
+            content, wire, payload = contents[shapes]
+            prefix = "" if kind == MessageType.TRAIN else "evaluation_"
+            self.round.count(prefix + "downlink_bytes", wire)
+            self.round.count(prefix + "downlink_payload_bytes", payload)
+            messages.append(Message(content, self.nodes[client], kind))
+        return messages
 
     # --- the four verbs ----------------------------------------------------------------------
 
@@ -165,81 +205,65 @@ class RoleStrategy(Strategy):
         Raises:
             RoundFailed: nothing is left.
         """
-        states, numbers, losses = self._usable(server_round, list(replies))
-        session = self.session
-        weights = session.config.strategy.weigh(numbers)
-        method = session.config.method
-        after = method.aggregate(states, weights)
-        before = {n: self.state.get(n, session.initial[n]) for n in after}
+        usable = self._usable(server_round, list(replies))
+        session, before = self.session, self.before(server_round)
+        strategy, method = session.config.strategy, session.config.method
+        weights = strategy.weigh([reply.num_examples for reply in usable])
+        states = [filled(reply.state, before) for reply in usable]
+        steps, extras = [r.steps for r in usable], [r.extras for r in usable]
+        given = Replies(states, weights, steps, extras, len(usable) / session.config.num_clients)
+        mean = method.aggregate(states, weights, before, server_round)
+        after = strategy.server(mean, before, given, self.memory)
         metrics = self.round.metrics
-        metrics["train_loss"] = sum(w * x for w, x in zip(weights, losses, strict=True))
+        metrics["train_loss"] = sum(w * r.loss for w, r in zip(weights, usable, strict=True))
         metrics |= drift(before, states)
         if session.config.evaluation.interference:
-            metrics["interference"] = self._interference(server_round, states, weights, after)
+            found = self._interference(server_round, before, states, weights, mean)
+            metrics["interference"] = found
+        if mean and not after:
+            metrics["unchanged"] = 1.0  # the strategy found too few replies to go by
         self.state.update(after)
         return pack(after)[0], MetricRecord({k: v for k, v in metrics.items() if v is not None})
 
-    def _usable(
-        self, round: int, replies: list[Message]
-    ) -> tuple[list[State], list[int], list[float]]:
-        expected = self.session.shared(round)
-        states: list[State] = []
-        numbers: list[int] = []
-        losses: list[float] = []
+    def _usable(self, round: int, replies: list[Message]) -> list[Reply]:
+        before, extras = self.before(round), self.session.config.strategy.up
+        shared = {name: before[name] for name in self.session.shared(round)}
+        usable: list[Reply] = []
         silent = dict.fromkeys(self.round.cohort)
         for reply in replies:
             client = self._client_of(reply)
             silent.pop(client, None)
             try:
-                state, number, loss = self._read(reply, expected)
+                start = self.session.blocks(shared, client)
+                usable.append(self._counted(reply, with_extras(start, zeros(extras(start)))))
             except Exception as error:  # whatever a client sends, it must not end the run
                 self.round.refused[client] = (
                     str(error) if isinstance(error, ValueError) else repr(error)
                 )
-                continue
-            states.append(state)
-            numbers.append(number)
-            losses.append(loss)
         for client in silent:
             limit = self.session.config.runtime.round_timeout
             self.round.refused[client] = f"no reply within runtime.round_timeout={limit:g} s"
-        if not states:
+        if not usable:
             client, reason = next(iter(self.round.refused.items()))
             raise RoundFailed(f"no client's reply was usable; client {client}: {reason}")
-        return states, numbers, losses
+        return usable
 
-    def _read(self, reply: Message, expected: State) -> tuple[State, int, float]:
-        """A reply's state, number of examples and loss, or an error that says what is wrong."""
-        if reply.has_error():
-            raise ValueError(_reason(reply))
-        content = reply.content
-        records = (content.array_records, content.config_records, content.metric_records)
-        for name, of_kind in zip(("arrays", "config", "metrics"), records, strict=True):
-            if name not in of_kind:
-                raise ValueError(f"the reply carries no {name}")
-        metrics = content.metric_records["metrics"]
-        number: Any = metrics.get("num-examples", 0)
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"num-examples must be a whole number >= 1, got {number}")
-        loss: Any = metrics.get("loss")
-        if not isinstance(loss, float) or not math.isfinite(loss):
-            raise ValueError(f"loss must be a finite number, got {loss}")
-        index: Any = content.config_records["config"].get("index", b"")
-        state = unpack(content.array_records["arrays"], index)
-        self.round.count("uplink_bytes", wire_bytes(content))
-        self.round.count("uplink_payload_bytes", payload_bytes(state))
-        check(state, expected)
-        return state, number, loss
+    def _counted(self, reply: Message, start: State) -> Reply:
+        if not reply.has_error():
+            self.round.count("uplink_bytes", wire_bytes(reply.content))
+        found = read(reply, start, self.session.config.compression)
+        self.round.count("uplink_payload_bytes", payload_bytes(found.sent))
+        return found
 
     def _interference(
-        self, round: int, states: list[State], weights: list[float], after: State
+        self, round: int, before: State, states: list[State], weights: list[float], mean: State
     ) -> float | None:
         """None also where a factor stays on the client: the server cannot know the product."""
         session = self.session
         if Role.PERSONAL in session.roles(round).values():
             return None
-        before = session.initial | self.state
-        return interference(session.model, session.config.method, before, states, weights, after)
+        method = session.config.method
+        return interference(session.model, method, before, states, weights, mean)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -255,7 +279,7 @@ class RoleStrategy(Strategy):
         rows: dict[str, int] = {}
         for reply in replies:
             try:
-                metrics = self._measured(reply)
+                metrics = measured(reply)
             except (ValueError, KeyError) as error:
                 self.round.refused[self._client_of(reply)] = f"evaluation: {error}"
                 continue
@@ -269,24 +293,5 @@ class RoleStrategy(Strategy):
             return None
         return MetricRecord({f"client_{key}": totals[key] / rows[key] for key in sorted(totals)})
 
-    def _measured(self, reply: Message) -> dict[str, float]:
-        """A client's metrics, or an error that says what is wrong."""
-        if reply.has_error():
-            raise ValueError(_reason(reply))
-        metrics: dict[str, Any] = dict(reply.content.metric_records["metrics"])
-        for key, value in metrics.items():
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{key} must be a finite number, got {value}")
-        if not all(metrics.get(f"{split}-num-examples", 0) >= 1 for split in OWN_SPLITS):
-            raise ValueError(f"num-examples of {' and '.join(OWN_SPLITS)} must be >= 1")
-        return metrics
-
     def summary(self) -> None:
         """Nothing to log: the run's directory holds the configuration."""
-
-
-def _reason(reply: Message) -> str:
-    """The client's own sentence out of Flower's wrapping."""
-    text = reply.error.reason or f"error code {reply.error.code}"
-    wrapped = re.search(r"Message: (.*?)(?:'>)?$", text, re.DOTALL)
-    return (wrapped.group(1) if wrapped else text).strip()

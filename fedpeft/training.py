@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedpeft.algorithms.base import Term
 from fedpeft.data.batching import Batch, Examples, within
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -92,16 +93,19 @@ def train(
     optimization: Optimization,
     rate: Callable[[int], float],
     precision: str = "fp32",
+    term: Term | None = None,
 ) -> float:
     """Steps over ``batches`` with whatever requires a gradient; returns the mean loss.
 
     Args:
         rate: learning rate of a step.
+        term: a federated algorithm's part, which may change the gradients.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    parameters = list(named.values())
     device = parameters[0].device
     optimizer = optimization.build(parameters, rate(0))
     losses: list[Tensor] = []
@@ -111,6 +115,8 @@ def train(
         with autocast(device, precision):
             loss = loss_fn(model, batch)
         loss.backward()
+        if term is not None:
+            term.correct(named)
         if optimization.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, optimization.max_grad_norm)
         for group in optimizer.param_groups:
@@ -150,7 +156,7 @@ def evaluate(
         examples.batch(rows)
         for rows in within(examples.lengths, batch_size, max_tokens, examples.sequences)
     )
-    if workers == 1:
+    if workers == 1 or device.type != "cpu":  # a GPU would have to hold all threads' batches
         return [run(batch) for batch in batches]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(run, batches))

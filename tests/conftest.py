@@ -43,6 +43,17 @@ TINY = {
     "ffa_lora": ["method.rank=4"],
     "fedsa_lora": ["method.rank=4"],
     "scl": ["method.rank=8"],
+    **dict.fromkeys(("rolora", "feddpa", "federa"), ["method.rank=4"]),
+    "adapter": ["method.bottleneck=8"],
+    **dict.fromkeys(("prompt", "fedprompt", "prefix"), ["method.num_tokens=4"]),
+    "p_tuning": ["method.num_tokens=4", "method.hidden=8"],
+    **dict.fromkeys(
+        ("fedex_lora", "flora", "flexlora", "hetlora", "fedsvd", "fedrot_lora"), ["method.rank=4"]
+    ),
+    "fed_sb": ["method.rank=8"],
+    "fedftg": ["method.rank=4"],
+    "ravan": ["method.rank=4", "method.heads=3"],
+    "slora": ["method.rank=4", "method.sparse_rounds=1", "method.density=0.05"],
 }
 
 Answer = Callable[[Message, Context], Message]

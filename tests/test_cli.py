@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fedpeft import cli
+from fedpeft.config import CONF
 
 TINY = ["--methods", "fedsa_lora,ffa_lora", "method.rank=4"]
 
@@ -55,11 +56,20 @@ def test_compare_sorts_by_quality_and_saves(fedpeft: Any, base: list[str]) -> No
 
 def test_params_of_all_methods(fedpeft: Any) -> None:
     counts = json.loads(fedpeft("params", "--json", "model=roberta_base", "data=sst2"))
-    assert list(counts) == cli.METHODS.split(",")
+    assert list(counts) == sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+    assert set(cli.METHODS.split(",")) <= set(counts)
     assert counts["fedtt"]["sent_up"] == [60_634, 60_634]
     assert counts["fedsa_lora"]["sent_up"] == [147_456, 147_456]
     text = fedpeft("params", "model=roberta_base", "data=sst2", "method=fedtt_plus")
     assert "15,298-20,098" in text and "20,098-39,898" in text
+
+
+def test_params_says_which_methods_do_not_fit(
+    fedpeft: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_every_method", lambda: ["bitfit", "lora"])
+    text = fedpeft("params", "model=tinyllama", "data=docstrings_lm")
+    assert "bitfit: LlamaForCausalLM has no biases in its blocks" in text and "lora" in text
 
 
 def test_partition_counts_and_draws(fedpeft: Any, base: list[str]) -> None:

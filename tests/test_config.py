@@ -33,7 +33,7 @@ CASES = [
     # unknown names of groups
     *(
         (f"{group}=nope", f"{group} must be one of {names(group)}, got nope")
-        for group in ("method", "model", "data", "partition", "strategy", "runtime", "experiment")
+        for group in (*GROUPS, "runtime", "experiment")
     ),
     # fields that the chosen class lacks
     ("method.rnk=4", "unknown key method.rnk: LoRA has no such field"),

@@ -139,3 +139,104 @@ def test_percentages_are_of_the_untouched_model(
 def test_lora_has_so_many_times_fedtt_s_parameters(setting: tuple[str, ...], ratio: float) -> None:
     lora, fedtt = count(*setting, "method=lora"), count(*setting, "method=fedtt")
     assert round(lora["trained"][0] / fedtt["trained"][0], 1) == ratio
+
+
+@pytest.mark.parametrize("method", ["fedex_lora", "flora", "flexlora", "hetlora", "fedrot_lora"])
+def test_lora_s_relatives_train_and_send_what_it_does(method: str) -> None:
+    found = count(*BASE, f"method={method}")
+    assert found["trained"] == found["sent_up"] == [294_912 + BASE_HEAD] * 2
+    # q and v of twelve layers come down whole after the first round, where the server changes them
+    whole = 24 * 768**2 if method in ("fedex_lora", "flora") else 0
+    assert found["sent_down"] == [294_912 + BASE_HEAD, 294_912 + BASE_HEAD + whole]
+
+
+def test_fedsvd_sends_b_and_gets_both() -> None:
+    found = count(*BASE, "method=fedsvd")
+    assert found["trained"] == found["sent_up"] == [147_456 + BASE_HEAD] * 2
+    assert found["sent_down"] == [147_456 + BASE_HEAD, 294_912 + BASE_HEAD]
+
+
+@pytest.mark.parametrize(
+    ("method", "numbers"),
+    [("fed_sb", 64**2), ("ravan", 4 * 32**2 + 4)],
+)
+def test_cores_do_not_grow_with_the_width(method: str, numbers: int) -> None:
+    found = count(*BASE, f"method={method}")
+    assert found["trained"] == found["sent_up"] == [24 * numbers + BASE_HEAD] * 2
+    assert found["sent_down"] == found["sent_up"]
+    assert count(*LLAMA7B, f"method={method}")["trained"] == [64 * numbers] * 2
+
+
+def test_slora_is_sparse_first_and_lora_then() -> None:
+    """.0012 of 768 x 768 are 708."""
+    found = count(*BASE, "method=slora")
+    sparse, lora = 24 * 708, 294_912
+    assert found["trained"] == found["sent_up"] == [sparse + BASE_HEAD, lora + BASE_HEAD]
+    assert found["sent_down"] == [sparse + BASE_HEAD, sparse + lora + BASE_HEAD]
+
+
+def test_fedftg_sends_whole_mlps() -> None:
+    found = count(*BASE, "method=fedftg")
+    assert found["trained"] == found["sent_up"] == [24 * 768 * 3072 + BASE_HEAD] * 2
+
+
+# --- the baselines of the papers, by hand --------------------------------------------------------
+
+TRAINED_BASE = {  # of RoBERTa-base, d = 768, f = 3072, 12 blocks
+    "rolora": 12 * 2 * 8 * 768 + BASE_HEAD,  # A or B in turn
+    "full": 124_647_170,
+    # q, k, v, o, 2 norms and W2 of width d, W1 of width f, in each block; the embeddings' norm
+    "bitfit": 12 * (7 * 768 + 3072) + 768 + BASE_HEAD,
+    "adapter": 24 * (2 * 768 * 64 + 64 + 768) + 25 * 2 * 768 + BASE_HEAD,
+    "ia3": 12 * (2 * 768 + 3072) + BASE_HEAD,
+    "prompt": 20 * 768 + BASE_HEAD,
+    "fedprompt": 20 * 768 + BASE_HEAD,
+    "p_tuning": 20 * 768 + 769 * 128 + 129 * 128 + 129 * 768 + BASE_HEAD,
+    "prefix": 20 * 12 * 2 * 768 + BASE_HEAD,
+    "federa": 294_912 + BASE_HEAD,
+}
+TRAINED_LLAMA = {  # of LLaMA-2-7B, d = 4096, f = 11008, 32 blocks, no biases
+    "rolora": 32 * 2 * 8 * 4096,
+    "full": 6_738_415_616,
+    "adapter": 64 * (2 * 4096 * 64 + 64 + 4096) + 65 * 4096,
+    "ia3": 32 * (2 * 4096 + 11008),
+    "prompt": 20 * 4096,
+    "fedprompt": 20 * 4096,
+    "p_tuning": 20 * 4096 + 4097 * 128 + 129 * 128 + 129 * 4096,
+    "prefix": 20 * 32 * 2 * 4096,
+    "federa": 4_194_304,
+}
+
+
+@pytest.mark.parametrize("method", TRAINED_BASE)
+def test_baselines_on_roberta_base(method: str) -> None:
+    found = count(*BASE, f"method={method}")
+    assert found["trained"] == found["sent_up"] == [TRAINED_BASE[method]] * 2
+    later = 294_912 + BASE_HEAD if method == "rolora" else TRAINED_BASE[method]
+    assert found["sent_down"] == [TRAINED_BASE[method], later]
+    assert found["total"] == 124_647_170
+
+
+@pytest.mark.parametrize("method", TRAINED_LLAMA)
+def test_baselines_on_llama_2_7b(method: str) -> None:
+    found = count(*LLAMA7B, f"method={method}")
+    assert found["trained"] == found["sent_up"] == [TRAINED_LLAMA[method]] * 2
+
+
+@pytest.mark.parametrize(("setting", "head"), [(BASE, BASE_HEAD), (LLAMA7B, 0)])
+def test_feddpa_trains_two_loras_and_sends_one(setting: tuple[str, ...], head: int) -> None:
+    lora = count(*setting, "method=lora")["trained"][0] - head
+    found = count(*setting, "method=feddpa")
+    assert found["trained"] == [2 * lora + head] * 2
+    assert found["sent_up"] == found["sent_down"] == [lora + head] * 2
+
+
+def test_bitfit_on_llama_is_refused() -> None:
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no biases in its blocks"):
+        count(*LLAMA7B, "method=bitfit")
+
+
+def test_prefix_counts_keys_and_values_of_shared_heads() -> None:
+    """Qwen2.5-0.5B: 24 blocks, 2 heads of keys and values, 64 wide."""
+    found = count("model=qwen2_5_0_5b", "data=docstrings_lm", "method=prefix")
+    assert found["trained"] == [20 * 24 * 2 * 2 * 64] * 2

@@ -275,10 +275,10 @@ def test_a_line_that_was_cut_off_is_not_read(run: Runner) -> None:
 def test_a_client_whose_loss_is_not_finite(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     train_client = Session.train_client
 
-    def with_nan(session: Session, client: int, round: int) -> tuple[int, float]:
+    def with_nan(session: Session, client: int, round: int, term: Any = None) -> Any:
         if client == 2:
             session.model.get_parameter("classifier.weight").data[0, 0] = float("nan")
-        return train_client(session, client, round)
+        return train_client(session, client, round, term)
 
     monkeypatch.setattr(Session, "train_client", with_nan)
     summary = run("num_rounds=1")

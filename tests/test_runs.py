@@ -20,15 +20,41 @@ from fedpeft.runtime import InProcessGrid, launch
 from fedpeft.server_app import serve
 from fedpeft.session import Session
 from fedpeft.state import snapshot
-from tests.conftest import Recorder, Runner, quiet
+from tests.conftest import COMMON, TOPICS, Recorder, Runner, quiet
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+WORDS = 5 + len({w for text in (*TOPICS.values(), COMMON) for w in text.split()})
 HEAD = r"^classifier\.(weight|bias)$"
 # The role table: for rounds 1 and 2, what is sent up and what is sent down.
 LORA, FFA = rf"\.lora_[AB]\.|{HEAD}", rf"\.lora_B\.|{HEAD}"
 SCL = rf"\.(compress|project)$|{HEAD}"
 FEDTT = rf"\.factor_\d_of_\d$|(down|up|pooler\.dense)\.bias$|{HEAD}"
+BASE, CORE = r"\.base_layer\.weight$", rf"\.core$|{HEAD}"
+MLP = rf"\.intermediate\.dense\.weight$|\d\.output\.dense\.weight$|{HEAD}"
+HEADS, VALUES = rf"\.(core|scales)$|{HEAD}", rf"\.values$|{HEAD}"
+ADAPTER = rf"\.adapter\.(down|up)\.|LayerNorm\.|{HEAD}"
+PROMPT, PREFIX = (rf"{own}|^inner\.classifier\." for own in (r"\.prompt\.", r"^prefix\."))
+DUAL = rf"\.lora_[AB]\.shared\.|{HEAD}"
 SENT: dict[str, list[tuple[str, str]]] = {
+    "rolora": [(FFA, FFA), (rf"\.lora_A\.|{HEAD}", LORA)],
+    "full": [("", ""), ("", "")],
+    "bitfit": [(rf"bias$|{HEAD}", rf"bias$|{HEAD}")] * 2,
+    "adapter": [(ADAPTER, ADAPTER)] * 2,
+    "ia3": [(rf"\.ia3_l\.|{HEAD}", rf"\.ia3_l\.|{HEAD}")] * 2,
+    **dict.fromkeys(("prompt", "p_tuning", "fedprompt"), [(PROMPT, PROMPT)] * 2),
+    "prefix": [(PREFIX, PREFIX)] * 2,
+    "feddpa": [(DUAL, DUAL)] * 2,
+    "federa": [(LORA, LORA)] * 2,
+    "fedex_lora": [(LORA, LORA), (LORA, rf"{LORA}|{BASE}")],
+    "flora": [(LORA, LORA), (LORA, rf"{LORA}|{BASE}")],
+    "flexlora": [(LORA, LORA), (LORA, LORA)],
+    "hetlora": [(LORA, LORA), (LORA, LORA)],
+    "fedrot_lora": [(LORA, LORA), (LORA, LORA)],
+    "fedsvd": [(FFA, FFA), (FFA, LORA)],
+    "fed_sb": [(CORE, CORE), (CORE, CORE)],
+    "ravan": [(HEADS, HEADS), (HEADS, HEADS)],
+    "fedftg": [(MLP, MLP), (MLP, MLP)],
+    "slora": [(VALUES, VALUES), (LORA, rf"{LORA}|{VALUES}")],
     "lora": [(LORA, LORA), (LORA, LORA)],
     "ffa_lora": [(FFA, FFA), (FFA, FFA)],
     "fedsa_lora": [(r"\.lora_A\.", r"\.lora_A\."), (r"\.lora_A\.", r"\.lora_A\.")],
@@ -39,11 +65,36 @@ SENT: dict[str, list[tuple[str, str]]] = {
         (rf"\.factor_[124]_of_4$|{HEAD}", rf"\.factor_[1234]_of_4$|{HEAD}"),
     ],
 }
-PERSONAL = {"fedsa_lora": rf"\.lora_B\.|{HEAD}"}
+PERSONAL = {"fedsa_lora": rf"\.lora_B\.|{HEAD}", "feddpa": r"\.lora_[AB]\.own\."}
 # Tensors and numbers sent up in a round, by hand, for the tiny BERT: hidden 32, MLP 64, two layers,
 # four labels (a head of 32 * 4 + 4 = 132), rank 4 on q and v, SCL at 8, TT at 5 on 32x64 = (4, 8,
 # 8, 8), 64x32 = (8, 8, 8, 4) and a pooler of 32x32 = (4, 8, 8, 4).
-COUNTS = {
+# By round where rounds differ.
+COUNTS: dict[str, tuple[int, int] | list[tuple[int, int]]] = {
+    "rolora": (4 + 2, 2 * 2 * 4 * 32 + 132),
+    # embeddings of words, positions and two segments, their norm, two blocks, pooler, head
+    "full": (
+        5 + 2 * 16 + 2 + 2,
+        (WORDS + 64 + 2 + 2) * 32 + 2 * (4 * 32 * 33 + 64 * 33 + 32 * 65 + 4 * 32) + 32 * 33 + 132,
+    ),
+    "bitfit": (1 + 2 * 8 + 1 + 2, 32 + 2 * (4 * 32 + 64 + 3 * 32) + 32 + 132),
+    "adapter": (16 + 10 + 2, 4 * (2 * 32 * 8 + 8 + 32) + 5 * 2 * 32 + 132),
+    "ia3": (6 + 2, 2 * (32 + 32 + 64) + 132),
+    **dict.fromkeys(("prompt", "fedprompt"), (1 + 2, 4 * 32 + 132)),
+    "p_tuning": (1 + 6 + 2, 4 * 32 + (33 * 8 + 9 * 8 + 9 * 32) + 132),
+    "prefix": (1 + 2, 4 * 2 * 2 * 32 + 132),
+    "feddpa": (8 + 2, 2 * 2 * 4 * (32 + 32) + 132),
+    "federa": (8 + 2, 2 * 2 * 4 * (32 + 32) + 132),
+    **dict.fromkeys(
+        ("fedex_lora", "flora", "flexlora", "hetlora", "fedrot_lora"),
+        (8 + 2, 2 * 2 * 4 * (32 + 32) + 132),
+    ),
+    "fedsvd": (4 + 2, 2 * 2 * 4 * 32 + 132),
+    "fed_sb": (4 + 2, 2 * 2 * 8 * 8 + 132),
+    "ravan": (8 + 2, 2 * 2 * (3 * 4 * 4 + 3) + 132),
+    "fedftg": (4 + 2, 2 * 2 * 32 * 64 + 132),
+    # 5 % of 1,024 places are 51.
+    "slora": [(4 + 2, 2 * 2 * 51 + 132), (8 + 2, 2 * 2 * 4 * (32 + 32) + 132)],
     "lora": (8 + 2, 2 * 2 * 4 * (32 + 32) + 132),
     "ffa_lora": (4 + 2, 2 * 2 * 4 * 32 + 132),
     "fedsa_lora": (4, 2 * 2 * 4 * 32),
@@ -78,6 +129,12 @@ def names_of(model: torch.nn.Module, pattern: str) -> list[str]:
     return [name for name, _ in model.named_parameters() if re.search(pattern, name)]
 
 
+def counts_of(method: str) -> list[tuple[int, int]]:
+    """Tensors and numbers sent up in rounds 1 and 2."""
+    counts = COUNTS[method]
+    return counts if isinstance(counts, list) else [counts] * 2
+
+
 def without_time(value: Any) -> Any:
     """A summary or a line without what may differ between two equal runs."""
     if isinstance(value, list):
@@ -104,9 +161,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, State, Stat
     def everything(session: Session) -> State:
         return {k: v.detach().clone() for k, v in session.model.state_dict().items()}
 
-    def watch(session: Session, client: int, round: int) -> tuple[int, float]:
+    def watch(session: Session, client: int, round: int, term: Any = None) -> Any:
         before = everything(session)
-        result = train_client(session, client, round)
+        result = train_client(session, client, round, term)
         seen.append((client, round, before, everything(session)))
         return result
 
@@ -132,7 +189,8 @@ def test_two_rounds(
         for exchange in exchanges:
             assert list(exchange.up_state()) == up
             assert list(exchange.down_state()) == down
-        assert len(up), sum(session.initial[n].numel() for n in up) == COUNTS[method]
+        sent = len(up), sum(session.initial[n].numel() for n in up)
+        assert sent == counts_of(method)[round - 1]
         payload = {
             n: 4 * sum(session.initial[k].numel() for k in ns)
             for n, ns in (("up", up), ("down", down))
@@ -160,7 +218,8 @@ def test_two_rounds(
     assert set(totals) >= {
         f"{way}link{kind}" for way in ("up", "down") for kind in ("_bytes", "_payload_bytes")
     }
-    assert summary["parameters"]["sent_up"] == [COUNTS[method][1]] * 2
+    numbers = sorted(number for _, number in counts_of(method))
+    assert summary["parameters"]["sent_up"] == numbers
     assert summary["data"]["rows"] == {"train": 240, "validation": 40, "test": 40}
     assert summary["refused"] == {} and summary["seed"] == 0
     assert summary["run_dir"] == str(run.run_dir)
@@ -380,10 +439,10 @@ def test_personal_tensors_stay_each_client_s_own(
             assert torch.equal(value, expected[name]), (run.recorder.client, name)
         checked.append((run.recorder.kind, run.recorder.round, run.recorder.client))
 
-    def train_and_check(session: Session, client: int, round: int) -> tuple[int, float]:
+    def train_and_check(session: Session, client: int, round: int, term: Any = None) -> Any:
         assert client == run.recorder.client
         check(session)
-        result = train_client(session, client, round)
+        result = train_client(session, client, round, term)
         last[client] = personal(session)
         return result
 

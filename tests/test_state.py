@@ -231,18 +231,19 @@ def test_snapshot_copies_and_load_state_is_in_place() -> None:
 
 def test_roles_and_names() -> None:
     names = ["l.lora_A.w", "l.lora_B.w", "classifier.bias"]
-    table = roles(FedSALoRA(), names, 1)
+    table = roles(FedSALoRA().role, names, 1)
     assert names_with(table, Role.SHARED) == ["l.lora_A.w"]
     assert names_with(table, Role.PERSONAL) == ["l.lora_B.w", "classifier.bias"]
     assert names_with(table, Role.FROZEN) == []
-    assert down_names(FedSALoRA(), names, 5) == ["l.lora_A.w"]
-    assert down_names(LoRA(), names, 1) == names
+    assert down_names(FedSALoRA().role, names, 5) == ["l.lora_A.w"]
+    assert down_names(LoRA().role, names, 1) == names
 
 
 def test_down_names_gather_what_was_shared_so_far() -> None:
     names = [f"up.factor_{j}_of_6" for j in range(1, 7)] + ["classifier.bias"]
     numbers = [
-        [int(n[10]) for n in down_names(FedTTPlus(), names, round)[:-1]] for round in range(1, 6)
+        [int(n[10]) for n in down_names(FedTTPlus().role, names, round)[:-1]]
+        for round in range(1, 6)
     ]
     # rounds train {1, m, 6} with m = 2 + t mod 4: 3, 4, 5, 2, 3
     assert numbers == [[1, 3, 6], [1, 3, 4, 6], [1, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]] + [

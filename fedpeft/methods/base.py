@@ -11,11 +11,15 @@ State = dict[str, Tensor]
 
 
 class Role(Enum):
-    """What happens to a parameter in one round; "sent but untrained" cannot be said."""
+    """What happens to a parameter in one round."""
 
     SHARED = "shared"  # trained, sent, aggregated
     PERSONAL = "personal"  # trained, never leaves the client
+    RECEIVED = "received"  # changed by the server, sent down, not trained
     FROZEN = "frozen"  # neither trained nor sent this round
+
+
+TRAINED = (Role.SHARED, Role.PERSONAL)
 
 
 class Method(ABC):
@@ -25,18 +29,39 @@ class Method(ABC):
     def inject(self, model: nn.Module) -> nn.Module:
         """Adds the method's parameters to a transformers model and freezes the rest.
 
-        Exactly the parameters that train in some round leave with ``requires_grad``. All draws
-        come from torch's global generator, which the caller seeds: a frozen random part is
-        then the same on every client.
+        Exactly the parameters that train in some round, or that the server changes, leave with
+        ``requires_grad``. All draws come from torch's global generator, which the caller seeds: a
+        frozen random part is then the same on every client.
         """
 
     def role(self, name: str, round: int) -> Role:
-        """Role of an injected model's trainable parameter in a round; rounds start at 1."""
+        """Role of a parameter that left ``inject`` with a gradient; rounds start at 1."""
         return Role.SHARED
 
-    def aggregate(self, states: Sequence[State], weights: Sequence[float]) -> State:
-        """The new shared state from the clients' (equal keys), ``weights`` summing to 1."""
+    def block(self, name: str, shape: Sequence[int], client: int) -> Sequence[int]:
+        """Shape of the leading block of a parameter that a client trains and sends.
+
+        Where ranks differ by client; the rest of the parameter is zero there.
+        """
+        return shape
+
+    def aggregate(
+        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
+    ) -> State:
+        """New values, by name, of what was shared, and of anything else that the server changes.
+
+        Args:
+            states: the clients' shared parameters: equal keys, blocks filled up with zeros.
+            weights: of the clients, summing to 1.
+            before: values at the round's beginning of all that can change.
+            round: from 1.
+        """
         return weighted_mean(states, weights)
+
+    @property
+    def averages(self) -> bool:
+        """Whether ``aggregate`` is the weighted mean and nothing else; strategies may ask."""
+        return type(self).aggregate is Method.aggregate
 
     def effective(self, module: nn.Module) -> Tensor | None:
         """The dense matrix a module's trained factors stand for, or None if it has no factors.

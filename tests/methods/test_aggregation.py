@@ -10,17 +10,29 @@ from torch import Tensor, nn
 
 from fedpeft.diagnostics import interference
 from fedpeft.methods.base import Method, Role, State, weighted_mean
+from fedpeft.methods.fed_sb import FedSB
+from fedpeft.methods.federa import FeDeRA
+from fedpeft.methods.fedex_lora import FedExLoRA
+from fedpeft.methods.fedrot_lora import FedRotLoRA
+from fedpeft.methods.fedsvd import FedSVD
 from fedpeft.methods.fedtt import FedTT, FedTTPlus
+from fedpeft.methods.flexlora import FlexLoRA
+from fedpeft.methods.flora import FLoRA
+from fedpeft.methods.hetlora import HetLoRA
 from fedpeft.methods.lora import FedSALoRA, FFALoRA, LoRA
+from fedpeft.methods.ravan import Ravan
+from fedpeft.methods.rolora import RoLoRA
 from fedpeft.methods.scl import SCL
+from fedpeft.methods.slora import SLoRA
 from fedpeft.nn.compression import CompressedProjection
+from fedpeft.nn.cores import CoreAdapter
 from fedpeft.nn.tensor_train import TTLinear
 from fedpeft.seeding import torch_seed
 from fedpeft.state import load_state, snapshot
 from tests.architectures import tiny
 
 WEIGHTS = [0.5, 0.3, 0.2]
-LAYERS = (LoraLayer, CompressedProjection, TTLinear)
+LAYERS = (LoraLayer, CompressedProjection, TTLinear, CoreAdapter)
 
 
 def test_weighted_mean_by_hand() -> None:
@@ -135,6 +147,8 @@ def matrix(layer: nn.Module) -> Tensor:
 def features(layer: nn.Module) -> int:
     if isinstance(layer, CompressedProjection):
         return layer.compress.shape[1]
+    if isinstance(layer, CoreAdapter):
+        return layer.basis_in.shape[1]
     assert isinstance(layer, LoraLayer | TTLinear) and layer.in_features
     return layer.in_features
 
@@ -153,7 +167,7 @@ def one_round(method: Method, name: str, round: int = 1, noise: float = 0.2) -> 
     before = {n: moved(v) if ".lora_B." in n else v for n, v in before.items()}
     sent = [n for n in names if method.role(n, round) is Role.SHARED]
     states = [{n: moved(before[n]) for n in sent} for _ in WEIGHTS]
-    return Round(method, model, before, states, method.aggregate(states, WEIGHTS))
+    return Round(method, model, before, states, method.aggregate(states, WEIGHTS, before, 1))
 
 
 # nn.Linear and GPT-2's Conv1D, square and not (Llama's v 48 -> 24, GPT-2's c_attn 48 -> 144).
@@ -161,13 +175,28 @@ MODELS = ["roberta", "llama", "gpt2"]
 LORA = {"rank": 4, "alpha": 24.0, "targets": ["q", "v"]}
 EXACT: dict[str, tuple[Method, Sequence[int]]] = {
     "ffa_lora": (FFALoRA(**LORA), [1]),
+    "rolora": (RoLoRA(**LORA), [1, 2]),
     "fedtt_plus_one": (FedTTPlus(active="one"), [1, 2, 3, 4]),
     "fedtt_plus_one_random": (FedTTPlus(active="one", schedule="random"), [1, 2]),
     "fedtt_plus_one_bias": (FedTTPlus(active="one", train_bias=True), [1]),
+    "fedex_lora": (FedExLoRA(**LORA), [1]),
+    "flora": (FLoRA(**LORA), [1]),
+    "flexlora_of_full_rank": (FlexLoRA(rank=48, alpha=24.0), [1]),
+    "fedsvd": (FedSVD(**LORA), [1]),
+    "fed_sb": (FedSB(rank=8), [1]),
+    "fed_sb_orthogonal": (FedSB(rank=8, init="orthogonal"), [1]),
+    "ravan": (Ravan(rank=8, heads=3), [1]),
+    "slora_while_sparse": (SLoRA(**LORA), [1]),
     "fedsa_lora": (FedSALoRA(**LORA), [1]),  # with B as it stands: A alone is averaged
 }
 INEXACT: dict[str, Method] = {
     "lora": LoRA(**LORA),
+    "federa": FeDeRA(**LORA),
+    "flexlora": FlexLoRA(**LORA),
+    "hetlora": HetLoRA(**LORA),
+    "hetlora_by_examples": HetLoRA(**LORA, weighting="examples"),
+    "fedrot_lora": FedRotLoRA(**LORA),
+    "slora_at_the_svd": SLoRA(**LORA, sparse_rounds=1),
     "scl": SCL(rank=8),
     "scl_residual": SCL(rank=8, init="residual"),
     "fedtt": FedTT(),
@@ -208,7 +237,7 @@ def test_fewer_factors_interfere_less() -> None:
             {n: before[n] + 0.2 * before[n].std() * torch.randn_like(before[n]) for n in sent}
             for _ in weights
         ]
-        after = method.aggregate(states, weights)
+        after = method.aggregate(states, weights, {}, 1)
         found.append(interference(model, method, before, states, weights, after))
     assert found == pytest.approx([0.265, 0.193, 0.0], abs=0.04)
 
@@ -222,7 +251,7 @@ def test_interference_by_hand() -> None:
         return {name: torch.tensor([[float(value)]]) for name, value in values.items()}
 
     states = [state(2, 3), state(4, 5)]
-    after = SCL().aggregate(states, [0.25, 0.75])
+    after = SCL().aggregate(states, [0.25, 0.75], {}, 1)
     # avg w avg c = 3.5 * 4.5 = 15.75; avg w c = 1.5 + 15 = 16.5; start 1.
     found = interference(model, SCL(), state(1, 1), states, [0.25, 0.75], after)
     assert found == pytest.approx(0.75 / 15.5, rel=1e-6)

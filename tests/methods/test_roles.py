@@ -9,10 +9,20 @@ import transformers as hf
 from torch import nn
 
 from fedpeft.methods.base import Method, Role
+from fedpeft.methods.fed_sb import FedSB
+from fedpeft.methods.fedex_lora import FedExLoRA
+from fedpeft.methods.fedftg import FedFTG
+from fedpeft.methods.fedrot_lora import FedRotLoRA
+from fedpeft.methods.fedsvd import FedSVD
 from fedpeft.methods.fedtt import FACTOR, FedTT, FedTTPlus
+from fedpeft.methods.flexlora import FlexLoRA
+from fedpeft.methods.flora import FLoRA
+from fedpeft.methods.hetlora import HetLoRA
 from fedpeft.methods.lora import FedSALoRA, FFALoRA, LoRA
+from fedpeft.methods.ravan import Ravan
 from fedpeft.methods.scl import SCL
 from fedpeft.methods.sites import attention_projections, head_names, linear_weight
+from fedpeft.methods.slora import SLoRA
 from fedpeft.nn.compression import CompressedProjection
 from fedpeft.nn.tensor_train import AdaptedOutput, TTAdapter, TTLinear
 from fedpeft.seeding import torch_seed
@@ -30,11 +40,41 @@ from tests.architectures import (
 ROUNDS = range(1, 13)
 # Axes of the adapters' 48x64 and 64x48 and of the classifier's 48x48.
 ADAPTER_AXES, CLASSIFIER_AXES = 4, 4
+# Methods that train and send what LoRA does; what their servers do with it differs.
+LORA_LIKE = ("fedex_lora", "flora", "flexlora", "hetlora", "fedrot_lora")
 every_architecture = pytest.mark.parametrize("name", list(ARCHITECTURES))
 
 
 def lora_names(a: Architecture, part: str) -> set[str]:
     return {f"{site}.lora_{part}.default.weight" for site in a.sites(a.query, a.value)}
+
+
+def core_names(a: Architecture, *parts: str) -> set[str]:
+    return {f"{site}.{part}" for site in a.sites(a.query, a.value) for part in parts}
+
+
+def value_names(a: Architecture) -> set[str]:
+    return {f"{site}.base_layer.values" for site in a.sites(a.query, a.value)}
+
+
+INPUTS = {
+    "output.dense": ["intermediate.dense"],
+    "fc2": ["fc1"],
+    "lin2": ["lin1"],
+    "down_proj": ["gate_proj", "up_proj"],
+    "c_proj": ["c_fc"],
+}
+
+
+def mlp_names(a: Architecture) -> set[str]:
+    """Weights of all matrices of the MLPs."""
+    end = next(end for end in INPUTS if a.mlp.endswith(end))
+    names = [a.mlp, *(a.mlp.removesuffix(end) + name for name in INPUTS[end])]
+    return {f"{site}.weight" for site in a.sites(*names)}
+
+
+def base_names(a: Architecture) -> set[str]:
+    return {f"{site}.base_layer.weight" for site in a.sites(a.query, a.value)}
 
 
 def scl_names(a: Architecture) -> set[str]:
@@ -101,6 +141,94 @@ def test_ffa_lora_shares_b_and_head(name: str) -> None:
     check_roles(FFALoRA(), name, lora_names(a, "B") | set(a.head), set())
     frozen = [n for n, p in injected(FFALoRA(), name).named_parameters() if not p.requires_grad]
     assert lora_names(a, "A") <= set(frozen)
+
+
+def check_received(method: Method, name: str, shared: set[str], received: set[str]) -> None:
+    """The server changes, and no client trains, what is received."""
+    names = trainable(injected(method, name))
+    assert names == shared | received
+    for round in ROUNDS:
+        assert with_role(method, names, round, Role.SHARED) == shared
+        assert with_role(method, names, round, Role.RECEIVED) == received
+
+
+@every_architecture
+@pytest.mark.parametrize(
+    "method", [HetLoRA(), FlexLoRA(), FedRotLoRA()], ids=lambda m: type(m).__name__
+)
+def test_servers_that_turn_the_factors(name: str, method: Method) -> None:
+    a = ARCHITECTURES[name]
+    check_roles(method, name, lora_names(a, "A") | lora_names(a, "B") | set(a.head), set())
+
+
+@every_architecture
+@pytest.mark.parametrize("method", [FedExLoRA(), FLoRA()], ids=lambda m: type(m).__name__)
+def test_servers_that_change_the_base_weight(name: str, method: Method) -> None:
+    a = ARCHITECTURES[name]
+    shared = lora_names(a, "A") | lora_names(a, "B") | set(a.head)
+    check_received(method, name, shared, base_names(a))
+
+
+@every_architecture
+def test_fedsvd_shares_b_and_receives_a(name: str) -> None:
+    a = ARCHITECTURES[name]
+    check_received(FedSVD(), name, lora_names(a, "B") | set(a.head), lora_names(a, "A"))
+
+
+@every_architecture
+@pytest.mark.parametrize("init", ["svd", "orthogonal"])
+def test_fed_sb_and_ravan_share_small_matrices_and_head(name: str, init: str) -> None:
+    a = ARCHITECTURES[name]
+    check_roles(FedSB(rank=5, init=init), name, core_names(a, "core") | set(a.head), set())
+    ravan = Ravan(rank=5, heads=2, init=init)
+    check_roles(ravan, name, core_names(a, "core", "scales") | set(a.head), set())
+
+
+@every_architecture
+def test_fedftg_shares_the_mlps_weights_and_head(name: str) -> None:
+    a = ARCHITECTURES[name]
+    check_roles(FedFTG(), name, mlp_names(a) | set(a.head), set())
+
+
+@every_architecture
+def test_fedftg_s_gradients_have_its_rank(name: str) -> None:
+    """Also after a round in which a client did not train."""
+    model, plain = injected(FedFTG(rank=3), name), tiny(name)
+    model.requires_grad_(False)
+    for n, p in model.named_parameters():
+        p.requires_grad_(n in mlp_names(ARCHITECTURES[name]))
+    for some in (model.eval(), plain.eval()):
+        logits(some).square().sum().backward()
+    whole = dict(plain.named_parameters())
+    for n in mlp_names(ARCHITECTURES[name]):
+        found, full = dict(model.named_parameters())[n].grad, whole[n].grad
+        assert found is not None and full is not None and found.shape == full.shape
+        values = torch.linalg.svdvals(found)
+        assert values[3:].max() < 1e-4 * values[0]
+        best = torch.linalg.svdvals(full)[3:].norm()  # what no rank 3 can reach
+        assert (found - full).norm() <= 1.1 * best + 1e-5
+
+
+def test_fedftg_cuts_nothing_at_full_rank() -> None:
+    gradient = torch.randn(4, 9)
+    assert torch.equal(FedFTG(rank=4).project(gradient), gradient)
+    torch.testing.assert_close(
+        FedFTG(rank=3).project(gradient.T), FedFTG(rank=3).project(gradient).T
+    )
+    low = torch.randn(6, 2) @ torch.randn(2, 9)
+    torch.testing.assert_close(FedFTG(rank=2).project(low), low, rtol=1e-4, atol=1e-5)
+
+
+@every_architecture
+def test_slora_shares_values_first_and_factors_then(name: str) -> None:
+    a, method = ARCHITECTURES[name], SLoRA(sparse_rounds=3)
+    names = trainable(injected(method, name))
+    lora = lora_names(a, "A") | lora_names(a, "B")
+    assert names == lora | value_names(a) | set(a.head)
+    for round in ROUNDS:
+        trained = (value_names(a) if round <= 3 else lora) | set(a.head)
+        assert with_role(method, names, round, Role.SHARED) == trained
+        assert with_role(method, names, round, Role.FROZEN) == names - trained
 
 
 @every_architecture
@@ -245,6 +373,10 @@ METHODS: dict[str, Method] = {
     "residual": SCL(rank=5, init="residual"),
     "fedtt": FedTT(),
     "fedtt_plus": FedTTPlus(),
+    "fedex_lora": FedExLoRA(),
+    "fed_sb": FedSB(rank=5),
+    "ravan": Ravan(rank=5, heads=2),
+    "slora": SLoRA(),
 }
 
 
@@ -262,6 +394,10 @@ IDENTITIES: dict[str, Method] = {
     "lora": LoRA(),
     "lora_o": LoRA(targets=["q", "k", "v", "o"]),
     "zero_last": FedTT(init="zero_last", classifier=False),
+    "fedex_lora": FedExLoRA(),
+    "fed_sb": FedSB(rank=5),
+    "ravan": Ravan(rank=5, heads=2),
+    "slora": SLoRA(),
     "residual": SCL(rank=5, init="residual"),
     "svd_of_full_rank": SCL(rank=HIDDEN, init="svd"),  # right for the right orientation only
 }
@@ -407,6 +543,27 @@ def test_a_width_without_small_factors_is_named() -> None:
         (FedTT, {"tt_rank": 0}, "tt_rank must be >= 1, got 0"),
         (FedTT, {"bottleneck": 1}, "bottleneck must be >= 2, got 1"),
         (FedTT, {"init": "nonsense"}, "init must be normal or zero_last, got nonsense"),
+        (FedTT, {"tt_ranks": [2, 6]}, "tt_ranks must be from 1 to the largest, 5, got 6"),
+        (FedTT, {"tt_ranks": {3: 0}}, "tt_ranks must be from 1 to the largest, 5, got 0"),
+        (FlexLoRA, {"ranks": [8, 9]}, "ranks must be from 1 to the largest, 8, got 9"),
+        (FedTT, {"tt_ranks": 3}, "tt_ranks must be a list, or a rank by client, got 3"),
+        (HetLoRA, {"ranks": {"a": 1}}, r"ranks must be by client numbers, got \['a'\]"),
+        (HetLoRA, {"ranks": [2.5]}, "ranks must be from 1 to the largest, 8, got 2.5"),
+        (FLoRA, {"ranks": {0: 0}}, "ranks must be from 1 to the largest, 8, got 0"),
+        (FLoRA, {"rank": 0}, "rank must be >= 1, got 0"),
+        (HetLoRA, {"ranks": [-1]}, "ranks must be from 1 to the largest, 8, got -1"),
+        (HetLoRA, {"weighting": "size"}, "weighting must be norm or examples, got size"),
+        (FedExLoRA, {"alpha": -1.0}, "alpha must be > 0, got -1.0"),
+        (FedSVD, {"every": 0}, "every must be >= 1, got 0"),
+        (FedRotLoRA, {"align": "C"}, "align must be both, A or B, got C"),
+        (FedFTG, {"rank": 0}, "rank must be >= 1, got 0"),
+        (FedSB, {"rank": 0}, "rank must be >= 1, got 0"),
+        (FedSB, {"init": "zero"}, "init must be one of svd, orthogonal, got zero"),
+        (FedSB, {"targets": []}, r"targets must name at least one projection, got \[\]"),
+        (Ravan, {"heads": 0}, "heads must be >= 1, got 0"),
+        (SLoRA, {"sparse_rounds": 0}, "sparse_rounds must be >= 1, got 0"),
+        (SLoRA, {"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
+        (SLoRA, {"density": 1.5}, r"density must be in \(0, 1\], got 1.5"),
         (FedTTPlus, {"tt_rank": 0}, "tt_rank must be >= 1, got 0"),
         (FedTTPlus, {"schedule": "nonsense"}, "schedule must be cyclic or random, got nonsense"),
         (FedTTPlus, {"active": "two"}, "active must be three or one, got two"),

@@ -1,0 +1,1 @@
+"""Server and client algorithms, independent of the method: the ``strategy`` group."""

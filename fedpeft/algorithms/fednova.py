@@ -1,0 +1,52 @@
+"""FedNova: clients that step more do not weigh more (https://arxiv.org/abs/2007.07481)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fedpeft.algorithms.base import FedAvg, Replies, Setting, require_plain_mean
+from fedpeft.methods.base import State
+
+
+@dataclass(frozen=True)
+class FedNova(FedAvg):
+    """theta + tau_eff sum_i p_i (y_i - theta) / |a_i|, with tau_eff = sum_i p_i |a_i|.
+
+    |a_i| counts client i's steps: for SGD their number K_i; with momentum rho, each gradient also
+    works on in later steps, and |a_i| = (K_i - rho (1 - rho^K_i) / (1 - rho)) / (1 - rho). With
+    AdamW, K_i takes each step to move equally far. Where all clients take equally many steps this
+    is FedAvg.
+
+    Args:
+        local_momentum: rho in [0, 1): the clients' ``optimizer.momentum``.
+    """
+
+    local_momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.local_momentum < 1:
+            raise ValueError(f"local_momentum must be in [0, 1), got {self.local_momentum}")
+
+    def check(self, setting: Setting) -> None:
+        require_plain_mean(self, setting)
+
+    def norm(self, steps: int) -> float:
+        """|a_i|_1."""
+        rho = self.local_momentum
+        return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
+
+    def server(
+        self, mean: State, before: State, replies: Replies, memory: dict[str, State]
+    ) -> State:
+        norms = [self.norm(steps) for steps in replies.steps]
+        effective = sum(w * norm for w, norm in zip(replies.weights, norms, strict=True))
+        scales = [effective * w / norm for w, norm in zip(replies.weights, norms, strict=True)]
+        after: State = {}
+        for name, value in mean.items():
+            start = before[name].double()
+            total = torch.zeros_like(start)
+            for state, scale in zip(replies.states, scales, strict=True):
+                total += scale * (state[name].double() - start)
+            after[name] = (start + total).to(value.dtype)
+        return after

@@ -1,0 +1,163 @@
+"""Server optimisers: the mean's step is a gradient (https://arxiv.org/abs/2003.00295, Algorithm 2).
+
+Flower's FedAvgM, FedAdagrad, FedAdam and FedYogi are not used: they want the same keys in every
+round, up and down, where methods here share other parameters in each; and they give back float64.
+On equal keys the numbers are theirs, except that Flower's FedAdam corrects the bias of its moments
+(by a count one too high) and the paper's does not.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedpeft.algorithms.base import FedAvg, Replies, Setting, require_plain_mean
+from fedpeft.methods.base import State
+
+
+@dataclass(frozen=True)
+class ServerOptimizer(FedAvg):
+    """theta + server_lr * direction(mean - theta), for each parameter that the round shared.
+
+    Moments are kept in float64 by name, from the first round that shares the name; a round that
+    does not share it leaves them as they are.
+
+    Args:
+        server_lr: > 0.
+    """
+
+    server_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.server_lr < float("inf"):
+            raise ValueError(f"server_lr must be > 0, got {self.server_lr}")
+
+    def check(self, setting: Setting) -> None:
+        """Blocks are fine: their mean is what it is.
+
+        An aggregation of the method's own is not: factors that it takes apart anew each round have
+        no coordinates for a moment to follow, and what it sets beside them fits its result alone.
+        """
+        require_plain_mean(self, replace(setting, whole=True))
+
+    def server(
+        self, mean: State, before: State, replies: Replies, memory: dict[str, State]
+    ) -> State:
+        after: State = {}
+        for name, value in mean.items():
+            start = before[name].double()
+            step = self.direction(name, value.double() - start, memory)
+            after[name] = (start + self.server_lr * step).to(value.dtype)
+        return after
+
+    @abstractmethod
+    def direction(self, name: str, delta: Tensor, memory: dict[str, State]) -> Tensor:
+        """Where one parameter goes, and its moments brought up to date.
+
+        Args:
+            delta: the mean's step, in float64.
+        """
+
+
+@dataclass(frozen=True)
+class FedAvgM(ServerOptimizer):
+    """m = server_momentum m + delta (https://arxiv.org/abs/1909.06335).
+
+    Args:
+        server_momentum: in [0, 1).
+    """
+
+    server_momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _below_one("server_momentum", self.server_momentum)
+
+    def direction(self, name: str, delta: Tensor, memory: dict[str, State]) -> Tensor:
+        moments = memory.setdefault("momentum", {})
+        moments[name] = self.server_momentum * _moment(moments, name, delta) + delta
+        return moments[name]
+
+
+@dataclass(frozen=True)
+class Adaptive(ServerOptimizer):
+    """m / (sqrt(v) + tau), with m = beta_1 m + (1 - beta_1) delta; moments begin at 0.
+
+    Args:
+        tau: > 0; the smaller, the more adaptive.
+    """
+
+    server_lr: float = 0.01
+    tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.tau < float("inf"):
+            raise ValueError(f"tau must be > 0, got {self.tau}")
+
+    def direction(self, name: str, delta: Tensor, memory: dict[str, State]) -> Tensor:
+        second = memory.setdefault("second_moment", {})
+        second[name] = self.second(_moment(second, name, delta), delta.square())
+        return self.first(name, delta, memory) / (second[name].sqrt() + self.tau)
+
+    def first(self, name: str, delta: Tensor, memory: dict[str, State]) -> Tensor:
+        """m; here beta_1 = 0."""
+        return delta
+
+    @abstractmethod
+    def second(self, v: Tensor, square: Tensor) -> Tensor:
+        """The new v, of the old one and delta^2."""
+
+
+@dataclass(frozen=True)
+class FedAdagrad(Adaptive):
+    """v = v + delta^2, and beta_1 = 0 as in the paper's experiments."""
+
+    def second(self, v: Tensor, square: Tensor) -> Tensor:
+        return v + square
+
+
+@dataclass(frozen=True)
+class FedAdam(Adaptive):
+    """v = beta_2 v + (1 - beta_2) delta^2.
+
+    Args:
+        beta_1: in [0, 1).
+        beta_2: in [0, 1).
+    """
+
+    beta_1: float = 0.9
+    beta_2: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _below_one("beta_1", self.beta_1)
+        _below_one("beta_2", self.beta_2)
+
+    def first(self, name: str, delta: Tensor, memory: dict[str, State]) -> Tensor:
+        moments = memory.setdefault("first_moment", {})
+        old = _moment(moments, name, delta)
+        moments[name] = self.beta_1 * old + (1 - self.beta_1) * delta
+        return moments[name]
+
+    def second(self, v: Tensor, square: Tensor) -> Tensor:
+        return self.beta_2 * v + (1 - self.beta_2) * square
+
+
+@dataclass(frozen=True)
+class FedYogi(FedAdam):
+    """v = v - (1 - beta_2) delta^2 sign(v - delta^2)."""
+
+    def second(self, v: Tensor, square: Tensor) -> Tensor:
+        return v - (1 - self.beta_2) * square * torch.sign(v - square)
+
+
+def _moment(moments: State, name: str, like: Tensor) -> Tensor:
+    return moments[name] if name in moments else torch.zeros_like(like)
+
+
+def _below_one(key: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{key} must be in [0, 1), got {value}")

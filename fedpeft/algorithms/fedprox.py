@@ -1,0 +1,42 @@
+"""FedProx: a client stays near where it began (https://arxiv.org/abs/1812.06127)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedpeft.algorithms.base import FedAvg, Term
+from fedpeft.methods.base import State
+
+
+@dataclass(frozen=True)
+class FedProx(FedAvg):
+    """Adds mu/2 |theta - theta_received|^2 to the loss, over the shared parameters.
+
+    Args:
+        proximal_mu: > 0.
+    """
+
+    proximal_mu: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.proximal_mu > 0:
+            raise ValueError(f"strategy.proximal_mu must be > 0, got {self.proximal_mu}")
+
+    def term(self, start: State, sent: State, kept: State) -> Term:
+        return ProximalTerm(self.proximal_mu, start)
+
+
+class ProximalTerm(Term):
+    """mu (theta - theta_received) on every gradient."""
+
+    def __init__(self, mu: float, start: State) -> None:
+        self.mu, self.start = mu, start
+
+    def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, value in self.start.items():
+            parameter = parameters[name]
+            if parameter.grad is not None:
+                start = value.to(parameter.device)
+                parameter.grad.add_(parameter.detach() - start, alpha=self.mu)

@@ -1,0 +1,99 @@
+"""Each client alone, all data in one place, and the proximal term between them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedpeft.algorithms.fedprox import FedProx
+from fedpeft.methods.base import State
+from fedpeft.session import Session, Trained
+from fedpeft.state import snapshot
+from tests.conftest import Runner
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, State, State]]:
+    """(client, round, trainable values before, and after) of each training."""
+    seen: list[tuple[int, int, State, State]] = []
+    train_client = Session.train_client
+
+    def watch(session: Session, client: int, round: int, term: Any = None) -> Trained:
+        before = snapshot(session.model, session.trainable)
+        result = train_client(session, client, round, term)
+        seen.append((client, round, before, snapshot(session.model, session.trainable)))
+        return result
+
+    monkeypatch.setattr(Session, "train_client", watch)
+    return seen
+
+
+def equal(a: State, b: State) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("method", ["lora", "fedsa_lora"])
+def test_local_only_sends_nothing_and_goes_on_where_it_stopped(
+    method: str, run: Runner, trained: list[tuple[int, int, State, State]]
+) -> None:
+    summary = run(f"method={method}", "strategy=local_only")
+    for exchange in run.recorder.of("train"):
+        assert exchange.up_state() == {} == exchange.down_state()
+    assert summary["bytes"]["uplink_payload_bytes"] == 0
+    assert summary["bytes"]["downlink_payload_bytes"] == 0
+    assert summary["parameters"]["sent_up"] == summary["parameters"]["sent_down"] == [0, 0]
+    assert summary["parameters"]["trained"][0] > 0
+    ends = {client: after for client, round, _, after in trained if round == 1}
+    starts = {client: before for client, round, before, _ in trained if round == 2}
+    assert all(equal(starts[client], ends[client]) for client in (0, 1, 2))
+    assert not equal(ends[0], ends[1])
+    assert 0 <= summary["final"]["client_test_accuracy"] <= 1
+    assert "test_accuracy" not in summary["final"]  # there is no model of all
+
+
+def test_centralized_trains_one_model_on_all_rows(
+    run: Runner, opened: Any, trained: list[tuple[int, int, State, State]]
+) -> None:
+    summary = run("strategy=centralized", "evaluation.clients=always", "clients_per_round=2")
+    session = opened("strategy=centralized")
+    own = [session.client_examples(client) for client in range(3)]
+    rows = np.concatenate([examples["train"].rows for examples in own])
+    assert len(np.unique(rows)) == len(rows)
+    sent = run.recorder.of("train")
+    assert [(e.client, e.round) for e in sent] == [(0, 1), (0, 2)]
+    for exchange in sent:
+        metrics = exchange.up.content.metric_records["metrics"]
+        assert metrics["num-examples"] == len(rows)
+        assert metrics["num-steps"] == 2 * 2  # local_steps of each of the cohort's two
+    assert np.array_equal(session._training_rows(0)[0].rows, rows)
+    assert equal(trained[1][2], trained[0][3])
+    asked = run.recorder.of("evaluate")  # measured on each client's own rows
+    assert [e.client for e in asked] == [0, 1, 2] * 3
+    for exchange in asked:
+        metrics = exchange.up.content.metric_records["metrics"]
+        assert metrics["validation-num-examples"] == len(own[exchange.client]["validation"])
+    assert {"test_accuracy", "client_test_accuracy"} <= summary["final"].keys()
+
+
+def test_fedprox_by_hand() -> None:
+    """Gradient 1 at theta = 3, received 1, mu = 0.5: 1 + 0.5 * 2."""
+    parameter, other = nn.Parameter(torch.tensor([3.0])), nn.Parameter(torch.tensor([7.0]))
+    parameter.grad, other.grad = torch.tensor([1.0]), torch.tensor([1.0])
+    term = FedProx(proximal_mu=0.5).term({"a": torch.tensor([1.0])}, {}, {})
+    term.correct({"a": parameter, "personal": other})
+    assert (parameter.grad.item(), other.grad.item()) == (2.0, 1.0)
+    assert term.finish({}, 1, 0.1) == ({}, {})
+    with pytest.raises(ValueError, match="proximal_mu must be > 0, got 0"):
+        FedProx(proximal_mu=0.0)
+
+
+def test_fedprox_keeps_clients_nearer(run: Runner) -> None:
+    def moved(*overrides: str) -> float:
+        run("num_rounds=1", "local_steps=8", "optimizer.name=sgd", "lr=0.5", *overrides)
+        return run.lines()[1]["update_norm_mean"]
+
+    free = moved()
+    assert moved("strategy=fedprox", "strategy.proximal_mu=1e-6") == pytest.approx(free, rel=1e-3)
+    assert moved("strategy=fedprox", "strategy.proximal_mu=1.0") < 0.8 * free

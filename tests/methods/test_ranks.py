@@ -1,0 +1,164 @@
+"""Ranks that differ by client: what each trains and sends, and what becomes of it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedpeft.config import load
+from fedpeft.methods.base import Method, State
+from fedpeft.methods.fedtt import FACTOR, FedTT, FedTTPlus
+from fedpeft.methods.flexlora import FlexLoRA
+from fedpeft.methods.flora import FLoRA
+from fedpeft.methods.hetlora import HetLoRA
+from fedpeft.methods.ranks import mean_of_holders, rank_of
+from fedpeft.nn.tensor_train import TTLinear
+from fedpeft.session import Session
+from fedpeft.state import blocks, filled, load_state, payload_bytes, snapshot
+from tests.conftest import Runner
+
+RANKS = [2, 4, 1]  # of clients 0, 1, 2
+HEAD = 32 * 4 + 4
+LORA = ("hetlora", "flexlora", "flora")
+
+
+def test_rank_of_a_client() -> None:
+    assert [rank_of([2, 4, 1], c, 8) for c in range(5)] == [2, 4, 1, 2, 4]
+    assert [rank_of({1: 3}, c, 8) for c in range(3)] == [8, 3, 8]
+    assert rank_of(None, 7, 8) == rank_of([], 7, 8) == 8
+
+
+@pytest.mark.parametrize("cls", [HetLoRA, FlexLoRA, FLoRA])
+def test_blocks_of_lora(cls: type[Any]) -> None:
+    method = cls(rank=4, ranks=RANKS)
+    a, b = "x.lora_A.default.weight", "x.lora_B.default.weight"
+    assert [method.block(a, (4, 30), c) for c in range(4)] == [(r, 30) for r in (2, 4, 1, 2)]
+    assert [method.block(b, (20, 4), c) for c in range(4)] == [(20, r) for r in (2, 4, 1, 2)]
+    for name, shape in (("classifier.weight", (4, 30)), ("x.base_layer.weight", (20, 30))):
+        assert method.block(name, shape, 2) == shape
+
+
+def test_blocks_of_a_train() -> None:
+    method = FedTT(tt_rank=5, tt_ranks={1: 2})
+    shapes = {1: (1, 4, 5), 2: (5, 8, 5), 3: (5, 8, 1)}
+    for client, r in ((0, 5), (1, 2)):
+        found = [method.block(f"x.factor_{j}_of_3", shape, client) for j, shape in shapes.items()]
+        assert found == [(1, 4, r), (r, 8, r), (r, 8, 1)]
+    assert method.block("x.down.bias", (64,), 1) == (64,)
+
+
+def tail(method: Method, state: State, client: int) -> list[Tensor]:
+    """What lies outside a client's blocks."""
+    inside = filled(
+        blocks(method, {n: torch.ones_like(v) for n, v in state.items()}, client), state
+    )
+    return [value[inside[name] == 0] for name, value in state.items()]
+
+
+@pytest.fixture
+def tails(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool, bool]]:
+    """(client, whether its model has a tail, whether it is zero) before and after each training."""
+    seen: list[tuple[int, bool, bool]] = []
+    train_client = Session.train_client
+
+    def look(session: Session, client: int) -> None:
+        method = session.config.method
+        state = snapshot(session.model, session.trainable)
+        outside = torch.cat(tail(method, state, client))
+        seen.append((client, len(outside) > 0, not outside.any()))
+
+    def watch(session: Session, client: int, round: int, term: Any = None) -> Any:
+        look(session, client)
+        result = train_client(session, client, round, term)
+        look(session, client)
+        return result
+
+    monkeypatch.setattr(Session, "train_client", watch)
+    return seen
+
+
+@pytest.mark.parametrize("method", LORA)
+def test_a_client_of_rank_r_sends_r_rows_and_columns(
+    method: str, run: Runner, tails: list[tuple[int, bool, bool]]
+) -> None:
+    """Zeros outside the block stay zeros, though nothing masks their gradients."""
+    run(f"method={method}", "method.rank=4", f"method.ranks={RANKS}", "optimizer.weight_decay=0.1")
+    assert tails == [(c, RANKS[c] < 4, True) for _ in (1, 2) for c in (0, 1, 2) for _ in (1, 2)]
+    for round in (1, 2):
+        for exchange in run.recorder.of("train", round):
+            rank, sent = RANKS[exchange.client], exchange.up_state()
+            assert payload_bytes(sent) == 4 * (2 * 2 * rank * (32 + 32) + HEAD)
+            for state in (sent, exchange.down_state()):
+                assert {v.shape[0] for n, v in state.items() if "lora_A" in n} == {rank}
+                assert {v.shape[1] for n, v in state.items() if "lora_B" in n} == {rank}
+        line = run.lines()[round]
+        assert line["uplink_payload_bytes"] == 4 * (2 * 2 * sum(RANKS) * (32 + 32) + 3 * HEAD)
+    shapes = {tuple(v.shape) for n, v in run.saved().items() if "lora_A" in n}
+    assert shapes == {(4, 32)}
+
+
+@pytest.mark.parametrize("method", ["fedtt", "fedtt_plus"])
+def test_a_client_of_tensor_rank_r_sends_r_squared(
+    method: str, run: Runner, tails: list[tuple[int, bool, bool]]
+) -> None:
+    run(f"method={method}", f"method.tt_ranks={RANKS}", "optimizer.weight_decay=0.1")
+    assert tails == [(c, True, True) for _ in (1, 2) for c in (0, 1, 2) for _ in (1, 2)]
+    for exchange in run.recorder.of("train", 1):
+        r, sent = RANKS[exchange.client], exchange.up_state()
+        # 32x64 = (4, 8, 8, 8) and back, a pooler of 32x32 = (4, 8, 8, 4); round 1 skips factor 2.
+        middle = 16 if method == "fedtt" else 8
+        adapters, pooler = 4 * 2 * (12 * r + middle * r * r), 8 * r + middle * r * r
+        biases = 4 * (64 + 32) + 32 if method == "fedtt" else 0
+        assert payload_bytes(sent) == 4 * (adapters + pooler + biases + HEAD)
+
+
+def test_ranks_by_client_in_a_configuration() -> None:
+    found = load(["method=hetlora", "method.ranks={1: 2, 3: 4}"]).method
+    assert [rank_of(found.ranks, c, found.rank) for c in range(5)] == [8, 2, 8, 4, 8]
+
+
+def test_the_mean_of_those_that_hold_an_entry() -> None:
+    states = [
+        {"x": torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 0.0], [0.0, 0.0, 0.0]])},
+        {"x": torch.tensor([[5.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])},
+    ]
+    mean = mean_of_holders(states, [0.25, 0.75], {"x": torch.full((3, 3), 9.0)})
+    # (0.25 + 3.75) / 1 where both have a number; the first alone has three more; the rest stays.
+    assert mean["x"].tolist() == [[4, 2, 9], [3, 4, 9], [9, 9, 9]]
+    assert mean["x"].dtype == torch.float32
+
+
+def test_trains_of_unequal_rank_are_averaged_by_their_holders() -> None:
+    method = FedTT(tt_rank=3, tt_ranks=[3, 1])
+    name = "a.down.factor_2_of_4"
+    before = {name: torch.full((3, 2, 3), 7.0), "h": torch.zeros(1)}
+    low = filled({name: torch.full((1, 2, 1), 4.0)}, before)[name]
+    states = [
+        {name: torch.full((3, 2, 3), 8.0), "h": torch.ones(1)},
+        {name: low, "h": torch.ones(1)},
+    ]
+    after = method.aggregate(states, [0.5, 0.5], before, 1)
+    assert after[name][0, :, 0].tolist() == [6, 6] and after["h"].item() == 1
+    assert after[name].sum() == 2 * 6 + 16 * 8
+    plain = FedTT(tt_rank=3).aggregate(states, [0.5, 0.5], before, 1)
+    assert plain[name].sum() == 2 * 6 + 16 * 4
+
+
+@pytest.mark.parametrize("method", [FedTT(tt_ranks=[2]), FedTTPlus(tt_ranks=[2])])
+def test_a_leading_block_of_a_train_is_a_train_of_lower_rank(method: FedTT) -> None:
+    """What the client computes with zeros is what a train of its own rank computes."""
+    torch.manual_seed(0)
+    large, small = (TTLinear(32, 64, (4, 8, 8, 8), r) for r in (5, 2))
+    state = {n: p.detach() for n, p in large.named_parameters()}
+    part = {f"x.{n}": v for n, v in state.items()}
+    part = {n.removeprefix("x."): v for n, v in blocks(method, part, 0).items()}
+    assert all(FACTOR.search("." + n) or n == "bias" for n in part)
+    load_state(small, part)
+    load_state(large, filled(part, state))
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(large(x), small(x))
+    large(x).square().sum().backward()
+    for parameter, value in zip(large.parameters(), filled(part, state).values(), strict=False):
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.grad is not None and value.shape == parameter.shape

@@ -1,0 +1,236 @@
+"""What the servers of the LoRA family compute, by hand: unequal weights, alpha != r."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedpeft.methods.base import State
+from fedpeft.methods.fed_sb import FedSB
+from fedpeft.methods.fedex_lora import FedExLoRA
+from fedpeft.methods.fedrot_lora import FedRotLoRA
+from fedpeft.methods.fedsvd import FedSVD
+from fedpeft.methods.flexlora import FlexLoRA
+from fedpeft.methods.flora import FLoRA
+from fedpeft.methods.hetlora import HetLoRA
+from fedpeft.methods.products import truncated
+from fedpeft.methods.ravan import Ravan
+from fedpeft.methods.slora import SLoRA
+from fedpeft.nn.cores import CoreAdapter
+from fedpeft.nn.sparse import SparseDelta
+from tests.architectures import tiny
+
+A, B, BASE = (f"x.{n}.weight" for n in ("lora_A.default", "lora_B.default", "base_layer"))
+WEIGHTS = [0.25, 0.75]
+ONE: dict[str, Any] = {"rank": 1, "alpha": 3.0}
+
+
+def state(b: list[list[float]], a: list[list[float]]) -> State:
+    return {A: torch.tensor(a).float(), B: torch.tensor(b).float(), "head": torch.ones(1)}
+
+
+# B A are [[2, 0], [0, 0], [0, 0]] and [[0, 0], [0, 4], [0, 0]]; the mean's are .5 and 3.
+CLIENTS = [state([[2], [0], [0]], [[1, 0]]), state([[0], [2], [0]], [[0, 2]])]
+BEFORE = {**state([[0], [0], [0]], [[1, 1]]), BASE: torch.ones(3, 2)}
+
+
+def close(found: Tensor, expected: list[Any]) -> None:
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=1e-6)
+
+
+def random_states(rank: int, out: int = 5, inner: int = 7) -> list[State]:
+    torch.manual_seed(0)
+    return [{B: torch.randn(out, rank), A: torch.randn(rank, inner)} for _ in WEIGHTS]
+
+
+def mean_product(states: list[State]) -> Tensor:
+    products = [w * s[B] @ s[A] for w, s in zip(WEIGHTS, states, strict=True)]
+    return products[0] + products[1]
+
+
+def test_fedex_lora_puts_the_residual_into_the_base_weight() -> None:
+    after = FedExLoRA(**ONE).aggregate(CLIENTS, WEIGHTS, BEFORE, 1)
+    close(after[B], [[0.5], [1.5], [0.0]])
+    close(after[A], [[0.25, 1.5]])
+    # 1 + 3 (mean product - [[.125, .75], [.375, 2.25], [0, 0]])
+    close(after[BASE], [[2.125, -1.25], [-0.125, 3.25], [1.0, 1.0]])
+    assert after.keys() == BEFORE.keys()
+
+
+def test_flora_puts_the_stack_into_the_base_weight_and_starts_anew() -> None:
+    method = FLoRA(**ONE)
+    after = method.aggregate(CLIENTS, WEIGHTS, BEFORE, 1)
+    close(after[BASE], [[2.5, 1.0], [1.0, 10.0], [1.0, 1.0]])
+    assert not after[B].any() and after[A].any()
+    again = FLoRA(**ONE).aggregate(CLIENTS[::-1], WEIGHTS[::-1], BEFORE, 1)
+    assert torch.equal(after[A], again[A])
+    others = [method.aggregate(CLIENTS, WEIGHTS, BEFORE, 2)]
+    others.append(FLoRA(**ONE, fresh_seed=1).aggregate(CLIENTS, WEIGHTS, BEFORE, 1))
+    assert not any(torch.equal(after[A], other[A]) for other in others)
+    wide = {A: torch.zeros(8, 400), B: torch.zeros(3, 8)}
+    fresh = FLoRA().aggregate([wide], [1.0], {BASE: torch.zeros(3, 400)}, 1)[A]
+    assert 0.049 < fresh.max() <= 0.05 and -0.05 <= fresh.min() < -0.049  # 1/sqrt(400)
+
+
+def test_flora_s_modules_draw_apart() -> None:
+    twice = {n.replace("x.", f"{m}."): v for m in ("x", "y") for n, v in CLIENTS[0].items()}
+    before = {n.replace("x.", f"{m}."): v for m in ("x", "y") for n, v in BEFORE.items()}
+    after = FLoRA(**ONE).aggregate([twice], [1.0], before, 1)
+    assert not torch.equal(after[A], after[A.replace("x.", "y.")])
+
+
+def test_flexlora_keeps_the_largest_singular_values() -> None:
+    after = FlexLoRA(**ONE).aggregate(CLIENTS, WEIGHTS, BEFORE, 1)
+    close(after[B] @ after[A], [[0.0, 0.0], [0.0, 3.0], [0.0, 0.0]])
+    assert after[A].norm() == pytest.approx(1) and after[B].norm() == pytest.approx(3)
+    close(after["head"], [1.0])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 6, 9])
+def test_truncated_is_the_svd_s_best(rank: int) -> None:
+    """And each leading block is the best of its rank; beyond min(5, 7) stand zeros."""
+    torch.manual_seed(1)
+    b, a = torch.randn(5, 6).double(), torch.randn(6, 7).double()
+    u, s, v = torch.linalg.svd(b @ a)
+    left, right = truncated(b, a, rank)
+    assert left.shape == (5, rank) and right.shape == (rank, 7)
+    for r in range(1, min(rank, 5) + 1):
+        best = u[:, :r] * s[:r] @ v[:r]
+        torch.testing.assert_close(left[:, :r] @ right[:r], best)
+    assert not left[:, 5:].any() and not right[5:].any()
+
+
+def test_hetlora_weighs_by_the_norms_of_the_products() -> None:
+    """Norms 2 and 4 give 1/3 and 2/3; the head goes by examples."""
+    states = [CLIENTS[0] | {"head": torch.zeros(1)}, CLIENTS[1]]
+    after = HetLoRA(**ONE).aggregate(states, WEIGHTS, BEFORE, 1)
+    close(after[B], [[2 / 3], [4 / 3], [0.0]])
+    close(after[A], [[1 / 3, 4 / 3]])
+    close(after["head"], [0.75])
+    plain = HetLoRA(**ONE, weighting="examples").aggregate(states, WEIGHTS, BEFORE, 1)
+    close(plain[B], [[0.5], [1.5], [0.0]])
+    zero = [{**s, B: torch.zeros(3, 1)} for s in states]  # no product, no norm
+    close(HetLoRA(**ONE).aggregate(zero, WEIGHTS, BEFORE, 1)[A], [[0.25, 1.5]])
+
+
+def test_fedsvd_turns_the_factors_and_keeps_their_product() -> None:
+    states = random_states(3)
+    before = {A: states[0][A], B: torch.zeros(5, 3)}
+    sent = [{B: s[B]} for s in states]
+    after = FedSVD(rank=3).aggregate(sent, WEIGHTS, before, 1)
+    mean = 0.25 * states[0][B] + 0.75 * states[1][B]
+    torch.testing.assert_close(after[B] @ after[A], mean @ before[A])
+    torch.testing.assert_close(after[A] @ after[A].T, torch.eye(3))
+    assert not torch.allclose(after[A], before[A])
+    every = FedSVD(rank=3, every=2)
+    assert list(every.aggregate(sent, WEIGHTS, before, 1)) == [B]
+    assert set(every.aggregate(sent, WEIGHTS, before, 2)) == {A, B}
+
+
+def test_fedrot_lora_undoes_rotations() -> None:
+    """Clients that are rotated copies average to what they all stand for; plain means do not."""
+    torch.manual_seed(2)
+    start = random_states(3)[0]
+    turns = [torch.linalg.qr(torch.randn(3, 3))[0] for _ in WEIGHTS]
+    states = [{B: start[B] @ q, A: q.T @ start[A]} for q in turns]
+    for align in ("both", "A", "B"):
+        after = FedRotLoRA(rank=3, align=align).aggregate(states, WEIGHTS, start, 1)
+        torch.testing.assert_close(after[B], start[B], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(after[A], start[A], rtol=1e-4, atol=1e-5)
+    one = FedRotLoRA(rank=3).aggregate([random_states(3)[1]], [1.0], start, 1)
+    torch.testing.assert_close(one[B] @ one[A], mean_product([random_states(3)[1]] * 2))
+    zero = {**start, B: torch.zeros(5, 3)}
+    kept = FedRotLoRA(rank=3, align="B").aggregate([states[0]], [1.0], zero, 1)
+    torch.testing.assert_close(kept[B], states[0][B])
+
+
+def test_ravan_averages_what_scales_and_heads_stand_for() -> None:
+    def client(scale: float, head: float) -> State:
+        return {"x.scales": torch.tensor([scale]), "x.core": torch.tensor([[[head]]])}
+
+    after = Ravan(rank=1, heads=1).aggregate([client(2.0, 3.0), client(4.0, 5.0)], WEIGHTS, {}, 1)
+    close(after["x.core"], [[[0.25 * 6 + 0.75 * 20]]])
+    close(after["x.scales"], [1.0])
+    assert {v.dtype for v in after.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("init", ["svd", "orthogonal"])
+def test_cores_by_hand(init: str) -> None:
+    """y = base(x) + sum of s_i B_i H_i A_i x, for a layer that is not square."""
+    torch.manual_seed(3)
+    base = torch.nn.Linear(7, 5)
+    layer = CoreAdapter(base, base.weight, 2, heads=2, init=init, scaled=True)
+    x = torch.randn(4, 7)
+    torch.testing.assert_close(layer(x), base(x))
+    assert layer.scales is not None
+    with torch.no_grad():
+        layer.core.normal_()
+        layer.scales.normal_()
+    parts = [
+        layer.scales[i]
+        * layer.basis_out[:, 2 * i : 2 * i + 2]
+        @ h
+        @ layer.basis_in[2 * i : 2 * i + 2]
+        for i, h in enumerate(layer.core)
+    ]
+    torch.testing.assert_close(layer.dense(), parts[0] + parts[1])
+    torch.testing.assert_close(layer(x), base(x) + x @ (parts[0] + parts[1]).T)
+    torch.testing.assert_close(layer.basis_in @ layer.basis_in.T, torch.eye(4))
+    torch.testing.assert_close(layer.basis_out.T @ layer.basis_out, torch.eye(4))
+    if init == "svd":
+        strongest = torch.linalg.matrix_norm(base.weight, 2)
+        torch.testing.assert_close((base.weight @ layer.basis_in[0]).norm(), strongest)
+
+
+def test_the_rank_of_singular_vectors_is_checked_against_the_model() -> None:
+    with pytest.raises(ValueError, match="rank must be from 1 to 48 here, got 49"):
+        FedSB(rank=49).inject(tiny("bert"))
+    assert FedSB(rank=49, init="orthogonal").inject(tiny("bert"))
+
+
+def test_sparse_delta_by_hand() -> None:
+    base = torch.nn.Linear(3, 2, bias=False)
+    layer = SparseDelta(base, torch.tensor([[0, 1, 1], [2, 0, 1]]), (2, 3))
+    with torch.no_grad():
+        layer.values.copy_(torch.tensor([5.0, 6.0, 7.0]))
+    close(layer.dense(), [[0.0, 0.0, 5.0], [6.0, 7.0, 0.0]])
+    x = torch.randn(2, 4, 3)
+    torch.testing.assert_close(layer(x), base(x) + x @ layer.dense().T)
+    layer(x).sum().backward()
+    assert layer.values.grad is not None
+    torch.testing.assert_close(layer.values.grad, x.sum((0, 1))[torch.tensor([2, 0, 1])])
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_slora_starts_lora_from_the_accumulated_change(rank: int) -> None:
+    method = SLoRA(rank=rank, alpha=3.0, sparse_rounds=2, density=0.5)
+    before = {A: torch.randn(rank, 7), B: torch.randn(5, rank)}
+    values = "x.base_layer.values"
+    index = method.places("x", (5, 7))
+    states = [{values: torch.randn(18)} for _ in WEIGHTS]
+    mean = 0.25 * states[0][values] + 0.75 * states[1][values]
+    first = method.aggregate(states, WEIGHTS, before, 1)
+    assert list(first) == [values]
+    torch.testing.assert_close(first[values], mean)
+    after = method.aggregate(states, WEIGHTS, before, 2)
+    change = torch.zeros(5, 7)
+    change[index[0], index[1]] = mean
+    u, s, v = torch.linalg.svd(change)
+    best = u[:, :rank] * s[:rank] @ v[:rank]
+    torch.testing.assert_close(3.0 / rank * after[B] @ after[A], best, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after[A] @ after[A].T, after[B].T @ after[B], rtol=1e-4, atol=1e-4)
+    assert not after[values].any()
+    assert list(method.aggregate([before], [1.0], before, 3)) == [A, B]
+
+
+def test_slora_s_places() -> None:
+    method = SLoRA(density=0.25)
+    rows, columns = method.places("x", (8, 16))
+    assert len(set(zip(rows.tolist(), columns.tolist(), strict=True))) == 32
+    assert rows.max() < 8 <= columns.max() < 16
+    assert torch.equal(torch.stack([rows, columns]), SLoRA(density=0.25).places("x", (8, 16)))
+    assert not torch.equal(rows, method.places("y", (8, 16))[0])
+    assert not torch.equal(rows, SLoRA(density=0.25, mask_seed=1).places("x", (8, 16))[0])
+    assert SLoRA().places("x", (768, 768)).shape == (2, 708)  # .0012 of 589,824
+    assert SLoRA().places("x", (4, 4)).shape == (2, 1)
