@@ -147,7 +147,7 @@ def test_scores_by_hand(tmp_path: Path) -> None:
         {"premise": "x", "c": ["the old house", "big house", "old big house"]}
         | {"a": ["the old house", "old big house"]},
         {"premise": "x", "c": ["team", "goal"], "a": ["team"]},
-        {"premise": "x", "c": ["rain", "snow"], "a": ["rain"]},
+        {"premise": "x", "c": ["rain", "rain and snow"], "a": ["rain"]},
     ]
     task = MultipleChoice(
         path=write(tmp_path, train=given, test=given[:1]),
@@ -163,8 +163,8 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     assert set(found) == {"loss", "accuracy", "token_f1", "exact_match"}
     assert found["loss"] == pytest.approx(np.mean(LOSSES))
     assert found["accuracy"] == found["exact_match"] == pytest.approx(1 / 3)
-    # of row 2 nothing; of row 0 "big house" beside "old big house" 4/5; row 1 is right
-    assert found["token_f1"] == pytest.approx((0 + 4 / 5 + 1) / 3)
+    # row 2: "rain and snow" beside "rain"; 0: "big house" beside "old big house"; 1 is right
+    assert found["token_f1"] == pytest.approx((1 / 2 + 4 / 5 + 1) / 3)
 
 
 @pytest.mark.parametrize("likelihood", [True, False])

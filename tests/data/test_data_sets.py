@@ -238,7 +238,12 @@ def opened(base: list[str], decoder: Path, read: Callable[[str], Any]) -> Callab
     return make
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+# The slow ones differ from another in columns and classes alone.
+SLOW = {"qqp", "rte", "instructions", "images"}
+CASES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in EXPECTED]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_small_tables(opened: Callable[[str], Session], name: str) -> None:
     """Sizes of the splits, classes, groups, and which measures the test rows get."""
     session = opened(name)

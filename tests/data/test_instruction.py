@@ -238,7 +238,8 @@ def test_teacher_forced_metrics_by_hand() -> None:
     task = InstructionTuning(metrics=["rouge_l"], label=None)
     tokenizer = tokenizer_of_words(*WORDS)
     goal, rain, end = 6, 7, 2
-    predicted = torch.tensor([[goal, goal, end, 0], [rain, rain, 0, 0]])  # after each token
+    # after each token, what is wanted there or not
+    predicted = torch.tensor([[goal, goal, end, goal], [rain, rain, goal, goal]])
     model = Logits(nn.functional.one_hot(predicted, 8).float() * 9)
     ids = torch.tensor([[1, goal, rain, end], [1, rain, end, 0]])
     prompts = torch.tensor([1, 1])
