@@ -146,7 +146,9 @@ class InstructionTuning(Task):
         """generated (B, T) token ids, IGNORED after the end, from prompts padded on the left."""
         from transformers import GenerationConfig
 
-        given = [ids[:n] for ids, n in zip(batch["input_ids"], batch["prompts"], strict=True)]
+        room = self.max_length - self.answer_room  # so that prompt and new tokens fit the model
+        rows = zip(batch["input_ids"], batch["prompts"].tolist(), strict=True)
+        given = [ids[keep_ends(list(range(n)), room)] for ids, n in rows]
         pad = processor.pad_token_id
         ids = nn.utils.rnn.pad_sequence(given, True, pad, padding_side="left")
         mask = nn.utils.rnn.pad_sequence(

@@ -220,3 +220,29 @@ def test_clients_generate_with_their_own_parameters(run: Runner, settings: list[
     assert summary["selected_by"] == "client_validation_loss" and summary["refused"] == {}
     assert forms(summary["final"], "client_test") == BOTH and not forms(summary["final"], "test")
     assert not (run.run_dir / "samples.jsonl").exists()  # they are each client's own
+
+
+def test_generation_leaves_room_in_max_length(
+    session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt beside a short answer may be longer; what is generated must fit all the same."""
+    made = session(max_length=16)
+    task, examples = made.task, made.examples("test")
+    seen: list[Tensor] = []
+    generate = made.model.generate
+    assert callable(generate)
+
+    def watch(**given: Any) -> Any:
+        seen.append(given["input_ids"][given["attention_mask"].bool()])
+        return generate(**given)
+
+    monkeypatch.setattr(made.model, "generate", watch)
+    rows = np.arange(len(examples))
+    for row in rows:
+        task.generate_batch(made.model, examples.batch(rows[row : row + 1]), made.processor)
+    prompts = [examples.batch(rows[i : i + 1]) for i in rows]
+    given = [b["input_ids"][0, : int(b["prompts"][0])].tolist() for b in prompts]
+    assert max(map(len, given)) > 16 - ROOM
+    for ids, used in zip(given, (s.tolist() for s in seen), strict=True):
+        short = len(ids) <= 16 - ROOM
+        assert used == (ids if short else ids[:5] + ids[-5:])
