@@ -74,18 +74,12 @@ class Task(Source):
         return self.metrics[0]
 
     def generates(self, last: bool) -> bool:
-        """Whether a round's evaluation also generates text."""
+        """Whether a round's evaluation also generates text.
+
+        A task that does has ``generate_batch`` and ``score_generated`` too: see
+        ``InstructionTuning``.
+        """
         return False
-
-    def generate_batch(self, model: nn.Module, batch: Batch, processor: Any) -> dict[str, Tensor]:
-        """What ``score_generated`` needs of each row."""
-        raise NotImplementedError(f"{type(self).__name__} generates nothing")
-
-    def score_generated(
-        self, outputs: Outputs, rows: "Dataset", processor: Any
-    ) -> tuple[dict[str, float], list[dict[str, str]]]:
-        """Metrics of generated text, and the text of each row beside its reference."""
-        raise NotImplementedError(f"{type(self).__name__} generates nothing")
 
     def baseline(self, train: np.ndarray, rows: np.ndarray) -> float | None:
         """The headline measure of a constant answer, given the labels; None if there is none."""
