@@ -74,11 +74,13 @@ class Classification(Task):
         named = getattr(rows.features[self.target], "names", None)
         digits = all(name.removeprefix("-").isdigit() for name in self.label_names)
         whole = all(v is None or isinstance(v, int) for v in given)
-        if whole and (named or not digits):
+        index = {name: i for i, name in enumerate(self.label_names)}
+        if whole and named and index.keys() <= set(named):  # some of its own, in any order
+            given = [named[v] if v is not None and 0 <= v < len(named) else None for v in given]
+        elif whole and (named or not digits):
             numbers = np.asarray([-1 if v is None else v for v in given], np.int64)
             return np.where(numbers < len(self.label_names), np.maximum(numbers, -1), -1)
         # names, or numbers that are names themselves, such as ratings from 1 to 5
-        index = {name: i for i, name in enumerate(self.label_names)}
         return np.array([index.get(str(value), -1) for value in given], np.int64)
 
     def _recipe(self) -> str:

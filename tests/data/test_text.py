@@ -97,6 +97,18 @@ def test_a_class_label_column(tmp_path: Path) -> None:
     assert (given.tolist(), names) == ([0, 1, 1], ["1", "0"])
 
 
+def test_some_of_a_class_label_column_s_own_names(tmp_path: Path) -> None:
+    """Three of four classes, in another order: each number keeps the name that the data gives."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b", "c", "d"])})
+    for split in ("train", "validation", "test"):
+        columns = {"text": ["v", "w", "x", "y", "z"], "label": [3, 0, 2, 1, -1]}
+        Dataset.from_dict(columns, features).to_parquet(str(tmp_path / f"{split}.parquet"))
+    task = TextClassification(path=str(tmp_path), labels=["d", "a", "b"], bad_rows="skip")
+    assert numbers(task, "test") == [0, 1, 2]
+    assert list(task.split_rows("test")["text"]) == ["v", "w", "y"]
+    assert sum(task.skipped.values()) == 2
+
+
 def test_groups_keep_classes_without_a_row(tmp_path: Path) -> None:
     task = task_of(tmp_path, "b", "a", "b", labels=["a", "b", "c"])
     for column in (None, "label"):
