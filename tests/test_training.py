@@ -275,5 +275,24 @@ def test_a_run_in_bfloat16(run: Runner) -> None:
 def test_an_evaluation_batch_keeps_to_its_tokens() -> None:
     lengths = np.array([5, 1, 9, 2, 40, 3, 3])
     batches = within(lengths, 3, 20)
-    assert [lengths[b].tolist() for b in batches] == [[1, 2, 3], [3, 5], [9], [40]]
-    assert [b.tolist() for b in within(np.zeros(5, np.int64), 2, 1)] == [[0, 1], [2, 3], [4]]
+    assert [lengths[b].tolist() for b in batches] == [[1], [2, 3, 3], [5, 9], [40]]
+    assert [b.tolist() for b in within(np.zeros(5, np.int64), 2, 1)] == [[0], [1, 2], [3, 4]]
+
+
+def test_evaluation_pads_no_more_than_the_best_cut() -> None:
+    """Against every way to cut ten sorted rows into batches."""
+    lengths = np.random.default_rng(0).integers(1, 120, 10)
+    ordered = np.sort(lengths)
+
+    def cost(batches: list[np.ndarray]) -> int:
+        return sum(len(b) * b.max() + 64 for b in batches)
+
+    every = [
+        np.split(ordered, np.flatnonzero([cut >> i & 1 for i in range(9)]) + 1)
+        for cut in range(2**9)
+    ]
+    allowed = [b for b in every if all(len(x) <= 4 and len(x) * x.max() <= 300 for x in b)]
+    found = [lengths[b] for b in within(lengths, 4, 300)]
+    assert cost(found) == min(map(cost, allowed)) < max(map(cost, allowed))
+    assert np.array_equal(np.concatenate(found), ordered)
+

@@ -13,6 +13,7 @@ Batch = dict[str, Tensor]
 PER_SEQUENCE = ("prompts", "right")  # the others have one entry a row
 SEQUENCES = ("tokens", "offsets", "groups", *PER_SEQUENCE)
 REPORTED = ("cut_prompt", "cut_answer")  # for the summary alone
+BATCH_TOKENS = 64  # a forward pass takes about as long as with so many tokens more
 
 
 @dataclass(frozen=True)
@@ -140,25 +141,29 @@ def within(
 ) -> list[np.ndarray]:
     """All rows in batches of neighbouring length: sequences x longest length <= ``max_tokens``.
 
-    A row that is longer alone is a batch of its own.
+    Of all such cuts, the one with the fewest padded tokens, a batch itself counted as
+    ``BATCH_TOKENS``. A row that is longer alone is a batch of its own.
 
     Args:
         sequences: of each row, (rows,); one each if not given.
     """
     order = np.argsort(lengths, kind="stable")
     sizes = np.ones_like(lengths) if sequences is None else sequences
-
-    def tokens(rows: np.ndarray) -> int:
-        return sizes[rows].sum() * lengths[rows[-1]]
-
-    batches, start = [], 0
-    while start < len(order):
-        end = min(start + batch_size, len(order))
-        while end > start + 1 and tokens(order[start:end]) > max_tokens:
-            end -= 1
-        batches.append(order[start:end])
-        start = end
-    return batches
+    before = np.concatenate([[0], np.cumsum(sizes[order])])  # sequences before each row
+    cost = np.zeros(len(order) + 1, np.int64)  # of the first rows, cut best
+    first = np.zeros(len(order) + 1, np.int64)  # where their last batch begins
+    for end in range(1, len(order) + 1):
+        starts = np.arange(max(0, end - batch_size), end)
+        tokens = (before[end] - before[starts]) * lengths[order[end - 1]]
+        fits = tokens <= max_tokens
+        fits[-1] = True
+        costs = np.where(fits, cost[starts] + tokens + BATCH_TOKENS, np.iinfo(np.int64).max)
+        best = int(costs.argmin())
+        cost[end], first[end] = costs[best], starts[best]
+    cuts = [len(order)]
+    while cuts[-1] > 0:
+        cuts.append(int(first[cuts[-1]]))
+    return [order[a:b] for b, a in reversed(list(zip(cuts, cuts[1:], strict=False)))]
 
 
 def training_batches(
