@@ -6,6 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,21 @@ def cached(key: Iterable[Any], build: Callable[[], dict[str, np.ndarray]]) -> di
                 f"cannot write encoded data to {cache_folder()} ({error}): set FEDPEFT_CACHE"
             ) from error
     return {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
+
+
+def remembered(key: Iterable[Any], compute: Callable[[], Any]) -> Any:
+    """A small value that JSON can hold; computed once where the cache can be written."""
+    name = hashlib.sha256("\n".join([FORMAT, *map(repr, key)]).encode()).hexdigest()
+    file = cache_folder() / "remembered" / f"{name}.json"
+    with suppress(OSError, ValueError):  # not there, or half written
+        return json.loads(file.read_text())
+    value = compute()
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_name(f".{name}.{uuid.uuid4().hex}")
+        draft.write_text(json.dumps(value))
+        draft.replace(file)
+    return value
 
 
 def _write(folder: Path, arrays: dict[str, np.ndarray]) -> None:

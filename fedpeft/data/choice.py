@@ -45,6 +45,7 @@ class MultipleChoice(Task):
     metrics: list[str] = field(default_factory=lambda: ["accuracy"])
 
     measures = ("accuracy", *TEXTS)
+    reads_rows = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,6 +123,9 @@ class MultipleChoice(Task):
         answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
         given = prompt_tokens(prompts, tokenizer)
         return sequences(given, answers, self.max_length, self.max_length // 2)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model_logits(model, batch)
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B, most candidates of a row), -inf where a row has fewer."""

@@ -1,6 +1,5 @@
 """Classification of anything into named classes: labels, loss and metrics."""
 
-from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -36,10 +35,6 @@ class Classification(Task):
         if len(self.labels) == 1:
             raise ValueError(f"data.labels must name two classes or more, got {self.labels[0]}")
 
-    @abstractmethod
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Scores of each class in float32, (B, classes)."""
-
     @cached_property
     def label_names(self) -> list[str]:
         """Class names by number: ``labels``, the column's own names, or its sorted values.
@@ -47,8 +42,9 @@ class Classification(Task):
         Raises:
             ValueError: there is only one.
         """
-        if self.labels:
-            return list(self.labels)
+        return list(self.labels) or self.remembered("labels", self._found_labels)
+
+    def _found_labels(self) -> list[str]:
         rows = self.as_given(self.train_split)
         self.check_columns(self.train_split, rows)
         names = getattr(rows.features[self.target], "names", None)

@@ -18,6 +18,7 @@ from fedpeft.data.templates import (
     rendered,
     template_columns,
 )
+from fedpeft.data.text import model_logits
 from fedpeft.metrics import TEXTS, measure
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class InstructionTuning(Task):
     metrics: list[str] = field(default_factory=lambda: ["rouge_l", "bleu4"])
 
     measures = tuple(TEXTS)
+    reads_rows = True
     auto_class = "AutoModelForCausalLM"
 
     def __post_init__(self) -> None:
@@ -123,6 +125,9 @@ class InstructionTuning(Task):
         texts = [answers[0] for answers in self.references(rows)]
         answers = [[*ids, *end] for ids in processor(texts, add_special_tokens=False)["input_ids"]]
         return sequences(prompts, answers, self.max_length, self.answer_room)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model_logits(model, batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.loss_on == "all":

@@ -4,6 +4,7 @@ All are seeded, and one place checks every result: no row twice, no client witho
 needs. ``fedpeft.data.skew`` and ``fedpeft.data.partition_file`` have more.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedpeft.data.cache import cached
 from fedpeft.seeding import derive, generator
 
 if TYPE_CHECKING:
@@ -65,6 +67,17 @@ class Partition(ABC):
         found = self._indices(labels, num_clients, seed)
         check_rows(self.origin, found, len(labels), num_clients, self.min_size)
         return found
+
+    def once(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
+        """``indices``, found once for all processes: flwr-datasets takes seconds to import."""
+
+        def find() -> dict[str, np.ndarray]:
+            found = self.indices(labels, num_clients, seed)
+            return {"rows": np.concatenate(found), "ends": np.cumsum([len(r) for r in found])}
+
+        of = hashlib.sha256(labels.tobytes()).hexdigest()
+        arrays = cached(["partition", self, num_clients, seed, of], find)
+        return np.split(arrays["rows"], arrays["ends"][:-1])
 
     @abstractmethod
     def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:

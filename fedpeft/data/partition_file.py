@@ -56,6 +56,9 @@ class Saved(Partition):
     def origin(self) -> str:
         return f"partition.file={self.file}"
 
+    def once(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
+        return self.indices(labels, num_clients, seed)  # the file may be another by now
+
     def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
         saved = self._read()
         rules = {

@@ -3,14 +3,15 @@
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpeft.data.cache import content_sha256
-from fedpeft.data.tables import load_tables, subsample, values
+from fedpeft.data.cache import cached, content_sha256, remembered
+from fedpeft.data.tables import load_tables, marks, subsample, values
 from fedpeft.seeding import generator
 
 if TYPE_CHECKING:
@@ -244,21 +245,38 @@ class Source(ABC):
         numbers = np.array([index[v] for v in given], np.int64)
         return numbers, [names[v] if names else str(v) for v in found]
 
+    def group_numbers(self, column: str | None) -> np.ndarray:
+        """Those of ``grouped``, without reading tables again that have not changed."""
+        if self._identity is None:
+            return self.grouped(column)[0]
+        key = ["groups", self._identity, column]
+        return cached(key, lambda: {"numbers": self.grouped(column)[0]})["numbers"]
+
     # --- identity ----------------------------------------------------------------------------
+
+    @cached_property
+    def _identity(self) -> str | None:
+        """Settings and files, whose contents stay while size and time of change do."""
+        found = marks(self.folder())
+        return None if found is None else repr((self, found))
+
+    def remembered(self, what: str, compute: Callable[[], Any]) -> Any:
+        """Something about the rows, from an earlier start if they have not changed since."""
+        key = (what, self._identity)
+        return compute() if self._identity is None else remembered(key, compute)
 
     def sha256(self, split: str) -> str:
         """Over what the task reads of a split."""
-        if split not in self._sha256:
-            columns = [*self.columns(), *filter(None, [self.label])]
-            self._sha256[split] = content_sha256(self.split_rows(split), columns)
-        return self._sha256[split]
-
-    @cached_property
-    def _sha256(self) -> dict[str, str]:
-        return {}
+        columns = [*self.columns(), *filter(None, [self.label])]
+        return self.remembered(
+            f"sha256 of {split}", lambda: content_sha256(self.split_rows(split), columns)
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """Rows of each split, a sha256 over their contents, and rows that were left out."""
+        return self.remembered("fingerprint", self._fingerprint)
+
+    def _fingerprint(self) -> dict[str, Any]:
         splits = [*SPLITS, *self.extra_tests]
         return {
             "rows": {split: len(self.split_rows(split)) for split in splits},

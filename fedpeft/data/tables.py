@@ -45,6 +45,15 @@ def check_path(path: str) -> Path:
     return local
 
 
+def marks(path: str) -> list[tuple[str, int, int]] | None:
+    """Name, size and time of change of every file at a local path; null for a hub name."""
+    local = Path(path).expanduser()
+    if not local.exists():
+        return None
+    files = [local] if local.is_file() else sorted(f for f in local.rglob("*") if f.is_file())
+    return [(str(f), (stat := f.stat()).st_size, stat.st_mtime_ns) for f in files]
+
+
 def _split_files(folder: Path) -> dict[str, list[Path]]:
     """Split names and files, or nothing where the names do not say."""
     tables: dict[str, list[Path]] = {}

@@ -30,6 +30,7 @@ class Task(Source):
 
     auto_class: ClassVar[str]
     measures: ClassVar[tuple[str, ...]]  # what ``metrics`` can name
+    reads_rows: ClassVar[bool] = False  # whether ``score`` needs more of rows than their arrays
     needs: ClassVar[str] = "tokenizer"  # or image_processor: the model's part that encodes
 
     def __post_init__(self) -> None:
@@ -45,6 +46,10 @@ class Task(Source):
     @abstractmethod
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
         """Rows encoded as the arrays of ``Examples``."""
+
+    @abstractmethod
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The model's output in float32, (sequences, ...): all that ``loss`` asks of it."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -87,10 +92,9 @@ class Task(Source):
 
     def encode(self, split: str, processor: Any) -> Examples:
         """A split's rows, encoded once for all processes and starts."""
-        rows = self.split_rows(split)
         arrays = cached(
             [self._recipe(), recipe(processor), self.sha256(split)],
-            lambda: self.arrays(rows, processor),
+            lambda: self.arrays(self.split_rows(split), processor),
         )
         return Examples.whole(arrays, split, getattr(processor, "pad_token_id", None) or 0)
 

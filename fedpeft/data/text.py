@@ -51,6 +51,9 @@ class Texts(Task):
         found = tokenizer(*texts, truncation=True, max_length=self.max_length)
         return flat(found["input_ids"])
 
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model_logits(model, batch)
+
 
 def model_logits(model: nn.Module, batch: Batch) -> Tensor:
     """A text model's logits in float32."""
@@ -66,9 +69,6 @@ class TextClassification(Classification, Texts):
 
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
         return self.tokenised(rows, processor) | {"labels": self.class_numbers(rows)}
-
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model_logits(model, batch)
 
 
 @dataclass(frozen=True)

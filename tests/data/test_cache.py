@@ -1,5 +1,6 @@
 """Encoded data on disk: found again by what it holds, built once, whole or not at all."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from fedpeft.data.cache import cache_folder, cached, content_sha256
+from fedpeft.data.cache import cache_folder, cached, content_sha256, remembered
 from fedpeft.data.choice import MultipleChoice
 from fedpeft.data.instruction import InstructionTuning
+from fedpeft.data.partition import Dirichlet
 from fedpeft.data.task import Task
 from fedpeft.data.text import TextClassification
 from tests.data.conftest import tokenizer_of_words
@@ -312,3 +314,66 @@ def test_processes_build_once(folder: Path, tmp_path: Path) -> None:
     processes = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for c in commands]
     assert [p.communicate(timeout=120)[0] for p in processes] == ["[0, 1, 2]\n"] * 2
     assert len(list(tmp_path.glob("built-*"))) == 1 and len(entries(folder)) == 1
+
+
+# --- what an earlier start found out -------------------------------------------------------------
+
+
+def test_tables_that_have_not_changed_are_not_read_again(
+    task: TextClassification, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tokenizer_of_words(*WORDS)
+
+    def found(task: TextClassification) -> tuple[Any, ...]:
+        arrays = task.encode("train", tokenizer).arrays
+        groups = task.group_numbers(None).tolist()
+        return task.label_names, task.fingerprint(), groups, arrays["labels"].tolist()
+
+    first = found(replace(task))
+    assert first[0] == ["sport", "weather"] and first[2] == [1, 0, 1]
+    monkeypatch.setattr("fedpeft.data.source.load_tables", _unwanted)
+    assert found(replace(task)) == first
+    changed = Path(str(task.path)) / "train.jsonl"
+    changed.write_text(changed.read_text().replace("the snow", "snow and snow"))
+    with pytest.raises(AssertionError, match="tables were read"):
+        found(replace(task))
+    monkeypatch.undo()
+    again = found(replace(task))
+    assert again[1]["sha256"] != first[1]["sha256"] and again[2:] == first[2:]
+
+
+def _unwanted(*_: Any) -> None:
+    raise AssertionError("tables were read")
+
+
+def test_a_half_written_memory_is_made_again(folder: Path) -> None:
+    assert remembered(["a", 1], lambda: {"x": 1}) == {"x": 1}
+    (file,) = (folder / "remembered").glob("*.json")
+    assert remembered(["a", 1], lambda: {"x": 2}) == {"x": 1}
+    file.write_text('{"x": ')
+    assert remembered(["a", 1], lambda: {"x": 3}) == {"x": 3} == json.loads(file.read_text())
+
+
+def test_a_partition_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.arange(60) % 3
+    first = Dirichlet(alpha=0.5).once(labels, 4, 7)
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(first, Dirichlet(alpha=0.5).indices(labels, 4, 7), strict=True)
+    )
+    monkeypatch.setattr(Dirichlet, "_indices", _drawn)
+    again = Dirichlet(alpha=0.5).once(labels, 4, 7)
+    assert [rows.tolist() for rows in again] == [rows.tolist() for rows in first]
+    others = (
+        (0.6, labels, 4, 7),
+        (0.5, labels[::-1], 4, 7),
+        (0.5, labels, 5, 7),
+        (0.5, labels, 4, 8),
+    )
+    for alpha, given, clients, seed in others:
+        with pytest.raises(AssertionError, match="drawn again"):
+            Dirichlet(alpha=alpha).once(given, clients, seed)
+
+
+def _drawn(*_: Any) -> None:
+    raise AssertionError("drawn again")
