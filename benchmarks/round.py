@@ -54,7 +54,7 @@ def measure(overrides: str, clients: int, repeats: int) -> dict[str, Any]:
     nodes = [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
     grid = InProcessGrid(client_app, nodes)
     strategy = RoleStrategy(session, overrides)
-    strategy.join(grid)
+    strategy.hosts.join(grid)
     loads = open_session.cache_info().misses
     ours, bare = [], []
     for round in range(1, repeats + 2):
@@ -82,7 +82,7 @@ def timed(function: Any) -> float:
 def fedpeft_round(strategy: RoleStrategy, grid: InProcessGrid, round: int) -> None:
     """Configure, train on the clients, check and aggregate."""
     messages = strategy.configure_train(round, *strategy.packed(round), grid)
-    replies = strategy.exchange(grid, messages, strategy.round.cohort, 3600)
+    replies = strategy.hosts.exchange(grid, messages, 3600)
     strategy.aggregate_train(round, replies)
 
 

@@ -54,10 +54,10 @@ class Display:
         if self._live is not None:
             self._live.reset(self._clients, description=name, total=clients)
 
-    def client_done(self) -> None:
-        """A client replied."""
+    def clients_done(self, count: int) -> None:
+        """So many clients replied."""
         if self._live is not None:
-            self._live.advance(self._clients)
+            self._live.advance(self._clients, count)
 
     def round_done(self, line: Mapping[str, Any]) -> None:
         """A round ended."""

@@ -84,18 +84,22 @@ class InProcessGrid(Grid):
 
 
 def launch(main: Main, num_clients: int, runtime: Runtime) -> None:
-    """Runs a server's ``main`` with ``num_clients`` virtual clients."""
+    """Runs a server's ``main`` with ``num_clients`` virtual clients on as many nodes as workers."""
     from fedpeft.client_app import app as client_app
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     if runtime.kind == "inprocess":
-        nodes = [{"partition-id": i, "num-partitions": num_clients} for i in range(num_clients)]
-        main(InProcessGrid(client_app, nodes), Context(1, 0, {}, RecordDict(), {}))
+        main(InProcessGrid(client_app, [{}]), Context(1, 0, {}, RecordDict(), {}))
     else:
-        _launch_ray(main, client_app, num_clients, runtime)
+        _launch_ray(main, client_app, min(num_clients, workers(runtime)), runtime)
 
 
-def _launch_ray(main: Main, client_app: ClientApp, num_clients: int, runtime: Runtime) -> None:
+def workers(runtime: Runtime) -> int:
+    """Clients that run at once, as far as cores go."""
+    return max(1, int((runtime.total_cpus or os.cpu_count() or 1) / runtime.num_cpus))
+
+
+def _launch_ray(main: Main, client_app: ClientApp, num_nodes: int, runtime: Runtime) -> None:
     # Before Ray starts: its actors inherit the environment, and would run at nice 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -110,6 +114,6 @@ def _launch_ray(main: Main, client_app: ClientApp, num_clients: int, runtime: Ru
     run_simulation(
         server_app,
         client_app,
-        num_clients,
+        num_nodes,
         backend_config={"client_resources": resources, "init_args": init_args},  # type: ignore[arg-type]
     )

@@ -22,6 +22,8 @@ class Runtime:
         threads: torch's threads in every process. Results are equal bit for bit only for equal
             numbers of threads, so it does not follow from the machine.
         device: ``auto`` (a GPU where one is given), ``cpu`` or ``cuda``.
+        cohort: clients that train in one forward and backward pass, each as if alone (the sums'
+            order apart); null chooses by the tokens of a step.
         round_timeout: seconds to wait for a round's replies; who is late is left out.
         join_timeout: seconds to wait until all clients are there.
     """
@@ -32,6 +34,7 @@ class Runtime:
     total_cpus: int | None = None
     threads: int = 1
     device: str = "auto"
+    cohort: int | None = None
     round_timeout: float = 3600
     join_timeout: float = 120
 
@@ -47,6 +50,8 @@ class Runtime:
             )
         if self.total_cpus is not None and self.total_cpus < 1:
             raise ValueError(f"runtime.total_cpus must be >= 1 or null, got {self.total_cpus}")
+        if self.cohort is not None and self.cohort < 1:
+            raise ValueError(f"runtime.cohort must be >= 1 or null, got {self.cohort}")
         if self.round_timeout <= 0 or self.join_timeout <= 0:
             raise ValueError(
                 "runtime.round_timeout and runtime.join_timeout must be > 0, got "

@@ -23,6 +23,22 @@ def generator(seed: int, purpose: str, *path: int) -> np.random.Generator:
 def torch_seed(seed: int, purpose: str, *path: int) -> Iterator[None]:
     """Seeds torch's global generators inside the block and puts the old state back after it."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    value = derive(seed, purpose, *path)
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive(seed, purpose, *path))
+        torch.default_generator.manual_seed(value)  # torch.manual_seed asks every kind of device
+        if devices:
+            torch.cuda.manual_seed_all(value)
         yield
+
+
+def rng_state(device: torch.device) -> torch.Tensor:
+    """State of the generator that draws on a device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_rng_state(state: torch.Tensor, device: torch.device) -> None:
+    """Puts a state back."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

@@ -13,6 +13,7 @@ from fedpeft import config as configuration
 from fedpeft.data.batching import REPORTED
 from fedpeft.data.source import SPLITS
 from fedpeft.diagnostics import initial_error
+from fedpeft.hosting import prepare
 from fedpeft.methods.base import State
 from fedpeft.models import weights_sha256
 from fedpeft.params import parameter_counts
@@ -39,24 +40,27 @@ def serve(
     """Runs all rounds of one configuration and returns its summary.
 
     Args:
-        simulated: the clients hold parts of the server's own rows, so that a partition that is
-            not to be had can end the run before it begins.
+        simulated: the clients hold parts of the server's own rows, any node can stand for any of
+            them, and a partition that is not to be had can end the run before it begins.
     """
     display = display or Display()
     # Where results go is the server's own affair: clients get the rest.
     sent = configuration.join([o for o in overrides if not o.startswith("run_dir=")])
     tree = configuration.composed(overrides)
+    if simulated:
+        prepare(grid, sent)
     session = open_session(sent, None)  # in one process the clients' very session
     session.examples("validation")
     if simulated:
         session.client_rows  # noqa: B018  # computed here, its errors come early
     label = type(session.config.method).__name__
     directory = RunDirectory(tree.run_dir, tree, label)
-    run = _Run(session, RoleStrategy(session, sent), directory, display)
+    folder = str(directory.path / "clients") if simulated else None
+    run = _Run(session, RoleStrategy(session, sent, folder), directory, display)
     weights = " (RANDOM WEIGHTS)" if session.config.model.random else ""
     display.start(f"{label}{weights}: {directory.path}", session.config.num_rounds)
     try:
-        run.strategy.join(grid)
+        run.strategy.hosts.join(grid)
         for round in range(session.config.num_rounds + 1):
             run.round(grid, round)
         return run.summarize()
@@ -108,7 +112,7 @@ class _Run:
         cohort = strategy.round.cohort
         self.display.phase("train", len(cohort))
         strategy.aggregate_train(
-            round, strategy.exchange(grid, messages, cohort, timeout, self.display.client_done)
+            round, strategy.hosts.exchange(grid, messages, timeout, self.display.clients_done)
         )
 
     def _evaluate(self, grid: Grid, round: int) -> dict[str, Any]:
@@ -121,15 +125,16 @@ class _Run:
         if choice == "always" or (choice == "auto" and session.has_personal):
             at = max(1, round)  # before the first round, what round 1 would send
             messages = strategy.configure_evaluate(round, *strategy.packed(at), grid)
-            clients = sorted(strategy.nodes)
-            self.display.phase("evaluate", len(clients))
+            self.display.phase("evaluate", session.config.num_clients)
             timeout = session.config.runtime.round_timeout
-            replies = strategy.exchange(grid, messages, clients, timeout, self.display.client_done)
+            hosts, done = strategy.hosts, self.display.clients_done
+            replies = hosts.exchange(grid, messages, timeout, done)
             line |= strategy.aggregate_evaluate(round, replies) or {}
         return line
 
     def _server_metrics(self, split: str, state: State, last: bool = False) -> dict[str, float]:
-        self.session.load(state)
+        compression = self.session.config.compression  # the model is what clients would get
+        self.session.load(compression.received(compression.down(state), state))
         workers = os.cpu_count() or 1
         metrics = self.session.evaluate(self.session.examples(split), workers, last)
         prefix = split if split in SPLITS else f"test_{split}"

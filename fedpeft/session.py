@@ -1,8 +1,9 @@
 """What a process needs for one configuration: built once, resident over all its messages."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,23 +11,19 @@ from torch import Tensor, nn
 
 from fedpeft import config as configuration
 from fedpeft.algorithms.base import Setting, Term
-from fedpeft.data.batching import Examples, training_batches
-from fedpeft.data.partition import own_splits
+from fedpeft.cohort import IMAGE_TOKENS, Member, members, probe, train_together
+from fedpeft.data.batching import Examples
+from fedpeft.data.holdings import Holdings
 from fedpeft.memory import train_in_float32
 from fedpeft.methods.base import TRAINED, Role, State
+from fedpeft.nn.stacked import Unsupported
+from fedpeft.plan import Plan, Trained, Work, plan
 from fedpeft.schema import Config
-from fedpeft.seeding import generator, torch_seed
+from fedpeft.seeding import rng_state, torch_seed
 from fedpeft.state import blocks, down_names, filled, load_state, names_with, roles, snapshot
 from fedpeft.training import evaluate, train
 
-
-class Trained(NamedTuple):
-    """What a client's training was."""
-
-    num_examples: int
-    loss: float  # mean over the steps
-    steps: int
-    lr: float  # mean over the steps
+log = logging.getLogger(__name__)
 
 
 class Session:
@@ -59,10 +56,10 @@ class Session:
         self.trainable = [n for n, p in self.model.named_parameters() if p.requires_grad]
         self.initial = snapshot(self.model, self.trainable)
         config.strategy.check(self._setting())
+        config.compression.check(self._setting())
         self.samples: list[dict[str, str]] = []  # the last generated texts, beside references
-        # Of the session, not of the class, which would keep every session's model alive.
-        self.examples = lru_cache(maxsize=None)(self._examples)
-        self.client_examples = lru_cache(maxsize=256)(self._client_examples)
+        self.rows = Holdings(config, self.processor, self.owns_all_rows)
+        self.examples, self.client_examples = self.rows.examples, self.rows.client_examples
 
     def base_model(self) -> nn.Module:
         """The model before the method touches it."""
@@ -110,16 +107,22 @@ class Session:
         )
         return Setting(config.method, shares, whole, config.cohort_size())
 
-    def load(self, *states: State, client: int | None = None) -> None:
-        """Sets every parameter that can change: its initial value, then those of ``states``.
+    def values(self, *states: State, client: int | None = None) -> State:
+        """Every parameter that can change: its initial value, or that in the last of ``states``.
 
         Args:
-            client: whose blocks to load, the rest being zero; null for whole parameters.
+            client: whose blocks they are, the rest being zero; null for whole parameters.
         """
         initial = self.initial
         if client is not None:
             initial = filled(self.blocks(initial, client), initial)
-        load_state(self.model, initial, *(filled(state, initial) for state in states))
+        for state in states:
+            initial = initial | filled(state, self.initial)
+        return initial
+
+    def load(self, *states: State, client: int | None = None) -> None:
+        """Sets every parameter that can change to ``values``."""
+        load_state(self.model, self.values(*states, client=client))
 
     def set_trainable(self, round: int) -> None:
         """``requires_grad`` by role."""
@@ -127,76 +130,114 @@ class Session:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(by_name.get(name) in TRAINED)
 
-    def _examples(self, split: str) -> Examples:
-        """A split of the whole data set."""
-        return self.task.encode(split, self.processor)
-
-    @cached_property
+    @property
     def client_rows(self) -> list[np.ndarray]:
         """Row numbers of the training split by client."""
-        if self.owns_all_rows:
-            return [np.arange(len(self.task.train_rows))] * self.config.num_clients
-        partition = self.config.partition
-        groups, _ = self.task.grouped(partition.column)
-        return partition.indices(groups, self.config.num_clients, self.config.seed)
+        return self.rows.by_client
 
-    def _client_examples(self, client: int) -> dict[str, Examples]:
-        """A client's own train, validation and test rows."""
-        if not 0 <= client < self.config.num_clients:
-            raise ValueError(
-                f"partition-id must be from 0 to num_clients - 1 = {self.config.num_clients - 1}, "
-                f"got {client}"
-            )
-        limit = self.config.evaluation.max_client_rows
-        splits = own_splits(self.client_rows[client], self.config.seed, client)
+    def work(self, client: int) -> float:
+        """About how many tokens a client sees in a round, or rows where there are no tokens."""
+        config, lengths = self.config, np.maximum(self.rows.training(client)[0].lengths, 1)
+        if config.local_steps is None:
+            return float(lengths.sum())
+        return float(lengths.mean()) * min(config.batch_size, len(lengths)) * config.local_steps
+
+    def together(self) -> int:
+        """How many clients train in one pass: ``runtime.cohort``, or by the tokens of a step."""
         train = self.examples("train")
-        return {
-            name: train.select(rows if name == "train" else rows[:limit])
-            for name, rows in splits.items()
-        }
+        tokens = float((train.lengths * train.sequences).mean()) or IMAGE_TOKENS
+        numbers = sum(value.numel() for value in self.initial.values())
+        device = next(self.model.parameters()).device.type
+        config = self.config
+        return config.runtime.cohort or members(config.batch_size * tokens, numbers, device)
 
-    def _training_rows(self, client: int) -> tuple[Examples, int]:
-        """A client's rows, and how many clients' work it does: all of a round's, where pooled."""
-        if not self.config.strategy.pooled:
-            return self.client_examples(client)["train"], 1
-        if self.owns_all_rows:
-            raise ValueError("strategy=centralized needs all rows in one place: simulate it")
-        clients = range(self.config.num_clients)
-        rows = [self.client_examples(c)["train"].rows for c in clients]
-        return self.examples("train").select(np.concatenate(rows)), self.config.cohort_size()
+    def train(
+        self, works: Sequence[Work], round: int
+    ) -> Sequence[tuple[Trained, State] | Exception]:
+        """What several clients' training was, and their values of all that can change after it.
+
+        They train in one pass a step where the model allows it, else one after another.
+        """
+        if len(works) > 1 and self._together:
+            return self._train_together(works, round)
+        return [self._train_alone(work, round) for work in works]
+
+    def _train_alone(self, work: Work, round: int) -> tuple[Trained, State] | Exception:
+        try:
+            load_state(self.model, work.start)
+            trained = self.train_client(work.client, round, work.term)
+        except Exception as error:
+            return error
+        return trained, snapshot(self.model, self.trainable)
 
     def train_client(self, client: int, round: int, term: Term | None = None) -> Trained:
         """Trains the loaded model on a client's rows."""
-        config = self.config
-        examples, share = self._training_rows(client)
-        rng = generator(config.seed, "batches", round, client)
-        rows = training_batches(
-            examples.lengths,
-            config.batch_size,
-            None if config.local_steps is None else config.local_steps * share,
-            config.local_epochs,
-            rng,
-            config.bucketing,
-        )
-        batches = [examples.batch(r) for r in rows]
+        config, plan = self.config, self._plan(client, round)
         self.set_trainable(round)
-
-        def rate(step: int) -> float:
-            return config.optimizer.rate(config.lr, round, config.num_rounds, step, len(batches))
-
         with torch_seed(config.seed, "dropout", round, client):
             loss = train(
-                self.model, self.task.loss, batches, config.optimizer, rate, config.precision, term
+                self.model,
+                self.task.loss,
+                plan.batches,
+                config.optimizer,
+                plan.rate,
+                config.precision,
+                term,
             )
-        steps = len(batches)
-        return Trained(len(examples), loss, steps, sum(map(rate, range(steps))) / steps)
+        return plan.done(loss)
+
+    def _train_together(
+        self, works: Sequence[Work], round: int
+    ) -> list[tuple[Trained, State] | Exception]:
+        config = self.config
+        plans = [self._plan(work.client, round) for work in works]
+        load_state(self.model, works[0].start)
+        self.set_trainable(round)
+        self.model.train()
+        members = [
+            Member(plan.batches, plan.rate, work.start, work.term, self._draws(work.client, round))
+            for work, plan in zip(works, plans, strict=True)
+        ]
+        trained = [name for name, role in self.roles(round).items() if role in TRAINED]
+        with torch_seed(config.seed, "cohort", round):  # puts the generators back afterwards
+            found = train_together(
+                self.model, self.task, members, trained, config.optimizer, config.precision
+            )
+        return [
+            result if isinstance(result, Exception) else (plan.done(result[0]), result[1])
+            for plan, result in zip(plans, found, strict=True)
+        ]
+
+    def _draws(self, client: int, round: int) -> Tensor:
+        """State of torch's generator when a client begins."""
+        with torch_seed(self.config.seed, "dropout", round, client):
+            return rng_state(next(self.model.parameters()).device)
+
+    @cached_property
+    def _together(self) -> bool:
+        """Whether clients can train in one pass; if not, the log says once why."""
+        rows = self.examples("train").select(np.arange(2))
+        self.model.train()
+        try:
+            if self.config.model.gradient_checkpointing:
+                raise Unsupported("gradient checkpointing draws anew in the backward pass")
+            for count in (1, 2):
+                probe(self.model, self.task, self.trainable, rows.batch(np.arange(count)))
+        except Unsupported as reason:
+            name = type(self.config.method).__name__
+            log.warning("%s: clients train one by one, for %s", name, reason)
+            return False
+        return True
+
+    def _plan(self, client: int, round: int) -> Plan:
+        return plan(self.config, *self.rows.training(client), client, round)
 
     def evaluate(
         self, examples: Examples, workers: int = 1, last: bool = False
     ) -> dict[str, float]:
         """Metrics of the loaded model; of generated text too where the task has them now."""
         outputs = self._outputs(self.task.evaluate_batch, examples, workers)
-        rows = self.task.split_rows(examples.split)
+        rows: Any = self.task.split_rows(examples.split) if self.task.reads_rows else None
         metrics = self.task.score(outputs, rows, self.processor)
         if self.task.generates(last):
             generate = partial(self.task.generate_batch, processor=self.processor)

@@ -1,18 +1,19 @@
 """The Flower strategy: every method's rounds, read off the roles alone."""
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedpeft.algorithms.base import Replies
 from fedpeft.diagnostics import drift, interference
+from fedpeft.hosting import Hosts
 from fedpeft.methods.base import Role, State
-from fedpeft.replies import Reply, measured, read, reason
+from fedpeft.replies import Reply, measured, read
 from fedpeft.seeding import generator
 from fedpeft.session import Session
 from fedpeft.state import (
@@ -26,7 +27,7 @@ from fedpeft.state import (
     zeros,
 )
 
-POLL_SECONDS = 0.05
+MOST_MESSAGES = 64  # of an evaluation; Flower's simulation slows down with their number
 
 
 class RoundFailed(RuntimeError):
@@ -53,54 +54,17 @@ class RoleStrategy(Strategy):
     Args:
         session: the server's own model and configuration.
         overrides: the configuration as the clients get it.
+        folder: in simulation, where clients keep what is theirs.
     """
 
-    def __init__(self, session: Session, overrides: str) -> None:
+    def __init__(self, session: Session, overrides: str, folder: str | None = None) -> None:
         self.session = session
+        config = session.config
+        self.hosts = Hosts(config.num_clients, config.runtime.join_timeout, folder)
         self.overrides = overrides
-        self.nodes: dict[int, int] = {}
         self.state: State = {}  # every parameter that the server has set so far
         self.memory: dict[str, State] = {}  # the algorithm's own
         self.round = Round()
-        self._clients_of: dict[str, int] = {}
-
-    # --- who is there ------------------------------------------------------------------------
-
-    def join(self, grid: Grid) -> None:
-        """Waits until every partition 0..num_clients-1 has a node, and maps them.
-
-        Node ids differ from run to run, so everything is ordered by partition.
-
-        Raises:
-            TimeoutError: partitions are missing after ``runtime.join_timeout``.
-            ValueError: two nodes name the same partition, or a number out of range.
-        """
-        wanted, asked = self.session.config.num_clients, set()
-        deadline = time.monotonic() + self.session.config.runtime.join_timeout
-        while len(self.nodes) < wanted:
-            new = [n for n in grid.get_node_ids() if n not in asked]
-            asked.update(new)
-            queries = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
-            for reply in self.exchange(grid, queries, new, max(1, deadline - time.monotonic())):
-                self._register(reply, wanted)
-            if time.monotonic() > deadline:
-                missing = sorted(set(range(wanted)) - self.nodes.keys())
-                raise TimeoutError(f"no client holds partitions {missing} of num_clients={wanted}")
-            if not new:
-                time.sleep(POLL_SECONDS)
-
-    def _register(self, reply: Message, wanted: int) -> None:
-        if reply.has_error():
-            raise ValueError(f"a client could not be asked: {reason(reply)}")
-        partition = int(reply.content.metric_records["metrics"]["partition-id"])  # type: ignore[arg-type]
-        if not 0 <= partition < wanted:
-            raise ValueError(
-                f"a client holds partition {partition}, but num_clients={wanted}: start "
-                f"{wanted} clients, or set num_clients"
-            )
-        if partition in self.nodes:
-            raise ValueError(f"two clients hold partition {partition}")
-        self.nodes[partition] = reply.metadata.src_node_id
 
     def cohort(self, round: int) -> list[int]:
         """The clients of a round, sorted; drawn from (seed, round)."""
@@ -111,34 +75,6 @@ class RoleStrategy(Strategy):
         return sorted(int(client) for client in drawn[: config.cohort_size()])
 
     # --- messages ----------------------------------------------------------------------------
-
-    def exchange(
-        self,
-        grid: Grid,
-        messages: list[Message],
-        clients: list[int],
-        timeout: float,
-        on_reply: Callable[[], None] = lambda: None,
-    ) -> list[Message]:
-        """Sends messages and collects replies in the order of ``clients`` until the timeout."""
-        ids = list(grid.push_messages(messages))
-        if len(ids) != len(messages):
-            raise RuntimeError(f"only {len(ids)} of {len(messages)} messages could be sent")
-        self._clients_of = dict(zip(ids, clients, strict=True))
-        waiting, replies = set(ids), []
-        deadline = time.monotonic() + timeout
-        while waiting and time.monotonic() < deadline:
-            arrived = list(grid.pull_messages(waiting))
-            for reply in arrived:
-                on_reply()
-                waiting.discard(reply.metadata.reply_to_message_id)
-            replies += arrived
-            if not arrived:
-                time.sleep(POLL_SECONDS)
-        return sorted(replies, key=self._client_of)
-
-    def _client_of(self, reply: Message) -> int:
-        return self._clients_of[reply.metadata.reply_to_message_id]
 
     @property
     def values(self) -> State:
@@ -165,28 +101,39 @@ class RoleStrategy(Strategy):
         return arrays, ConfigRecord(config)  # type: ignore[arg-type]
 
     def _messages(
-        self, kind: str, clients: list[int], arrays: ArrayRecord, config: ConfigRecord
+        self, kind: str, clients: Sequence[int], arrays: ArrayRecord, config: ConfigRecord
     ) -> list[Message]:
         """One content for all clients that train the same blocks."""
         state = unpack(arrays, config["index"])  # type: ignore[arg-type]
         parameters, extras = split_extras(state)
         if kind == MessageType.EVALUATE:
             extras = {}
-        contents: dict[tuple[Any, ...], tuple[RecordDict, int, int]] = {}
-        messages = []
+        alike: dict[tuple[Any, ...], tuple[State, list[int]]] = {}
         for client in clients:
             own = with_extras(self.session.blocks(parameters, client), extras)
             shapes = tuple(value.shape for value in own.values())
-            if shapes not in contents:
-                given = self._record(own, int(config["round"]))  # type: ignore[arg-type]
-                content = RecordDict({"arrays": given[0], "config": given[1]})
-                contents[shapes] = content, wire_bytes(content), payload_bytes(own)
-            content, wire, payload = contents[shapes]
-            prefix = "" if kind == MessageType.TRAIN else "evaluation_"
-            self.round.count(prefix + "downlink_bytes", wire)
-            self.round.count(prefix + "downlink_payload_bytes", payload)
-            messages.append(Message(content, self.nodes[client], kind))
+            alike.setdefault(shapes, (own, []))[1].append(client)
+        messages: list[Message] = []
+        prefix = "" if kind == MessageType.TRAIN else "evaluation_"
+        for own, group in alike.values():
+            given = self._record(own, int(config["round"]))  # type: ignore[arg-type]
+            content = RecordDict({"arrays": given[0], "config": given[1]})
+            self.round.count(prefix + "downlink_bytes", len(group) * wire_bytes(content))
+            self.round.count(prefix + "downlink_payload_bytes", len(group) * payload_bytes(own))
+            messages += self.hosts.messages(kind, content, self._groups(kind, group))
         return messages
+
+    def _groups(self, kind: str, clients: list[int]) -> list[list[int]]:
+        """Clients by message: in simulation a cohort each, the longest work first."""
+        if not self.hosts.folder:
+            return [[client] for client in clients]
+        if kind == MessageType.EVALUATE:
+            size = -(-len(clients) // MOST_MESSAGES)
+        else:
+            size = self.session.together()
+            clients = sorted(clients, key=self.session.work, reverse=True)
+        count = -(-len(clients) // size)
+        return [[int(c) for c in part] for part in np.array_split(clients, count)]
 
     # --- the four verbs ----------------------------------------------------------------------
 
@@ -222,6 +169,7 @@ class RoleStrategy(Strategy):
             metrics["interference"] = found
         if mean and not after:
             metrics["unchanged"] = 1.0  # the strategy found too few replies to go by
+        after = session.config.compression.kept(after, before, self.values)
         self.state.update(after)
         return pack(after)[0], MetricRecord({k: v for k, v in metrics.items() if v is not None})
 
@@ -231,7 +179,7 @@ class RoleStrategy(Strategy):
         usable: list[Reply] = []
         silent = dict.fromkeys(self.round.cohort)
         for reply in replies:
-            client = self._client_of(reply)
+            client = self.hosts.client_of(reply)
             silent.pop(client, None)
             try:
                 start = self.session.blocks(shared, client)
@@ -269,7 +217,8 @@ class RoleStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """The same message for every client."""
-        return self._messages(MessageType.EVALUATE, sorted(self.nodes), arrays, config)
+        clients = range(self.session.config.num_clients)
+        return self._messages(MessageType.EVALUATE, clients, arrays, config)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -281,7 +230,7 @@ class RoleStrategy(Strategy):
             try:
                 metrics = measured(reply)
             except (ValueError, KeyError) as error:
-                self.round.refused[self._client_of(reply)] = f"evaluation: {error}"
+                self.round.refused[self.hosts.client_of(reply)] = f"evaluation: {error}"
                 continue
             self.round.count("evaluation_uplink_bytes", wire_bytes(reply.content))
             for key, value in metrics.items():

@@ -40,6 +40,7 @@ ROWS = {"train": 240, "validation": 40, "test": 40}
 # What the tiny model needs other than the defaults of conf/.
 TINY = {
     "lora": ["method.rank=4"],
+    "flasc": ["method.rank=4"],
     "ffa_lora": ["method.rank=4"],
     "fedsa_lora": ["method.rank=4"],
     "scl": ["method.rank=8"],

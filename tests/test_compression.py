@@ -1,5 +1,8 @@
 """Compression by hand, and on the wire: the dtype of every key, and its bytes."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedpeft import cli
+from fedpeft.algorithms.base import FedAvg, Replies
+from fedpeft.algorithms.fedopt import FedAdam
 from fedpeft.client_app import app as client_app
 from fedpeft.compression import (
-    INDICES,
     SCALES,
     BFloat16,
     Compression,
@@ -17,13 +22,18 @@ from fedpeft.compression import (
     Int8,
     OfUpdates,
     TopK,
+    TopKBoth,
 )
-from fedpeft.methods.base import State
+from fedpeft.config import load
+from fedpeft.largest import BITMAP, INDICES, VECTOR, as_bitmap
+from fedpeft.methods.base import State, weighted_mean
+from fedpeft.methods.lora import LoRA
 from fedpeft.seeding import generator
-from fedpeft.state import EXTRA, pack, payload_bytes, unpack, wire_bytes
+from fedpeft.session import Session
+from fedpeft.state import EXTRA, pack, payload_bytes, snapshot, unpack, wire_bytes
 from tests.conftest import Runner, Sent, state_of
 
-LOSSY: list[OfUpdates] = [Float16(), BFloat16(), Int8(), TopK()]
+LOSSY: list[OfUpdates] = [Float16(), BFloat16(), Int8(), TopK(), TopKBoth()]
 by_class = pytest.mark.parametrize("compression", LOSSY, ids=lambda c: type(c).__name__)
 
 
@@ -157,8 +167,8 @@ def test_top_k_by_hand_over_three_rounds() -> None:
     for update, (index, value), left in zip(updates, sent, errors, strict=True):
         after = {"a": server["a"] + torch.tensor(update)}
         wire, server, error = there(compression, after, server, error)
-        assert wire["a"].tolist() == [value] and wire[INDICES + "a"].tolist() == [index]
-        assert wire[INDICES + "a"].dtype is torch.int32
+        assert wire["a"].tolist() == [value] and wire[BITMAP + "a"].tolist() == [128 >> index]
+        assert wire[BITMAP + "a"].dtype is torch.uint8
         assert error["a"].tolist() == left
     assert server["a"].tolist() == [4.0, -3.0, 4.0, 0.0]  # with the error, the sum of all updates
 
@@ -167,7 +177,7 @@ def test_top_k_of_two_dimensions_and_ties() -> None:
     start = {"m": torch.zeros(2, 3), "other": torch.zeros(1)}
     after = {"m": torch.tensor([[1.0, 2.0, 2.0], [-2.0, 0.0, 5.0]]), "other": torch.ones(1)}
     wire, found, _ = there(TopK(ratio=0.5), after, start)
-    assert wire[INDICES + "m"].tolist() == [1, 2, 5]
+    assert wire["m"].tolist() == [2, 2, 5] and wire[BITMAP + "m"].tolist() == [0b01100100]
     assert found["m"].tolist() == [[0, 2, 2], [0, 0, 5]]
     assert found["other"].item() == 1  # one entry at the least
     assert [TopK(ratio=0.1).count(n) for n in (1, 4, 100)] == [1, 1, 10]
@@ -178,6 +188,137 @@ def test_errors_of_names_that_rest_wait() -> None:
     _, _, error = there(compression, state(a=[1.0, 2.0]), state(a=[0.0, 0.0]))
     _, _, error = there(compression, state(b=[1.0, 2.0]), state(b=[0.0, 0.0]), error)
     assert {n: v.tolist() for n, v in error.items()} == {"a": [1.0, 0.0], "b": [1.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("numel", "sent", "bitmap"),
+    [(8, 1, True), (24, 1, True), (25, 1, False), (32, 1, False), (32, 2, True), (320, 10, False)]
+    + [(320, 11, True), (2**31, 2**20, False), (2**31 + 1, 2**20, True)],
+)
+def test_a_bitmap_where_it_takes_fewer_bytes(numel: int, sent: int, bitmap: bool) -> None:
+    """ceil(numel / 8) < 4 sent; or where an index would take more than an int32 has."""
+    assert as_bitmap(numel, sent) is bitmap
+
+
+@pytest.mark.parametrize("compression", [TopK(ratio=0.02), TopKBoth(density_up=0.02)])
+def test_few_of_many_go_with_indices(compression: OfUpdates) -> None:
+    after = {"a": torch.zeros(10, 10)}
+    after["a"][3, 7], after["a"][9, 9] = -2.0, 1.0
+    wire, found, _ = there(compression, after, {"a": torch.zeros(10, 10)})
+    (places,) = (value for name, value in wire.items() if name.startswith(INDICES))
+    assert places.tolist() == [37, 99] and places.dtype is torch.int32
+    assert torch.equal(found["a"], after["a"]) and payload_bytes(wire) == 2 * 8
+
+
+# The server's, in the order of names: A 3 -1 0.5 2, B 0 0, head -2 0.1. Half of eight is four.
+SERVER = {"lora_B": [0.0, 0.0], "lora_A": [[3.0, -1.0], [0.5, 2.0]], "zhead": [-2.0, 0.1]}
+HALVES = TopKBoth(density_down=0.5, density_up=0.25)
+
+
+def test_top_k_down_by_hand() -> None:
+    """One mask over all tensors: 3, -1, 2 and -2 go, in whatever order the names are given."""
+    values = state(**SERVER)
+    wire = HALVES.down(values)
+    assert dtypes(wire) == {VECTOR: torch.float32, BITMAP + VECTOR: torch.uint8}
+    assert wire[VECTOR].tolist() == [3, -1, 2, -2]
+    assert wire[BITMAP + VECTOR].tolist() == [0b11010010]
+    expected = dict(reversed(values.items()))
+    found = HALVES.received(unpack(*pack(wire)), expected)
+    assert list(found) == list(expected)
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "lora_A": [[3, -1], [0, 2]],
+        "lora_B": [0, 0],
+        "zhead": [-2, 0],
+    }
+
+
+def test_of_equals_the_earlier_entry_goes_down() -> None:
+    """In a first round B is zero: A and the head go, and B's first entry where there is room."""
+    given = {"lora_A": [1.0, -1.0, 1.0], "lora_B": [0.0, 0.0, 0.0], "zhead": [1.0, 0.0]}
+    for share, sent in ((0.25, 0b11000000), (0.5, 0b11100010), (0.625, 0b11110010)):
+        wire = TopKBoth(density_down=share).down(state(**given))
+        assert wire[BITMAP + VECTOR].tolist() == [sent]
+        assert len(wire[VECTOR]) == 8 * share
+    assert len(TopKBoth(density_down=0.01).down(state(**given))[VECTOR]) == 1
+
+
+def test_top_k_up_by_hand() -> None:
+    """A quarter of eight entries, of the update and not of the state; the rest is not kept."""
+    start = HALVES.received(HALVES.down(state(**SERVER)), state(**SERVER))
+    after = {name: value.clone() for name, value in start.items()}
+    after["lora_A"] += torch.tensor([[0.25, 0.0], [-0.5, 0.125]])
+    after["lora_B"] += torch.tensor([0.0, 1.0])
+    wire, found, error = there(HALVES, after, start)
+    assert wire[VECTOR].tolist() == [-0.5, 1.0]
+    assert wire[BITMAP + VECTOR].tolist() == [0b00100100]
+    assert found["lora_A"].tolist() == [[3, -1], [-0.5, 2]]
+    assert found["lora_B"].tolist() == [0, 1] and found["zhead"].tolist() == [-2, 0]
+    assert error == {}
+    wire, _, error = there(HALVES, after, start, {"lora_A": torch.full((2, 2), 9.0)})
+    assert wire[VECTOR].tolist() == [-0.5, 1.0] and error["lora_A"].tolist() == [[9, 9], [9, 9]]
+
+
+def test_a_round_of_flasc_by_hand() -> None:
+    """Two clients of weights 3/4 and 1/4, Adam's step by hand, on the server's dense values.
+
+    The mean step is d: -0.5 * 3/4 = -0.375 on A's third entry, 0.25 on its first, 1 on B's second.
+    Adam's first step is 0.1 d / (0.1 |d| + 0.001), here times 0.01. A's third entry was 0.5 on the
+    server and 0 on the clients; what has no step stays as it was, sent or not.
+    """
+    values = state(**SERVER)
+    before = values | HALVES.received(HALVES.down(values), values)
+    replies = []
+    for update in ({"lora_A": [[0.0, 0.0], [-0.5, 0.0]]}, {"lora_A": [[1.0, 0.0], [0.0, 0.0]]}):
+        after = {name: value.clone() for name, value in before.items()}
+        after["lora_A"] += torch.tensor(update["lora_A"])
+        after["lora_B"] += torch.tensor([0.0, 1.0])
+        wire, _ = HALVES.compress(after, before, {}, rng())
+        replies.append(HALVES.restore(wire, before))
+    mean, weights = weighted_mean(replies, [0.75, 0.25]), [0.75, 0.25]
+    given = Replies(replies, weights, [1, 1], [{}, {}])
+    result = HALVES.kept(FedAdam().server(mean, before, given, {}), before, values)
+
+    def step(d: float) -> float:
+        return 0.01 * 0.1 * d / (0.1 * abs(d) + 0.001)
+
+    expected = {
+        "lora_A": [[3 + step(0.25), -1], [0.5 + step(-0.375), 2]],
+        "lora_B": [0, step(1)],
+        "zhead": [-2, 0.1],
+    }
+    assert {n: v.dtype for n, v in result.items()} == dict.fromkeys(expected, torch.float32)
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name], torch.tensor(value), rtol=1e-6, atol=1e-7)
+    assert torch.equal(result["zhead"], values["zhead"])  # 0.1 never went down
+
+
+def test_others_leave_the_server_what_the_strategy_says() -> None:
+    after, other = state(a=[1.5]), state(a=[7.0])
+    for compression in (Compression(), Float16(both=True), BFloat16(), Int8(), TopK()):
+        assert compression.kept(after, other, other) is after
+
+
+def test_all_entries_are_the_state_itself() -> None:
+    both, start = TopKBoth(density_down=1.0, density_up=1.0), drawn(0)
+    after, _ = moved(start)
+    assert len(both.down(start)[VECTOR]) == 650 and len(both.down(start)[BITMAP + VECTOR]) == 82
+    received = both.received(both.down(start), start)
+    _, found, _ = there(both, after, start)
+    for name, value in start.items():
+        assert torch.equal(received[name], value)
+        torch.testing.assert_close(found[name], after[name], rtol=1e-6, atol=0)
+
+
+def test_extras_go_whole_beside_the_vector() -> None:
+    start = {"a": torch.zeros(4), EXTRA + "a": torch.zeros(4)}
+    after = {"a": torch.tensor([4.0, 3.0, 2.0, 1.0]), EXTRA + "a": torch.full((4,), 99.0)}
+    wire, found, _ = there(HALVES, after, start)
+    assert wire[VECTOR].tolist() == [4] and wire[EXTRA + "a"].tolist() == [99] * 4
+    assert found["a"].tolist() == [4, 0, 0, 0] and found[EXTRA + "a"].tolist() == [99] * 4
+    down = HALVES.down(after)
+    assert down[VECTOR].tolist() == [4, 3] and down[EXTRA + "a"].tolist() == [99] * 4
+    received = HALVES.received(unpack(*pack(down)), after)
+    assert received["a"].tolist() == [4, 3, 0, 0] and received[EXTRA + "a"].tolist() == [99] * 4
 
 
 @by_class
@@ -198,6 +339,12 @@ def test_dtypes_of_parameters_are_kept(compression: OfUpdates) -> None:
 # --- what no client of ours sends ----------------------------------------------------------------
 
 START = {"a": torch.zeros(2, 5)}
+
+
+def bits(*bytes: int) -> Tensor:
+    return torch.tensor(bytes, dtype=torch.uint8)
+
+
 BAD: list[tuple[OfUpdates, State, str]] = [
     (Float16(), {"a": torch.zeros(2, 5)}, "a is torch.float32 .*, expected torch.float16"),
     (Float16(), {"a": torch.full((2, 5), float("inf")).half()}, "a holds .* not finite"),
@@ -212,17 +359,29 @@ BAD: list[tuple[OfUpdates, State, str]] = [
         {"a": torch.zeros(2, 5, dtype=torch.int8), SCALES: torch.zeros(2)},
         rf"{SCALES} is torch.float32 \(2,\), expected torch.float32 \(1,\)",
     ),
-    (TopK(), {"a": torch.ones(1)}, f"keys are missing, first {INDICES}a"),
+    (TopK(), {"a": torch.ones(1)}, f"keys are missing, first {BITMAP}a"),
     (TopK(), {"a": torch.ones(1), "x": torch.ones(1)}, "keys are missing"),
-    (TopK(ratio=0.2), {"a": torch.ones(2), INDICES + "a": torch.tensor([3, 10])}, r"torch.int64"),
-    (TopK(ratio=0.2), {"a": torch.ones(3), INDICES + "a": torch.zeros(3).int()}, r"expected .*2,"),
+    (TopK(ratio=0.2), {"a": torch.ones(2), BITMAP + "a": torch.tensor([3, 10])}, r"torch.int64"),
+    (TopK(ratio=0.2), {"a": torch.ones(3), BITMAP + "a": bits(3, 0)}, r"a is .* \(3,\), .*\(2,\)"),
+    (TopK(ratio=0.2), {"a": torch.ones(2), BITMAP + "a": bits(3)}, r"is .* \(1,\), .*\(2,\)"),
+    (
+        TopK(ratio=0.2),
+        {"a": torch.ones(2), INDICES + "a": torch.tensor([1, 2], dtype=torch.int32)},
+        f"keys are missing, first {BITMAP}a",
+    ),
     *(
         (
-            TopK(ratio=0.2),
-            {"a": torch.ones(2), INDICES + "a": torch.tensor(wrong, dtype=torch.int32)},
-            r"indices of a must rise within 0\.\.9, got",
+            TopKBoth(density_up=0.2),
+            {VECTOR: torch.tensor([1.0, value]), BITMAP + VECTOR: bits(3, 0)},
+            f"{VECTOR} holds values that are not finite",
         )
-        for wrong in ([3, 10], [-1, 3], [3, 3], [4, 3])
+        for value in (float("nan"), float("inf"))
+    ),
+    (TopKBoth(), {"a": torch.zeros(2, 5)}, f"2 keys are missing, first {BITMAP}{VECTOR}"),
+    (
+        TopKBoth(density_up=0.2),
+        {VECTOR: torch.ones(2), BITMAP + VECTOR: bits(3, 0), EXTRA + "a": torch.ones(2, 5)},
+        f"1 keys are unknown, first {EXTRA}a",
     ),
 ]
 
@@ -233,26 +392,71 @@ def test_unusable_messages(compression: OfUpdates, wire: State, message: str) ->
         compression.restore(wire, START)
 
 
-def test_an_unusable_reply_is_left_out(run: Runner) -> None:
+# Of ten entries two are set: 3 and 9, the second byte's second bit. The rest of it is no entry.
+BITMAPS = [((0x10, 0x00), 1, 0), ((0x18, 0x40), 3, 0), ((0x10, 0x20), 1, 1), ((0x10, 0x41), 2, 1)]
+
+
+@pytest.mark.parametrize(("given", "within", "beyond"), BITMAPS)
+@pytest.mark.parametrize("compression", [TopK(ratio=0.2), TopKBoth(density_up=0.2)])
+def test_a_bitmap_has_as_many_bits_as_values(
+    compression: OfUpdates, given: tuple[int, int], within: int, beyond: int
+) -> None:
+    name = "a" if isinstance(compression, TopK) else VECTOR
+    values = {name: torch.tensor([1.0, 2.0])}
+    right = compression.restore(values | {BITMAP + name: bits(0x10, 0x40)}, START)
+    assert right["a"].reshape(-1).tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 2]
+    with pytest.raises(ValueError) as refused:
+        compression.restore(values | {BITMAP + name: bits(*given)}, START)
+    assert str(refused.value) == (
+        f"the bitmap of {name} must have 2 of its first 10 bits set and no bit beyond, "
+        f"got {within} and {beyond}"
+    )
+
+
+@pytest.mark.parametrize("wrong", [[3, 100], [-1, 3], [3, 3], [4, 3]])
+@pytest.mark.parametrize("compression", [TopK(ratio=0.02), TopKBoth(density_up=0.02)])
+def test_indices_rise_within_the_tensor(compression: OfUpdates, wrong: list[int]) -> None:
+    """Two of a hundred: eight bytes of indices, thirteen of a bitmap."""
+    name = "a" if isinstance(compression, TopK) else VECTOR
+    wire = {name: torch.ones(2), INDICES + name: torch.tensor(wrong, dtype=torch.int32)}
+    with pytest.raises(ValueError) as refused:
+        compression.restore(wire, {"a": torch.zeros(10, 10)})
+    assert str(refused.value) == f"indices of {name} must rise within 0..99, got {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("compression", "name", "sent", "numel"),
+    [("topk", "classifier.bias", 1, 4), ("topk_both", VECTOR, 545, 2180)],
+)
+def test_an_unusable_reply_is_left_out(
+    compression: str, name: str, sent: int, numel: int, run: Runner
+) -> None:
     def answer(message: Any, context: Any) -> Any:
         reply = client_app(message=message, context=context)
         if message.metadata.message_type == "train" and context.node_config["partition-id"] == 2:
             wire = state_of(reply)
-            wire[INDICES + "classifier.bias"] += 4
+            wire[BITMAP + name] = torch.full_like(wire[BITMAP + name], 255)
             reply.content["arrays"], index = pack(wire)
             reply.content.config_records["config"]["index"] = index
         return reply
 
-    run("compression=topk", "num_rounds=1", answer=answer)
-    (refused,) = run.lines()[1]["refused"].items()
-    assert refused[0] == "2"
-    assert refused[1].startswith("indices of classifier.bias must rise within 0..3, got ")
+    run(f"compression={compression}", "method.rank=8", "num_rounds=1", answer=answer)
+    assert run.lines()[1]["refused"] == {
+        "2": f"the bitmap of {name} must have {sent} of its first {numel} bits set and no bit "
+        f"beyond, got {numel} and {-numel % 8}"
+    }
+    assert all(torch.isfinite(value).all() for value in run.saved().values())
 
 
-def test_values_outside_their_rule() -> None:
-    for ratio in (0.0, 1.5):
-        with pytest.raises(ValueError, match=rf"ratio must be in \(0, 1\], got {ratio}"):
-            TopK(ratio=ratio)
+@pytest.mark.parametrize(
+    ("compression", "field"),
+    [("topk", "ratio"), ("topk_both", "density_down"), ("topk_both", "density_up")],
+)
+@pytest.mark.parametrize("value", ["0.0", "1.5", "-0.25", "nan"])
+def test_values_outside_their_rule(compression: str, field: str, value: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        load(f"compression={compression} compression.{field}={value}")
+    assert str(refused.value) == f"compression.{field} must be in (0, 1], got {value}"
 
 
 # --- on the wire ---------------------------------------------------------------------------------
@@ -264,6 +468,7 @@ WIRE = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
     "topk": torch.float32,
+    "topk_both": torch.float32,
 }
 
 
@@ -275,7 +480,7 @@ def beside(name: str) -> torch.dtype | None:
     """Of what goes beside the parameters."""
     if name == SCALES:
         return torch.float32
-    return torch.int32 if name.startswith(INDICES) else None
+    return torch.uint8 if name.startswith(BITMAP) else None
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -292,11 +497,14 @@ def test_the_dtype_of_every_key_and_its_bytes(compression: str, method: str, run
         for exchange in sent:
             for name, dtype in dtypes(exchange.up_state()).items():
                 assert dtype is (beside(name) or WIRE[compression])
-            assert set(dtypes(exchange.down_state()).values()) == {torch.float32}
+            for name, dtype in dtypes(exchange.down_state()).items():
+                assert dtype is (beside(name) or torch.float32)
     numbers = 3 * sum(summary["parameters"]["sent_up"])  # three clients, two rounds
     assert summary["bytes"]["uplink_payload_bytes"] == total
     # fedtt_plus has many small tensors: a scale, or one entry at the least, weighs more there
-    share = {"none": 1.0, "float16": 0.5, "bfloat16": 0.5, "int8": 0.25, "topk": 0.2}[compression]
+    bit = 1 / 32
+    sparse = {"topk": 0.1 + bit, "topk_both": 0.25 + bit}
+    share = ({"none": 1.0, "float16": 0.5, "bfloat16": 0.5, "int8": 0.25} | sparse)[compression]
     slack = 1.0 if share >= 0.5 else 1.1
     assert share <= total / (4 * numbers) * 1.0001 + 0.01 and total <= slack * share * 4 * numbers
 
@@ -306,7 +514,7 @@ def _raw(exchange: Sent) -> int:
     return sum(a.numpy().nbytes for a in exchange.up.content.array_records["arrays"].values())
 
 
-@pytest.mark.parametrize("compression", [c for c in WIRE if c != "none"])
+@pytest.mark.parametrize("compression", [c for c in WIRE if c not in ("none", "topk_both")])
 def test_down_goes_what_went_up_added_to_what_went_down(compression: str, run: Runner) -> None:
     """The next round's state is the weighted mean of start + update, read off the messages."""
     run(f"compression={compression}", "strategy.weights=uniform", "evaluation.clients=never")
@@ -369,4 +577,282 @@ def test_what_top_k_left_out_comes_later(run: Runner, monkeypatch: pytest.Monkey
         assert all(torch.equal(left[name], after[name]) for name in left)
     assert any(value.any() for value in calls[0][1].values())
     sent = run.recorder.of("train", 2)[0].up_state()
-    assert calls[0][1].keys() == {name for name in sent if not name.startswith(INDICES)}
+    assert calls[0][1].keys() == {name for name in sent if not name.startswith(BITMAP)}
+
+
+# --- top-k both ways, in whole runs --------------------------------------------------------------
+
+FLASC = ["method=flasc", "method.rank=8"]
+N = 2 * 2 * 8 * (32 + 32) + 32 * 4 + 4  # LoRA of rank 8 on q and v of two layers, and the head
+K = 545  # a quarter of 2,180
+SPARSE = 4 * K + 273  # bytes: values, and a bit for each of 2,180 entries
+
+
+def vector(values: State) -> np.ndarray:
+    """All numbers, in the order of names."""
+    return np.concatenate([values[name].double().numpy().ravel() for name in sorted(values)])
+
+
+def unmasked(wire: State, numel: int) -> np.ndarray:
+    """A message's vector, zeros where nothing was sent."""
+    full = np.zeros(numel)
+    full[np.unpackbits(wire[BITMAP + VECTOR].numpy())[:numel] == 1] = wire[VECTOR].numpy()
+    return full
+
+
+def largest(values: np.ndarray, sent: int) -> np.ndarray:
+    """The values, zero but for so many of the largest magnitude."""
+    chosen = np.argsort(-np.abs(values), kind="stable")[:sent]
+    return np.where(np.isin(np.arange(len(values)), chosen), values, 0.0)
+
+
+def mean_update(run: Runner, round: int) -> np.ndarray:
+    """By examples, of what went up."""
+    sent = run.recorder.of("train", round)
+    rows = [e.up.content.metric_records["metrics"]["num-examples"] for e in sent]
+    return np.average([unmasked(e.up_state(), N) for e in sent], axis=0, weights=rows)
+
+
+def test_two_rounds_of_flasc_by_hand(run: Runner, opened: Callable[..., Session]) -> None:
+    """Down goes the top of P, up the top of each update, and P takes Adam's step."""
+    start = vector(opened(*FLASC).initial)
+    assert len(start) == N
+    ends = []
+    for rounds in (1, 2):
+        summary = run(*FLASC, f"num_rounds={rounds}", "evaluation.clients=always")
+        assert summary["refused"] == {} and summary["method"] == "LoRA"
+        ends.append(vector(run.saved()))
+    m, v, known = np.zeros(N), np.zeros(N), np.zeros(N, dtype=bool)
+    for round, before, after in ((1, start, ends[0]), (2, ends[0], ends[1])):
+        for exchange in run.recorder.of("train", round):
+            for wire in (exchange.down_state(), exchange.up_state()):
+                assert dtypes(wire) == {VECTOR: torch.float32, BITMAP + VECTOR: torch.uint8}
+                assert len(wire[VECTOR]) == K and payload_bytes(wire) == SPARSE
+                known |= unmasked(wire, N) != 0
+            assert np.array_equal(unmasked(exchange.down_state(), N), largest(before, K))
+        delta = mean_update(run, round)
+        m, v = 0.9 * m + 0.1 * delta, 0.99 * v + 0.01 * delta**2
+        step = 0.01 * m / (np.sqrt(v) + 1e-3)
+        np.testing.assert_allclose(after, before + step, rtol=1e-5, atol=1e-6)
+        line = run.lines()[round]
+        assert line["uplink_payload_bytes"] == line["downlink_payload_bytes"] == 3 * SPARSE
+    never = ~known & (start != 0)
+    assert never.sum() > 100 and np.array_equal(ends[1][never], start[never])
+    for exchange in run.recorder.of("evaluate", 2):
+        assert np.array_equal(unmasked(exchange.down_state(), N), largest(ends[1], K))
+
+
+def test_what_is_sent_up_is_the_top_of_what_was_trained(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every entry trains, from the sparse start; B's zeros are not frozen."""
+    seen: list[np.ndarray] = []
+    train_client = Session.train_client
+
+    def watch(session: Session, *args: Any) -> Any:
+        before = snapshot(session.model, session.trainable)
+        result = train_client(session, *args)
+        after = snapshot(session.model, session.trainable)
+        seen.append(vector(before))
+        seen.append(vector({name: after[name] - before[name] for name in after}))
+        return result
+
+    monkeypatch.setattr(Session, "train_client", watch)
+    run(*FLASC)
+    for exchange, start, update in zip(
+        run.recorder.of("train"), seen[::2], seen[1::2], strict=True
+    ):
+        assert np.array_equal(start, unmasked(exchange.down_state(), N))
+        assert np.array_equal(largest(update, K), unmasked(exchange.up_state(), N))
+        assert (update != 0).sum() > 0.9 * N
+
+
+def test_the_bytes_of_both_ways(run: Runner) -> None:
+    """Of whole messages: what is saved is saved on the wire."""
+    given = ["method.rank=8", "evaluation.clients=never"]
+    dense = run("method=lora", *given)["bytes"]
+    sparse = run(*FLASC, *given)["bytes"]
+    messages = 2 * 3
+    for way in ("up", "down"):
+        assert dense[f"{way}link_payload_bytes"] == messages * 4 * N
+        assert sparse[f"{way}link_payload_bytes"] == messages * SPARSE
+        saved = dense[f"{way}link_bytes"] - sparse[f"{way}link_bytes"]
+        assert abs(saved - messages * (4 * N - SPARSE)) < messages * 500
+        assert sparse[f"{way}link_bytes"] < 0.5 * dense[f"{way}link_bytes"]
+
+
+def test_densities_differ_by_way(run: Runner) -> None:
+    run(*FLASC, "compression.density_down=0.02", "compression.density_up=1", "num_rounds=1")
+    (first, *_) = run.recorder.of("train")
+    down, up = first.down_state(), first.up_state()
+    assert down.keys() == {VECTOR, INDICES + VECTOR} and payload_bytes(down) == 44 * 8
+    assert up.keys() == {VECTOR, BITMAP + VECTOR} and payload_bytes(up) == 4 * N + 273
+
+
+def test_two_runs_of_flasc_are_equal(run: Runner) -> None:
+    shas = [run(*FLASC, f"seed={s}")["shared_state_sha256"] for s in (0, 0, 1)]
+    assert shas[0] == shas[1] != shas[2]
+
+
+@pytest.mark.parametrize("method", ["fedsa_lora", "ffa_lora"])
+def test_what_stays_on_the_client_or_frozen_is_whole(
+    method: str, run: Runner, opened: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vector holds what is sent; the rest is the initial value, or the client's own."""
+    session = opened(f"method={method}")
+    shared = session.shared(1)
+    last: dict[int, State] = {}
+    train_client = Session.train_client
+
+    def watch(session: Session, client: int, *args: Any) -> Any:
+        names = [name for name, _ in session.model.named_parameters() if name not in shared]
+        before = snapshot(session.model, names)
+        for name, value in before.items():
+            expected = last.get(client, session.initial)
+            assert name not in expected or torch.equal(value, expected[name])
+        result = train_client(session, client, *args)
+        last[client] = snapshot(session.model, names)
+        frozen = [name for name in names if name not in session.trainable]
+        assert all(torch.equal(last[client][name], before[name]) for name in frozen)
+        return result
+
+    monkeypatch.setattr(Session, "train_client", watch)
+    assert run(f"method={method}", "compression=topk_both")["refused"] == {}
+    numel = sum(value.numel() for value in shared.values())
+    for exchange in run.recorder.of("train"):
+        for wire in (exchange.down_state(), exchange.up_state()):
+            assert wire.keys() == {VECTOR, BITMAP + VECTOR}
+            assert len(wire[VECTOR]) == round(numel / 4)
+            assert len(wire[BITMAP + VECTOR]) == -(-numel // 8)
+    assert run.saved().keys() == shared.keys()
+
+
+def test_what_rests_in_a_round_is_whole_on_the_server(run: Runner) -> None:
+    """RoLoRA trains B, then A: in round 2 B goes down in part, and loses nothing."""
+    ends = []
+    for rounds in (1, 2):
+        assert (
+            run("method=rolora", "compression=topk_both", f"num_rounds={rounds}")["refused"] == {}
+        )
+        ends.append(run.saved())
+    b = [name for name in ends[0] if ".lora_B." in name]
+    assert len(b) == 4
+    assert all(ends[0][name].any() and torch.equal(ends[0][name], ends[1][name]) for name in b)
+
+
+def test_scaffold_with_top_k_both_ways(run: Runner) -> None:
+    """Controls go whole; a client's change is that of all it trained, sent or not."""
+    given = ["method=lora", "method.rank=8", "compression=topk_both", "strategy=scaffold"]
+    given += ["optimizer.name=sgd", "optimizer.max_grad_norm=null", "lr=0.01"]
+    assert run(*given)["refused"] == {}
+    control = np.zeros(N)
+    for round in (1, 2):
+        changes = []
+        for exchange in run.recorder.of("train", round):
+            down, up = exchange.down_state(), exchange.up_state()
+            names = [name for name in sorted(up) if name.startswith(EXTRA)]
+            assert names == [name for name in sorted(down) if name.startswith(EXTRA)]
+            assert payload_bytes(down) == payload_bytes(up) == SPARSE + 4 * N
+            sent = vector({name: down[name] for name in names})
+            np.testing.assert_allclose(sent, control, rtol=1e-5, atol=1e-7)
+            changes.append(vector({name: up[name] for name in names}))
+            update = unmasked(up, N)
+            own = -sent - update / (2 * 0.01)  # two steps
+            np.testing.assert_allclose(
+                changes[-1][update != 0], own[update != 0], rtol=1e-4, atol=1e-5
+            )
+            assert (changes[-1] + sent != 0).sum() > 0.9 * N
+        control = control + np.mean(changes, axis=0)
+
+
+def test_every_strategy_takes_its_step_from_what_clients_got(run: Runner) -> None:
+    """FedAvg: P takes the mean update itself."""
+    run(*FLASC, "strategy=fedavg", "num_rounds=1")
+    first = vector(run.saved())
+    run(*FLASC, "strategy=fedavg")
+    np.testing.assert_allclose(
+        vector(run.saved()), first + mean_update(run, 2), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_nothing_is_shared_and_nothing_sent(run: Runner) -> None:
+    summary = run(*FLASC, "strategy=local_only", "evaluation.clients=never")
+    assert summary["refused"] == {} and summary["bytes"]["uplink_payload_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("flexlora", "FlexLoRA"), ("hetlora", "HetLoRA"), ("slora", "SLoRA")]
+)
+def test_a_method_with_a_rule_of_its_own_is_refused(
+    method: str, name: str, opened: Callable[..., Session]
+) -> None:
+    opened(f"method={method}", "compression=topk")
+    with pytest.raises(ValueError) as refused:
+        opened(f"method={method}", "compression=topk_both")
+    assert str(refused.value) == (
+        "compression TopKBoth adds the mean's step to values that clients got in part, but method "
+        f"{name} aggregates by a rule of its own: use compression=topk or none"
+    )
+
+
+def test_clients_with_blocks_are_refused(
+    opened: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened("compression=topk_both")
+    monkeypatch.setattr(
+        LoRA, "block", lambda self, name, shape, client: (1, *shape[1:]) if client else shape
+    )
+    opened("compression=topk")
+    with pytest.raises(ValueError) as refused:
+        opened("compression=topk_both")
+    assert str(refused.value) == (
+        "compression TopKBoth takes the same vector for every client, but with method LoRA some "
+        "train only a block: use equal ranks, or compression=topk or none"
+    )
+
+
+# --- method=flasc --------------------------------------------------------------------------------
+
+
+def test_flasc_is_lora_with_two_groups_chosen() -> None:
+    flasc, lora = load("method=flasc"), load("method=lora")
+    assert (flasc.method, flasc.lr) == (lora.method, lora.lr)
+    assert flasc.strategy == FedAdam(server_lr=0.01, tau=1e-3)
+    assert flasc.compression == TopKBoth(density_down=0.25, density_up=0.25)
+    assert (lora.strategy, lora.compression) == (FedAvg(), Compression())
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_command_line_wins_over_flasc(place: int) -> None:
+    """Whichever comes first."""
+    given = ["strategy=fedavg", "compression=topk"]
+    given.insert(2 * place, "method=flasc")
+    config = load(given)
+    assert (config.strategy, config.compression) == (FedAvg(), TopK())
+    config = load(["compression.density_up=0.5", "method=flasc", "strategy.server_lr=0.1"])
+    assert config.compression == TopKBoth(density_up=0.5)
+    assert config.strategy == FedAdam(server_lr=0.1)
+
+
+def test_flasc_on_the_command_line(
+    base: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rest = [o for o in base if not o.startswith("method=")]
+
+    def fedpeft(*arguments: str) -> Any:
+        monkeypatch.setattr("sys.argv", ["fedpeft", *arguments])
+        cli.main()
+        return json.loads(capsys.readouterr().out)
+
+    counts = fedpeft("params", "--json", "model=roberta_base", "data=sst2", "method=flasc")
+    assert counts["flasc"]["trained"] == [887_042, 887_042]
+    rows = fedpeft("compare", "--json", "--methods", "lora,flasc", *rest)["rows"]
+    assert {row["method"] for row in rows} == {"lora", "flasc"}
+    summary = fedpeft("run", "--json", "method=flasc", *rest)
+    text = (Path(summary["run_dir"]) / "config.yaml").read_text()
+    assert "fedpeft.algorithms.fedopt.FedAdam" in text and "fedpeft.compression.TopKBoth" in text
+    assert summary["bytes"]["uplink_payload_bytes"] == 2 * 3 * SPARSE

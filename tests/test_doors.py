@@ -21,7 +21,14 @@ METHODS = ("fedsa_lora", "fedtt_plus")  # one with personal parameters, one with
 
 def given(base: list[str], method: str, run_dir: Path) -> list[str]:
     rest = [o for o in base if not o.startswith(("method=", "runtime="))]
-    return [*rest, f"method={method}", "evaluation.clients=always", f"run_dir={run_dir}"]
+    one_by_one = "runtime.cohort=1"  # as real machines train; together, sums are in another order
+    return [
+        *rest,
+        f"method={method}",
+        "evaluation.clients=always",
+        one_by_one,
+        f"run_dir={run_dir}",
+    ]
 
 
 def summary(run_dir: Path) -> dict[str, object]:

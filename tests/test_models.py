@@ -255,7 +255,7 @@ def roles_by_hand(
     plus = factor_names(a, {1, 2 + round % 2, 4}) | output_head(a)
     tt = factor_names(a) | {f"{train}.bias" for train in trains(a)} | output_head(a)
     return {
-        "lora": (up | down | head, set()),
+        **dict.fromkeys(("lora", "flasc"), (up | down | head, set())),
         "ffa_lora": (up | head, set()),
         "fedsa_lora": (down, up | head),
         "scl": (scl_names(a) | head, set()),
@@ -316,6 +316,7 @@ def small_run(name: str, checkpoint: Path) -> list[str]:
         f"model.tokenizer_path={checkpoint}",
         *flat(shrunk(published(name).architecture), "model.architecture"),
         "num_clients=2",
+        "compression=none",
         "evaluation.every=2",
         "evaluation.interference=false",
     ]

@@ -56,6 +56,7 @@ SENT: dict[str, list[tuple[str, str]]] = {
     "fedftg": [(MLP, MLP), (MLP, MLP)],
     "slora": [(VALUES, VALUES), (LORA, rf"{LORA}|{VALUES}")],
     "lora": [(LORA, LORA), (LORA, LORA)],
+    "flasc": [(LORA, LORA), (LORA, LORA)],  # of which the largest entries go
     "ffa_lora": [(FFA, FFA), (FFA, FFA)],
     "fedsa_lora": [(r"\.lora_A\.", r"\.lora_A\."), (r"\.lora_A\.", r"\.lora_A\.")],
     "scl": [(SCL, SCL), (SCL, SCL)],
@@ -95,7 +96,7 @@ COUNTS: dict[str, tuple[int, int] | list[tuple[int, int]]] = {
     "fedftg": (4 + 2, 2 * 2 * 32 * 64 + 132),
     # 5 % of 1,024 places are 51.
     "slora": [(4 + 2, 2 * 2 * 51 + 132), (8 + 2, 2 * 2 * 4 * (32 + 32) + 132)],
-    "lora": (8 + 2, 2 * 2 * 4 * (32 + 32) + 132),
+    **dict.fromkeys(("lora", "flasc"), (8 + 2, 2 * 2 * 4 * (32 + 32) + 132)),
     "ffa_lora": (4 + 2, 2 * 2 * 4 * 32 + 132),
     "fedsa_lora": (4, 2 * 2 * 4 * 32),
     "scl": (4 + 2, 2 * 8 * (64 + 32) + 132),
@@ -178,7 +179,7 @@ def test_two_rounds(
     opened: Callable[..., Session],
     watched: list[tuple[int, int, State, State]],
 ) -> None:
-    summary = run(f"method={method}")
+    summary = run(f"method={method}", "compression=none")
     session, lines = opened(f"method={method}"), run.lines()
 
     assert [line["round"] for line in lines] == [0, 1, 2]
@@ -347,10 +348,11 @@ def test_another_seed_another_run(run: Runner) -> None:
 def test_launch_gives_the_same_as_the_grid(run: Runner, base: list[str], tmp_path: Path) -> None:
     expected = run("method.rank=4")["shared_state_sha256"]
     found: list[str] = []
-    overrides = [*base, "method.rank=4", f"run_dir={tmp_path / 'launched'}"]
+    launched = ["runtime.cohort=1", f"run_dir={tmp_path / 'launched'}"]
+    overrides = [*base, "method.rank=4", *launched]
     config = load(overrides)
     launch(
-        lambda grid, _: found.append(serve(grid, overrides, quiet())["shared_state_sha256"]),
+        lambda grid, _: found.append(serve(grid, overrides, quiet(), True)["shared_state_sha256"]),
         config.num_clients,
         config.runtime,
     )

@@ -295,4 +295,3 @@ def test_evaluation_pads_no_more_than_the_best_cut() -> None:
     found = [lengths[b] for b in within(lengths, 4, 300)]
     assert cost(found) == min(map(cost, allowed)) < max(map(cost, allowed))
     assert np.array_equal(np.concatenate(found), ordered)
-

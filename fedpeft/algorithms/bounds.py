@@ -11,7 +11,8 @@ class LocalOnly(FedAvg):
     """Every client trains alone: what the method shares stays personal, nothing is sent."""
 
     def role(self, role: Role) -> Role:
-        return Role.PERSONAL if role is Role.SHARED else role
+        alone = {Role.SHARED: Role.PERSONAL, Role.RECEIVED: Role.FROZEN}
+        return alone.get(role, role)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
 PER_SEQUENCE = ("prompts", "right")  # the others have one entry a row
@@ -115,6 +115,18 @@ class Examples:
             if name in self.arrays:
                 batch[name] = torch.from_numpy(np.ascontiguousarray(self.arrays[name][sequences]))
         return batch
+
+
+def merged(batches: Sequence[Batch]) -> Batch:
+    """Batches one after another, their tokens padded on the right to the longest."""
+    whole: Batch = {}
+    for name in batches[0]:
+        parts = [batch[name] for batch in batches]
+        if name in ("input_ids", "attention_mask"):
+            longest = max(part.shape[1] for part in parts)
+            parts = [nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts]
+        whole[name] = torch.cat(parts)
+    return whole
 
 
 def _first(arrays: Mapping[str, np.ndarray]) -> Any:

@@ -34,7 +34,7 @@ class FedSVD(LoRA):
         self, states: Sequence[State], weights: Sequence[float], before: State, round: int
     ) -> State:
         after = weighted_mean(states, weights)
-        if round % self.every:
+        if round % self.every or not states[0]:  # nothing came
             return after
         values = {n: v for n, v in (before | after).items() if n.endswith((A, B))}
         for site, (b, a) in factors(values).items():

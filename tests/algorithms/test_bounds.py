@@ -9,7 +9,8 @@ from torch import nn
 
 from fedpeft.algorithms.fedprox import FedProx
 from fedpeft.methods.base import State
-from fedpeft.session import Session, Trained
+from fedpeft.plan import Trained
+from fedpeft.session import Session
 from fedpeft.state import snapshot
 from tests.conftest import Runner
 
@@ -67,7 +68,7 @@ def test_centralized_trains_one_model_on_all_rows(
         metrics = exchange.up.content.metric_records["metrics"]
         assert metrics["num-examples"] == len(rows)
         assert metrics["num-steps"] == 2 * 2  # local_steps of each of the cohort's two
-    assert np.array_equal(session._training_rows(0)[0].rows, rows)
+    assert np.array_equal(session.rows.training(0)[0].rows, rows)
     assert equal(trained[1][2], trained[0][3])
     asked = run.recorder.of("evaluate")  # measured on each client's own rows
     assert [e.client for e in asked] == [0, 1, 2] * 3

@@ -1,0 +1,136 @@
+"""The largest entries of a vector on the wire: their values, and where they stand.
+
+The places are a bitmap, one bit an entry, where that takes fewer bytes than an int32 for each entry
+sent. Which it is follows from the two numbers alone, so that both sides know.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft.methods.base import State
+from fedpeft.state import check, split_extras, with_extras
+
+BITMAP = "compression:bitmap:"
+INDICES = "compression:indices:"
+VECTOR = "compression:vector"  # of all parameters
+
+
+def check_share(name: str, share: float) -> None:
+    """Raises ValueError for what is no share of a vector's entries."""
+    if not 0 < share <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {share}")
+
+
+def count(share: float, numel: int) -> int:
+    """Entries sent of so many: the nearest to the share, one at the least."""
+    return min(numel, max(1, round(share * numel)))
+
+
+def as_bitmap(numel: int, sent: int) -> bool:
+    """Whether a bitmap tells the places of so many entries sent."""
+    return _bytes(numel) < 4 * sent or numel > 2**31  # which int32 cannot number
+
+
+def _bytes(numel: int) -> int:
+    return (numel + 7) // 8
+
+
+def largest_of(flat: Tensor, sent: int) -> Tensor:
+    """Places of the entries of largest magnitude, rising; of equals, the earlier entry goes."""
+    return flat.abs().sort(descending=True, stable=True).indices[:sent].sort().values
+
+
+def encoded(name: str, flat: Tensor, sent: int) -> State:
+    """The largest entries of a vector (n,).
+
+    Returns:
+        Values (sent,) in its dtype, and a uint8 bitmap (n/8 rounded up,) or int32 indices (sent,).
+    """
+    places = largest_of(flat, sent)
+    if not as_bitmap(flat.numel(), sent):
+        return {name: flat[places], INDICES + name: places.to(torch.int32)}
+    bits = torch.zeros(flat.numel(), dtype=torch.bool)
+    bits[places] = True
+    return {name: flat[places], BITMAP + name: torch.from_numpy(np.packbits(bits.numpy()))}
+
+
+def expected(name: str, numel: int, sent: int) -> State:
+    """Names, shapes and dtypes of what ``encoded`` gives."""
+    values = {name: torch.zeros(sent)}
+    if as_bitmap(numel, sent):
+        return values | {BITMAP + name: torch.zeros(_bytes(numel), dtype=torch.uint8)}
+    return values | {INDICES + name: torch.zeros(sent, dtype=torch.int32)}
+
+
+def decoded(name: str, wire: State, numel: int) -> Tensor:
+    """The vector (numel,), float32: zeros but for what was sent.
+
+    Args:
+        wire: holds what ``expected`` says.
+
+    Raises:
+        ValueError: a bitmap or indices that ``encoded`` never gives.
+    """
+    if BITMAP + name in wire:
+        places = _of_bitmap(name, wire[BITMAP + name], numel, len(wire[name]))
+    else:
+        places = _of_indices(name, wire[INDICES + name].long(), numel)
+    flat = torch.zeros(numel)
+    flat[places] = wire[name]
+    return flat
+
+
+def _of_bitmap(name: str, bitmap: Tensor, numel: int, sent: int) -> Tensor:
+    bits = torch.from_numpy(np.unpackbits(bitmap.numpy()))
+    within, beyond = int(bits[:numel].sum()), int(bits[numel:].sum())
+    if within != sent or beyond:
+        raise ValueError(
+            f"the bitmap of {name} must have {sent} of its first {numel} bits set and no bit "
+            f"beyond, got {within} and {beyond}"
+        )
+    return bits.nonzero().reshape(-1)
+
+
+def _of_indices(name: str, indices: Tensor, numel: int) -> Tensor:
+    rising = bool((indices.diff() > 0).all())
+    if len(indices) and not (rising and indices[0] >= 0 and indices[-1] < numel):
+        raise ValueError(
+            f"indices of {name} must rise within 0..{numel - 1}, got {indices.tolist()[:5]}"
+        )
+    return indices
+
+
+def joined(state: State, share: float) -> State:
+    """The largest entries of all parameters as one vector, in the order of names; extras whole."""
+    parameters, extras = split_extras({name: value.float() for name, value in state.items()})
+    wire = with_extras({}, extras)
+    if parameters:
+        flat = torch.cat([parameters[name].reshape(-1) for name in sorted(parameters)])
+        wire |= encoded(VECTOR, flat, count(share, flat.numel()))
+    return wire
+
+
+def parted(wire: State, like: Mapping[str, Tensor], share: float) -> State:
+    """What was joined, in float32, zeros where nothing was sent.
+
+    Args:
+        like: its names and shapes.
+
+    Raises:
+        ValueError: the wire holds what ``joined`` never gives.
+    """
+    parameters, extras = split_extras(dict(like))
+    sizes = {name: parameters[name].numel() for name in sorted(parameters)}
+    numel = sum(sizes.values())
+    wanted = with_extras({}, {name: value.float() for name, value in extras.items()})
+    if parameters:
+        wanted |= expected(VECTOR, numel, count(share, numel))
+    check(wire, wanted)
+    found = {name: value for name, value in wire.items() if name in like}
+    if parameters:
+        parts = decoded(VECTOR, wire, numel).split(list(sizes.values()))
+        found |= {n: p.reshape(like[n].shape) for n, p in zip(sizes, parts, strict=True)}
+    return found

@@ -1,0 +1,133 @@
+"""Several clients in one pass train as each would alone."""
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from fedpeft.algorithms.fedprox import ProximalTerm
+from fedpeft.methods.base import TRAINED
+from fedpeft.plan import Trained, Work
+from fedpeft.session import Session
+from fedpeft.state import State
+from tests.test_runs import METHODS
+
+Opened = Callable[..., Session]
+# Their parameters stand where no row of the batch passes; each says so in the log.
+ONE_BY_ONE = {"full", "prompt", "fedprompt", "p_tuning", "prefix", "fedftg"}
+STEPS = ("num_clients=4", "local_steps=3", "batch_size=2", "lr=1e-2")
+
+
+def works(session: Session, round: int = 1, mu: float = 0.0) -> list[Work]:
+    """Each client begins elsewhere, as one with personal parameters does."""
+    found = []
+    trained = [name for name, role in session.roles(round).items() if role in TRAINED]
+    for client in range(3):
+        draws = torch.Generator().manual_seed(client)
+        start = {
+            name: value + 0.05 * torch.randn(value.shape, generator=draws)
+            for name, value in session.initial.items()
+        }
+        found.append(Work(client, start, ProximalTerm(mu, {n: start[n] for n in trained})))
+    return found
+
+
+def alone(session: Session, given: list[Work], round: int = 1) -> list[tuple[Trained, State]]:
+    return [result for work in given for result in session.train([work], round)]  # type: ignore[misc]
+
+
+def assert_equal(
+    session: Session, round: int = 1, mu: float = 0.0, rtol: float = 2e-3, loss: float = 1e-5
+) -> None:
+    """SGD, whose step is the gradient: AdamW's first step is its sign, and hides its size."""
+    given = works(session, round, mu)
+    expected, found = alone(session, given, round), session.train(given, round)
+    for (ours, state), (theirs, right), work in zip(found, expected, given, strict=True):  # type: ignore[misc]
+        assert ours.loss == pytest.approx(theirs.loss, rel=loss)
+        assert (ours.num_examples, ours.steps, ours.lr) == theirs[:1] + theirs[2:]
+        assert state.keys() == right.keys()
+        for name, value in state.items():
+            moved = float((right[name] - work.start[name]).abs().max())
+            assert float((value - right[name]).abs().max()) <= rtol * moved + 1e-7, name
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - ONE_BY_ONE))
+def test_together_as_alone(opened: Opened, method: str) -> None:
+    session = opened(f"method={method}", *STEPS, "optimizer.name=sgd", "lr=0.1")
+    assert session._together
+    for round in (1, 2):  # alternating methods train something else in round 2
+        assert_equal(session, round)
+
+
+@pytest.mark.parametrize("method", sorted(ONE_BY_ONE))
+def test_a_method_that_cannot_says_so_and_trains_alone(
+    opened: Opened, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = opened(f"method={method}", *STEPS)
+    with caplog.at_level(logging.WARNING):
+        given = works(session)
+        found = session.train(given, 1)
+    (said,) = [r.message for r in caplog.records if r.name == "fedpeft.session"]
+    assert "clients train one by one, for " in said
+    for (_, state), (_, right) in zip(found, alone(session, given), strict=True):  # type: ignore[misc]
+        assert all(torch.equal(state[name], right[name]) for name in right)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optimizer.momentum=0.9", "optimizer.weight_decay=0.1"),
+        ("optimizer.name=adamw", "optimizer.schedule=linear", "optimizer.warmup=0.4", "lr=1e-2"),
+        ("optimizer.max_grad_norm=0.05",),
+        ("local_steps=null", "local_epochs=2", "partition.alpha=0.3"),
+        ("precision=bf16",),
+    ],
+)
+def test_each_keeps_its_own_optimiser(opened: Opened, overrides: tuple[str, ...]) -> None:
+    session = opened("method=lora", *STEPS, "optimizer.name=sgd", "lr=0.1", *overrides)
+    if "local_epochs=2" in overrides:
+        steps = {len(session._plan(client, 1).batches) for client in range(3)}
+        assert len(steps) > 1  # some leave early
+    if "precision=bf16" in overrides:  # eight bits: sums in another order differ in the last
+        assert_equal(session, mu=0.5, rtol=0.1, loss=1e-2)
+    else:
+        assert_equal(session, mu=0.5, rtol=5e-3)
+
+
+def test_dropout_draws_as_alone(opened: Opened) -> None:
+    """The first step's loss has nothing but rounding to differ by: one other draw would show."""
+    session = opened("method=lora", *STEPS, "local_steps=1", "batch_size=3")
+    session.model.config.hidden_dropout_prob = 0.0  # type: ignore[union-attr]
+    rates = {m.p for m in session.model.modules() if isinstance(m, torch.nn.Dropout)}
+    assert max(rates) > 0
+    lengths = {session._plan(client, 1).batches[0]["input_ids"].shape[1] for client in range(3)}
+    assert len(lengths) > 1  # unequal: a mask as long as the longest would be another
+    given = works(session)
+    for (ours, _), (theirs, _) in zip(session.train(given, 1), alone(session, given), strict=True):  # type: ignore[misc]
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_is_its_own_clients(opened: Opened) -> None:
+    session = opened("method=lora", *STEPS)
+    given = works(session)
+    name = next(n for n in given[1].start if "lora_A" in n)
+    given[1].start[name].fill_(float("nan"))
+    good, bad, also = session.train(given, 1)
+    assert isinstance(bad, FloatingPointError)
+    for result, work in ((good, given[0]), (also, given[2])):
+        assert not isinstance(result, Exception)
+        (expected,) = session.train([work], 1)
+        assert result[0].loss == pytest.approx(expected[0].loss, rel=1e-5)  # type: ignore[index]
+
+
+def test_the_cohort_follows_from_the_tokens_of_a_step(opened: Opened) -> None:
+    found = {}
+    for size in (1, 2, 64):
+        session = opened("method=lora", f"batch_size={size}")
+        tokens = float(np.mean(session.examples("train").lengths))
+        found[size] = session.together()
+        assert found[size] == max(1, min(16, int(384 / (size * tokens))))
+    assert found[1] > found[64] == 1
+    assert opened("method=lora", "runtime.cohort=3").together() == 3
