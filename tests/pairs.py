@@ -1,0 +1,149 @@
+"""Two rounds of one method with one strategy in this process, noted.
+
+One model serves all pairs of a method: nothing is measured and nothing saved.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, Message
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from fedpeft.client_app import app as client_app
+from fedpeft.config import CONF
+from fedpeft.methods.base import State
+from fedpeft.runtime import InProcessGrid
+from fedpeft.schema import Config
+from fedpeft.session import Session
+from fedpeft.state import split_extras, unpack, with_extras, zeros
+from fedpeft.strategy import RoleStrategy
+from tests.conftest import Recorder, Sent
+
+CLIENTS, COHORT, LR = 3, 2, 0.01
+SMALL = [
+    f"num_clients={CLIENTS}",
+    f"clients_per_round={COHORT}",
+    f"lr={LR}",
+    "local_steps=1",
+    "batch_size=2",
+    "evaluation.interference=false",
+    "model.random=true",
+    "model.settings.num_hidden_layers=1",
+]
+
+
+def names_in(group: str) -> list[str]:
+    """Names of the files in a folder of conf/."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@cache
+def made(group: str, name: str) -> Any:
+    """What a file stands for, without Hydra's composition, which takes longer than a pair."""
+    return instantiate(OmegaConf.load(CONF / group / f"{name}.yaml"), _convert_="all")
+
+
+def with_method(config: Config, name: str, fields: Sequence[str] = ()) -> Config:
+    """With a file of conf/method, such ``fields`` as ``method.rank=4``, and its compression."""
+    tree: Any = OmegaConf.load(CONF / "method" / f"{name}.yaml")
+    tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(fields)))
+    chosen = {k: v for entry in tree.get("defaults", []) for k, v in entry.items()}
+    compression = made("compression", chosen.get("override /compression", "none"))
+    method = instantiate(tree.method, _convert_="all")
+    return replace(config, method=method, compression=compression)
+
+
+def small(config: Config) -> Session:
+    """A session whose clients hold 40, 20 and 10 rows; to draw them loads Flower's data sets."""
+    session = Session(config)
+    session.rows.by_client = np.split(np.arange(70), (40, 60))
+    return session
+
+
+def changed(session: Session, **fields: Any) -> Session:
+    """The same model and rows under another configuration."""
+    other = copy.copy(session)
+    other.rows = copy.copy(session.rows)
+    other.config = other.rows.config = replace(session.config, **fields)
+    return other
+
+
+@dataclass
+class Training:
+    """One client in one round.
+
+    Attributes:
+        received: parameters that it got.
+        controls: the strategy's extras beside them.
+        sent: parameters as they arrived at the server.
+        changes: the strategy's extras beside them.
+        kept: what stays with the client.
+        rows: that it has.
+        steps: that it took.
+    """
+
+    received: State
+    controls: State
+    sent: State
+    changes: State
+    kept: State
+    rows: int
+    steps: int
+
+
+class Pair:
+    """The rounds of one session.
+
+    Attributes:
+        rounds: of each, the trainings by client.
+        values: of all that can change, before the first round and after each.
+    """
+
+    def __init__(self, session: Session, rounds: int = 2) -> None:
+        self.session = session
+        self.rounds: list[dict[int, Training]] = []
+        self.recorder = Recorder(self._answer)
+        nodes = [{"partition-id": client} for client in range(CLIENTS)]
+        self.grid = InProcessGrid(self.recorder, nodes)  # type: ignore[arg-type]
+        self.server = RoleStrategy(session, "")
+        self.server.hosts.join(self.grid)
+        self.values = [self.server.values]
+        self.kept: dict[int, State] = {}
+        for round in range(1, rounds + 1):
+            self._round(round)
+
+    def _answer(self, message: Message, context: Context) -> Message:
+        reply = client_app(message=message, context=context)
+        for key, arrays in context.state.array_records.items():
+            index: Any = context.state.config_records[f"{key}-index"]["index"]
+            self.kept[self.recorder.client] = split_extras(unpack(arrays, index))[0]
+        return reply
+
+    def _round(self, round: int) -> None:
+        """As a run's, without its measures."""
+        server = self.server
+        messages = server.configure_train(round, *server.packed(round), self.grid)
+        server.aggregate_train(round, server.hosts.exchange(self.grid, messages, 60))
+        assert server.round.refused == {} and "unchanged" not in server.round.metrics
+        exchanges = self.recorder.of("train", round)
+        self.rounds.append({exchange.client: self._read(exchange) for exchange in exchanges})
+        self.values.append(server.values)
+
+    def _read(self, exchange: Sent) -> Training:
+        config, shared = self.session.config, self.session.shared(exchange.round)
+        down = {name: self.session.initial[name] for name in self.session.down(exchange.round)}
+        down = with_extras(down, config.strategy.down({}, shared))
+        given = config.compression.received(exchange.down_state(), down)
+        received, controls = split_extras(given)
+        start = {name: received[name] for name in shared}
+        start = with_extras(start, zeros(config.strategy.up(shared)))
+        arrived = config.compression.restore(exchange.up_state(), start)
+        metrics: dict[str, Any] = dict(exchange.up.content.metric_records["metrics"])
+        counts = metrics["num-examples"], metrics["num-steps"]
+        kept = self.kept.get(exchange.client, {})
+        return Training(received, controls, *split_extras(arrived), kept, *counts)
