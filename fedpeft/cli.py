@@ -181,7 +181,7 @@ def comparison_notes(metric: str, baseline: float | None, arguments: list[str]) 
 
 def params(arguments: list[str]) -> None:
     """Counts on the meta device for one method, or for all that fit the model."""
-    from fedpeft.report import print_table, span
+    from fedpeft.report import print_table, span, span_of_bytes
 
     as_json, arguments = _flag(arguments, "--json")
     one = [a for a in arguments if a.startswith("method=")]
@@ -200,13 +200,17 @@ def params(arguments: list[str]) -> None:
             span(c["trained"]),
             span(c["sent_up"]),
             span(c["sent_down"]),
+            span_of_bytes(c["bytes_up"]),
+            span_of_bytes(c["bytes_down"]),
             f"{c['trained_percent']:.3f} %",
         ]
         for name, c in counts.items()
     ]
     total = next(iter(counts.values()))["total"]
     title = f"{' '.join(base) or 'model=minilm'}: {total:,} parameters; a round and client:"
-    print_table(title, ("method", "trained", "sent up", "sent down", "of the whole"), cells)
+    header = ("method", "trained", "sent up", "sent down", "MB up", "MB down", "of the whole")
+    print_table(title, header, cells)
+    print("MB: 10^6 bytes of the arrays, uncompressed; strategy=scaffold sends as much again.")
     for name, reason in refused.items():
         print(f"{name}: {reason}")
 

@@ -31,6 +31,12 @@ def span(pair: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
 
 
+def span_of_bytes(pair: Sequence[int]) -> str:
+    """In megabytes, of 10^6 bytes: ``0.243`` or ``0.061-0.080``."""
+    low, high = (f"{number / 1e6:,.3f}" for number in pair)
+    return low if low == high else f"{low}-{high}"
+
+
 HEADER = (
     "method",
     "quality",

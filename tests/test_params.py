@@ -1,12 +1,18 @@
 """The papers' parameter counts, on the published architectures without their weights."""
 
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedpeft.cli import params
 from fedpeft.config import load
 from fedpeft.params import count_on_meta
+from fedpeft.report import span, span_of_bytes
+from fedpeft.schema import Config
+from tests.pairs import names_in, with_method
 
 BASE = ("model=roberta_base", "data=sst2")
 LARGE = ("model=roberta_large", "data=sst2")
@@ -25,8 +31,17 @@ BASE_HEAD, LARGE_HEAD = 768 * 769 + BASE_OUTPUT, 1024 * 1025 + LARGE_OUTPUT
 
 
 @cache
+def setting(*overrides: str) -> Config:
+    return load(list(overrides))
+
+
+@cache
 def count(*overrides: str) -> dict[str, Any]:
-    return count_on_meta(load(list(overrides)))
+    """Of a setting, ``method=name`` and its fields: Hydra composes a setting once."""
+    (name,) = [o.removeprefix("method=") for o in overrides if o.startswith("method=")]
+    fields = [o for o in overrides if o.startswith("method.")]
+    rest = [o for o in overrides if not o.startswith("method")]
+    return count_on_meta(with_method(setting(*rest), name, fields))
 
 
 @pytest.mark.parametrize(
@@ -240,3 +255,88 @@ def test_prefix_counts_keys_and_values_of_shared_heads() -> None:
     """Qwen2.5-0.5B: 24 blocks, 2 heads of keys and values, 64 wide."""
     found = count("model=qwen2_5_0_5b", "data=docstrings_lm", "method=prefix")
     assert found["trained"] == [20 * 24 * 2 * 2 * 64] * 2
+
+
+# --- bytes ---------------------------------------------------------------------------------------
+
+
+def test_bytes_are_those_of_what_is_sent() -> None:
+    """Four a number, also where the frozen base has two."""
+    for more in ((), ("model.dtype=bfloat16", "precision=bf16")):
+        found = count(*BASE, *more, "method=fedsa_lora")
+        assert found["bytes_up"] == found["bytes_down"] == [4 * 147_456] * 2
+    found = count(*BASE, "method=fedtt_plus")
+    assert found["bytes_up"] == [4 * n for n in found["sent_up"]] == [61_192, 80_392]
+    assert found["bytes_down"] == [4 * n for n in found["sent_down"]] == [80_392, 159_592]
+
+
+def test_megabytes() -> None:
+    assert span_of_bytes([242_536, 242_536]) == "0.243"
+    assert span_of_bytes([61_192, 80_392]) == "0.061-0.080"
+    assert span_of_bytes([16_777_216, 4_311_744_512]) == "16.777-4,311.745"
+
+
+def test_the_command_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
+    params([*BASE, "method=fedtt_plus"])
+    text = capsys.readouterr().out
+    assert "MB up" in text and "0.061-0.080" in text
+    assert "MB down" in text and "0.080-0.160" in text and "uncompressed" in text
+
+
+# --- the README's table --------------------------------------------------------------------------
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+TABLE = README.partition("| method | RoBERTa-base: trained |")[2].partition("\n\n")[0]
+
+
+def rows_of_the_readme() -> dict[str, list[str]]:
+    """The cells after a method's name, by method."""
+    rows: dict[str, list[str]] = {}
+    for line in TABLE.splitlines()[2:]:
+        names, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rows |= dict.fromkeys(re.findall(r"`(\w+)`", names), cells)
+    return rows
+
+
+def as_cells(found: dict[str, Any]) -> list[str]:
+    up, down = span_of_bytes(found["bytes_up"]), span_of_bytes(found["bytes_down"])
+    sizes = up if up == down else f"{up} / {down}"
+    return [span(found["trained"]), span(found["sent_up"]), sizes]
+
+
+def test_the_readme_has_every_method() -> None:
+    names = re.findall(
+        r"`(\w+)`", README.partition("RoBERTa-base: trained")[2].partition("\n\n")[0]
+    )
+    assert sorted(names) == names_in("method")
+
+
+@pytest.mark.parametrize(("setting", "at"), [(BASE, 0), (LLAMA7B, 3)], ids=["base", "7b"])
+def test_the_readme_s_numbers(setting: tuple[str, ...], at: int) -> None:
+    for method, cells in rows_of_the_readme().items():
+        if cells[at].startswith("refused: "):
+            reason = cells[at].removeprefix("refused: ")
+            with pytest.raises(ValueError, match=reason.replace("its", "(its|the)")):
+                count(*setting, f"method={method}")
+        else:
+            assert cells[at : at + 3] == as_cells(count(*setting, f"method={method}")), method
+
+
+def test_the_readme_s_papers() -> None:
+    """Their terms add up to what is trained."""
+    known = {"head": BASE_HEAD}
+    checked = 0
+    for method, cells in rows_of_the_readme().items():
+        for at, sum_of in zip((0, 3), cells[6].split("; ") if cells[6] else (), strict=False):
+            terms = [t if t not in known else f"{known[t]}" for t in sum_of.split(" + ")]
+            spans = [[int(n.replace(",", "")) for n in term.split("-")] for term in terms]
+            total = [sum(span[i] for span in spans) for i in (0, -1)]
+            assert cells[at] == span(total), method
+            checked += 1
+    assert checked == 2 * 9
+
+
+@pytest.mark.parametrize("method", ["lora", "fedtt", "fedtt_plus"])
+def test_the_readme_s_roberta_large(method: str) -> None:
+    found = span(count(*LARGE, f"method={method}")["sent_up"])
+    assert re.search(rf"RoBERTa-large sends up[^.]*{found} with `{method}`", README)
