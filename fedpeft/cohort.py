@@ -205,7 +205,7 @@ def _differs(name: str, members: Sequence[Member]) -> bool:
     return any(not torch.equal(first, member.start[name]) for member in members[1:])
 
 
-def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch) -> None:
+def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, precision: str) -> None:
     """Tries whether copies of parameters can be told apart, in a forward pass without gradients.
 
     Args:
@@ -219,6 +219,7 @@ def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch) -> N
         if name in names and parameter._backward_hooks:
             raise Unsupported(f"{name} has a hook on its gradient")
     rows, called = _size(batch)[0], set()
+    device = next(model.parameters()).device
 
     def note(module: nn.Module, given: tuple[Any, ...]) -> None:
         first = given[0] if given else None
@@ -227,8 +228,8 @@ def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch) -> N
 
     paths = owners(model, names)
     hooks = [model.get_submodule(p).register_forward_pre_hook(note) for p in paths]
-    with torch.no_grad():
-        task.logits(model, batch)
+    with torch.no_grad(), autocast(device, precision):
+        task.logits(model, to_device(batch, device))
     for hook in hooks:
         hook.remove()
     for path in paths:

@@ -4,8 +4,9 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,12 @@ class RunDirectory:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that decide the numbers."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    """Of Python and the packages that decide the numbers, those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # a run in one process does without ray
+            found[name] = version(name)
+    return found
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -222,7 +222,8 @@ class Session:
             if self.config.model.gradient_checkpointing:
                 raise Unsupported("gradient checkpointing draws anew in the backward pass")
             for count in (1, 2):
-                probe(self.model, self.task, self.trainable, rows.batch(np.arange(count)))
+                batch = rows.batch(np.arange(count))
+                probe(self.model, self.task, self.trainable, batch, self.config.precision)
         except Unsupported as reason:
             name = type(self.config.method).__name__
             log.warning("%s: clients train one by one, for %s", name, reason)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fedpeft.nn.thin import ThinAdapter, ThinLinear, without_autocast
+
 # The papers' factorisations (FedTT, and LoRETTA on which it builds), by (in, out). Their entry for
 # 2304, [8, 8, 8, 8, 8, 9], is that of a bottleneck of 128: 2304 x 64 is computed.
 SHAPES: dict[tuple[int, int], tuple[int, ...]] = {
@@ -79,8 +81,8 @@ class TTLinear(nn.Module):
     """``y = x W + b`` with ``W[a_1..a_J] = G_1[:,a_1,:] ... G_J[:,a_J,:]`` reshaped to (in, out).
 
     Parameter ``factor_j_of_J`` is G_j, (r_{j-1}, k_j, r_j), r_0 = r_J = 1, inner ranks ``rank``.
-    The forward pass cuts the train where input turns into output and multiplies by the two thin
-    sides, unless the dense W costs fewer multiply-adds a token.
+    Cuts the train where input turns into output and multiplies by the two thin sides, in the
+    dtype of x whatever autocast says, unless the dense W costs fewer multiply-adds a token.
 
     Args:
         shape: axes k_1..k_J with product in_features * out_features.
@@ -130,40 +132,45 @@ class TTLinear(nn.Module):
 
         Where the axes' product meets the input's width only across an axis, either s slots of the
         input stay for R, or q slots of the output already come out of L; else both are 1.
-        None where building W costs no more multiply-adds a token.
+        None where W costs no more multiply-adds a token. Forward and the two products of backward
+        cost alike, and every build is a part of W's, so the choice holds for any number of tokens.
         """
         options: list[tuple[int, tuple[int, int, int] | None]]
         options = [(self.in_features * self.out_features, None)]
         inside = 1
-        for j, k in enumerate(self.shape, start=1):
+        for j, k in enumerate(self.shape[:-1], start=1):
             inside *= k
-            r = self.rank if j < len(self.shape) else 1
             s, q = max(1, self.in_features // inside), max(1, inside // self.in_features)
             if self.in_features * q == inside * s:
-                options.append((r * (self.in_features * q + self.out_features * s), (j, s, q)))
+                cost = self.rank * s * (self.in_features * q + self.out_features)
+                options.append((cost, (j, s, q)))
         return min(options, key=lambda option: option[0])[1]
 
     def dense(self) -> Tensor:
         """W, (in, out)."""
         return _chain(self.factors()).reshape(self.in_features, self.out_features)
 
+    def parts(self, dtype: torch.dtype) -> list[Tensor]:
+        """L (in, q * m), R (m, out / q) and b (1, out) of ``ThinLinear``, m = s * rank."""
+        assert self.cut is not None, "the dense matrix costs less"
+        j, s, _ = self.cut
+        factors = self.factors()
+        left = _chain(factors[:j]).reshape(self.in_features // s, -1)
+        right = _chain(factors[j:]).reshape(self.rank, -1)
+        if s > 1:  # columns of its own for every slot: one product with x as it lies in memory
+            left = torch.kron(left, torch.eye(s, dtype=left.dtype, device=left.device))
+            right = right.reshape(left.shape[1], -1)
+        return [part.to(dtype) for part in (left, right, self.bias[None])]
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        if self.cut is None:
-            return x @ self.dense() + self.bias
-        j, s, q = self.cut
-        factors = self.factors()
-        r = factors[j - 1].shape[2]
-        left = _chain(factors[:j]).reshape(self.in_features // s, q * r)
-        if s == 1:
-            y = (x @ left).reshape(-1, r)
-        else:  # (tokens, in/s, s) with L on its middle axis
-            y = x.reshape(-1, left.shape[0], s).transpose(1, 2) @ left
-            y = y.reshape(-1, s * r)
-        if j < len(factors):
-            right = _chain(factors[j:]).reshape(r, s, -1).transpose(0, 1)
-            y = y @ right.reshape(s * r, -1)
-        return y.reshape(*x.shape[:-1], self.out_features) + self.bias
+        rows = x.reshape(-1, self.in_features)
+        with without_autocast(x.device):
+            if self.cut is None:
+                y = torch.addmm(self.bias.to(x.dtype), rows, self.dense().to(x.dtype))
+            else:
+                y, _ = ThinLinear.apply(rows, *self.parts(x.dtype))
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, shape={self.shape}, rank={self.rank}"
@@ -209,14 +216,29 @@ class TTAdapter(nn.Module):
     ) -> None:
         super().__init__()
         down, up = tt_shape(width, bottleneck, shapes), tt_shape(bottleneck, width, shapes)
-        self.down = TTLinear(width, bottleneck, down, rank, device, dtype)
-        self.up = TTLinear(bottleneck, width, up, rank, device, dtype)
+        self.down = _Part(width, bottleneck, down, rank, device, dtype)
+        self.up = _Part(bottleneck, width, up, rank, device, dtype)
         if zero_last:
             nn.init.zeros_(self.up.factors()[-1])
             nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(torch.relu(self.down(x)))
+        """(..., width) to (..., width)."""
+        if self.down.cut is None or self.up.cut is None:
+            return x + TTLinear.forward(self.up, torch.relu(TTLinear.forward(self.down, x)))
+        with without_autocast(x.device):
+            parts = self.down.parts(x.dtype) + self.up.parts(x.dtype)
+            y, *_ = ThinAdapter.apply(x.reshape(-1, x.shape[-1]), *parts)
+        return y.reshape(x.shape)
+
+
+class _Part(TTLinear):
+    """A TT matrix of an adapter, which multiplies by it: it is not called itself.
+
+    Without a forward of its own, ``fedpeft.nn.stacked`` gives the adapter its copies, not the part.
+    """
+
+    forward = nn.Module.forward
 
 
 class AdaptedOutput(nn.Module):
