@@ -1,5 +1,6 @@
 """What makes a large frozen base fit: few bits for what is frozen, gradient checkpointing."""
 
+from collections import Counter
 from importlib.util import find_spec
 from typing import Any
 
@@ -58,6 +59,26 @@ def checkpoint_blocks(model: nn.Module) -> None:
     inner.activation_checkpointing_enable({"use_reentrant": False})
     if hasattr(inner.config, "use_cache"):
         inner.config.use_cache = False
+
+
+def halve_frozen(model: nn.Module) -> nn.Module:
+    """Holds frozen linear layers in bfloat16, for a model that computes under autocast.
+
+    Autocast would cast their weights in every pass, to the same bits. What another module holds
+    too, such as an embedding tied to a language model's head, stays as it is.
+    """
+    holders = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+    )
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            own = [p for p in module.parameters() if p.dtype == torch.float32]
+            if all(not p.requires_grad and holders[id(p)] == 1 for p in own):
+                for parameter in own:
+                    parameter.data = parameter.data.bfloat16()
+    return model
 
 
 def train_in_float32(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from fedpeft.algorithms.base import Setting, Term
 from fedpeft.cohort import IMAGE_TOKENS, Member, members, probe, train_together
 from fedpeft.data.batching import Examples
 from fedpeft.data.holdings import Holdings
-from fedpeft.memory import train_in_float32
+from fedpeft.memory import halve_frozen, train_in_float32
 from fedpeft.methods.base import TRAINED, Role, State
 from fedpeft.nn.stacked import Unsupported
 from fedpeft.plan import Plan, Trained, Work, plan
@@ -52,6 +52,8 @@ class Session:
         with torch_seed(config.seed, "method"):
             model = config.method.inject(model)
         train_in_float32(model)
+        if config.precision == "bf16":
+            halve_frozen(model)
         self.model: nn.Module = model.to(_device(config.runtime.device))
         self.trainable = [n for n, p in self.model.named_parameters() if p.requires_grad]
         self.initial = snapshot(self.model, self.trainable)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedpeft import hub, memory
 from fedpeft.config import CONF, load
-from fedpeft.memory import quantisation, train_in_float32
+from fedpeft.memory import halve_frozen, quantisation, train_in_float32
 from fedpeft.methods.base import TRAINED, Method, Role
 from fedpeft.methods.sites import head_names, linear_weight, output_width
 from fedpeft.models import Pretrained
@@ -425,6 +425,35 @@ def test_a_bfloat16_base_trains_float32_parameters(name: str, method: str) -> No
     assert changed(before, tensors(model)) == names
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert model.eval()(**inputs(model)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["lora", "scl", "fedtt", "full", "slora"])
+@pytest.mark.parametrize("name", ["bert_base", "gpt2", "llama_lm", "minilm", "siglip"])
+def test_frozen_linear_weights_in_bfloat16_give_the_bits_of_autocast(
+    name: str, method: str
+) -> None:
+    kind = "AutoModelForCausalLM" if name == "llama_lm" else auto_class(name)
+    model = built(tiny("tinyllama" if name == "llama_lm" else name), kind)
+    with torch_seed(0, "method"):
+        model = method_of(method).inject(model).eval()
+    given, frozen = inputs(model), {n for n, p in model.named_parameters() if not p.requires_grad}
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(**given).logits
+        found = halve_frozen(model)(**given).logits
+    assert torch.equal(found, expected)
+    halved = {n for n, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    assert halved <= frozen and not any("embed" in n or "norm" in n.lower() for n in halved)
+    if method != "full":
+        assert bool(halved) == (name != "gpt2")  # which has no nn.Linear inside
+
+
+def test_a_head_tied_to_the_embedding_keeps_its_dtype() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False))
+    model.requires_grad_(False)
+    model[2].weight = model[0].weight
+    halve_frozen(model)
+    found = [p.dtype for p in model.parameters()]
+    assert found == [torch.float32, torch.bfloat16, torch.bfloat16]
 
 
 def test_bfloat16_weights_come_from_files(checkpoint: Path) -> None:
