@@ -20,7 +20,15 @@ from fedpeft.data.batching import Batch, merged, within
 from fedpeft.data.task import Task
 from fedpeft.methods.base import State
 from fedpeft.nn.stacked import Draws, Stack, Unsupported, calling, cut, owners
-from fedpeft.training import Flat, Optimization, autocast, mean_loss, step_of, to_device
+from fedpeft.training import (
+    Flat,
+    Optimization,
+    autocast,
+    mean_loss,
+    pad_id,
+    step_of,
+    to_device,
+)
 
 # Tokens up to which clients are worth putting together in one pass; cuda: a guess, not measured.
 PASS_TOKENS = {"cpu": 384, "cuda": 16384}
@@ -142,7 +150,7 @@ class _Passes:
         draws = Draws([m.draws for m in members], [_size(b) for b in batches], self.device)
         with autocast(self.device, self.precision):
             with draws, calling(self.stacks, copies, len(group), draws):
-                logits = self.task.logits(self.model, merged(batches))
+                logits = self.task.logits(self.model, merged(batches, pad_id(self.model)))
             losses = self._losses(logits, batches)
         torch.stack(losses).sum().backward()
         for i, (k, member) in enumerate(zip(group, members, strict=True)):

@@ -122,7 +122,7 @@ def plot_comparison(
     baseline: float | None,
 ) -> None:
     """Quality against megabytes sent, and what selects the best round, by round."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     key = f"client_validation_{selects}"
     for i, row in enumerate(rows):
@@ -154,7 +154,7 @@ def plot_partition(
     """
     from matplotlib.colors import PowerNorm
 
-    plt = _pyplot()
+    plt = pyplot()
     wide, high = _inches(counts.shape[1], 0.15, 0.7, 20), _inches(counts.shape[0], 0.13, 0.35, 14)
     figure, axis = plt.subplots(figsize=(2.5 + wide, 1.8 + high), layout="constrained")
     pixels = "nearest" if max(counts.shape) <= 2000 else "auto"
@@ -199,7 +199,7 @@ def _short(name: str) -> str:
     return name if len(name) <= 24 else name[:23] + "…"
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -21,7 +21,7 @@ from fedpeft.plan import Plan, Trained, Work, plan
 from fedpeft.schema import Config
 from fedpeft.seeding import rng_state, torch_seed
 from fedpeft.state import blocks, down_names, filled, load_state, names_with, roles, snapshot
-from fedpeft.training import evaluate, train
+from fedpeft.training import Passes, evaluate, train
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class Session:
         self.initial = snapshot(self.model, self.trainable)
         config.strategy.check(self._setting())
         config.compression.check(self._setting())
+        self._ready: Passes | None = None
         self.samples: list[dict[str, str]] = []  # the last generated texts, beside references
         self.rows = Holdings(config, self.processor, self.owns_all_rows)
         self.examples, self.client_examples = self.rows.examples, self.rows.client_examples
@@ -175,18 +176,20 @@ class Session:
     def train_client(self, client: int, round: int, term: Term | None = None) -> Trained:
         """Trains the loaded model on a client's rows."""
         config, plan = self.config, self._plan(client, round)
-        self.set_trainable(round)
+        passes = self._passes(round)
         with torch_seed(config.seed, "dropout", round, client):
-            loss = train(
-                self.model,
-                self.task.loss,
-                plan.batches,
-                config.optimizer,
-                plan.rate,
-                config.precision,
-                term,
-            )
+            loss = train(passes, plan.batches, config.optimizer, plan.rate, term)
         return plan.done(loss)
+
+    def _passes(self, round: int) -> Passes:
+        """Those that stand ready if the same parameters trained last, else new ones."""
+        self.set_trainable(round)
+        names = {name for name, role in self.roles(round).items() if role in TRAINED}
+        if self._ready is None or self._ready.flat.named.keys() != names:
+            if self._ready is not None:
+                self._ready.flat.release()
+            self._ready = Passes(self.model, self.task.loss, self.config.precision)
+        return self._ready
 
     def _train_together(
         self, works: Sequence[Work], round: int

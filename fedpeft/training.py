@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.algorithms.base import Term
+from fedpeft.captured import Graphs
 from fedpeft.data.batching import Batch, Examples, within
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -86,19 +87,62 @@ def autocast(device: torch.device, precision: str):
     """bfloat16 autocast, or nothing for fp32."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    # A cast is used once in a pass, so that there is nothing to keep; a captured one must not be.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+class Passes:
+    """Forward and backward passes of a model over batches; the gradients stand in one vector.
+
+    On a GPU shapes that come often are captured and replayed.
+
+    Args:
+        model: whatever of it requires a gradient trains.
+        loss_fn: mean loss of a batch.
+        precision: ``fp32``, or ``bf16`` for autocast.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[nn.Module, Batch], Tensor],
+        precision: str = "fp32",
+    ) -> None:
+        self.model, self.loss_fn, self.precision = model, loss_fn, precision
+        self.flat = Flat({n: p for n, p in model.named_parameters() if p.requires_grad})
+        self.device = self.flat.vector.device
+        hooked = any(p._backward_hooks for p in self.flat.named.values())
+        self.graphs: Graphs | None = None
+        if self.device.type == "cuda" and not hooked:
+            self.graphs = Graphs(self.backward, self.device, pad_id(model))
+
+    def run(self, batch: Batch) -> Tensor:
+        """Adds a batch's gradients to those that are there; the loss."""
+        if self.graphs is not None:
+            return self.graphs.run(batch)
+        return self.backward(to_device(batch, self.device))
+
+    def backward(self, batch: Batch) -> Tensor:
+        """The pass over a batch where the model is."""
+        with autocast(self.device, self.precision):
+            loss = self.loss_fn(self.model, batch)
+        loss.backward()
+        return loss.detach()
+
+
+def pad_id(model: nn.Module) -> int:
+    """The token that a model takes for padding; 0 where it does not say."""
+    return getattr(getattr(model, "config", None), "pad_token_id", None) or 0
 
 
 def train(
-    model: nn.Module,
-    loss_fn: Callable[[nn.Module, Batch], Tensor],
+    passes: Passes,
     batches: list[Batch],
     optimization: Optimization,
     rate: Callable[[int], float],
-    precision: str = "fp32",
     term: Term | None = None,
 ) -> float:
-    """Steps over ``batches`` with whatever requires a gradient; returns the mean loss.
+    """Steps over ``batches`` with a fresh optimizer; returns the mean loss.
 
     Args:
         rate: learning rate of a step.
@@ -107,18 +151,14 @@ def train(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    flat = Flat({n: p for n, p in model.named_parameters() if p.requires_grad})
-    device = flat.vector.device
+    flat = passes.flat
+    flat.zero()  # of a client before, whose training failed
     optimizer = optimization.build([flat.vector], rate(0))
     losses: list[Tensor] = []
-    model.train()
+    passes.model.train()
     for step, batch in enumerate(batches):
-        with autocast(device, precision):
-            loss = loss_fn(model, to_device(batch, device))
-        loss.backward()
+        losses.append(passes.run(batch))
         step_of(flat, optimizer, optimization, rate(step), term)
-        losses.append(loss.detach())
-    flat.release()
     return mean_loss(losses)
 
 
@@ -142,6 +182,11 @@ class Flat:
             parameter.data = self.vector.data[place].view(parameter.shape)
             parameter.grad = self.vector.grad[place].view(parameter.shape)
             at = place.stop
+
+    def zero(self) -> None:
+        """Forgets the gradients."""
+        assert self.vector.grad is not None
+        self.vector.grad.zero_()
 
     def release(self) -> None:
         """Lets the gradients go."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,3 +132,21 @@ def test_the_cohort_follows_from_the_tokens_of_a_step(opened: Opened) -> None:
         assert found[size] == max(1, min(16, int(384 / (size * tokens))))
     assert found[1] > found[64] == 1
     assert opened("method=lora", "runtime.cohort=3").together() == 3
+
+
+def test_a_decoder_reads_its_last_token_also_beside_longer_ones(
+    opened: Opened, checkpoint: Path
+) -> None:
+    """Its class is read where padding begins: rows are filled up with its own padding token."""
+    llama = (
+        "{model_type:llama,hidden_size:16,intermediate_size:32,num_hidden_layers:1,"
+        "num_attention_heads:2,num_key_value_heads:2,vocab_size:200}"
+    )
+    architecture = f"model.architecture={llama}"
+    random = ("model.path=null", "model.random=true", f"model.tokenizer_path={checkpoint}")
+    session = opened("method=lora", *STEPS, *random, architecture, "optimizer.name=sgd", "lr=0.1")
+    session.processor.pad_token = "[MASK]"  # another than 0
+    pad_id = session.processor.pad_token_id
+    session.model.config.pad_token_id = pad_id  # type: ignore[union-attr]
+    assert session.examples("train").pad_id == pad_id > 0
+    assert_equal(session)

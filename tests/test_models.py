@@ -21,7 +21,7 @@ from fedpeft.models import Pretrained
 from fedpeft.params import parameter_counts
 from fedpeft.seeding import torch_seed
 from fedpeft.session import Session
-from fedpeft.training import Optimization, train
+from fedpeft.training import Optimization, Passes, train
 from tests.architectures import HIDDEN, WIDTH, Architecture, inputs, shrunk, table_of, trainable
 from tests.baselines import BASELINES, names_by_hand, refusal
 from tests.conftest import TINY, Runner
@@ -376,7 +376,7 @@ def check_two_rounds(name: str, task: str, method: str, a: Architecture) -> None
             active = path in names and chosen.role(path, round) in TRAINED
             parameter.requires_grad_(active)
         before = tensors(model)
-        train(model, quadratic, [inputs(model)] * 2, Optimization(), lambda _: 1e-2)
+        train(Passes(model, quadratic), [inputs(model)] * 2, Optimization(), lambda _: 1e-2)
         shared, personal = roles_by_hand(method, name, a, everything, round)
         assert changed(before, tensors(model)) == shared | personal
         assert {n for n in names if chosen.role(n, round) is Role.SHARED} == shared
@@ -421,7 +421,7 @@ def test_a_bfloat16_base_trains_float32_parameters(name: str, method: str) -> No
         train_in_float32(method_of(method).inject(model))
     names, before = trainable(model), tensors(model)
     assert {p.dtype for n, p in model.named_parameters() if n in names} == {torch.float32}
-    train(model, quadratic, [inputs(model)] * 2, Optimization(), lambda _: 1e-2, "bf16")
+    train(Passes(model, quadratic, "bf16"), [inputs(model)] * 2, Optimization(), lambda _: 1e-2)
     assert changed(before, tensors(model)) == names
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert model.eval()(**inputs(model)).logits.isfinite().all()
@@ -606,7 +606,7 @@ def test_lora_on_quantised_weights(
     dtypes = {p.dtype for n, p in found.named_parameters() if n.endswith("base_layer.weight")}
     assert dtypes == {torch.uint8 if load_in == "4bit" else torch.int8}
     names, before = trainable(found), tensors(found)
-    train(found, quadratic, [inputs(found)] * 2, Optimization(), lambda _: 1e-2, "bf16")
+    train(Passes(found, quadratic, "bf16"), [inputs(found)] * 2, Optimization(), lambda _: 1e-2)
     assert {n for n in names if not torch.equal(before[n], found.state_dict()[n])} == names
 
 

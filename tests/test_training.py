@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedpeft.data.batching import Batch, Examples, within
 from fedpeft.session import Session
-from fedpeft.training import Optimization, evaluate, train
+from fedpeft.training import Optimization, Passes, evaluate, train
 from tests.conftest import Runner
 
 
@@ -40,17 +40,25 @@ def sgd(**fields: Any) -> Optimization:
 
 def test_one_sgd_step() -> None:
     model = Weights()
-    loss = train(model, squares, batches((0.0, 1.0)), sgd(), lambda _: 0.1)
+    loss = train(Passes(model, squares), batches((0.0, 1.0)), sgd(), lambda _: 0.1)
     # gradient (1, -3): w = (1, -2) - 0.1 (1, -3)
     torch.testing.assert_close(model.w.data, torch.tensor([0.9, -1.7]))
     assert loss == 5.0  # (1 + 9) / 2, before the step
     assert model.frozen.item() == 5.0 and model.frozen.grad is None
-    assert model.w.grad is None
+    assert model.w.grad is not None and not model.w.grad.any()
+
+
+def test_gradients_of_a_training_that_failed_are_forgotten() -> None:
+    model = Weights()
+    passes = Passes(model, squares)
+    passes.run(batches((5.0, 5.0))[0])  # and no step
+    train(passes, batches((0.0, 1.0)), sgd(), lambda _: 0.1)
+    torch.testing.assert_close(model.w.data, torch.tensor([0.9, -1.7]))
 
 
 def test_steps_are_taken_one_after_another_and_the_loss_is_their_mean() -> None:
     model = Weights()
-    loss = train(model, squares, batches((0.0, 0.0), (2.0, 0.0)), sgd(), lambda _: 0.5)
+    loss = train(Passes(model, squares), batches((0.0, 0.0), (2.0, 0.0)), sgd(), lambda _: 0.5)
     # w: (1, -2) -> (.5, -1) -> (.5 + .75, -.5)
     torch.testing.assert_close(model.w.data, torch.tensor([1.25, -0.5]))
     assert loss == pytest.approx((2.5 + (1.5**2 + 1) / 2) / 2)
@@ -58,24 +66,29 @@ def test_steps_are_taken_one_after_another_and_the_loss_is_their_mean() -> None:
 
 def test_the_rate_is_that_of_the_step() -> None:
     model = Weights((1.0, 1.0))
-    train(model, squares, batches((0.0, 0.0), (0.0, 0.0)), sgd(), lambda step: (0.5, 0.1)[step])
+    train(
+        Passes(model, squares),
+        batches((0.0, 0.0), (0.0, 0.0)),
+        sgd(),
+        lambda step: (0.5, 0.1)[step],
+    )
     torch.testing.assert_close(model.w.data, torch.full((2,), 0.5 * 0.9))
 
 
 def test_momentum_and_weight_decay() -> None:
     model = Weights((1.0, 1.0))
-    train(model, squares, batches((0.0, 0.0), (0.0, 0.0)), sgd(momentum=0.5), lambda _: 0.1)
+    train(Passes(model, squares), batches((0.0, 0.0), (0.0, 0.0)), sgd(momentum=0.5), lambda _: 0.1)
     # velocity 1, then 0.5 + 0.9 = 1.4
     torch.testing.assert_close(model.w.data, torch.full((2,), 1 - 0.1 - 0.14))
     model = Weights((1.0, 1.0))
-    train(model, squares, batches((1.0, 1.0)), sgd(weight_decay=0.2), lambda _: 0.1)
+    train(Passes(model, squares), batches((1.0, 1.0)), sgd(weight_decay=0.2), lambda _: 0.1)
     torch.testing.assert_close(model.w.data, torch.full((2,), 1 - 0.1 * 0.2))
 
 
 def test_one_adamw_step() -> None:
     model = Weights()
     optimization = Optimization(weight_decay=0.1, max_grad_norm=None)
-    train(model, squares, batches((0.0, 1.0)), optimization, lambda _: 0.01)
+    train(Passes(model, squares), batches((0.0, 1.0)), optimization, lambda _: 0.01)
     # the first step of Adam is lr times the gradient's sign; decay is decoupled
     decayed = torch.tensor([1.0, -2.0]) * (1 - 0.01 * 0.1)
     torch.testing.assert_close(model.w.data, decayed - 0.01 * torch.tensor([1.0, -1.0]))
@@ -84,9 +97,9 @@ def test_one_adamw_step() -> None:
 def test_each_round_has_a_fresh_optimizer() -> None:
     once, twice = Weights((1.0, 1.0)), Weights((1.0, 1.0))
     point = (0.0, 0.0)
-    train(once, squares, batches(point, point), sgd(momentum=0.9), lambda _: 0.1)
+    train(Passes(once, squares), batches(point, point), sgd(momentum=0.9), lambda _: 0.1)
     for _ in range(2):
-        train(twice, squares, batches(point), sgd(momentum=0.9), lambda _: 0.1)
+        train(Passes(twice, squares), batches(point), sgd(momentum=0.9), lambda _: 0.1)
     torch.testing.assert_close(twice.w.data, torch.full((2,), 0.81))
     torch.testing.assert_close(once.w.data, torch.full((2,), 1 - 0.1 - 0.1 * (0.9 + 0.9)))
 
@@ -97,7 +110,7 @@ def test_each_round_has_a_fresh_optimizer() -> None:
 def test_clipping(limit: float | None, shrunk: float) -> None:
     """The norm over all gradients together, here of (3, -4)."""
     model = Weights((0.0, 0.0))
-    train(model, squares, batches((-3.0, 4.0)), sgd(max_grad_norm=limit), lambda _: 1.0)
+    train(Passes(model, squares), batches((-3.0, 4.0)), sgd(max_grad_norm=limit), lambda _: 1.0)
     torch.testing.assert_close(
         model.w.data, -shrunk * torch.tensor([3.0, -4.0]), rtol=1e-5, atol=1e-6
     )
@@ -106,7 +119,8 @@ def test_clipping(limit: float | None, shrunk: float) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite(value: float) -> None:
     with pytest.raises(FloatingPointError, match=f"training loss is {value}: lower lr"):
-        train(Weights(), squares, batches((0.0, 0.0), (value, 0.0)), sgd(), lambda _: 0.1)
+        given = batches((0.0, 0.0), (value, 0.0))
+        train(Passes(Weights(), squares), given, sgd(), lambda _: 0.1)
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation() -> None:
@@ -117,7 +131,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation() -> None:
         modes.append(net.training)
         return net(batch["x"]).sum()
 
-    train(model, loss, [{"x": torch.ones(1, 1)}], sgd(), lambda _: 0.1)
+    train(Passes(model, loss), [{"x": torch.ones(1, 1)}], sgd(), lambda _: 0.1)
 
     def measure(net: nn.Module, batch: Batch) -> dict[str, Tensor]:
         modes.append(net.training)
@@ -259,7 +273,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_weights() -> None:
 
     batch = {"x": torch.ones(3, 4)}
     for precision in ("fp32", "bf16"):
-        train(model, loss, [batch], sgd(), lambda _: 0.1, precision)
+        train(Passes(model, loss, precision), [batch], sgd(), lambda _: 0.1)
     assert seen == [torch.float32, torch.bfloat16]
     assert model.weight.dtype == torch.float32
 

@@ -117,16 +117,27 @@ class Examples:
         return batch
 
 
-def merged(batches: Sequence[Batch]) -> Batch:
+def merged(batches: Sequence[Batch], pad_id: int) -> Batch:
     """Batches one after another, their tokens padded on the right to the longest."""
-    whole: Batch = {}
-    for name in batches[0]:
-        parts = [batch[name] for batch in batches]
-        if name in ("input_ids", "attention_mask"):
-            longest = max(part.shape[1] for part in parts)
-            parts = [nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts]
-        whole[name] = torch.cat(parts)
-    return whole
+    if "input_ids" in batches[0]:
+        longest = max(batch["input_ids"].shape[1] for batch in batches)
+        batches = [padded(batch, longest, pad_id) for batch in batches]
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def lengthened(batch: Batch, multiple: int, pad_id: int) -> Batch:
+    """A batch whose rows of tokens are padded to a multiple of a length, if it has any."""
+    if "input_ids" not in batch:
+        return batch
+    return padded(batch, -(-batch["input_ids"].shape[1] // multiple) * multiple, pad_id)
+
+
+def padded(batch: Batch, length: int, pad_id: int) -> Batch:
+    """A batch whose rows of tokens are padded on the right to a length."""
+    more = (0, length - batch["input_ids"].shape[1])
+    ids = nn.functional.pad(batch["input_ids"], more, value=pad_id)
+    mask = nn.functional.pad(batch["attention_mask"], more)
+    return batch | {"input_ids": ids, "attention_mask": mask}
 
 
 def _first(arrays: Mapping[str, np.ndarray]) -> Any:

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.data.batching import Batch, Examples, by_length, flat, training_batches, within
+from fedpeft.data.batching import (
+    Batch,
+    Examples,
+    by_length,
+    flat,
+    lengthened,
+    merged,
+    training_batches,
+    within,
+)
 from fedpeft.seeding import generator
 from fedpeft.session import Session
 
@@ -212,7 +221,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     """The batches that training gets."""
     batches: list[Batch] = []
 
-    def record(_: object, __: object, given: list[Batch], *rest: object) -> float:
+    def record(_: object, given: list[Batch], *rest: object) -> float:
         batches[:] = given
         return 0.0
 
@@ -263,3 +272,24 @@ def test_batches_are_a_client_s_own_rows(opened: Callable[..., Session], seen: l
             for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         )
         assert given == expected
+
+
+def test_a_batch_is_lengthened_to_a_multiple() -> None:
+    ids, mask = torch.tensor([[5, 6, 7]]), torch.tensor([[1, 1, 1]])
+    found = lengthened({"input_ids": ids, "attention_mask": mask, "row": torch.tensor([3])}, 4, 9)
+    assert found["input_ids"].tolist() == [[5, 6, 7, 9]]
+    assert found["attention_mask"].tolist() == [[1, 1, 1, 0]]
+    assert found["row"].tolist() == [3]
+    assert lengthened(found, 4, 9)["input_ids"].shape == (1, 4)
+    pixels = {"pixels": torch.zeros(1, 3)}
+    assert lengthened(pixels, 4, 9) is pixels
+
+
+def test_merged_batches_are_padded_with_the_given_token() -> None:
+    batches = [
+        {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row)).long()}
+        for row in ([1, 2], [3, 4, 5])
+    ]
+    found = merged(batches, 9)
+    assert found["input_ids"].tolist() == [[1, 2, 9], [3, 4, 5]]
+    assert found["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
