@@ -16,7 +16,6 @@ from fedpeft.data.batching import Batch, lengthened
 log = logging.getLogger(__name__)
 
 EAGER = 2  # passes of a shape before it is captured: rare shapes would not earn it back
-MULTIPLE = 8  # tokens; fewer shapes, and matrix units like it
 MOST = 256  # graphs of a process
 
 
@@ -53,7 +52,7 @@ class Graphs:
 
     def run(self, batch: Batch) -> Tensor:
         """A pass over a batch of the CPU's; the loss."""
-        batch = lengthened(batch, MULTIPLE, self.pad_id)
+        batch = lengthened(batch, self.pad_id)
         batch = {name: value.pin_memory() for name, value in batch.items()}
         shapes = tuple((name, tuple(v.shape), v.dtype) for name, v in sorted(batch.items()))
         self.seen[shapes] += 1

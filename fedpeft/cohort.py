@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.algorithms.base import Term
+from fedpeft.captured import Graphs
 from fedpeft.data.batching import Batch, merged, within
 from fedpeft.data.task import Task
 from fedpeft.methods.base import State
 from fedpeft.nn.stacked import Draws, Stack, Unsupported, calling, cut, owners
+from fedpeft.seeding import rng_state
 from fedpeft.training import (
     Flat,
     Optimization,
@@ -69,33 +71,139 @@ class Member:
     losses: list[Tensor] = field(default_factory=list)
 
 
-def train_together(
-    model: nn.Module,
-    task: Task,
-    members: Sequence[Member],
-    trained: Sequence[str],
-    optimization: Optimization,
-    precision: str,
-) -> list[tuple[float, State] | FloatingPointError]:
-    """Each member's mean loss, and the values of all that can change after its last step.
+class Cohort:
+    """Trains members together, whose batches are put in passes so that little is padded.
 
-    A step's batches are put together in passes so that little is padded. Members with fewer steps
-    leave early.
+    It stands ready from round to round: on a GPU passes that come often are captured, unless the
+    model draws at random, which each member does from a generator of its own.
 
     Args:
         trained: names of the parameters that train.
-
-    Returns:
-        In a member's place an error, if its loss is not finite.
+        random: whether the model draws at random while it trains.
     """
-    passes = _Passes(model, task, members, trained, optimization, precision)
-    for step in range(max(len(member.batches) for member in members)):
-        for group in _groups(members, step):
-            passes.run(group, step)
-    return [passes.result(k) for k in range(len(members))]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        trained: Sequence[str],
+        optimization: Optimization,
+        precision: str,
+        random: bool,
+    ) -> None:
+        self.model, self.task, self.trained = model, task, list(trained)
+        self.optimization, self.precision = optimization, precision
+        self.device = next(model.parameters()).device
+        self.captures = self.device.type == "cuda" and not random
+        self.lanes: dict[int, _Lane] = {}
+
+    def train(self, members: Sequence[Member]) -> list[tuple[float, State] | FloatingPointError]:
+        """Each member's mean loss, and the values of all that can change after its last step.
+
+        Members with fewer steps leave early.
+
+        Returns:
+            In a member's place an error, if its loss is not finite.
+        """
+        steps = _Steps(self, members)
+        for step in range(max(len(member.batches) for member in members)):
+            for group in _groups(members, step, self.device.type):
+                steps.run(group, step)
+        return [steps.result(k) for k in range(len(members))]
+
+    def lane(self, count: int, like: Flat) -> "_Lane":
+        """The buffers for so many members in a pass."""
+        if count not in self.lanes:
+            self.lanes[count] = _Lane(self, count, like)
+        return self.lanes[count]
+
+    def losses(
+        self, stacks: Sequence[Stack], copies: State, draws: Draws, batches: Sequence[Batch]
+    ) -> Tensor:
+        """Each member's loss (K,), with what its gradients need."""
+        with autocast(self.device, self.precision):
+            with draws, calling(stacks, copies, len(batches), draws):
+                logits = self.task.logits(self.model, merged(batches, pad_id(self.model)))
+            return torch.stack(self._apart(logits, batches))
+
+    def _apart(self, logits: Tensor, batches: Sequence[Batch]) -> list[Tensor]:
+        """Each member's own loss, of its own rows and length."""
+        sizes = [_size(batch) for batch in batches]
+        longest = max(length for _, length in sizes)
+        parts = logits.split([rows for rows, _ in sizes])
+        return [
+            self.task.loss(_Given(cut(part, longest - length, (1,)[: part.dim() - 2])), batch)
+            for part, batch, (_, length) in zip(parts, batches, sizes, strict=True)
+        ]
 
 
-def _groups(members: Sequence[Member], step: int) -> Iterator[list[int]]:
+class _Lane:
+    """K members' parameters and gradients side by side, and the passes over them."""
+
+    def __init__(self, cohort: Cohort, count: int, like: Flat) -> None:
+        self.cohort, self.count = cohort, count
+        self.values = like.vector.detach().expand(count, -1).clone()
+        self.copies = like.parts(self.values)  # leaves of the graph
+        self.grads = torch.zeros(self.values.numel(), device=cohort.device)
+        sizes = [copy.numel() for copy in self.copies.values()]
+        for copy, grad in zip(self.copies.values(), self.grads.split(sizes), strict=True):
+            # contiguous, as autograd wants the gradient of what is not
+            copy.requires_grad_().grad = grad.view(copy.shape)
+        self.stacks = stacks_of(cohort.model, cohort.trained)
+        self.graphs: Graphs | None = None
+        if cohort.captures:
+            self.graphs = Graphs(self._captured, cohort.device, pad_id(cohort.model))
+
+    @torch.no_grad()
+    def set(self, flats: Sequence[Flat]) -> None:
+        """Members' values, and no gradients."""
+        torch.stack([flat.vector for flat in flats], out=self.values)
+        self.grads.zero_()
+
+    def gradients(self) -> Tensor:
+        """Each member's, (K, numbers)."""
+        sizes = [copy.numel() for copy in self.copies.values()]
+        parts = self.grads.split(sizes)
+        return torch.cat([part.view(self.count, -1) for part in parts], dim=1)
+
+    def run(self, batches: Sequence[Batch], draws: Draws, fixed: State) -> Tensor:
+        """A pass over the members' batches; their losses (K,).
+
+        Args:
+            fixed: what else differs by member, (K, ...).
+        """
+        shapes = [{name: value.shape[0] for name, value in batch.items()} for batch in batches]
+        if self.graphs is not None and not fixed and all(s == shapes[0] for s in shapes):
+            return self.graphs.run(merged(batches, pad_id(self.cohort.model)))
+        device = self.cohort.device
+        stacks = stacks_of(self.cohort.model, [*self.copies, *fixed]) if fixed else self.stacks
+        return self._backward(
+            stacks, self.copies | fixed, draws, [to_device(b, device) for b in batches]
+        )
+
+    def _captured(self, batch: Batch) -> Tensor:
+        """A pass over batches of equal shapes, one after another in one."""
+        parts = [
+            dict(zip(batch, each, strict=True))
+            for each in zip(*(value.chunk(self.count) for value in batch.values()), strict=True)
+        ]
+        none = Draws([], [_size(part) for part in parts], self.cohort.device)
+        return self._backward(self.stacks, self.copies, none, parts)
+
+    def _backward(
+        self, stacks: Sequence[Stack], copies: State, draws: Draws, batches: Sequence[Batch]
+    ) -> Tensor:
+        losses = self.cohort.losses(stacks, copies, draws, batches)
+        losses.sum().backward()
+        return losses.detach()
+
+
+def stacks_of(model: nn.Module, names: Sequence[str]) -> list[Stack]:
+    """A stack for every module that holds some of the parameters."""
+    return [Stack(model, path, own) for path, own in owners(model, names).items()]
+
+
+def _groups(members: Sequence[Member], step: int, device: str) -> Iterator[list[int]]:
     """Members that take a step together: as many sequences each, of neighbouring lengths."""
     sizes: dict[int, list[tuple[int, int]]] = {}
     for k, member in enumerate(members):
@@ -104,7 +212,9 @@ def _groups(members: Sequence[Member], step: int) -> Iterator[list[int]]:
             sizes.setdefault(rows, []).append((k, length))
     for rows, found in sizes.items():
         lengths = np.array([length for _, length in found])
-        for group in within(rows * lengths, len(found), sum(lengths) * rows * len(found)):
+        for group in within(
+            rows * lengths, len(found), sum(lengths) * rows * len(found), None, device
+        ):
             yield [found[i][0] for i in sorted(group)]
 
 
@@ -114,54 +224,36 @@ def _size(batch: Batch) -> tuple[int, int]:
     return (len(batch["row"]), 1) if ids is None else (ids.shape[0], ids.shape[1])
 
 
-class _Passes:
-    """The members' parameters, gradients and optimisers, and a pass over some of them."""
+class _Steps:
+    """The members' parameters and optimisers, and a step of some of them."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Task,
-        members: Sequence[Member],
-        trained: Sequence[str],
-        optimization: Optimization,
-        precision: str,
-    ) -> None:
-        self.model, self.task, self.members = model, task, members
-        self.optimization, self.precision = optimization, precision
-        self.device = next(model.parameters()).device
+    def __init__(self, cohort: Cohort, members: Sequence[Member]) -> None:
+        self.cohort, self.members, trained = cohort, members, cohort.trained
         self.fixed = [n for n in members[0].start if n not in trained and _differs(n, members)]
         self.flats = [
-            Flat({n: nn.Parameter(m.start[n].to(self.device)) for n in trained}) for m in members
+            Flat({n: nn.Parameter(m.start[n]) for n in trained}, cohort.device) for m in members
         ]
         self.optimizers = [
-            optimization.build([flat.vector], m.rate(0))
+            cohort.optimization.build([flat.vector], m.rate(0))
             for flat, m in zip(self.flats, members, strict=True)
-        ]
-        self.stacks = [
-            Stack(model, path, names)
-            for path, names in owners(model, [*trained, *self.fixed]).items()
         ]
 
     def run(self, group: Sequence[int], step: int) -> None:
         """One step of some members."""
-        members = [self.members[k] for k in group]
-        batches = [to_device(m.batches[step], self.device) for m in members]
-        copies = self._copies(group)
-        draws = Draws([m.draws for m in members], [_size(b) for b in batches], self.device)
-        with autocast(self.device, self.precision):
-            with draws, calling(self.stacks, copies, len(group), draws):
-                logits = self.task.logits(self.model, merged(batches, pad_id(self.model)))
-            losses = self._losses(logits, batches)
-        torch.stack(losses).sum().backward()
-        for i, (k, member) in enumerate(zip(group, members, strict=True)):
-            for name, parameter in self.flats[k].named.items():
-                assert parameter.grad is not None
-                if (grad := copies[name].grad) is not None:
-                    parameter.grad.copy_(grad[i])
+        members, flats = [self.members[k] for k in group], [self.flats[k] for k in group]
+        batches = [m.batches[step] for m in members]
+        draws = Draws([m.draws for m in members], [_size(b) for b in batches], self.cohort.device)
+        lane = self.cohort.lane(len(group), flats[0])
+        lane.set(flats)
+        losses = lane.run(batches, draws, self._fixed(group))
+        gradients = lane.gradients()
+        for i, (k, member, flat) in enumerate(zip(group, members, flats, strict=True)):
+            assert flat.vector.grad is not None
+            flat.vector.grad.copy_(gradients[i])
             member.draws = draws.states[i]
-            member.losses.append(losses[i].detach())
+            member.losses.append(losses[i])
             step_of(
-                self.flats[k], self.optimizers[k], self.optimization, member.rate(step), member.term
+                flat, self.optimizers[k], self.cohort.optimization, member.rate(step), member.term
             )
 
     def result(self, k: int) -> tuple[float, State] | FloatingPointError:
@@ -170,31 +262,14 @@ class _Passes:
             loss = mean_loss(self.members[k].losses)
         except FloatingPointError as error:
             return error
-        own = {n: p.detach().to("cpu", copy=True) for n, p in self.flats[k].named.items()}
-        return loss, self.members[k].start | own
+        return loss, self.members[k].start | self.flats[k].state()
 
-    def _copies(self, group: Sequence[int]) -> dict[str, Tensor]:
-        """(K, ...) of each parameter that differs by client; leaves of the graph."""
-        together = torch.stack([self.flats[k].vector.detach() for k in group])
-        copies, at = {}, 0
-        for name, parameter in self.flats[group[0]].named.items():
-            part = together[:, at : at + parameter.numel()]
-            copies[name] = part.view(len(group), *parameter.shape).requires_grad_()
-            at += parameter.numel()
-        for name in self.fixed:
-            values = [self.members[k].start[name] for k in group]
-            copies[name] = torch.stack(values).to(self.device)
-        return copies
-
-    def _losses(self, logits: Tensor, batches: Sequence[Batch]) -> list[Tensor]:
-        """Each member's own loss, of its own rows and length."""
-        sizes = [_size(batch) for batch in batches]
-        longest = max(length for _, length in sizes)
-        parts = logits.split([rows for rows, _ in sizes])
-        return [
-            self.task.loss(_Given(cut(part, longest - length, (1,)[: part.dim() - 2])), batch)
-            for part, batch, (_, length) in zip(parts, batches, sizes, strict=True)
-        ]
+    def _fixed(self, group: Sequence[int]) -> State:
+        """(K, ...) of what does not train and differs by member."""
+        return {
+            name: torch.stack([self.members[k].start[name] for k in group]).to(self.cohort.device)
+            for name in self.fixed
+        }
 
 
 class _Given(nn.Module):
@@ -213,7 +288,7 @@ def _differs(name: str, members: Sequence[Member]) -> bool:
     return any(not torch.equal(first, member.start[name]) for member in members[1:])
 
 
-def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, precision: str) -> None:
+def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, precision: str) -> bool:
     """Tries whether copies of parameters can be told apart, in a forward pass without gradients.
 
     Args:
@@ -236,10 +311,12 @@ def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, prec
 
     paths = owners(model, names)
     hooks = [model.get_submodule(p).register_forward_pre_hook(note) for p in paths]
-    with torch.no_grad(), autocast(device, precision):
+    draws = Draws([rng_state(device)], [_size(batch)], device)
+    with torch.no_grad(), autocast(device, precision), draws:
         task.logits(model, to_device(batch, device))
     for hook in hooks:
         hook.remove()
     for path in paths:
         if model.get_submodule(path) not in called:
             raise Unsupported(f"{path} is not called with one entry a sequence")
+    return draws.drew

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedpeft import config as configuration
 from fedpeft.algorithms.base import Setting, Term
-from fedpeft.cohort import IMAGE_TOKENS, Member, members, probe, train_together
+from fedpeft.cohort import IMAGE_TOKENS, Cohort, Member, members, probe
 from fedpeft.data.batching import Examples
 from fedpeft.data.holdings import Holdings
 from fedpeft.memory import halve_frozen, train_in_float32
@@ -60,6 +60,7 @@ class Session:
         config.strategy.check(self._setting())
         config.compression.check(self._setting())
         self._ready: Passes | None = None
+        self._ready_cohort: Cohort | None = None
         self.samples: list[dict[str, str]] = []  # the last generated texts, beside references
         self.rows = Holdings(config, self.processor, self.owns_all_rows)
         self.examples, self.client_examples = self.rows.examples, self.rows.client_examples
@@ -152,7 +153,11 @@ class Session:
         numbers = sum(value.numel() for value in self.initial.values())
         device = next(self.model.parameters()).device.type
         config = self.config
-        return config.runtime.cohort or members(config.batch_size * tokens, numbers, device)
+        if config.runtime.cohort is not None:
+            return config.runtime.cohort
+        if device == "cuda" and self._together == "random":
+            return 1  # whose steps are captured, and those of a cohort that draws are not
+        return members(config.batch_size * tokens, numbers, device)
 
     def train(
         self, works: Sequence[Work], round: int
@@ -167,11 +172,14 @@ class Session:
 
     def _train_alone(self, work: Work, round: int) -> tuple[Trained, State] | Exception:
         try:
-            load_state(self.model, work.start)
+            flat = self._passes(round).flat
+            flat.load(work.start)
+            others = {n: v for n, v in work.start.items() if n not in flat.named}
+            load_state(self.model, others)
             trained = self.train_client(work.client, round, work.term)
         except Exception as error:
             return error
-        return trained, snapshot(self.model, self.trainable)
+        return trained, work.start | flat.state()
 
     def train_client(self, client: int, round: int, term: Term | None = None) -> Trained:
         """Trains the loaded model on a client's rows."""
@@ -203,15 +211,22 @@ class Session:
             Member(plan.batches, plan.rate, work.start, work.term, self._draws(work.client, round))
             for work, plan in zip(works, plans, strict=True)
         ]
-        trained = [name for name, role in self.roles(round).items() if role in TRAINED]
         with torch_seed(config.seed, "cohort", round):  # puts the generators back afterwards
-            found = train_together(
-                self.model, self.task, members, trained, config.optimizer, config.precision
-            )
+            found = self._cohort(round).train(members)
         return [
             result if isinstance(result, Exception) else (plan.done(result[0]), result[1])
             for plan, result in zip(plans, found, strict=True)
         ]
+
+    def _cohort(self, round: int) -> Cohort:
+        """That which stands ready if the same parameters trained last, else a new one."""
+        names = [name for name, role in self.roles(round).items() if role in TRAINED]
+        if self._ready_cohort is None or self._ready_cohort.trained != names:
+            config, random = self.config, self._together == "random"
+            self._ready_cohort = Cohort(
+                self.model, self.task, names, config.optimizer, config.precision, random
+            )
+        return self._ready_cohort
 
     def _draws(self, client: int, round: int) -> Tensor:
         """State of torch's generator when a client begins."""
@@ -219,21 +234,26 @@ class Session:
             return rng_state(next(self.model.parameters()).device)
 
     @cached_property
-    def _together(self) -> bool:
-        """Whether clients can train in one pass; if not, the log says once why."""
+    def _together(self) -> str | None:
+        """Whether clients can train in one pass: ``alike``, or ``random`` where the model draws.
+
+        If not, the log says once why.
+        """
         rows = self.examples("train").select(np.arange(2))
         self.model.train()
         try:
             if self.config.model.gradient_checkpointing:
                 raise Unsupported("gradient checkpointing draws anew in the backward pass")
-            for count in (1, 2):
-                batch = rows.batch(np.arange(count))
+            batches = [rows.batch(np.arange(count)) for count in (1, 2)]
+            random = [
                 probe(self.model, self.task, self.trainable, batch, self.config.precision)
+                for batch in batches
+            ]
         except Unsupported as reason:
             name = type(self.config.method).__name__
             log.warning("%s: clients train one by one, for %s", name, reason)
-            return False
-        return True
+            return None
+        return "random" if any(random) else "alike"
 
     def _plan(self, client: int, round: int) -> Plan:
         return plan(self.config, *self.rows.training(client), client, round)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedpeft.algorithms.base import Term
 from fedpeft.captured import Graphs
 from fedpeft.data.batching import Batch, Examples, within
+from fedpeft.methods.base import State
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -165,23 +166,42 @@ def train(
 class Flat:
     """Parameters as views of one vector, and their gradients of another.
 
-    A step then takes as many operations for a thousand parameters as for one.
+    A step, a load or a copy then takes as many operations for a thousand parameters as for one.
 
     Args:
         named: by name, of one dtype on one device.
+        device: where they go; null for where they are.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, named: Mapping[str, nn.Parameter], device: torch.device | None = None
+    ) -> None:
         self.named = named
-        parts = [parameter.detach().reshape(-1) for parameter in named.values()]
-        self.vector = nn.Parameter(torch.cat(parts))
+        first = next(iter(named.values()))
+        self.vector = nn.Parameter(joined(named.values()).to(device or first.device))
         self.vector.grad = torch.zeros_like(self.vector)
-        at = 0
-        for parameter in named.values():
-            place = slice(at, at + parameter.numel())
-            parameter.data = self.vector.data[place].view(parameter.shape)
-            parameter.grad = self.vector.grad[place].view(parameter.shape)
-            at = place.stop
+        data, grads = (self.parts(x) for x in (self.vector.data, self.vector.grad))
+        for name, parameter in named.items():
+            parameter.data, parameter.grad = data[name], grads[name]
+
+    def parts(self, vectors: Tensor) -> State:
+        """Views of (..., numbers) by name, (..., *shape)."""
+        parts, at = {}, 0
+        for name, parameter in self.named.items():
+            part = vectors[..., at : at + parameter.numel()]
+            parts[name] = part.view(*vectors.shape[:-1], *parameter.shape)
+            at += parameter.numel()
+        return parts
+
+    @torch.no_grad()
+    def load(self, state: State) -> None:
+        """Sets all parameters."""
+        self.vector.copy_(joined(state[name] for name in self.named))
+
+    def state(self) -> State:
+        """Copies of all parameters, on the CPU."""
+        parts = self.parts(self.vector.detach().cpu())
+        return {name: part.clone() for name, part in parts.items()}
 
     def zero(self) -> None:
         """Forgets the gradients."""
@@ -192,6 +212,11 @@ class Flat:
         """Lets the gradients go."""
         for parameter in self.named.values():
             parameter.grad = None
+
+
+def joined(tensors: Iterable[Tensor]) -> Tensor:
+    """All their numbers in one vector."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 def step_of(
@@ -255,7 +280,9 @@ def evaluate(
 
     batches: Iterator[Batch] | Iterable[Batch] = (
         examples.batch(rows)
-        for rows in within(examples.lengths, batch_size, max_tokens, examples.sequences)
+        for rows in within(
+            examples.lengths, batch_size, max_tokens, examples.sequences, device.type
+        )
     )
     if workers == 1 or device.type != "cpu":  # a GPU would have to hold all threads' batches
         return [run(batch) for batch in batches]

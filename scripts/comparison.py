@@ -3,163 +3,179 @@
     python scripts/comparison.py DATA [--processes 2] [--methods lora,scl] [--out FOLDER]
 
 DATA is the folder that holds ``sst2`` and ``mrpc``. Each run adds a line to FOLDER/runs.jsonl
-(results/comparison) and is not run again, so that the command can be stopped and given once more. A
-method's learning rate is the one of GRID with the best measure on the clients' validation rows of
-SST-2 after the last round of seed 0; it holds for both data sets.
+(results/comparison) and is not run again, so that the command can be stopped and given once more;
+where all runs are there, it only makes the tables and the picture beside them anew. A method's
+learning rate is the one of GRID with the best measure on the clients' validation rows of SST-2
+after the last round of seed 0; it holds for both data sets. Processes share a GPU if there is one.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
-import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+import sys
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
+
+from comparison_page import write_page
+from comparison_picture import draw
+from comparison_rows import Line, Result, write_csv
+from comparison_run import BOUNDS, DATA_SETS, GRID, SEEDS, Job, Paths, job_of, overrides, run_one
+from omegaconf import OmegaConf
 
 from fedpeft import config as configuration
 
-GRID = (3e-4, 1e-3, 3e-3, 1e-2)
-SEEDS = (0, 1, 2)
-DATA_SETS = ("sst2", "mrpc")
-MEASURE = {"sst2": "accuracy", "mrpc": "f1"}
-BOUNDS = {name: ("method=lora", f"strategy={name}") for name in ("local_only", "centralized")}
-
-
-class Job(NamedTuple):
-    """One run."""
-
-    method: str
-    data: str
-    lr: float
-    seed: int
+T = TypeVar("T")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--methods", default=",".join([*different_methods(), *BOUNDS]))
+    parser.add_argument("--methods", help="by commas, in the order in which they begin; all if not")
+    parser.add_argument("--model", type=Path, help="the weights' folder, without their package")
     parser.add_argument("--out", type=Path, default=Path("results/comparison"))
     args = parser.parse_args()
+    if args.model is not None:
+        check_weights(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
-    runs, names = args.out / "runs.jsonl", args.methods.split(",")
-    first = DATA_SETS[0]
-    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-
-        def run(jobs: Iterable[Job]) -> None:
-            known = {job_of(line) for line in lines(runs)}
-            left = [(job, args.data, runs) for job in jobs if job not in known]
-            for line in pool.map(run_one, left):
-                print(line, flush=True)
-
-        run(Job(name, first, lr, SEEDS[0]) for name in names for lr in GRID)
-        chosen = {name: best_lr(lines(runs), name) for name in names}
-        for data in DATA_SETS:
-            run(Job(name, data, chosen[name], seed) for seed in SEEDS for name in names)
+    aliases, paths = different_methods(), Paths(args.data, args.out / "runs.jsonl", args.model)
+    names = args.methods.split(",") if args.methods else [*aliases, *BOUNDS]
+    finish(searches(names), paths, args.processes)
+    finish(repeats(names, lines(paths.runs)), paths, args.processes)
+    write(args.out, lines(paths.runs), aliases)
 
 
-def different_methods() -> list[str]:
-    """Names in conf/method, but for those that only name another's configuration."""
-    found: dict[str, Any] = {}
-    for path in sorted((configuration.CONF / "method").glob("*.yaml"), key=lambda p: p.stem):
-        method = configuration.load([f"method={path.stem}"])
-        key = (method.method, method.strategy, method.compression)
-        if key not in found.values():
-            found[path.stem] = key
-    return list(found)
+def searches(names: Iterable[str]) -> list[Job]:
+    """The runs that choose learning rates."""
+    return [Job(name, DATA_SETS[0], lr, SEEDS[0]) for name in names for lr in GRID]
 
 
-def overrides(job: Job) -> list[str]:
-    """The configuration but for paths."""
-    method = BOUNDS.get(job.method, (f"method={job.method}",))
+def repeats(names: Iterable[str], found: list[Line]) -> list[Job]:
+    """Every seed on every data set at the chosen learning rates; one of them is a search's."""
+    chosen = {name: lr for name in names if (lr := best_lr(found, name)) is not None}
     return [
-        "experiment=comparison",
-        *method,
-        f"data={job.data}",
-        f"lr={job.lr:g}",
-        f"seed={job.seed}",
-        "runtime=inprocess",
+        Job(name, data, lr, seed)
+        for data in DATA_SETS
+        for seed in SEEDS
+        for name, lr in chosen.items()
     ]
 
 
-def run_one(task: tuple[Job, Path, Path]) -> str:
-    """Runs a job in this process and appends its line; training that diverges is a result."""
-    job, data, runs = task
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    line: dict[str, Any] = job._asdict() | {"overrides": " ".join(overrides(job))}
-    with tempfile.TemporaryDirectory() as folder:
-        given = [*overrides(job), f"data.path='{data / job.data}'", f"run_dir='{folder}'"]
+def best_lr(found: list[Line], method: str) -> float | None:
+    """By the clients' validation rows of the first data set, seed 0; of equals the smaller.
+
+    None where training diverged at every one.
+    """
+    grid = [
+        (line["validation"], -line["lr"])
+        for line in found
+        if job_of(line) in searches([method]) and "failed" not in line
+    ]
+    return -max(grid)[1] if grid else None
+
+
+def different_methods() -> dict[str, list[str]]:
+    """Names in conf/method, each with the later ones that only name its configuration anew."""
+    found: list[tuple[Any, str]] = []
+    names: dict[str, list[str]] = {}
+    for name in sorted(path.stem for path in (configuration.CONF / "method").glob("*.yaml")):
+        method = configuration.load([f"method={name}"])
+        key = (method.method, method.strategy, method.compression)
+        first = next((other for known, other in found if known == key), name)
+        found.append((key, first))
+        names.setdefault(first, []).extend([] if first == name else [name])
+    return names
+
+
+def check_weights(folder: Path) -> None:
+    """They must be the package's, whose hash the configuration has."""
+    from fedpeft.hub import weights_sha256
+
+    given, wanted = weights_sha256(str(folder)), configuration.load().model.sha256
+    if given != wanted:
+        sys.exit(f"--model must hold the weights of sha256 {wanted}, got {given}")
+
+
+def finish(jobs: Iterable[Job], paths: Paths, processes: int) -> None:
+    """Runs those of the jobs that have no line yet."""
+    found = lines(paths.runs)
+    known = {job_of(line) for line in found}
+    left = [(job, paths) for job in slow_first(jobs, found) if job not in known]
+    if died := run_all(run_one, left, processes):
+        names = ", ".join(str(job) for job, _ in died)
+        sys.exit(f"a process died (out of memory?) in {names}: give the command once more")
+
+
+def slow_first(jobs: Iterable[Job], found: list[Line]) -> list[Job]:
+    """So that no long run is the last; methods without a run may be long, and stay as given."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for line in found:
+        if "seconds" in line:
+            seconds[line["method"]].append(line["seconds"])
+
+    def expected(job: Job) -> float:
+        known = seconds.get(job.method)
+        return sum(known) / len(known) if known else float("inf")
+
+    return sorted(jobs, key=expected, reverse=True)
+
+
+def run_all(function: Callable[[T], str], tasks: Sequence[T], processes: int) -> list[T]:
+    """Prints what ``function`` says of each task; gives the tasks whose process died.
+
+    Every process is a pool of its own, as a pool that loses one of several ends all they do. An
+    error is raised when the tasks that had begun are done; the others do not begin.
+    """
+    left, died = iter(tasks), []  # a sequence's iterator can be shared by threads
+
+    def work() -> None:
+        while (task := next(left, None)) is not None:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                try:
+                    while task is not None:
+                        print(process.submit(function, task).result(), flush=True)
+                        task = next(left, None)
+                except BrokenProcessPool:
+                    died.append(task)
+                except Exception as error:
+                    error.add_note(f"in {task}")
+                    raise
+
+    with ThreadPoolExecutor(processes) as threads:
+        workers = [threads.submit(work) for _ in range(processes)]
         try:
-            line |= measured(given, Path(folder), MEASURE[job.data])
-        except RuntimeError as error:
-            line["failed"] = str(error)
-    with runs.open("a") as file:  # one write a line: other processes append to the same file
-        file.write(json.dumps(line) + "\n")
-    quality = line.get("failed") or f"{line['quality']:.3f}"
-    return f"{job.method} {job.data} lr {job.lr:g} seed {job.seed}: {quality}"
+            wait(workers, return_when=FIRST_EXCEPTION)
+        finally:  # Ctrl-C comes here too
+            deque(left, maxlen=0)
+    for worker in workers:
+        worker.result()
+    return died
 
 
-def measured(given: list[str], folder: Path, measure: str) -> dict[str, Any]:
-    """A run's qualities, its bytes, and the curve of quality by bytes."""
-    from rich.console import Console
-
-    from fedpeft.progress import Display
-    from fedpeft.results import read_metrics
-    from fedpeft.runtime import launch
-    from fedpeft.server_app import serve
-
-    config, summaries = configuration.load(given), []
-    display = Display(Console(quiet=True))
-    launch(
-        lambda grid, _: summaries.append(serve(grid, given, display, simulated=True)),
-        config.num_clients,
-        config.runtime,
-    )
-    summary, curve, sent = summaries[0], [], 0
-    for line in read_metrics(folder):
-        sent += line.get("uplink_bytes", 0) + line.get("downlink_bytes", 0)
-        if (quality := line.get(f"client_test_{measure}")) is not None:
-            curve.append([line["round"], sent, round(quality, 4)])
-    interference = [x for x in summary["interference"] if x is not None]
-    final = summary["final"]
-    return {
-        "quality": final[f"client_test_{measure}"],
-        "validation": final[f"client_validation_{measure}"],
-        "global_test": final.get(f"test_{measure}"),
-        "baseline": summary["baseline"],
-        "curve": curve,
-        "interference": sum(interference) / len(interference) if interference else None,
-        "trained": summary["parameters"]["trained"],
-        "bytes": summary["bytes"],
-        "seconds": summary["seconds"],
-        "shared_state_sha256": summary["shared_state_sha256"],
-        "versions": summary["versions"],
-    }
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
+def lines(path: Path) -> list[Line]:
     """All runs so far."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def job_of(line: dict[str, Any]) -> Job:
-    """Which run a line is of."""
-    return Job(*(line[field] for field in Job._fields))
-
-
-def best_lr(found: list[dict[str, Any]], method: str) -> float:
-    """By the clients' validation rows of the first data set, seed 0; of equals the smaller."""
-    grid = [
-        (line["validation"], -line["lr"])
-        for line in found
-        if (line["method"], line["data"], line["seed"]) == (method, DATA_SETS[0], SEEDS[0])
-        and "failed" not in line
-    ]
-    if not grid:
-        raise RuntimeError(f"{method} failed at every learning rate of {GRID}")
-    return -max(grid)[1]
+def write(folder: Path, found: list[Line], aliases: dict[str, list[str]]) -> None:
+    """The tables, the picture and a configuration, of the methods whose runs are all there."""
+    known = {job_of(line) for line in found}
+    names = sorted({job.method for job in known})
+    whole = [n for n in names if known.issuperset(searches([n]) + repeats([n], found))]
+    result = Result(found, {name: best_lr(found, name) for name in whole}, aliases)
+    missing = [name for name in (*aliases, *BOUNDS) if name not in whole]
+    one = overrides(Job("lora", DATA_SETS[0], GRID[0], SEEDS[0]))
+    write_page(folder / "comparison.md", result, configuration.load(one), missing)
+    write_csv(folder / "comparison.csv", result)
+    draw(folder / "comparison.png", result)
+    about = "# One run; the others have the `overrides` that their lines in runs.jsonl name.\n"
+    tree = OmegaConf.to_yaml(configuration.composed(one), resolve=True)
+    (folder / "config.yaml").write_text(about + tree)
 
 
 if __name__ == "__main__":

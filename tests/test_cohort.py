@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedpeft.algorithms.fedprox import ProximalTerm
+from fedpeft.data.batching import Batch, lengthened
 from fedpeft.methods.base import TRAINED
 from fedpeft.plan import Trained, Work
 from fedpeft.session import Session
@@ -108,6 +109,42 @@ def test_dropout_draws_as_alone(opened: Opened) -> None:
     given = works(session)
     for (ours, _), (theirs, _) in zip(session.train(given, 1), alone(session, given), strict=True):  # type: ignore[misc]
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+
+
+class Replayed:
+    """In place of what only a GPU has: a pass over a batch as it would be captured."""
+
+    def __init__(self, backward: Callable, device: torch.device, pad_id: int) -> None:
+        self.backward, self.pad_id = backward, pad_id
+        self.lengths: list[int] = []
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        batch = lengthened(batch, self.pad_id)
+        self.lengths.append(batch["input_ids"].shape[1])
+        return self.backward(batch)
+
+
+QUIET = "model.settings={hidden_dropout_prob:0,attention_probs_dropout_prob:0}"
+
+
+@pytest.mark.parametrize("method", ["lora", "scl", "fedtt", "bitfit"])
+def test_passes_as_they_are_captured(
+    opened: Opened, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of all members are filled up to one length, and gradients stay in place."""
+    session = opened(f"method={method}", *STEPS, "optimizer.name=sgd", "lr=0.1", QUIET)
+    assert session._together == "alike"
+    monkeypatch.setattr("fedpeft.cohort.Graphs", Replayed)
+    session._cohort(1).captures = True
+    assert_equal(session)
+    (lane,) = session._cohort(1).lanes.values()
+    assert isinstance(lane.graphs, Replayed)
+    assert len(lane.graphs.lengths) == 3 and all(n % 8 == 0 for n in lane.graphs.lengths)
+
+
+def test_a_model_that_draws_is_known(opened: Opened) -> None:
+    assert opened("method=lora")._together == "random"
+    assert opened("method=prompt")._together is None
 
 
 def test_a_loss_that_is_not_finite_is_its_own_clients(opened: Opened) -> None:

@@ -121,7 +121,7 @@ def test_one_clients_failure_is_its_own(hosted: Hosted, monkeypatch: pytest.Monk
         return train_client(session, client, *args)
 
     monkeypatch.setattr(Session, "train_client", broken)
-    monkeypatch.setattr(Session, "_together", False)
+    monkeypatch.setattr(Session, "_together", None)
     summary = hosted("method=lora", "num_clients=3", "num_rounds=1", "runtime.cohort=3")
     assert summary["refused"] == {"1": {"1": "the disk of client 1 is full"}}
 

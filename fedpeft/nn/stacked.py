@@ -101,6 +101,7 @@ class Draws(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.states, self.device = list(states), device
+        self.drew = False  # whether anything was drawn
         self.apart = True  # False within vmap, where members cannot be told apart
         self.rows = [rows for rows, _ in sizes]
         longest = max(length for _, length in sizes)
@@ -145,6 +146,7 @@ class Draws(TorchFunctionMode):
             tokens: where the result's tokens stand.
             given: arguments, and where theirs stand.
         """
+        self.drew = True
         parts = [self._split(tensor, dims) for tensor, dims in given]
         found = []
         before = rng_state(self.device)

@@ -274,15 +274,22 @@ def test_batches_are_a_client_s_own_rows(opened: Callable[..., Session], seen: l
         assert given == expected
 
 
-def test_a_batch_is_lengthened_to_a_multiple() -> None:
-    ids, mask = torch.tensor([[5, 6, 7]]), torch.tensor([[1, 1, 1]])
-    found = lengthened({"input_ids": ids, "attention_mask": mask, "row": torch.tensor([3])}, 4, 9)
-    assert found["input_ids"].tolist() == [[5, 6, 7, 9]]
-    assert found["attention_mask"].tolist() == [[1, 1, 1, 0]]
-    assert found["row"].tolist() == [3]
-    assert lengthened(found, 4, 9)["input_ids"].shape == (1, 4)
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, 8), (8, 8), (9, 16), (33, 40), (64, 64), (65, 80), (130, 160)]
+)
+def test_a_batch_is_lengthened_to_one_of_few_lengths(length: int, expected: int) -> None:
+    ids = torch.full((2, length), 5)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "row": torch.tensor([3, 4])}
+    found = lengthened(batch, 9)
+    assert found["input_ids"].tolist() == [[5] * length + [9] * (expected - length)] * 2
+    assert found["attention_mask"].sum(1).tolist() == [length, length]
+    assert found["attention_mask"].shape == found["input_ids"].shape
+    assert found["row"].tolist() == [3, 4]
+
+
+def test_images_have_no_length() -> None:
     pixels = {"pixels": torch.zeros(1, 3)}
-    assert lengthened(pixels, 4, 9) is pixels
+    assert lengthened(pixels, 9) is pixels
 
 
 def test_merged_batches_are_padded_with_the_given_token() -> None:
