@@ -7,15 +7,18 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedpeft.data.batching import Batch, lengthened
 
 log = logging.getLogger(__name__)
 
-EAGER = 2  # passes of a shape before it is captured: rare shapes would not earn it back
+EAGER = 2  # passes of a shape before it is captured: a rare one would not earn it back
 MOST = 256  # graphs of a process
 
 
@@ -31,8 +34,8 @@ class Graph:
 class Graphs:
     """A pass over batches, captured for each shape that comes often, and then replayed.
 
-    A replay draws dropout from the generator as it then stands. What cannot be captured, since it
-    waits for the GPU or decides by values there, runs as it is, and the log says so once.
+    A replay draws dropout from the generator as it then stands. A pass that decides by values on
+    the GPU cannot be captured; it runs as it is, and the log says so once.
 
     Args:
         backward: forward and backward pass over a batch on the GPU; returns the loss. What it
@@ -40,6 +43,8 @@ class Graphs:
         device: the GPU.
         pad_id: a token that the model does not attend to.
     """
+
+    failed: ClassVar[bool] = False  # a capture of this process did
 
     def __init__(
         self, backward: Callable[[Batch], Tensor], device: torch.device, pad_id: int
@@ -56,9 +61,13 @@ class Graphs:
         batch = {name: value.pin_memory() for name, value in batch.items()}
         shapes = tuple((name, tuple(v.shape), v.dtype) for name, v in sorted(batch.items()))
         self.seen[shapes] += 1
-        if shapes not in self.graphs and self._worth(shapes):
+        if not self.works or Graphs.failed or self.seen[shapes] < EAGER:
+            return self.backward(self._moved(batch))
+        if self.seen[shapes] == EAGER:
+            return self._rehearsed(self._moved(batch))
+        if shapes not in self.graphs and len(self.graphs) < MOST:
             self._capture(shapes, batch)
-        if shapes not in self.graphs:
+        if Graphs.failed or shapes not in self.graphs:
             return self.backward(self._moved(batch))
         found = self.graphs[shapes]
         for name, value in batch.items():
@@ -66,20 +75,61 @@ class Graphs:
         found.graph.replay()
         return found.loss.clone()
 
-    def _worth(self, shapes: object) -> bool:
-        return self.works and self.seen[shapes] > EAGER and len(self.graphs) < MOST
-
     def _moved(self, batch: Batch) -> Batch:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
+    def _rehearsed(self, batch: Batch) -> Tensor:
+        loss, waits = rehearsed(self.backward, batch)
+        if waits is not None:
+            self.works = False
+            _say(f"{waits} in them needs values of the GPU")
+        return loss
+
     def _capture(self, shapes: object, batch: Batch) -> None:
         graph, given = torch.cuda.CUDAGraph(), self._moved(batch)
+        generator = torch.cuda.default_generators[self.device.index or 0]
+        before = generator.clone_state()
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 loss = self.backward(given)
         except RuntimeError as error:
-            self.works = False
-            reason = str(error).splitlines()[0]
-            log.warning("steps are launched one operation after another, for %s", reason)
+            Graphs.failed = True  # and no other replays: it would draw from the state left behind
+            generator.graphsafe_set_state(before)
+            _say(str(error).splitlines()[0])
             return
         self.graphs[shapes] = Graph(graph, given, loss)
+
+
+def _say(reason: str) -> None:
+    log.warning("steps are launched one operation after another, for %s", reason)
+
+
+def rehearsed(backward: Callable[[Batch], Tensor], batch: Batch) -> tuple[Tensor, str | None]:
+    """A pass's loss, and its first operation that needs values of the device, or null.
+
+    Libraries that ask are told that a capture is under way: transformers then leaves out the looks
+    at values that it can do without.
+    """
+    with patch("torch.cuda.is_current_stream_capturing", return_value=True), Waits() as waits:
+        loss = backward(batch)
+    return loss, waits.first
+
+
+class Waits(TorchDispatchMode):
+    """Notes the first operation whose result's shape or use depends on values."""
+
+    first: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.data_dependent_output in func.tags or (
+            torch.Tag.dynamic_output_shape in func.tags and _by_mask(func, args)
+        ):
+            self.first = self.first or str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _by_mask(func: Any, args: Any) -> bool:
+    """Indexing has a shape that depends on values only if by a mask."""
+    if func is not torch.ops.aten.index.Tensor:
+        return True
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])

@@ -1,0 +1,62 @@
+"""Which passes can be captured, rehearsed on the CPU; what replays needs a GPU and is not here."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedpeft.captured import rehearsed
+from fedpeft.data.batching import Batch
+from fedpeft.session import Session
+from fedpeft.training import Passes
+
+Opened = Callable[..., Session]
+X = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
+
+
+@pytest.mark.parametrize(
+    ("function", "first"),
+    [
+        (lambda x: x.sum(), None),
+        (lambda x: x[torch.tensor([1, 0])].sum(), None),
+        (lambda x: x.masked_fill(x > 0, 0.0).sum(), None),
+        (lambda x: x[x > 0].sum(), "aten.index.Tensor"),
+        (lambda x: x * x.sum().item(), "aten._local_scalar_dense.default"),
+        (lambda x: x if bool(x.any()) else -x, "aten._local_scalar_dense.default"),
+        (lambda x: (x + 1).nonzero(), "aten.nonzero.default"),
+    ],
+)
+def test_what_needs_values(function: Callable[[Tensor], Tensor], first: str | None) -> None:
+    loss, found = rehearsed(lambda batch: function(batch["x"]), {"x": X})
+    assert found == first
+    torch.testing.assert_close(loss, function(X))
+
+
+def passes_of(session: Session) -> tuple[Passes, Batch]:
+    session.set_trainable(1)
+    session.model.train()
+    return Passes(session.model, session.task.loss), session._plan(0, 1).batches[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "scl", "fedtt", "bitfit", "full", "ia3", "prompt"])
+def test_steps_of_a_classifier_can_be_captured(opened: Opened, method: str) -> None:
+    passes, batch = passes_of(opened(f"method={method}"))
+    assert batch["attention_mask"].min() == 0  # padded: a mask that is looked at, but for captures
+    loss, first = rehearsed(passes.backward, batch)
+    assert first is None
+    assert torch.isfinite(loss)
+
+
+def test_gradients_of_a_rehearsal_are_those_of_any_pass(opened: Opened) -> None:
+    session = opened("method=lora", "model.settings={hidden_dropout_prob:0}")
+    session.model.config.attention_probs_dropout_prob = 0.0  # type: ignore[union-attr]
+    passes, batch = passes_of(session)
+    session.model.eval()
+    expected = passes.backward(batch)
+    gradients = passes.flat.vector.grad
+    assert gradients is not None and gradients.any()
+    once = gradients.clone()
+    loss, _ = rehearsed(passes.backward, batch)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients, 2 * once)
