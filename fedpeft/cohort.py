@@ -20,8 +20,7 @@ from fedpeft.captured import Graphs
 from fedpeft.data.batching import Batch, merged, within
 from fedpeft.data.task import Task
 from fedpeft.methods.base import State
-from fedpeft.nn.stacked import Draws, Stack, Unsupported, calling, cut, owners
-from fedpeft.seeding import rng_state
+from fedpeft.nn.stacked import Draws, Stack, calling, cut, owners
 from fedpeft.training import (
     Flat,
     Optimization,
@@ -128,7 +127,7 @@ class Cohort:
 
     def _apart(self, logits: Tensor, batches: Sequence[Batch]) -> list[Tensor]:
         """Each member's own loss, of its own rows and length."""
-        sizes = [_size(batch) for batch in batches]
+        sizes = [size_of(batch) for batch in batches]
         longest = max(length for _, length in sizes)
         parts = logits.split([rows for rows, _ in sizes])
         return [
@@ -187,7 +186,7 @@ class _Lane:
             dict(zip(batch, each, strict=True))
             for each in zip(*(value.chunk(self.count) for value in batch.values()), strict=True)
         ]
-        none = Draws([], [_size(part) for part in parts], self.cohort.device)
+        none = Draws([], [size_of(part) for part in parts], self.cohort.device)
         return self._backward(self.stacks, self.copies, none, parts)
 
     def _backward(
@@ -208,7 +207,7 @@ def _groups(members: Sequence[Member], step: int, device: str) -> Iterator[list[
     sizes: dict[int, list[tuple[int, int]]] = {}
     for k, member in enumerate(members):
         if step < len(member.batches):
-            rows, length = _size(member.batches[step])
+            rows, length = size_of(member.batches[step])
             sizes.setdefault(rows, []).append((k, length))
     for rows, found in sizes.items():
         lengths = np.array([length for _, length in found])
@@ -218,7 +217,7 @@ def _groups(members: Sequence[Member], step: int, device: str) -> Iterator[list[
             yield [found[i][0] for i in sorted(group)]
 
 
-def _size(batch: Batch) -> tuple[int, int]:
+def size_of(batch: Batch) -> tuple[int, int]:
     """Sequences and their padded length; of images, their number and 1."""
     ids = batch.get("input_ids")
     return (len(batch["row"]), 1) if ids is None else (ids.shape[0], ids.shape[1])
@@ -242,7 +241,7 @@ class _Steps:
         """One step of some members."""
         members, flats = [self.members[k] for k in group], [self.flats[k] for k in group]
         batches = [m.batches[step] for m in members]
-        draws = Draws([m.draws for m in members], [_size(b) for b in batches], self.cohort.device)
+        draws = Draws([m.draws for m in members], [size_of(b) for b in batches], self.cohort.device)
         lane = self.cohort.lane(len(group), flats[0])
         lane.set(flats)
         losses = lane.run(batches, draws, self._fixed(group))
@@ -286,37 +285,3 @@ class _Given(nn.Module):
 def _differs(name: str, members: Sequence[Member]) -> bool:
     first = members[0].start[name]
     return any(not torch.equal(first, member.start[name]) for member in members[1:])
-
-
-def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, precision: str) -> bool:
-    """Tries whether copies of parameters can be told apart, in a forward pass without gradients.
-
-    Args:
-        names: of the parameters that train in some round.
-
-    Raises:
-        Unsupported: a module that holds some is not called with one entry a sequence, or a
-            parameter has a hook, which its copies would not run.
-    """
-    for name, parameter in model.named_parameters():
-        if name in names and parameter._backward_hooks:
-            raise Unsupported(f"{name} has a hook on its gradient")
-    rows, called = _size(batch)[0], set()
-    device = next(model.parameters()).device
-
-    def note(module: nn.Module, given: tuple[Any, ...]) -> None:
-        first = given[0] if given else None
-        if isinstance(first, Tensor) and first.dim() > 1 and first.shape[0] == rows:
-            called.add(module)
-
-    paths = owners(model, names)
-    hooks = [model.get_submodule(p).register_forward_pre_hook(note) for p in paths]
-    draws = Draws([rng_state(device)], [_size(batch)], device)
-    with torch.no_grad(), autocast(device, precision), draws:
-        task.logits(model, to_device(batch, device))
-    for hook in hooks:
-        hook.remove()
-    for path in paths:
-        if model.get_submodule(path) not in called:
-            raise Unsupported(f"{path} is not called with one entry a sequence")
-    return draws.drew

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from fedpeft import config as configuration
 from fedpeft.algorithms.base import Setting, Term
-from fedpeft.cohort import IMAGE_TOKENS, Cohort, Member, members, probe
+from fedpeft.cohort import IMAGE_TOKENS, Cohort, Member, members
 from fedpeft.data.batching import Examples
 from fedpeft.data.holdings import Holdings
 from fedpeft.memory import halve_frozen, train_in_float32
 from fedpeft.methods.base import TRAINED, Role, State
-from fedpeft.nn.stacked import Unsupported
 from fedpeft.plan import Plan, Trained, Work, plan
+from fedpeft.probing import together
 from fedpeft.schema import Config
 from fedpeft.seeding import rng_state, torch_seed
 from fedpeft.state import blocks, down_names, filled, load_state, names_with, roles, snapshot
@@ -235,25 +235,7 @@ class Session:
 
     @cached_property
     def _together(self) -> str | None:
-        """Whether clients can train in one pass: ``alike``, or ``random`` where the model draws.
-
-        If not, the log says once why.
-        """
-        rows = self.examples("train").select(np.arange(2))
-        self.model.train()
-        try:
-            if self.config.model.gradient_checkpointing:
-                raise Unsupported("gradient checkpointing draws anew in the backward pass")
-            batches = [rows.batch(np.arange(count)) for count in (1, 2)]
-            random = [
-                probe(self.model, self.task, self.trainable, batch, self.config.precision)
-                for batch in batches
-            ]
-        except Unsupported as reason:
-            name = type(self.config.method).__name__
-            log.warning("%s: clients train one by one, for %s", name, reason)
-            return None
-        return "random" if any(random) else "alike"
+        return together(self.config, self.model, self.trainable, self.examples("train"))
 
     def _plan(self, client: int, round: int) -> Plan:
         return plan(self.config, *self.rows.training(client), client, round)

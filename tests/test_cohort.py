@@ -71,7 +71,7 @@ def test_a_method_that_cannot_says_so_and_trains_alone(
     with caplog.at_level(logging.WARNING):
         given = works(session)
         found = session.train(given, 1)
-    (said,) = [r.message for r in caplog.records if r.name == "fedpeft.session"]
+    (said,) = [r.message for r in caplog.records if r.name == "fedpeft.probing"]
     assert "clients train one by one, for " in said
     for (_, state), (_, right) in zip(found, alone(session, given), strict=True):  # type: ignore[misc]
         assert all(torch.equal(state[name], right[name]) for name in right)
