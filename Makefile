@@ -24,8 +24,8 @@ lint: $(VENV)/dev ## style and types
 
 check: lint test
 
-bench: $(VENV)/dev ## ratios, each measured in one run
-	$(BIN)/python benchmarks/round.py
+bench: $(VENV)/dev ## ratios, each measured in one run: make bench SST2=/folder
+	$(BIN)/python -m benchmarks $(SST2)
 
 $(VENV)/pip: constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import REPEATS, interleaved, medians, ratio, save
 from fedpeft.nn.compression import CompressedProjection
-from fedpeft.nn.tensor_train import TTAdapter, TTLinear
+from fedpeft.nn.tensor_train import TensorTrain, TTAdapter
 
 WIDTHS = (768, 1024, 1280, 4096, 5120)
 RANKS = (5, 10)
@@ -40,7 +40,9 @@ LEAST_SECONDS = 0.03  # of a turn, which repeats a short call
 class Built(nn.Module):
     """An adapter's own factors, used in another way."""
 
-    def __init__(self, adapter: TTAdapter, product: Callable[[TTLinear, Tensor], Tensor]) -> None:
+    def __init__(
+        self, adapter: TTAdapter, product: Callable[[TensorTrain, Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.adapter, self.product = adapter, product
 
@@ -50,12 +52,12 @@ class Built(nn.Module):
         return x + self.product(up, hidden) + up.bias
 
 
-def dense(layer: TTLinear, x: Tensor) -> Tensor:
+def dense(layer: TensorTrain, x: Tensor) -> Tensor:
     """By the matrix, built each time."""
     return x @ layer.dense()
 
 
-def by_einsum(layer: TTLinear, x: Tensor) -> Tensor:
+def by_einsum(layer: TensorTrain, x: Tensor) -> Tensor:
     """All factors and the rows in one einsum; the axes must end where the input does."""
     inputs = boundary(layer)
     assert inputs is not None
@@ -67,7 +69,7 @@ def by_einsum(layer: TTLinear, x: Tensor) -> Tensor:
     return y.reshape(*x.shape[:-1], layer.out_features)
 
 
-def boundary(layer: TTLinear) -> int | None:
+def boundary(layer: TensorTrain) -> int | None:
     """How many axes make up the input; null where one straddles."""
     sizes = [math.prod(layer.shape[:j]) for j in range(len(layer.shape) + 1)]
     return sizes.index(layer.in_features) if layer.in_features in sizes else None

@@ -1,21 +1,29 @@
-"""One round of ten clients against a bare PyTorch loop that does the same steps in one process.
+"""A round against a bare PyTorch loop: the same steps, and the same job as a user would run it.
 
-Both use the same model object, batches, optimizer, clipping and number of threads, and take turns;
-the ratio of their medians is what fedpeft costs on top of the arithmetic. Prints and saves JSON:
+    python -m benchmarks.round ../shared/data/sst2 [--repeats 5] [--clients 10] [--steps 20]
 
-    python benchmarks/round.py [--repeats 5] [--clients 10] [--steps 20] [overrides]
+Ten clients take twenty steps of sixteen rows (SST-2, MiniLM, LoRA of rank 8 on query and value).
+
+- in_process: fedpeft in one process with two threads against a bare loop in the same process over
+  the same batches, with the same number of threads.
+- ray: two one-thread Ray workers against two bare processes that stay alive and halve the clients.
+- user: batches of rows of like length and bfloat16, on two Ray workers and in process with two
+  threads, against the bare loop in float32 that pads each batch of rows in any order, with two
+  threads and as two processes. ``quality`` is the accuracy on validation rows after --rounds
+  rounds, for three seeds, of that job and of the same rounds in float32 without buckets.
 """
 
 import argparse
-import json
-import statistics
-import time
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.measure import REPEATS, interleaved, medians, ratio, save, spread
+from benchmarks.sides import final_accuracy, job, seconds
 from fedpeft import config as configuration
 from fedpeft.client_app import app as client_app
 from fedpeft.data.batching import Batch, training_batches
@@ -24,59 +32,101 @@ from fedpeft.seeding import generator, torch_seed
 from fedpeft.session import Session, open_session
 from fedpeft.strategy import RoleStrategy
 
+SEEDS = (0, 1, 2)
+PLAIN = ["bucketing=false", "precision=fp32"]
+FAST = ["bucketing=true", "precision=bf16"]
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("data", type=Path, help="folder of SST-2")
+    parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=Path("results/round.json"))
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--rounds", type=int, default=5, help="of the runs whose quality counts")
     args = parser.parse_args()
-    overrides = configuration.join(
-        [
-            "runtime=inprocess",
-            f"num_clients={args.clients}",
-            f"local_steps={args.steps}",
-            "num_rounds=1000",
-            "partition=iid",
-            *args.overrides,
-        ]
-    )
-    result = measure(overrides, args.clients, args.repeats)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    data = str(args.data.resolve())
+    size = [f"num_clients={args.clients}", f"local_steps={args.steps}", "batch_size=16"]
+    result = {
+        "clients": args.clients,
+        "steps": args.steps,
+        "in_process": in_process([*job(data), *size], args.repeats),
+        "ray": by_workers(data, size, args.repeats),
+        "user": as_a_user(data, size, args.repeats),
+        "quality": quality(data, size, args.rounds),
+    }
+    save("round", result)
 
 
-def measure(overrides: str, clients: int, repeats: int) -> dict[str, Any]:
-    """Medians and their ratio; the first round of each warms up and is left out."""
+def in_process(given: list[str], repeats: int) -> dict[str, Any]:
+    """Both in this process, in turn; the first round of each warms up and is left out."""
+    more = ["runtime=inprocess", "runtime.threads=2", "runtime.cohort=1", "num_rounds=1000"]
+    overrides = configuration.join([*given, *more])
     session = open_session(overrides, None)
+    clients = session.config.num_clients
     nodes = [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
-    grid = InProcessGrid(client_app, nodes)
-    strategy = RoleStrategy(session, overrides)
+    grid, strategy = InProcessGrid(client_app, nodes), RoleStrategy(session, overrides)
     strategy.hosts.join(grid)
-    loads = open_session.cache_info().misses
-    ours, bare = [], []
-    for round in range(1, repeats + 2):
-        ours.append(timed(lambda r=round: fedpeft_round(strategy, grid, r)))
-        bare.append(timed(lambda r=round: bare_round(session, clients, r)))
-    ratios = [a / b for a, b in zip(ours[1:], bare[1:], strict=True)]
+    loads, rounds = open_session.cache_info().misses, iter(range(1, 1000))
+    numbers: dict[str, int] = {}
+
+    def ours() -> None:
+        numbers["round"] = next(rounds)
+        fedpeft_round(strategy, grid, numbers["round"])
+
+    sides = {
+        "fedpeft": ours,
+        "bare": lambda: bare_round(session, range(clients), numbers["round"]),
+    }
+    taken = interleaved(sides, repeats)
+    again = open_session.cache_info().misses - loads
+    return summary(taken, [("fedpeft", "bare")]) | {"model_loads_after_the_first": again}
+
+
+def by_workers(data: str, size: list[str], repeats: int) -> dict[str, Any]:
+    """Two workers of one thread each, on Ray and bare."""
+    ray = [*size, "runtime=ray", "runtime.total_cpus=2", "runtime.cohort=1"]
+    sides = {
+        "fedpeft": partial(seconds, "fedpeft", {"data": data, "rounds": 2, "overrides": ray}),
+        "bare": partial(seconds, "bares", {"data": data, "rounds": 2, "overrides": size}),
+    }
+    return summary(interleaved(sides, repeats, warmups=0), [("fedpeft", "bare")])
+
+
+def as_a_user(data: str, size: list[str], repeats: int) -> dict[str, Any]:
+    """What a user gains: bare over fedpeft, so that above 1 fedpeft is faster."""
+    ray = [*size, *FAST, "runtime=ray", "runtime.total_cpus=2"]
+    here = [*size, *FAST, "runtime=inprocess", "runtime.threads=2"]
+    given: dict[str, Any] = {"data": data, "rounds": 2}
+    plain = given | {"overrides": [*size, *PLAIN]}
+    sides = {
+        "fedpeft_ray": partial(seconds, "fedpeft", given | {"overrides": ray}),
+        "fedpeft_in_process": partial(seconds, "fedpeft", given | {"overrides": here}),
+        "bare_two_threads": partial(seconds, "bare", plain | {"threads": 2}),
+        "bare_two_processes": partial(seconds, "bares", plain),
+    }
+    pairs = [(a, b) for a in list(sides)[2:] for b in list(sides)[:2]]
+    return summary(interleaved(sides, repeats, warmups=0), pairs)
+
+
+def summary(taken: dict[str, list[float]], pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """Seconds a round, their spread, and ratios."""
     return {
-        "overrides": overrides,
-        "threads": torch.get_num_threads(),
-        "fedpeft_seconds": statistics.median(ours[1:]),
-        "bare_seconds": statistics.median(bare[1:]),
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
-        "model_loads_after_the_first": open_session.cache_info().misses - loads,
+        "seconds_a_round": medians(taken),
+        "range": {name: spread(values) for name, values in taken.items()},
+        "ratios": {f"{a} / {b}": ratio(taken[a], taken[b]) for a, b in pairs},
     }
 
 
-def timed(function: Any) -> float:
-    """Seconds of one call."""
-    begun = time.perf_counter()
-    function()
-    return time.perf_counter() - begun
+def quality(data: str, size: list[str], rounds: int) -> dict[str, Any]:
+    """Accuracy on validation rows after some rounds, by seed."""
+    found: dict[str, Any] = {"rounds": rounds}
+    for name, how in (("plain", PLAIN), ("fast", FAST)):
+        found[name] = [
+            final_accuracy(data, [*size, *how, f"seed={seed}", f"num_rounds={rounds}"])
+            for seed in SEEDS
+        ]
+    return found
 
 
 def fedpeft_round(strategy: RoleStrategy, grid: InProcessGrid, round: int) -> None:
@@ -86,19 +136,20 @@ def fedpeft_round(strategy: RoleStrategy, grid: InProcessGrid, round: int) -> No
     strategy.aggregate_train(round, replies)
 
 
-def bare_round(session: Session, clients: int, round: int) -> None:
+def bare_round(session: Session, clients: Iterable[int], round: int) -> None:
     """The same steps as one would write them without federation, and a mean of the results."""
+    clients = list(clients)
     parameters = {n: p for n, p in session.model.named_parameters() if p.requires_grad}
     start = {n: p.detach().clone() for n, p in parameters.items()}
     total = {n: torch.zeros_like(p) for n, p in start.items()}
-    for client in range(clients):
+    for client in clients:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(start[name])
         with torch_seed(session.config.seed, "dropout", round, client):
             bare_client(session.model, list(parameters.values()), batches(session, client, round))
         for name, parameter in parameters.items():
-            total[name] += parameter.detach() / clients
+            total[name] += parameter.detach() / len(clients)
 
 
 def batches(session: Session, client: int, round: int) -> list[Batch]:

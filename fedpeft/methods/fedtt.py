@@ -17,7 +17,7 @@ from fedpeft.methods.sites import (
     replace,
     train_layernorms,
 )
-from fedpeft.nn.tensor_train import AdaptedOutput, TTAdapter, TTLinear, tt_shape
+from fedpeft.nn.tensor_train import AdaptedOutput, TensorTrain, TTAdapter, TTLinear, tt_shape
 from fedpeft.seeding import derive
 
 FACTOR = re.compile(r"\.factor_(\d+)_of_(\d+)$")
@@ -109,7 +109,7 @@ class FedTT(Method):
         return not self.tt_ranks
 
     def effective(self, module: nn.Module) -> Tensor | None:
-        return module.dense() if isinstance(module, TTLinear) else None
+        return module.dense() if isinstance(module, TensorTrain) else None
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class FedTTPlus(FedTT):
     def inject(self, model: nn.Module) -> nn.Module:
         super().inject(model)
         for module in model.modules():
-            if isinstance(module, TTLinear):
+            if isinstance(module, TensorTrain):
                 module.bias.requires_grad_(self.train_bias)
         return model
 

@@ -77,8 +77,10 @@ def tt_shape(
     return shape
 
 
-class TTLinear(nn.Module):
-    """``y = x W + b`` with ``W[a_1..a_J] = G_1[:,a_1,:] ... G_J[:,a_J,:]`` reshaped to (in, out).
+class TensorTrain(nn.Module):
+    """W and b of ``y = x W + b``.
+
+    ``W[a_1..a_J] = G_1[:,a_1,:] ... G_J[:,a_J,:]``, reshaped to (in, out).
 
     Parameter ``factor_j_of_J`` is G_j, (r_{j-1}, k_j, r_j), r_0 = r_J = 1, inner ranks ``rank``.
     Cuts the train where input turns into output and multiplies by the two thin sides, in the
@@ -162,8 +164,8 @@ class TTLinear(nn.Module):
             right = right.reshape(left.shape[1], -1)
         return [part.to(dtype) for part in (left, right, self.bias[None])]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
+    def times(self, x: Tensor) -> Tensor:
+        """x W + b, (..., in) to (..., out)."""
         rows = x.reshape(-1, self.in_features)
         with without_autocast(x.device):
             if self.cut is None:
@@ -174,6 +176,14 @@ class TTLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, shape={self.shape}, rank={self.rank}"
+
+
+class TTLinear(TensorTrain):
+    """A linear layer by a tensor train."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return self.times(x)
 
 
 def _chain(factors: Sequence[Tensor]) -> Tensor:
@@ -198,6 +208,8 @@ def _chain(factors: Sequence[Tensor]) -> Tensor:
 class TTAdapter(nn.Module):
     """``x + up(relu(down(x)))`` with TT matrices down (width, bottleneck) and up.
 
+    It multiplies by them at once; they are not called.
+
     The activation is open in the paper; ReLU is used.
 
     Args:
@@ -216,8 +228,8 @@ class TTAdapter(nn.Module):
     ) -> None:
         super().__init__()
         down, up = tt_shape(width, bottleneck, shapes), tt_shape(bottleneck, width, shapes)
-        self.down = _Part(width, bottleneck, down, rank, device, dtype)
-        self.up = _Part(bottleneck, width, up, rank, device, dtype)
+        self.down = TensorTrain(width, bottleneck, down, rank, device, dtype)
+        self.up = TensorTrain(bottleneck, width, up, rank, device, dtype)
         if zero_last:
             nn.init.zeros_(self.up.factors()[-1])
             nn.init.zeros_(self.up.bias)
@@ -225,20 +237,11 @@ class TTAdapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) to (..., width)."""
         if self.down.cut is None or self.up.cut is None:
-            return x + TTLinear.forward(self.up, torch.relu(TTLinear.forward(self.down, x)))
+            return x + self.up.times(torch.relu(self.down.times(x)))
         with without_autocast(x.device):
             parts = self.down.parts(x.dtype) + self.up.parts(x.dtype)
             y, *_ = ThinAdapter.apply(x.reshape(-1, x.shape[-1]), *parts)
         return y.reshape(x.shape)
-
-
-class _Part(TTLinear):
-    """A TT matrix of an adapter, which multiplies by it: it is not called itself.
-
-    Without a forward of its own, ``fedpeft.nn.stacked`` gives the adapter its copies, not the part.
-    """
-
-    forward = nn.Module.forward
 
 
 class AdaptedOutput(nn.Module):

@@ -26,13 +26,13 @@ from fedpeft.methods.scl import SCL
 from fedpeft.methods.slora import SLoRA
 from fedpeft.nn.compression import CompressedProjection
 from fedpeft.nn.cores import CoreAdapter
-from fedpeft.nn.tensor_train import TTLinear
+from fedpeft.nn.tensor_train import TensorTrain
 from fedpeft.seeding import torch_seed
 from fedpeft.state import load_state, snapshot
 from tests.architectures import tiny
 
 WEIGHTS = [0.5, 0.3, 0.2]
-LAYERS = (LoraLayer, CompressedProjection, TTLinear, CoreAdapter)
+LAYERS = (LoraLayer, CompressedProjection, TensorTrain, CoreAdapter)
 
 
 def test_weighted_mean_by_hand() -> None:
@@ -141,7 +141,8 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
 def matrix(layer: nn.Module) -> Tensor:
     """What a layer does to unit vectors, without its bias: no knowledge of its factors."""
     width = features(layer)
-    return (layer(torch.eye(width)) - layer(torch.zeros(1, width))).double()
+    apply = layer.times if isinstance(layer, TensorTrain) else layer
+    return (apply(torch.eye(width)) - apply(torch.zeros(1, width))).double()
 
 
 def features(layer: nn.Module) -> int:
@@ -149,7 +150,7 @@ def features(layer: nn.Module) -> int:
         return layer.compress.shape[1]
     if isinstance(layer, CoreAdapter):
         return layer.basis_in.shape[1]
-    assert isinstance(layer, LoraLayer | TTLinear) and layer.in_features
+    assert isinstance(layer, LoraLayer | TensorTrain) and layer.in_features
     return layer.in_features
 
 
@@ -227,7 +228,7 @@ def test_the_interference_of_the_others_is_as_reported(method: str, name: str) -
 def test_fewer_factors_interfere_less() -> None:
     """768 x 64, rank 5, 20 % noise, 20 clients: .265 for all factors, .193 for three, 0 for one."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"tt": TTLinear(768, 64, (8, 8, 12, 8, 8), 5)})
+    model = nn.ModuleDict({"tt": TensorTrain(768, 64, (8, 8, 12, 8, 8), 5)})
     before = snapshot(model, [n for n, _ in model.named_parameters() if "factor" in n])
     weights = [1 / 20] * 20
     found = []
@@ -295,7 +296,7 @@ def test_scl_s_effective_weight(name: str, init: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_train_s_effective_weight(name: str) -> None:
     run = one_round(FedTT(), name)
-    layers = [m for m in run.model.modules() if isinstance(m, TTLinear)]
+    layers = [m for m in run.model.modules() if isinstance(m, TensorTrain)]
     assert len(layers) == (9 if name == "roberta" else 8)
     for layer in layers:
         effective = run.method.effective(layer)

@@ -24,7 +24,7 @@ from fedpeft.methods.scl import SCL
 from fedpeft.methods.sites import attention_projections, head_names, linear_weight
 from fedpeft.methods.slora import SLoRA
 from fedpeft.nn.compression import CompressedProjection
-from fedpeft.nn.tensor_train import AdaptedOutput, TTAdapter, TTLinear
+from fedpeft.nn.tensor_train import AdaptedOutput, TensorTrain, TTAdapter
 from fedpeft.seeding import torch_seed
 from tests.architectures import (
     ARCHITECTURES,
@@ -437,7 +437,7 @@ def test_fedtt_puts_two_adapters_in_every_block(name: str) -> None:
         assert isinstance(adapter, TTAdapter)
         assert (adapter.down.in_features, adapter.up.out_features) == (HIDDEN, HIDDEN)
         assert adapter.down.out_features == adapter.up.in_features == 64
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, TTLinear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, TensorTrain)}
     assert set(layers) == set(trains(a))
     assert {m.rank for m in layers.values()} == {3}
 
@@ -445,7 +445,7 @@ def test_fedtt_puts_two_adapters_in_every_block(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "distilbert"])
 def test_fedtt_compresses_the_classifier_s_hidden_layer(name: str) -> None:
     layer = injected(FedTT(), name).get_submodule(ARCHITECTURES[name].dense)
-    assert isinstance(layer, TTLinear)
+    assert isinstance(layer, TensorTrain)
     assert (layer.in_features, layer.out_features) == (HIDDEN, HIDDEN)
     kept = injected(FedTT(classifier=False), name).get_submodule(ARCHITECTURES[name].dense)
     assert type(kept) is nn.Linear

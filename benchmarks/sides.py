@@ -1,0 +1,238 @@
+"""The sides of the benchmarks, each in a process of its own: python -m benchmarks.sides NAME JSON.
+
+A side runs some rounds and prints how long each took and when it ended; what comes before its
+first full round does not count. All train MiniLM with LoRA of rank 8 on SST-2.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+WARMUPS = 1  # rounds before those that count
+MARK = "SIDE "
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Seconds of the rounds that count, and the time when each ended."""
+
+    seconds: list[float]
+    ended: list[float]
+
+    @classmethod
+    def between(cls, begun: Sequence[float], ended: Sequence[float]) -> "Rounds":
+        """From when each round began and ended, without the first ones."""
+        pairs = list(zip(begun, ended, strict=True))[WARMUPS:]
+        return cls([b - a for a, b in pairs], [b for _, b in pairs])
+
+
+def timed(round: Callable[[int], None], rounds: int) -> Rounds:
+    """Rounds 1, 2, ... of a loop in this process."""
+    begun, ended = [], []
+    for number in range(1, WARMUPS + rounds + 1):
+        begun.append(time.time())
+        round(number)
+        ended.append(time.time())
+    return Rounds.between(begun, ended)
+
+
+def fedpeft(data: str, rounds: int, overrides: list[str]) -> Rounds:
+    """fedpeft as its command runs it; evaluation stands before the first and after the last."""
+    from fedpeft import config as configuration
+    from fedpeft.progress import Display
+    from fedpeft.runtime import launch
+    from fedpeft.server_app import serve
+
+    class Noted(Display):
+        """Notes the rounds instead of showing them."""
+
+        seconds: list[float] = []
+        ended: list[float] = []
+
+        def start(self, title: str, num_rounds: int) -> None:
+            self.num_rounds = num_rounds
+
+        def round_done(self, line: Any) -> None:
+            if refused := line.get("refused"):
+                raise RuntimeError(f"clients were left out: {refused}")
+            self.seconds.append(line["seconds"])
+            self.ended.append(time.time())
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = [*job(data), *overrides, "evaluation.every=1000000", f"run_dir='{folder}/run'"]
+        run.append(f"num_rounds={WARMUPS + rounds + 1}")
+        config, noted = configuration.load(run), Noted()
+
+        def main(grid: Any, _: Any) -> None:
+            serve(grid, run, noted, simulated=True)
+
+        launch(main, config.num_clients, config.runtime)
+    counted = slice(1 + WARMUPS, -1)  # round 0 does not train
+    return Rounds(noted.seconds[counted], noted.ended[counted])
+
+
+def job(data: str) -> list[str]:
+    """What all sides train, as overrides; few rows to evaluate on, which does not count."""
+    few = ["data.max_validation_rows=64", "data.max_test_rows=64"]
+    return ["data=sst2", f"data.path='{data}'", "method=lora", "partition=iid", *few]
+
+
+def bare(
+    data: str, rounds: int, overrides: list[str], threads: int = 1, part: int = 0, parts: int = 1
+) -> Rounds:
+    """A plain PyTorch loop over the same model and batches as fedpeft's, in one process.
+
+    Args:
+        part: of so many parts of the clients, the one whose steps it takes.
+    """
+    from benchmarks.round import bare_round
+    from fedpeft.config import join
+    from fedpeft.session import open_session
+
+    settings = ["runtime=inprocess", f"runtime.threads={threads}", f"num_rounds={rounds + 10}"]
+    given = [o for o in overrides if not o.startswith("runtime")]
+    session = open_session(join([*job(data), *settings, *given]), None)
+    clients = range(part, session.config.num_clients, parts)
+    return timed(lambda r: bare_round(session, clients, r), rounds)
+
+
+def bares(**settings: Any) -> Rounds:
+    """Two such loops that share the clients; the slower one's rounds."""
+    return halved("bare", settings | {"parts": 2})
+
+
+def example(data: str, rounds: int, clients: int, steps: int = 1, batch_size: int = 16) -> Rounds:
+    """The Flower app as public examples are, on two one-core Ray workers."""
+    from benchmarks.example_run import simulate
+
+    config = {"data": data, "steps": steps, "batch-size": batch_size}
+    return Rounds.between(*simulate(clients, WARMUPS + rounds, config, workers=2))
+
+
+def script(
+    data: str, rounds: int, clients: int, steps: int = 1, batch_size: int = 16, part: int = 0
+) -> Rounds:
+    """A script without federation or fedpeft, on rows that it tokenised once.
+
+    Args:
+        part: 0 or 1, the half of the clients whose steps it takes.
+    """
+    import pyarrow.parquet
+    import torch
+    from transformers import AutoTokenizer, DataCollatorWithPadding
+
+    from benchmarks.example_run import get_model, model_folder
+    from benchmarks.example_run import steps as train
+
+    torch.set_num_threads(1)
+    tokenizer, model = AutoTokenizer.from_pretrained(model_folder()), get_model()
+    table = pyarrow.parquet.read_table(f"{data}/train.parquet", columns=["sentence", "label"])
+    found = tokenizer(table["sentence"].to_pylist(), truncation=True)
+    rows = [
+        {"input_ids": ids, "labels": label}
+        for ids, label in zip(found["input_ids"], table["label"].to_pylist(), strict=True)
+    ]
+    del found, table
+    collator = DataCollatorWithPadding(tokenizer)
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    def round(number: int) -> None:
+        for client in range(part, clients, 2):
+            model.load_state_dict(start, strict=False)
+            own = rows[client::clients]
+            loader = torch.utils.data.DataLoader(
+                own,  # type: ignore[arg-type]
+                batch_size=batch_size,
+                shuffle=True,
+                collate_fn=collator,
+            )
+            train(model, loader, steps)
+
+    return timed(round, rounds)
+
+
+def scripts(**settings: Any) -> Rounds:
+    """Two such scripts that share the clients; the slower one's rounds."""
+    return halved("script", settings)
+
+
+def halved(name: str, settings: Mapping[str, Any]) -> Rounds:
+    """Two processes of a side at once, each with a part of the clients; the slower one's rounds."""
+    running = []
+    for part in range(2):
+        command = [sys.executable, "-m", "benchmarks.sides", name]
+        given = json.dumps({**settings, "part": part})
+        running.append(subprocess.Popen([*command, given], stdout=subprocess.PIPE, text=True))
+    found = [Rounds(**parsed(process.communicate()[0])) for process in running]
+    return max(found, key=lambda rounds: sum(rounds.seconds))
+
+
+def final_accuracy(data: str, overrides: list[str]) -> float:
+    """Accuracy of fedpeft's last model on validation rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = [*job(data), *overrides, "evaluation.every=1000000", f"run_dir='{folder}/run'"]
+        run.append("data.max_validation_rows=null")
+        command = [sys.executable, "-c", "from fedpeft.cli import main; main()", "run", "--json"]
+        output = subprocess.run([*command, *run], capture_output=True, text=True, check=True).stdout
+    return round(json.loads(output.splitlines()[-1])["final"]["validation_accuracy"], 4)
+
+
+def pfl(**settings: Any) -> Rounds:
+    """pfl-research, in one process of several threads or several processes of one."""
+    from benchmarks.pfl_run import simulate
+
+    return simulate(**settings)
+
+
+def run(
+    name: str,
+    settings: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    every: float | None = None,
+    launcher: Sequence[str] = ("-m",),
+) -> tuple[Rounds, list[tuple[float, float]]]:
+    """A side in a process of its own, and its memory over time: see ``measure.process``."""
+    from benchmarks.measure import process
+
+    arguments = [*launcher, "benchmarks.sides", name, json.dumps(settings)]
+    output, samples = process(arguments, environment, every)
+    return Rounds(**parsed(output)), samples
+
+
+def memory(samples: Sequence[tuple[float, float]], rounds: Rounds) -> dict[str, float]:
+    """MiB at the most, and in the median from the first round that counts to the last's end."""
+    first, last = rounds.ended[0] - rounds.seconds[0], rounds.ended[-1]
+    steady = [mebibytes for at, mebibytes in samples if first <= at <= last]
+    return {"peak": max(m for _, m in samples), "steady": statistics.median(steady)}
+
+
+def seconds(name: str, settings: Mapping[str, Any], **how: Any) -> float:
+    """Median of a side's rounds."""
+    return statistics.median(run(name, settings, **how)[0].seconds)
+
+
+def parsed(output: str) -> dict[str, Any]:
+    """What a side printed, among all that libraries print."""
+    lines = [line for line in output.splitlines() if line.startswith(MARK)]
+    return json.loads(lines[-1].removeprefix(MARK))
+
+
+def main() -> None:
+    """Runs one side."""
+    sides: dict[str, Callable[..., Rounds]] = {
+        side.__name__: side for side in (fedpeft, bare, bares, example, script, scripts, pfl)
+    }
+    found = sides[sys.argv[1]](**json.loads(sys.argv[2]))
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first
+        print(MARK + json.dumps(asdict(found)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
