@@ -58,17 +58,18 @@ def drift(before: State, states: Sequence[State]) -> dict[str, float]:
     """Mean and spread of the clients' update norms, and the mean cosine between two updates."""
     if not states[0]:
         return {}  # nothing is sent
-    updates = torch.stack(
-        [torch.cat([(s[n] - before[n]).double().reshape(-1) for n in s]) for s in states]
-    )
-    norms = updates.norm(dim=1)
+    products = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for name, start in before.items():
+        if name in states[0]:  # one parameter's updates at a time are held
+            updates = torch.stack([(s[name] - start).double().reshape(-1) for s in states])
+            products += updates @ updates.T
+    norms = products.diagonal().sqrt()
     result = {
         "update_norm_mean": float(norms.mean()),
         "update_norm_std": float(norms.std(correction=0)),
     }
     if len(states) > 1 and float(norms.min()) > 0:
-        unit = updates / norms[:, None]
-        cosines = unit @ unit.T
+        cosines = products / norms.outer(norms)
         n = len(states)
         result["update_cosine"] = float((cosines.sum() - cosines.trace()) / (n * (n - 1)))
     return result

@@ -1,0 +1,28 @@
+"""Drift by hand; interference and initial errors are tested with the methods."""
+
+import pytest
+import torch
+
+from fedpeft.diagnostics import drift
+
+
+def test_norms_and_cosine_over_all_parameters() -> None:
+    before = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([[0.0]]), "rests": torch.ones(3)}
+    states = [
+        {"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([[4.0]])},  # (3, 0, 4)
+        {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([[10.0]])},  # (0, 0, 10)
+    ]
+    found = drift(before, states)
+    assert found["update_norm_mean"] == 7.5
+    assert found["update_norm_std"] == 2.5
+    assert found["update_cosine"] == pytest.approx(0.8, abs=1e-12)
+
+
+def test_one_client_or_none_that_moved_has_no_cosine() -> None:
+    before = {"a": torch.tensor([1.0])}
+    assert drift(before, [{"a": torch.tensor([3.0])}]) == {
+        "update_norm_mean": 2.0,
+        "update_norm_std": 0.0,
+    }
+    assert "update_cosine" not in drift(before, [before, {"a": torch.tensor([2.0])}])
+    assert drift(before, [{}, {}]) == {}
