@@ -123,8 +123,8 @@ def notes(result: Result, config: Config, missing: Sequence[str]) -> list[str]:
         "with that share of LoRA's mean quality on the clients' test rows; the median over the "
         "seeds that reach it, and how many do. This reads test rows to report, not to choose.",
         "local_only and centralized are LoRA's two ends: each client alone, and all rows in one "
-        f"place, which trains as one client a round where the others train {cohort}. Bytes would "
-        "mean nothing.",
+        f"place, where one model takes the steps of {cohort} clients in a round. Bytes would mean "
+        "nothing.",
         *machine_notes(result.found),
     ]
     if left := [str(job_of(line)) for line in result.found if line.get("refused")]:
