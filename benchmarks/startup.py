@@ -57,7 +57,8 @@ def main() -> None:
         warm = {"FEDPEFT_CACHE": f"{cache}/fedpeft", "HF_DATASETS_CACHE": f"{cache}/datasets"}
         taken = interleaved(_sides(data, warm), args.repeats)  # the turn before fills the caches
     first = interleaved(_first(data), args.repeats, warmups=0)
-    ratios = {f"{name} / script": ratio(own, taken["script"]) for name, own in taken.items()}
+    bare = taken["script"]
+    ratios = {f"{n} / script": ratio(own, bare) for n, own in taken.items() if own is not bare}
     result = {
         "seconds": medians(taken),
         "range": {name: spread(own) for name, own in taken.items()},
