@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from fedpeft.algorithms.base import Term
 from fedpeft.captured import Graphs
 from fedpeft.data.batching import Batch, Examples, within
 from fedpeft.methods.base import State
+from fedpeft.nn.attention import ShortInFloat32
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -84,12 +85,16 @@ def _decay(schedule: str, progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0
 
 
-def autocast(device: torch.device, precision: str):
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """bfloat16 autocast, or nothing for fp32."""
     if precision == "fp32":
-        return nullcontext()
+        yield
+        return
+    attention = ShortInFloat32() if device.type == "cpu" else nullcontext()
     # A cast is used once in a pass, so that there is nothing to keep; a captured one must not be.
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False), attention:
+        yield
 
 
 class Passes:
