@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from fedpeft.methods.base import Method, State
 from fedpeft.state import load_state
 
+BLOCK = 1 << 17
+"""How many numbers of each client's update are held in float64 at a time."""
+
 
 @torch.no_grad()
 def interference(
@@ -60,9 +63,11 @@ def drift(before: State, states: Sequence[State]) -> dict[str, float]:
         return {}  # nothing is sent
     products = torch.zeros(len(states), len(states), dtype=torch.float64)
     for name, start in before.items():
-        if name in states[0]:  # one parameter's updates at a time are held
-            updates = torch.stack([(s[name] - start).double().reshape(-1) for s in states])
-            products += updates @ updates.T
+        if name in states[0]:
+            after = [state[name].reshape(-1).split(BLOCK) for state in states]
+            for block, *changed in zip(start.reshape(-1).split(BLOCK), *after, strict=True):
+                updates = torch.stack([(own - block).double() for own in changed])
+                products += updates @ updates.T
     norms = products.diagonal().sqrt()
     result = {
         "update_norm_mean": float(norms.mean()),

@@ -85,6 +85,6 @@ def weighted_mean(states: Sequence[State], weights: Sequence[float]) -> State:
     for name, first in states[0].items():
         total = torch.zeros(first.shape, dtype=torch.float64)
         for state, weight in zip(states, weights, strict=True):
-            total += weight * state[name].double()
+            total.add_(state[name], alpha=weight)  # in float64, without a copy in it
         mean[name] = total.to(first.dtype)
     return mean
