@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fedpeft import diagnostics
 from fedpeft.diagnostics import drift
 
 
@@ -16,6 +17,15 @@ def test_norms_and_cosine_over_all_parameters() -> None:
     assert found["update_norm_mean"] == 7.5
     assert found["update_norm_std"] == 2.5
     assert found["update_cosine"] == pytest.approx(0.8, abs=1e-12)
+
+
+def test_blocks_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    before = {"a": torch.randn(3, 5), "b": torch.randn(4)}
+    states = [{name: torch.randn_like(v) for name, v in before.items()} for _ in range(3)]
+    whole = drift(before, states)
+    monkeypatch.setattr(diagnostics, "BLOCK", 4)
+    assert drift(before, states) == pytest.approx(whole, rel=1e-12)
 
 
 def test_one_client_or_none_that_moved_has_no_cosine() -> None:

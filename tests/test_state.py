@@ -120,6 +120,7 @@ def test_check_accepts_what_was_expected_in_any_order() -> None:
     expected = {"a": torch.zeros(2), "b": torch.zeros(1, 2, dtype=torch.bfloat16)}
     check({"b": torch.ones(1, 2, dtype=torch.bfloat16), "a": torch.ones(2)}, expected)
     check({}, {})
+    check({"none": torch.zeros(0, 3)}, {"none": torch.ones(0, 3)})
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,7 @@ def test_check_accepts_what_was_expected_in_any_order() -> None:
         ),
         ({"a": torch.tensor([0.0, float("nan")]), "b": torch.zeros(2)}, "a holds values that are"),
         ({"a": torch.zeros(2), "b": torch.tensor([-float("inf"), 0.0])}, "b holds values that are"),
+        ({"a": torch.tensor([0.0, float("inf")]), "b": torch.zeros(2)}, "a holds values that are"),
     ],
 )
 def test_check_names_what_differs(state: State, message: str) -> None:
