@@ -25,10 +25,8 @@ References = list[list[str]]
 
 
 def accuracy(predictions: Rows, references: Rows) -> float:
-    """Fraction of rows with the right label."""
-    from sklearn.metrics import accuracy_score
-
-    return float(accuracy_score(references, predictions))
+    """Fraction of rows with the right label; importing scikit-learn for it would take 2 s."""
+    return float(np.mean(np.asarray(predictions) == np.asarray(references)))
 
 
 def f1(predictions: Rows, references: Rows, average: str = "binary") -> float:
