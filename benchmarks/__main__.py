@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 ALONE = ("layers", "cohort")
-ON_SST2 = ("round", "example_app", "against_pfl", "population", "startup", "memory")
+ON_SST2 = ("arithmetic", "round", "example_app", "against_pfl", "population", "startup", "memory")
 
 
 def main() -> None:
