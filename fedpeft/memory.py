@@ -1,6 +1,7 @@
 """What makes a large frozen base fit: few bits for what is frozen, gradient checkpointing."""
 
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from fedpeft.methods.sites import head_names
+from fedpeft.nn.attention import ShortInFloat32
 
 
 def has_gpu() -> bool:
@@ -56,9 +58,14 @@ def checkpoint_blocks(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     inner = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
-    inner.activation_checkpointing_enable({"use_reentrant": False})
+    inner.activation_checkpointing_enable({"use_reentrant": False, "context_fn": _contexts})
     if hasattr(inner.config, "use_cache"):
         inner.config.use_cache = False
+
+
+def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Of a block's first pass, which autocast's covers, and of the second, which it must equal."""
+    return nullcontext(), ShortInFloat32()
 
 
 def halve_frozen(model: nn.Module) -> nn.Module:

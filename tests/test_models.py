@@ -498,7 +498,9 @@ def test_fields_are_checked(field: str, message: str) -> None:
 # --- gradient checkpointing --------------------------------------------------------------------
 
 
-def gradients(name: str, method: str, checkpointing: bool) -> tuple[dict[str, Tensor], int]:
+def gradients(
+    name: str, method: str, checkpointing: bool, precision: str
+) -> tuple[dict[str, Tensor], int]:
     """Of what trains, dropout included, and how often a block's projection was computed."""
     model = built(
         tiny(name, gradient_checkpointing=checkpointing), auto_class(name), method_of(method)
@@ -508,9 +510,10 @@ def gradients(name: str, method: str, checkpointing: bool) -> tuple[dict[str, Te
     for site in a.sites(a.attention):
         model.get_submodule(site).register_forward_hook(lambda *_: runs.append(1))
     model.train()
+    passes = Passes(model, quadratic, precision)
     with torch_seed(3, "dropout"):
-        quadratic(model, inputs(model)).backward()
-    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, len(runs)
+        passes.run(inputs(model))
+    return {n: p.grad for n, p in passes.flat.named.items() if p.grad is not None}, len(runs)
 
 
 @pytest.mark.parametrize(
@@ -518,10 +521,13 @@ def gradients(name: str, method: str, checkpointing: bool) -> tuple[dict[str, Te
     [("bert_base", "lora"), ("minilm", "fedtt"), ("tinyllama", "lora"), ("gpt2", "scl")]
     + [("siglip", "lora")],
 )
-def test_gradient_checkpointing_computes_twice_and_the_same(name: str, method: str) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradient_checkpointing_computes_twice_and_the_same(
+    name: str, method: str, precision: str
+) -> None:
     """The embeddings are frozen: what enters the first block requires no gradient by itself."""
-    plain, runs = gradients(name, method, checkpointing=False)
-    found, more = gradients(name, method, checkpointing=True)
+    plain, runs = gradients(name, method, checkpointing=False, precision=precision)
+    found, more = gradients(name, method, checkpointing=True, precision=precision)
     assert (runs, more) == (2, 4)
     assert found.keys() == plain.keys() and len(plain) > 2
     for key, gradient in plain.items():

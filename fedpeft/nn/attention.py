@@ -1,4 +1,4 @@
-"""Attention under bfloat16 autocast on a CPU, where short sequences are faster in float32."""
+"""Attention under autocast on a CPU, where short sequences train faster in float32."""
 
 from typing import Any
 
@@ -15,26 +15,28 @@ included: 10 times at 16 tokens, 1.3 times at 256, and .7 times at 512, forward 
 class ShortInFloat32(TorchFunctionMode):
     """Computes ``scaled_dot_product_attention`` of short sequences that train in float32.
 
-    The result is bfloat16, as that of autocast would be.
+    Only under a CPU's autocast. The result is bfloat16, as it would be without.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and _pays(*args[:3]):
-            return _in_float32(*args, **kwargs)
-        return func(*args, **kwargs)
+        function = _attention if func is F.scaled_dot_product_attention else func
+        return function(*args, **kwargs or {})
 
 
-def _pays(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    trains = query.requires_grad or key.requires_grad or value.requires_grad
-    return trains and max(query.size(-2), key.size(-2)) <= SHORT
-
-
-def _in_float32(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
+    trains = query.requires_grad or key.requires_grad or value.requires_grad
+    short = max(query.size(-2), key.size(-2)) <= SHORT
+    if not (trains and short and query.is_cpu and torch.is_autocast_enabled("cpu")):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.float()
     with torch.autocast("cpu", enabled=False):
         wide = (query.float(), key.float(), value.float())
-        return F.scaled_dot_product_attention(*wide, attn_mask, **kwargs).bfloat16()
+        return F.scaled_dot_product_attention(*wide, attn_mask, *args, **kwargs).bfloat16()

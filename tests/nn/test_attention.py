@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,14 @@ from fedpeft.nn.attention import SHORT
 from fedpeft.training import autocast
 
 CPU = torch.device("cpu")
+HOW = {
+    "keywords": lambda q, k, v, mask, **more: F.scaled_dot_product_attention(
+        query=q, key=k, value=v, attn_mask=mask, **more
+    ),
+    "in order": lambda q, k, v, mask, is_causal=False, **more: F.scaled_dot_product_attention(
+        q, k, v, mask, 0.0, is_causal, **more
+    ),
+}
 GIVEN: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"is_causal": True},
@@ -64,6 +73,14 @@ def test_other_attention_is_left_to_autocast(length: int, trains: bool) -> None:
         found = _attend(heads)
     assert torch.equal(found, _attend(heads))
     assert not torch.equal(found, _expected(heads))
+
+
+@pytest.mark.parametrize("attend", HOW.values(), ids=HOW.keys())
+def test_however_it_is_called(attend: Callable[..., Tensor]) -> None:
+    heads = _heads(12)
+    with autocast(CPU, "bf16"):
+        found = attend(*heads, None, is_causal=True)
+    assert torch.equal(found, _expected(heads, is_causal=True))
 
 
 def test_float32_is_left_alone() -> None:
