@@ -22,12 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.example_run import model_folder
 from benchmarks.measure import QUIET, REPEATS, interleaved, medians, process, ratio, save, spread
 from benchmarks.sides import job
 
 CALL = "import sys; from fedpeft.cli import main; main()"
 RUN = ["num_clients=10", "num_rounds=1", "local_steps=1", "evaluation.every=1000000"]
-WHOLE = ["data.max_validation_rows=null", "data.max_test_rows=null"]  # as a user evaluates
 RUNTIMES = {
     "ray": ["runtime=ray", "runtime.total_cpus=2"],
     "in_process": ["runtime=inprocess"],
@@ -36,14 +36,22 @@ IMPORTS = ("torch", "transformers", "peft", "datasets", "flwr.simulation", "ray"
 SCRIPT = """
 import sys
 import torch
-from transformers import AutoTokenizer
-from benchmarks.example_run import get_model, model_folder, steps
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from peft import LoraConfig, get_peft_model
 import pyarrow.parquet
 torch.set_num_threads(1)
-tokenizer, model = AutoTokenizer.from_pretrained(model_folder()), get_model()
-rows = pyarrow.parquet.read_table(sys.argv[1] + "/train.parquet").slice(0, 16)
-batch = dict(tokenizer(rows["sentence"].to_pylist(), padding=True, return_tensors="pt"))
-steps(model, [batch | {"labels": torch.tensor(rows["label"].to_pylist())}], 1)
+data, folder = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+targets = ["query", "value"]
+lora = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets)
+model = get_peft_model(model, lora).train()
+rows = pyarrow.parquet.read_table(data + "/train.parquet").slice(0, 16)
+batch = tokenizer(rows["sentence"].to_pylist(), padding=True, return_tensors="pt")
+parameters = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+model(**batch, labels=torch.tensor(rows["label"].to_pylist())).loss.backward()
+optimizer.step()
 """
 
 
@@ -73,7 +81,7 @@ def main() -> None:
 def _sides(data: str, caches: dict[str, str]) -> dict[str, Any]:
     example = json.dumps({"data": data, "rounds": 0, "clients": 10})
     others = {
-        "script": ["-c", SCRIPT, data],
+        "script": ["-c", SCRIPT, data, model_folder()],
         "example": ["-m", "benchmarks.sides", "example", example],
     }
     sides = {name: partial(first_step, command, caches) for name, command in others.items()}
@@ -93,7 +101,7 @@ def _first(data: str) -> dict[str, Any]:
 def started(data: str, kind: str, caches: dict[str, str]) -> float:
     """Seconds of ``fedpeft run``."""
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [*job(data), *RUN, *WHOLE, *RUNTIMES[kind], f"run_dir='{folder}/run'"]
+        overrides = [*job(data), *RUN, *RUNTIMES[kind], f"run_dir='{folder}/run'"]
         return first_step(["-c", CALL, "run", *overrides], caches)
 
 

@@ -85,16 +85,19 @@ def _serve_all(runs: list[list[str]], quiet: bool) -> list[dict[str, Any]]:
     from rich.console import Console
 
     from fedpeft import config as configuration
-    from fedpeft.data.tables import check_path
     from fedpeft.progress import Display
-
-    configs = [configuration.load(overrides) for overrides in runs]  # all are checked first
-    for config in configs:
-        config.model.source()
-        check_path(config.data.folder())
     from fedpeft.runtime import launch
 
+    settings = [configuration.settings(overrides) for overrides in runs]
     summaries: list[dict[str, Any]] = []
+
+    def check_all() -> None:
+        from fedpeft.data.tables import check_path
+
+        for config in map(configuration.load, runs):
+            config.model.source()
+            check_path(config.data.folder())
+        import fedpeft.server_app  # noqa: F401  # the rest of what takes long to import
 
     def serve_each(grid: Any, context: Any) -> None:
         from fedpeft.server_app import serve
@@ -103,7 +106,7 @@ def _serve_all(runs: list[list[str]], quiet: bool) -> list[dict[str, Any]]:
         for overrides in runs:
             summaries.append(serve(grid, overrides, Display(console), simulated=True))
 
-    launch(serve_each, configs[0].num_clients, configs[0].runtime)
+    launch(serve_each, settings[0].num_clients, settings[0].runtime, check_all)
     return summaries
 
 

@@ -6,6 +6,11 @@ from flwr.clientapp import ClientApp
 app = ClientApp()
 
 
+def ready() -> None:
+    """Imports what the first message would."""
+    import fedpeft.client  # noqa: F401
+
+
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Says which partition this node holds; in simulation, gets ready for what comes."""

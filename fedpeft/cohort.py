@@ -21,15 +21,8 @@ from fedpeft.data.batching import Batch, merged, within
 from fedpeft.data.task import Task
 from fedpeft.methods.base import State
 from fedpeft.nn.stacked import Draws, Stack, calling, cut, owners
-from fedpeft.training import (
-    Flat,
-    Optimization,
-    autocast,
-    mean_loss,
-    pad_id,
-    step_of,
-    to_device,
-)
+from fedpeft.optimization import Optimization
+from fedpeft.training import Flat, autocast, mean_loss, pad_id, step_of, to_device
 
 # Tokens up to which clients are worth putting together in one pass; cuda: a guess, not measured.
 PASS_TOKENS = {"cpu": 384, "cuda": 16384}

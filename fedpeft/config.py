@@ -2,10 +2,13 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -14,32 +17,32 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedpeft.algorithms.base import FedAvg
-from fedpeft.compression import Compression
-from fedpeft.data.partition import Partition
-from fedpeft.data.task import Task
-from fedpeft.methods.base import Method
-from fedpeft.models import Pretrained
-from fedpeft.schema import Config, ConfigError
+from fedpeft.schema import Config, ConfigError, Settings
 
 _packaged = Path(__file__).parent / "conf"  # in a wheel; in a checkout or bundle it stands beside
 CONF = _packaged if _packaged.is_dir() else Path(__file__).parent.parent / "conf"
-GROUPS: dict[str, type] = {
-    "method": Method,
-    "model": Pretrained,
-    "data": Task,
-    "partition": Partition,
-    "strategy": FedAvg,
-    "compression": Compression,
+GROUPS = {  # each with its base class, by name: torch is imported when a group is made, not before
+    "method": "fedpeft.methods.base.Method",
+    "model": "fedpeft.models.Pretrained",
+    "data": "fedpeft.data.task.Task",
+    "partition": "fedpeft.data.partition.Partition",
+    "strategy": "fedpeft.algorithms.base.FedAvg",
+    "compression": "fedpeft.compression.Compression",
 }
 _FIELD = re.compile(rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation)\.[\w.]+|lr)=")
 _lock = Lock()  # Hydra's compose is not thread-safe; the simulation's server runs in a thread
-T = TypeVar("T")
 
 
 def split(overrides: str | Sequence[str]) -> list[str]:
-    """Overrides as a list; a string is split as a shell would."""
-    return shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    """Overrides as a list; a string is split as a shell would.
+
+    Raises:
+        ConfigError: a quotation has no end.
+    """
+    try:
+        return shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def join(overrides: Sequence[str]) -> str:
@@ -67,12 +70,17 @@ def composed(overrides: str | Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: an unknown key, group or name, or an override that is none.
     """
+    return deepcopy(_composed(tuple(split(overrides))))
+
+
+@lru_cache(maxsize=16)  # a run asks for its own thrice, .1 s each
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
     with _lock:
         outer = GlobalHydra.instance().hydra  # a sweep's own, when this is one of its jobs
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(CONF), version_base="1.3", job_name="fedpeft"):
-                return compose("config", [_override(o) for o in split(overrides)])
+                return compose("config", [_override(o) for o in overrides])
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ConfigError(_sentence(error)) from error
         finally:
@@ -86,18 +94,39 @@ def load(overrides: str | Sequence[str] = ()) -> Config:
         ConfigError: as ``composed``, or a value of the wrong type or outside its rule.
     """
     tree = composed(overrides)
+    with _told():
+        groups = {name: _group(tree, name, get_class(base)) for name, base in GROUPS.items()}
+        return Config(**_numbers(tree), **groups)
+
+
+def settings(overrides: str | Sequence[str] = ()) -> Settings:
+    """The same without the groups; needs no torch.
+
+    Raises:
+        ConfigError: as ``load``.
+    """
+    tree = composed(overrides)
+    with _told():
+        return Settings(**_numbers(tree))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turns what is wrong with a value into a ConfigError."""
     try:
-        values: dict[str, Any] = {name: _group(tree, name, base) for name, base in GROUPS.items()}
-        scalars = [str(key) for key in tree if key not in GROUPS]
-        typed = OmegaConf.merge(_writable(Config), OmegaConf.masked_copy(tree, scalars))
-        plain = {key: _plain(typed, key) for key in scalars}
-        return Config(**values, **plain)
+        yield
     except OmegaConfBaseException as error:
         raise ConfigError(_sentence(error)) from error
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _numbers(tree: DictConfig) -> dict[str, Any]:
+    keys = [str(key) for key in tree if key not in GROUPS]
+    typed = OmegaConf.merge(_writable(Settings), OmegaConf.masked_copy(tree, keys))
+    return {key: _plain(typed, key) for key in keys}
 
 
 def _plain(tree: Any, key: str) -> Any:
@@ -115,7 +144,7 @@ def _writable(cls: type) -> Any:
     return schema
 
 
-def _group(tree: DictConfig, name: str, base: type[T]) -> T:
+def _group(tree: DictConfig, name: str, base: type) -> Any:
     """Instance of a group's ``_target_``, its fields checked against the dataclass.
 
     Only classes of fedpeft are accepted: a client takes its configuration from the server.

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -83,15 +85,26 @@ class InProcessGrid(Grid):
         return [reply for i in self.push_messages(messages) for reply in self.pull_messages([i])]
 
 
-def launch(main: Main, num_clients: int, runtime: Runtime) -> None:
-    """Runs a server's ``main`` with ``num_clients`` virtual clients on as many nodes as workers."""
+def launch(
+    main: Main, num_clients: int, runtime: Runtime, before: Callable[[], None] = lambda: None
+) -> None:
+    """Runs a server's ``main`` with ``num_clients`` virtual clients on as many nodes as workers.
+
+    Args:
+        before: called first, while Ray starts; its error ends the run.
+    """
     from fedpeft.client_app import app as client_app
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     if runtime.kind == "inprocess":
+        before()
         main(InProcessGrid(client_app, [{}]), Context(1, 0, {}, RecordDict(), {}))
-    else:
-        _launch_ray(main, client_app, min(num_clients, workers(runtime)), runtime)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(before)
+        _start_ray(runtime)
+        done.result()
+    _simulate(main, client_app, min(num_clients, workers(runtime)), runtime)
 
 
 def workers(runtime: Runtime) -> int:
@@ -99,21 +112,35 @@ def workers(runtime: Runtime) -> int:
     return max(1, int((runtime.total_cpus or os.cpu_count() or 1) / runtime.num_cpus))
 
 
-def _launch_ray(main: Main, client_app: ClientApp, num_nodes: int, runtime: Runtime) -> None:
+def _start_ray(runtime: Runtime) -> None:
+    """As Flower would, but that the workers which start with it are those of the clients.
+
+    Flower names the paths in a runtime environment, which these workers have not, so that others
+    start after them. What clients import they import at once (the variable is Ray's own name for
+    its ``worker_process_setup_hook``, which would be a runtime environment too), but where Ray says
+    later which GPU is theirs: an import may look for GPUs before.
+    """
     # Before Ray starts: its actors inherit the environment, and would run at nice 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if runtime.num_gpus == 0:
+        os.environ["__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"] = "fedpeft.client_app.ready"
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    import ray
+
+    ray.init(
+        num_cpus=runtime.total_cpus,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def _simulate(main: Main, client_app: ClientApp, num_nodes: int, runtime: Runtime) -> None:
     from flwr.simulation import run_simulation
 
     server_app = ServerApp()
     server_app.main()(main)
-    init_args: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    if runtime.total_cpus is not None:
-        init_args["num_cpus"] = runtime.total_cpus
     resources = {"num_cpus": runtime.num_cpus, "num_gpus": runtime.num_gpus}
-    run_simulation(
-        server_app,
-        client_app,
-        num_nodes,
-        backend_config={"client_resources": resources, "init_args": init_args},  # type: ignore[arg-type]
-    )
+    backend: dict[str, Any] = {"client_resources": resources}
+    run_simulation(server_app, client_app, num_nodes, backend_config=backend)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedpeft.training import Optimization
+from fedpeft.optimization import Optimization
 
 
 class ConfigError(ValueError):
@@ -96,18 +96,12 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Config:
-    """A run. ``clients_per_round`` is a count (int), a share (float) or null for all.
+class Settings:
+    """A run's numbers. ``clients_per_round`` is a count (int), a share (float) or null for all.
 
     A round is ``local_steps`` batches or, if that is null, ``local_epochs`` passes.
     """
 
-    method: Any
-    model: Any
-    data: Any
-    partition: Any
-    strategy: Any
-    compression: Any
     runtime: Runtime = field(default_factory=Runtime)
     optimizer: Optimization = field(default_factory=Optimization)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -157,6 +151,18 @@ class Config:
             f"clients_per_round must be a count from 1 to num_clients={self.num_clients} or a "
             f"share in (0, 1] such as 0.5, got {given}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """A run, with the parts that the configuration's groups choose."""
+
+    method: Any
+    model: Any
+    data: Any
+    partition: Any
+    strategy: Any
+    compression: Any
 
 
 def _at_least_one(key: str, value: int) -> None:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,74 +13,7 @@ from fedpeft.captured import Graphs
 from fedpeft.data.batching import Batch, Examples, within
 from fedpeft.methods.base import State
 from fedpeft.nn.attention import ShortInFloat32
-
-SCHEDULES = ("constant", "linear", "cosine")
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value}")
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """How a client steps.
-
-    Args:
-        name: ``adamw`` or ``sgd``; its state is fresh each round.
-        weight_decay: decoupled for AdamW.
-        momentum: SGD's.
-        max_grad_norm: clips the norm of all gradients together; null for none.
-        schedule: of the learning rate within a round: constant, linear or cosine to 0.
-        warmup: share of a round's steps in which the rate climbs from 0, in [0, 1).
-        round_schedule: of the learning rate across rounds: constant, linear or cosine to 0.
-    """
-
-    name: str = "adamw"
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    max_grad_norm: float | None = 1.0
-    schedule: str = "constant"
-    warmup: float = 0.0
-    round_schedule: str = "constant"
-
-    def __post_init__(self) -> None:
-        _one_of("optimizer.name", self.name, ("adamw", "sgd"))
-        _one_of("optimizer.schedule", self.schedule, SCHEDULES)
-        _one_of("optimizer.round_schedule", self.round_schedule, SCHEDULES)
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ValueError(f"optimizer.max_grad_norm must be > 0, got {self.max_grad_norm}")
-        if self.weight_decay < 0 or not 0 <= self.momentum < 1:
-            raise ValueError(
-                "optimizer.weight_decay must be >= 0 and optimizer.momentum in [0, 1), got "
-                f"{self.weight_decay} and {self.momentum}"
-            )
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"optimizer.warmup must be in [0, 1), got {self.warmup}")
-
-    def build(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """A fresh optimizer."""
-        if self.name == "adamw":
-            return torch.optim.AdamW(  # fused: one pass over the numbers in place of ten
-                parameters, lr=lr, weight_decay=self.weight_decay, fused=True
-            )
-        return torch.optim.SGD(
-            parameters, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay
-        )
-
-    def rate(self, lr: float, round: int, num_rounds: int, step: int, num_steps: int) -> float:
-        """The learning rate of step 0, 1, ... of a round 1, 2, ...."""
-        lr *= _decay(self.round_schedule, (round - 1) / num_rounds)
-        warm = math.ceil(self.warmup * num_steps)
-        if step < warm:
-            return lr * (step + 1) / warm
-        return lr * _decay(self.schedule, (step - warm) / max(1, num_steps - warm))
-
-
-def _decay(schedule: str, progress: float) -> float:
-    if schedule == "linear":
-        return 1 - progress
-    return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0
+from fedpeft.optimization import Optimization
 
 
 @contextmanager

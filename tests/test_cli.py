@@ -94,10 +94,10 @@ def test_sweep_runs_each_choice(fedpeft: Any, base: list[str]) -> None:
     [
         (["run", "lrr=1"], "lrr"),
         (["run", "method=nope"], "nope"),
-        (["run", "method=scl", "method.rnak=3"], "method.rnak"),
+        (["run", "method=scl", "method.rnak=3", "runtime=inprocess"], "method.rnak"),
         (["params", "method.rank=3"], "method.rank=3 needs method=NAME"),
         (["compare", "--methods"], "--methods needs a value"),
-        (["run", "model.path=/nowhere"], "/nowhere"),
+        (["run", "model.path=/nowhere", "runtime=inprocess"], "/nowhere"),
         (["partition", "num_clients=2000", "data=table", "data.path=/nowhere"], "/nowhere"),
     ],
 )

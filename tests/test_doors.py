@@ -87,6 +87,14 @@ def test_ray(
     assert json.loads(done.stdout)["shared_state_sha256"] == expected[method]["shared_state_sha256"]
 
 
+def test_ray_ends_with_one_sentence_for_wrong_input(base: list[str], tmp_path: Path) -> None:
+    overrides = [*given(base, "lora", tmp_path / "run"), "method.rank=0", "runtime=ray"]
+    done = command("fedpeft", "run", *overrides)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "fedpeft: method.rank must be >= 1, got 0\n"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
     """An own home and ports; the SuperLink that ``flwr run`` leaves behind is ended."""

@@ -18,10 +18,11 @@ from fedpeft.memory import halve_frozen, quantisation, train_in_float32
 from fedpeft.methods.base import TRAINED, Method, Role
 from fedpeft.methods.sites import head_names, linear_weight, output_width
 from fedpeft.models import Pretrained
+from fedpeft.optimization import Optimization
 from fedpeft.params import parameter_counts
 from fedpeft.seeding import torch_seed
 from fedpeft.session import Session
-from fedpeft.training import Optimization, Passes, train
+from fedpeft.training import Passes, train
 from tests.architectures import HIDDEN, WIDTH, Architecture, inputs, shrunk, table_of, trainable
 from tests.baselines import BASELINES, names_by_hand, refusal
 from tests.conftest import TINY, Runner

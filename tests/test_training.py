@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.data.batching import Batch, Examples, within
+from fedpeft.optimization import Optimization
 from fedpeft.session import Session
-from fedpeft.training import Optimization, Passes, evaluate, train
+from fedpeft.training import Passes, evaluate, train
 from tests.conftest import Runner
 
 
