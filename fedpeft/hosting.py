@@ -6,12 +6,13 @@ such a message and of its reply is what would travel to and from a node of its o
 which is checked and counted.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
+
+from fedpeft.replies import reason
 
 POLL_SECONDS = 0.02
 CLIENTS = "clients"  # the record that names them
@@ -52,13 +53,6 @@ def folder_of(message: Message) -> str | None:
     """Where the clients that a message names keep what is theirs; null for a node's own client."""
     record = message.content.config_records.get(CLIENTS)
     return None if record is None else str(record["folder"])
-
-
-def reason(reply: Message) -> str:
-    """The client's own sentence out of Flower's wrapping."""
-    text = reply.error.reason or f"error code {reply.error.code}"
-    wrapped = re.search(r"Message: (.*?)(?:'>)?$", text, re.DOTALL)
-    return (wrapped.group(1) if wrapped else text).strip()
 
 
 def prepare(grid: Grid, overrides: str) -> None:

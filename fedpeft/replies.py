@@ -1,12 +1,12 @@
 """What clients send back, read and checked: whatever it is, it must not end the run."""
 
 import math
+import re
 from typing import Any, NamedTuple
 
 from flwr.app import Message
 
 from fedpeft.compression import Compression
-from fedpeft.hosting import reason
 from fedpeft.methods.base import State
 from fedpeft.state import check, split_extras, unpack
 
@@ -68,3 +68,10 @@ def measured(reply: Message) -> dict[str, float]:
     if not all(metrics.get(f"{split}-num-examples", 0) >= 1 for split in OWN_SPLITS):
         raise ValueError(f"num-examples of {' and '.join(OWN_SPLITS)} must be >= 1")
     return metrics
+
+
+def reason(reply: Message) -> str:
+    """The client's own sentence out of Flower's wrapping."""
+    text = reply.error.reason or f"error code {reply.error.code}"
+    wrapped = re.search(r"Message: (.*?)(?:'>)?$", text, re.DOTALL)
+    return (wrapped.group(1) if wrapped else text).strip()
