@@ -16,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedpeft.schema import Runtime
 
 Main = Callable[[Grid, Context], None]
+SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 
 
 class InProcessGrid(Grid):
@@ -103,7 +104,13 @@ def launch(
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(before)
         _start_ray(runtime)
-        done.result()
+        try:
+            done.result()
+        except BaseException:
+            import ray
+
+            ray.shutdown()
+            raise
     _simulate(main, client_app, min(num_clients, workers(runtime)), runtime)
 
 
@@ -118,16 +125,19 @@ def _start_ray(runtime: Runtime) -> None:
     Flower names the paths in a runtime environment, which these workers have not, so that others
     start after them. What clients import they import at once (the variable is Ray's own name for
     its ``worker_process_setup_hook``, which would be a runtime environment too), but where Ray says
-    later which GPU is theirs: an import may look for GPUs before.
+    later which GPU is theirs: an import may look for GPUs before. A Ray that runs already stays.
     """
     # Before Ray starts: its actors inherit the environment, and would run at nice 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.pop(SETUP_HOOK, None)
     if runtime.num_gpus == 0:
-        os.environ["__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"] = "fedpeft.client_app.ready"
+        os.environ[SETUP_HOOK] = "fedpeft.client_app.ready"
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     import ray
 
+    if ray.is_initialized():  # as within a job of Hydra's Ray launcher
+        return
     ray.init(
         num_cpus=runtime.total_cpus,
         include_dashboard=False,

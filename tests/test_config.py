@@ -1,6 +1,8 @@
 """A configuration is right, or one sentence says which key is wrong and what it must be."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
@@ -261,6 +263,16 @@ def test_fields_that_no_yaml_lists_can_be_set() -> None:
     assert addable("lr=2") == "++lr=2"
     assert addable("method=scl") == "method=scl"
     assert addable("num_clients=2") == "num_clients=2"
+
+
+def test_what_comes_before_ray_starts_needs_no_torch() -> None:
+    code = (
+        "import sys; from fedpeft import cli, client_app, config, progress, runtime; "
+        "assert config.settings(['num_clients=7', 'runtime.threads=3']).num_clients == 7; "
+        "print(sorted({'torch', 'transformers', 'ray', 'datasets'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def yaml_files() -> Iterator[tuple[str, str]]:

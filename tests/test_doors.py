@@ -87,6 +87,16 @@ def test_ray(
     assert json.loads(done.stdout)["shared_state_sha256"] == expected[method]["shared_state_sha256"]
 
 
+def test_a_ray_that_runs_already(
+    base: list[str], expected: dict[str, dict[str, object]], tmp_path: Path
+) -> None:
+    overrides = given(base, "fedtt_plus", tmp_path / "run")
+    code = "import ray; ray.init(num_cpus=1); from fedpeft.cli import main; main()"
+    done = command(sys.executable, "-c", code, "run", *overrides, "runtime=ray")
+    assert done.returncode == 0, done.stderr
+    assert summary(tmp_path / "run") == expected["fedtt_plus"]
+
+
 def test_ray_ends_with_one_sentence_for_wrong_input(base: list[str], tmp_path: Path) -> None:
     overrides = [*given(base, "lora", tmp_path / "run"), "method.rank=0", "runtime=ray"]
     done = command("fedpeft", "run", *overrides)
