@@ -1,9 +1,10 @@
 """From the command to the end of the first client's first step, in seconds.
 
-``fedpeft run`` (SST-2, MiniLM, LoRA of rank 8, ten clients) on Ray and in one process; a bare
-script, which imports torch, transformers and PEFT, loads the model, tokenises a batch and takes a
-step; and a Flower app as public examples are. The sides take turns, with warm caches; apart from
-them the first start of fedpeft, with empty caches of its own and of ``datasets``:
+``fedpeft run`` (SST-2, MiniLM, LoRA of rank 8, ten clients) on Ray and in one process, which first
+evaluates the initial model, as the others do not, on all validation rows or on few; a bare script,
+which imports torch, transformers and PEFT, loads the model, tokenises a batch and takes a step; and
+a Flower app as public examples are. The sides take turns, with warm caches; apart from them the
+first start of fedpeft, with empty caches of its own and of ``datasets``:
 
     python -m benchmarks.startup ../shared/data/sst2 [--repeats 5]
 
@@ -28,9 +29,13 @@ from benchmarks.sides import job
 
 CALL = "import sys; from fedpeft.cli import main; main()"
 RUN = ["num_clients=10", "num_rounds=1", "local_steps=1", "evaluation.every=1000000"]
-RUNTIMES = {
-    "ray": ["runtime=ray", "runtime.total_cpus=2"],
-    "in_process": ["runtime=inprocess"],
+WHOLE = ["data.max_validation_rows=null", "data.max_test_rows=null"]  # as a user evaluates
+RAY, INPROCESS = ["runtime=ray", "runtime.total_cpus=2"], ["runtime=inprocess"]
+KINDS = {
+    "ray": [*RAY, *WHOLE],
+    "ray_few_rows": RAY,
+    "in_process": [*INPROCESS, *WHOLE],
+    "in_process_few_rows": INPROCESS,
 }
 IMPORTS = ("torch", "transformers", "peft", "datasets", "flwr.simulation", "ray")
 SCRIPT = """
@@ -85,7 +90,7 @@ def _sides(data: str, caches: dict[str, str]) -> dict[str, Any]:
         "example": ["-m", "benchmarks.sides", "example", example],
     }
     sides = {name: partial(first_step, command, caches) for name, command in others.items()}
-    ours = {f"fedpeft_{kind}": partial(started, data, kind, caches) for kind in RUNTIMES}
+    ours = {f"fedpeft_{kind}": partial(started, data, kind, caches) for kind in KINDS}
     return ours | sides
 
 
@@ -95,13 +100,13 @@ def _first(data: str) -> dict[str, Any]:
             empty = {"FEDPEFT_CACHE": f"{cache}/fedpeft", "HF_DATASETS_CACHE": f"{cache}/datasets"}
             return started(data, kind, empty)
 
-    return {f"fedpeft_{kind}": partial(start, kind) for kind in RUNTIMES}
+    return {f"fedpeft_{kind}": partial(start, kind) for kind in ("ray", "in_process")}
 
 
 def started(data: str, kind: str, caches: dict[str, str]) -> float:
     """Seconds of ``fedpeft run``."""
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [*job(data), *RUN, *RUNTIMES[kind], f"run_dir='{folder}/run'"]
+        overrides = [*job(data), *RUN, *KINDS[kind], f"run_dir='{folder}/run'"]
         return first_step(["-c", CALL, "run", *overrides], caches)
 
 
