@@ -16,8 +16,11 @@ class CoreAdapter(nn.Module):
         base_layer: whose output is added to.
         weight: the base layer's, as (out, in).
         rank: r; heads r <= min(out, in) for ``svd``.
-        init: of the bases: leading singular vectors of the weight (``svd``), or random with
-            orthonormal rows or columns, whichever are fewer (``orthogonal``).
+        init: of the bases: leading singular vectors of the weight (``svd``), each pair's sign such
+            that the largest number of the left one is positive, or random with orthonormal rows or
+            columns, whichever are fewer (``orthogonal``). Bases are never sent: where clients have
+            processors of different kinds, ``orthogonal`` is the one that is the same everywhere, as
+            vectors of nearly equal singular values may turn into one another.
         scaled: whether there are scales.
     """
 
@@ -64,6 +67,8 @@ def _bases(weight: Tensor, width: int, init: str) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     if init == "svd" and not weight.is_meta:
         u, _, v = torch.linalg.svd(weight.float(), full_matrices=False)
+        signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()  # an SVD leaves them open
+        u, v = u * signs, v * signs.T
         return u[:, :width].contiguous().to(weight.dtype), v[:width].to(weight.dtype)
     bases = [
         torch.empty(shape, device=weight.device) for shape in ((rows, width), (width, columns))

@@ -179,6 +179,8 @@ def test_cores_by_hand(init: str) -> None:
     torch.testing.assert_close(layer.basis_in @ layer.basis_in.T, torch.eye(4))
     torch.testing.assert_close(layer.basis_out.T @ layer.basis_out, torch.eye(4))
     if init == "svd":
+        largest = layer.basis_out.abs().argmax(0)  # whose sign an SVD leaves open
+        assert (layer.basis_out[largest, range(4)] > 0).all()
         strongest = torch.linalg.matrix_norm(base.weight, 2)
         torch.testing.assert_close((base.weight @ layer.basis_in[0]).norm(), strongest)
 
