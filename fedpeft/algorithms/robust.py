@@ -69,6 +69,8 @@ class Median(Coordinatewise):
 class TrimmedMean(Coordinatewise):
     """The mean without the floor(beta n) smallest and as many largest values.
 
+    A round of so few usable replies that nothing would be cut off changes nothing.
+
     Args:
         beta: share of the clients cut off at each end, in (0, 0.5).
     """
@@ -94,6 +96,13 @@ class TrimmedMean(Coordinatewise):
                 f"{setting.cohort_size} at each end: need beta x clients per round >= 1"
             )
 
+    def server(
+        self, mean: State, before: State, replies: Replies, memory: dict[str, State]
+    ) -> State:
+        if self.cut(len(replies.states)) == 0:
+            return {}
+        return super().server(mean, before, replies, memory)
+
     def middle(self, values: Tensor) -> Tensor:
         cut = self.cut(len(values))
         return values[cut : len(values) - cut].mean(dim=0)
@@ -108,7 +117,8 @@ class Krum(Robust):
 
     Args:
         num_malicious: f >= 0, clients a round that may send anything.
-        num_selected: states that are averaged; 1 is Krum, more is multi-Krum.
+        num_selected: states that are averaged; 1 is Krum, more is multi-Krum. Of a round's usable
+            replies at most all but ``num_malicious``.
     """
 
     num_malicious: int = 1
@@ -146,7 +156,8 @@ class Krum(Robust):
         squares = torch.stack([(updates - one).square().sum(dim=1) for one in updates])
         closest = len(states) - self.num_malicious - 2
         scores = squares.sort(dim=1).values[:, 1 : 1 + closest].sum(dim=1)  # 0 is itself
-        return scores.sort(stable=True).indices[: self.num_selected].tolist()
+        count = min(self.num_selected, len(states) - self.num_malicious)
+        return scores.sort(stable=True).indices[:count].tolist()
 
     def server(
         self, mean: State, before: State, replies: Replies, memory: dict[str, State]

@@ -30,6 +30,12 @@ def test_trimmed_mean_by_hand() -> None:
     assert [TrimmedMean(beta=0.29).cut(n) for n in (3, 4, 100)] == [0, 1, 29]
 
 
+def test_too_few_replies_to_trim_change_nothing() -> None:
+    """The plain mean would let one of four steer."""
+    assert ours(TrimmedMean(beta=0.2), numbers(1, 2, 3, 1e6), ZERO) == {}
+    assert ours(TrimmedMean(beta=0.25), numbers(1, 2, 3, 1e6), ZERO)["a"].item() == 2.5
+
+
 def test_krum_by_hand() -> None:
     """n = 5, f = 1: the two nearest count. Squares 1 + 1, 1 + 1, 1 + 4, 1 + 4 (and 97^2 + 98^2)."""
     states = numbers(0, 1, 2, -1, 100)
@@ -53,6 +59,12 @@ def test_krum_counts_all_parameters_together() -> None:
 def test_krum_with_too_few_replies_changes_nothing() -> None:
     assert ours(Krum(), numbers(0, 1, 2, 3), ZERO) == {}
     assert ours(Krum(num_malicious=0), numbers(0, 1, 2), ZERO)
+
+
+def test_multi_krum_never_takes_as_many_as_may_be_malicious() -> None:
+    """Six of seven were asked for; two replies are lost."""
+    assert len(Krum(num_selected=6).select(numbers(0, 1, 2, 3, 4, 5, 6))) == 6
+    assert ours(Krum(num_selected=6), numbers(0, 1, 2, 3, 1e6), ZERO)["a"].item() == 1.5
 
 
 def test_norm_clipping_by_hand() -> None:
