@@ -47,8 +47,8 @@ def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, prec
         names: of the parameters that train in some round.
 
     Raises:
-        Unsupported: a module that holds some is not called with one entry a sequence, or a
-            parameter has a hook, which its copies would not run.
+        Unsupported: a module that holds some does not make one tensor of one with an entry a
+            sequence, or a parameter has a hook, which its copies would not run.
     """
     for name, parameter in model.named_parameters():
         if name in names and parameter._backward_hooks:
@@ -56,13 +56,14 @@ def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, prec
     rows, called = size_of(batch)[0], set()
     device = next(model.parameters()).device
 
-    def note(module: nn.Module, given: tuple[Any, ...]) -> None:
-        first = given[0] if given else None
-        if isinstance(first, Tensor) and first.dim() > 1 and first.shape[0] == rows:
+    def note(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        tensors = [x for x in (*given, *named.values()) if isinstance(x, Tensor)]
+        alone = len(tensors) == 1 and given and given[0] is tensors[0]
+        if alone and isinstance(output, Tensor) and _by_sequence(tensors[0], rows):
             called.add(module)
 
     paths = owners(model, names)
-    hooks = [model.get_submodule(p).register_forward_pre_hook(note) for p in paths]
+    hooks = [model.get_submodule(p).register_forward_hook(note, with_kwargs=True) for p in paths]
     draws = Draws([rng_state(device)], [size_of(batch)], device)
     with torch.no_grad(), autocast(device, precision), draws:
         task.logits(model, to_device(batch, device))
@@ -72,3 +73,7 @@ def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, prec
         if model.get_submodule(path) not in called:
             raise Unsupported(f"{path} is not called with one entry a sequence")
     return draws.drew
+
+
+def _by_sequence(x: Tensor, rows: int) -> bool:
+    return x.dim() > 1 and x.shape[0] == rows

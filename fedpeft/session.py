@@ -38,6 +38,7 @@ class Session:
 
     def __init__(self, config: Config, data_path: str | None = None) -> None:
         torch.set_num_threads(config.runtime.threads)
+        config.method.check(config.num_rounds)
         config.model.check_precision(config.precision)
         self.config = config
         self.owns_all_rows = data_path is not None
@@ -167,7 +168,11 @@ class Session:
         They train in one pass a step where the model allows it, else one after another.
         """
         if len(works) > 1 and self._together:
-            return self._train_together(works, round)
+            try:
+                return self._train_together(works, round)
+            except Exception as error:  # alone, it is one client's error, or none's
+                log.warning("clients train one by one from here on, for in one pass: %r", error)
+                self._together = None
         return [self._train_alone(work, round) for work in works]
 
     def _train_alone(self, work: Work, round: int) -> tuple[Trained, State] | Exception:

@@ -142,6 +142,50 @@ def test_passes_as_they_are_captured(
     assert len(lane.graphs.lengths) == 3 and all(n % 8 == 0 for n in lane.graphs.lengths)
 
 
+@pytest.mark.parametrize(
+    ("dropout", "reason"),
+    [
+        (0.0, "attention.self is not called with one entry a sequence"),
+        (0.1, "the model draws at random for what is no row of the batch"),  # for distances
+    ],
+)
+def test_a_module_that_gets_more_than_its_rows_is_not_split(
+    dropout: float,
+    reason: str,
+    opened: Opened,
+    checkpoint: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """DeBERTa's attention holds two biases, and is called with a mask beside the rows."""
+    widths = "hidden_size:32,pooler_hidden_size:32,intermediate_size:64"
+    rates = f"hidden_dropout_prob:{dropout},attention_probs_dropout_prob:{dropout}"
+    small = f"{{{widths},num_attention_heads:4,num_hidden_layers:1,{rates}}}"
+    model = ("model=deberta_base", "model.path=null", "model.random=true")
+    given = (*model, f"model.tokenizer_path={checkpoint}", f"model.settings={small}")
+    session = opened("method=bitfit", *STEPS, *given)
+    with caplog.at_level(logging.WARNING):
+        assert session._together is None
+    assert reason in caplog.text
+
+
+def test_an_error_in_one_pass_is_no_error_alone(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = opened("method=lora", *STEPS)
+    given = works(session)
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("fedpeft.session.Cohort.train", fails)
+    with caplog.at_level(logging.WARNING):
+        found = session.train(given, 1)
+    assert "clients train one by one from here on" in caplog.text
+    assert "RuntimeError('out of memory')" in caplog.text
+    for (_, state), (_, right) in zip(found, alone(session, given), strict=True):  # type: ignore[misc]
+        assert all(torch.equal(state[name], right[name]) for name in right)
+
+
 def test_a_model_that_draws_is_known(opened: Opened) -> None:
     assert opened("method=lora")._together == "random"
     assert opened("method=prompt")._together is None

@@ -25,6 +25,9 @@ TRAINED = (Role.SHARED, Role.PERSONAL)
 class Method(ABC):
     """A method is a frozen dataclass whose fields are its hyperparameters."""
 
+    def check(self, num_rounds: int) -> None:  # noqa: B027
+        """Raises ValueError for a number of rounds that the method makes no sense in."""
+
     @abstractmethod
     def inject(self, model: nn.Module) -> nn.Module:
         """Adds the method's parameters to a transformers model and freezes the rest.

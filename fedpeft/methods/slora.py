@@ -33,12 +33,12 @@ class SLoRA(LoRA):
     split of S.
 
     Args:
-        sparse_rounds: >= 1.
+        sparse_rounds: >= 1, and fewer than the run's. Open in the paper.
         density: share of a weight's numbers that train, in (0, 1].
         mask_seed: of the places.
     """
 
-    sparse_rounds: int = 10
+    sparse_rounds: int = 3
     density: float = 0.0012
     mask_seed: int = 0
 
@@ -48,6 +48,13 @@ class SLoRA(LoRA):
             raise ValueError(f"sparse_rounds must be >= 1, got {self.sparse_rounds}")
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], got {self.density}")
+
+    def check(self, num_rounds: int) -> None:
+        if self.sparse_rounds >= num_rounds:
+            raise ValueError(
+                f"sparse_rounds must be < num_rounds={num_rounds}, as LoRA trains in the rounds "
+                f"after them, got {self.sparse_rounds}"
+            )
 
     def inject(self, model: nn.Module) -> nn.Module:
         super().inject(model)

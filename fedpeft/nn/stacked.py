@@ -163,6 +163,8 @@ class Draws(TorchFunctionMode):
             return [None] * len(self.rows)
         if tensor.shape[0] == 1 < sum(self.rows):  # one mask for all
             tensor = tensor.expand(sum(self.rows), *tensor.shape[1:])
+        if tensor.shape[0] != sum(self.rows):
+            raise Unsupported("the model draws at random for what is no row of the batch")
         parts = tensor.split(self.rows)
         return [cut(part, n, dims) for part, n in zip(parts, self.excess, strict=True)]
 

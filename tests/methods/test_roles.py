@@ -231,6 +231,12 @@ def test_slora_shares_values_first_and_factors_then(name: str) -> None:
         assert with_role(method, names, round, Role.FROZEN) == names - trained
 
 
+def test_slora_needs_rounds_for_its_lora() -> None:
+    SLoRA(sparse_rounds=3).check(4)
+    with pytest.raises(ValueError, match="sparse_rounds must be < num_rounds=3, .* got 3"):
+        SLoRA(sparse_rounds=3).check(3)
+
+
 @every_architecture
 @pytest.mark.parametrize("head", ["personal", "shared"])
 def test_fedsa_lora_keeps_b_on_the_client(name: str, head: str) -> None:
