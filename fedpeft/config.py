@@ -149,8 +149,7 @@ def _group(tree: DictConfig, name: str, base: type) -> Any:
 
     Only classes of fedpeft are accepted: a client takes its configuration from the server.
     """
-    node = tree[name].copy()
-    OmegaConf.set_struct(node, False)
+    node: Any = OmegaConf.create(OmegaConf.to_container(tree[name], resolve=True))
     target = node.pop("_target_", None)
     if not str(target).startswith("fedpeft."):
         raise ConfigError(f"{name}._target_ must be a class of fedpeft, got {target}")

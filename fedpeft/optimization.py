@@ -23,7 +23,7 @@ class Optimization:
     Args:
         name: ``adamw`` or ``sgd``; its state is fresh each round.
         weight_decay: decoupled for AdamW.
-        momentum: SGD's.
+        momentum: SGD's; AdamW has its own.
         max_grad_norm: clips the norm of all gradients together; null for none.
         schedule: of the learning rate within a round: constant, linear or cosine to 0.
         warmup: share of a round's steps in which the rate climbs from 0, in [0, 1).
@@ -48,6 +48,10 @@ class Optimization:
             raise ValueError(
                 "optimizer.weight_decay must be >= 0 and optimizer.momentum in [0, 1), got "
                 f"{self.weight_decay} and {self.momentum}"
+            )
+        if self.momentum and self.name != "sgd":
+            raise ValueError(
+                f"optimizer.momentum={self.momentum} is for optimizer.name=sgd, got {self.name}"
             )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"optimizer.warmup must be in [0, 1), got {self.warmup}")

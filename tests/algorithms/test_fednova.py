@@ -5,6 +5,8 @@ import torch
 
 from fedpeft.algorithms.base import FedAvg
 from fedpeft.algorithms.fednova import FedNova
+from fedpeft.config import load
+from fedpeft.schema import ConfigError
 from tests.algorithms.flower import drawn, ours
 
 
@@ -29,6 +31,14 @@ def test_equal_numbers_of_steps_are_the_mean() -> None:
     expected = ours(FedAvg(), states, before)
     for name, value in ours(FedNova(), states, before, steps=[7] * 5).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_momentum_is_the_clients() -> None:
+    given = ["strategy=fednova", "optimizer.name=sgd"]
+    assert load([*given, "optimizer.momentum=0.9"]).strategy.local_momentum == 0.9
+    assert load(given).strategy.local_momentum == 0
+    with pytest.raises(ConfigError, match="optimizer.momentum=0.9 is for optimizer.name=sgd"):
+        load(["strategy=fednova", "optimizer.momentum=0.9"])
 
 
 def test_values_outside_their_rule() -> None:
