@@ -44,16 +44,16 @@ class Plan(NamedTuple):
         return Trained(self.num_examples, loss, steps, sum(map(self.rate, range(steps))) / steps)
 
 
-def plan(config: Config, examples: Examples, share: int, client: int, round: int) -> Plan:
+def plan(config: Config, examples: Examples, steps: int | None, client: int, round: int) -> Plan:
     """A client's batches and rates of a round.
 
     Args:
-        share: clients whose steps it takes.
+        steps: null for ``local_epochs`` passes.
     """
     rows = training_batches(
         examples.lengths,
         config.batch_size,
-        None if config.local_steps is None else config.local_steps * share,
+        steps,
         config.local_epochs,
         generator(config.seed, "batches", round, client),
         config.bucketing,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedpeft.algorithms.base import FedAvg
+from fedpeft.algorithms.base import FedAvg, Setting
 from fedpeft.methods.base import Role
 
 
@@ -19,7 +19,19 @@ class LocalOnly(FedAvg):
 class Centralized(FedAvg):
     """One model on all clients' training rows, for as many steps a round as the cohort's together.
 
-    It is measured as the others are, on each client's own rows. Only simulation has all rows.
+    With ``local_epochs`` these are the mean cohort's: epochs x batches x share of the clients. What
+    the method keeps personal is the one model's too. It is measured as the others are, on each
+    client's own rows. Only simulation has all rows.
     """
 
     pooled = True
+
+    def check(self, setting: Setting) -> None:
+        if not setting.whole:
+            raise ValueError(
+                "strategy Centralized trains one whole model, but with method "
+                f"{type(setting.method).__name__} some clients train only a block: use equal ranks"
+            )
+
+    def role(self, role: Role) -> Role:
+        return Role.SHARED if role is Role.PERSONAL else role

@@ -1,5 +1,6 @@
 """Who holds which encoded rows: read once in a process, whoever asks."""
 
+import math
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -53,12 +54,19 @@ class Holdings:
             for name, rows in splits.items()
         }
 
-    def training(self, client: int) -> tuple[Examples, int]:
-        """A client's rows, and how many clients' work it does: all of a round's, where pooled."""
-        if not self.config.strategy.pooled:
-            return self.client_examples(client)["train"], 1
+    def training(self, client: int) -> tuple[Examples, int | None]:
+        """A client's rows and its steps a round, null for ``local_epochs`` passes over them.
+
+        Where the strategy pools, they are all clients' rows, for the steps of a round's clients.
+        """
+        config = self.config
+        if not config.strategy.pooled:
+            return self.client_examples(client)["train"], config.local_steps
         if self.owns_all_rows:
             raise ValueError("strategy=centralized needs all rows in one place: simulate it")
-        clients = range(self.config.num_clients)
-        rows = [self.client_examples(c)["train"].rows for c in clients]
-        return self.examples("train").select(np.concatenate(rows)), self.config.cohort_size()
+        rows = [self.client_examples(c)["train"].rows for c in range(config.num_clients)]
+        pooled = self.examples("train").select(np.concatenate(rows))
+        if config.local_steps is not None:
+            return pooled, config.local_steps * config.cohort_size()
+        batches = math.ceil(len(pooled) / config.batch_size) * (config.local_epochs or 1)
+        return pooled, max(1, round(batches * config.cohort_size() / config.num_clients))

@@ -32,7 +32,7 @@ class Own(Plain):
 
 OPTIMISERS = [FedAvgM(), FedAdagrad(), FedAdam(), FedYogi()]
 WHOLE = [FedNova(), Scaffold(), Median(), TrimmedMean(), Krum(), NormClipping()]
-OF_ANY = [FedAvg(), FedProx(), LocalOnly(), Centralized()]
+OF_ANY = [FedAvg(), FedProx(), LocalOnly()]
 
 
 def names(algorithm: FedAvg) -> str:
@@ -59,6 +59,12 @@ def test_taken(algorithm: FedAvg) -> None:
     for method in (Plain(), Own()):
         for shares in (True, False):
             algorithm.check(Setting(method, shares, False, 1))
+
+
+def test_one_model_is_whole() -> None:
+    Centralized().check(Setting(Own(), True, True, 1))
+    with pytest.raises(ValueError, match="strategy Centralized trains one whole model, but .* Own"):
+        Centralized().check(Setting(Own(), True, False, 1))
 
 
 def test_krum_needs_clients() -> None:
