@@ -111,7 +111,8 @@ class Half(OfUpdates):
 
     Args:
         both: also what the server sends; there it is the parameters themselves that are rounded,
-            and the clients' start, from which they and the server reckon updates, with them.
+            and the clients' start, from which they and the server reckon updates, with them. The
+            server adds a round's step to its own, unrounded values, so that small ones add up.
     """
 
     both: bool = False
@@ -133,6 +134,9 @@ class Half(OfUpdates):
             return super().received(wire, expected)
         check(wire, {name: value.to(self.dtype) for name, value in expected.items()})
         return {name: value.to(expected[name].dtype) for name, value in wire.items()}
+
+    def kept(self, after: State, before: State, values: State) -> State:
+        return _stepped(after, before, values) if self.both else after
 
     def _half(self, name: str, value: Tensor) -> Tensor:
         half = value.to(self.dtype)
@@ -190,7 +194,8 @@ class TopK(OfUpdates):
 
     What is left out is kept on the client and added to its next update (error feedback,
     https://arxiv.org/abs/1809.07599). Of equals, the earlier entry goes. A client whose reply is
-    lost has kept the error as if it had arrived. Up only.
+    lost has kept the error as if it had arrived. Up only, and only for methods whose server takes
+    the mean: where it sets factors anew, what was kept would be added to other factors.
 
     Args:
         ratio: share of a tensor's entries that is sent, in (0, 1]; one at least. Each takes 4
@@ -204,6 +209,14 @@ class TopK(OfUpdates):
 
     def __post_init__(self) -> None:
         largest.check_share("ratio", self.ratio)
+
+    def check(self, setting: Setting) -> None:
+        if not setting.method.averages:
+            raise ValueError(
+                "compression TopK adds what a client did not send to its next update, but method "
+                f"{type(setting.method).__name__} may have set the parameters anew by a rule of "
+                "its own: use compression=int8 or none"
+            )
 
     def count(self, numel: int) -> int:
         """Entries sent of so many."""
@@ -240,8 +253,8 @@ class TopKBoth(OfUpdates):
     extras (SCAFFOLD's controls) go whole both ways: on another scale, they or the parameters would
     take all places, and the server's control would not be the clients' mean.
 
-    Training adapts to the entries that are sent. They are what a client measures, as the authors'
-    code does; the server measures all of P, whose other entries can make it worse. Made for what
+    Training adapts to the entries that are sent. They are what clients and server measure, as the
+    authors' code does; P, which is saved, has other entries, which can make it worse. Made for what
     adds to a frozen weight: where a parameter replaces one (bitfit, full), most is taken for zero.
 
     Args:
@@ -261,7 +274,7 @@ class TopKBoth(OfUpdates):
         if not setting.method.averages:
             raise ValueError(
                 f"compression {name} adds the mean's step to values that clients got in part, but "
-                f"method {method} aggregates by a rule of its own: use compression=topk or none"
+                f"method {method} aggregates by a rule of its own: use compression=int8 or none"
             )
         if not setting.whole:
             raise ValueError(
@@ -283,7 +296,12 @@ class TopKBoth(OfUpdates):
         return {name: found[name].to(value.dtype) for name, value in expected.items()}
 
     def kept(self, after: State, before: State, values: State) -> State:
-        return {
-            name: (values[name].double() + value.double() - before[name].double()).to(value.dtype)
-            for name, value in after.items()
-        }
+        return _stepped(after, before, values)
+
+
+def _stepped(after: State, before: State, values: State) -> State:
+    """``values`` and the step from ``before`` to ``after``."""
+    return {
+        name: (values[name].double() + value.double() - before[name].double()).to(value.dtype)
+        for name, value in after.items()
+    }

@@ -294,8 +294,17 @@ def test_a_round_of_flasc_by_hand() -> None:
 
 def test_others_leave_the_server_what_the_strategy_says() -> None:
     after, other = state(a=[1.5]), state(a=[7.0])
-    for compression in (Compression(), Float16(both=True), BFloat16(), Int8(), TopK()):
+    for compression in (Compression(), Float16(), BFloat16(), Int8(), TopK()):
         assert compression.kept(after, other, other) is after
+
+
+def test_steps_smaller_than_bfloat16_add_up() -> None:
+    """Next to 1 it has steps of 2^-7 up: 2^-9 would be rounded off in every round."""
+    both, values = BFloat16(both=True), state(a=[1.0])
+    for _ in range(8):
+        before = both.received(both.down(values), values)
+        values = both.kept({"a": before["a"] + 2**-9}, before, values)
+    assert values["a"].item() == 1 + 2**-6
 
 
 def test_all_entries_are_the_state_itself() -> None:
@@ -539,7 +548,7 @@ def test_int8_of_two_runs_is_equal(run: Runner) -> None:
 
 
 @pytest.mark.parametrize("compression", ["float16", "bfloat16"])
-def test_both_ways(compression: str, run: Runner) -> None:
+def test_both_ways(compression: str, run: Runner, opened: Callable[..., Session]) -> None:
     given = [f"compression={compression}", "strategy=scaffold", "evaluation.clients=always"]
     single, both = run(*given)["bytes"], run(*given, "compression.both=true")["bytes"]
     for exchange in run.recorder.of("train") + run.recorder.of("evaluate"):
@@ -547,16 +556,17 @@ def test_both_ways(compression: str, run: Runner) -> None:
     assert all(line.get("refused") is None for line in run.lines())
     assert 2 * both["downlink_payload_bytes"] == single["downlink_payload_bytes"]
     assert both["uplink_payload_bytes"] == single["uplink_payload_bytes"]
-    # the server reckons from what the clients had, not from what it had itself
+    # the server adds the step from what the clients had to what it had itself
     first, second = (run.recorder.of("train", round) for round in (1, 2))
-    start = {n: v.float() for n, v in first[0].down_state().items() if not n.startswith(EXTRA)}
+    names = [name for name in first[0].down_state() if not name.startswith(EXTRA)]
+    initial = opened(*given).initial
 
     def mean(name: str) -> Tensor:
         return torch.stack([e.up_state()[name].float() for e in first]).mean(dim=0)
 
-    for name, value in start.items():
-        expected = (value + mean(name)).to(WIRE[compression])
-        assert torch.allclose(second[0].down_state()[name], expected, rtol=2**-7, atol=1e-7)
+    for name in names:
+        expected = (initial[name] + mean(name)).to(WIRE[compression])
+        assert torch.allclose(second[0].down_state()[name], expected, rtol=2**-8, atol=1e-7)
 
 
 def test_what_top_k_left_out_comes_later(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -636,10 +646,10 @@ def test_two_rounds_of_flasc_by_hand(run: Runner, opened: Callable[..., Session]
         np.testing.assert_allclose(after, before + step, rtol=1e-5, atol=1e-6)
         line = run.lines()[round]
         assert line["uplink_payload_bytes"] == line["downlink_payload_bytes"] == 3 * SPARSE
+        for exchange in run.recorder.of("evaluate", round + 1):  # what the next round would send
+            assert np.array_equal(unmasked(exchange.down_state(), N), largest(after, K))
     never = ~known & (start != 0)
     assert never.sum() > 100 and np.array_equal(ends[1][never], start[never])
-    for exchange in run.recorder.of("evaluate", 2):
-        assert np.array_equal(unmasked(exchange.down_state(), N), largest(ends[1], K))
 
 
 def test_what_is_sent_up_is_the_top_of_what_was_trained(
@@ -786,12 +796,19 @@ def test_nothing_is_shared_and_nothing_sent(run: Runner) -> None:
 def test_a_method_with_a_rule_of_its_own_is_refused(
     method: str, name: str, opened: Callable[..., Session]
 ) -> None:
-    opened(f"method={method}", "compression=topk")
+    opened(f"method={method}", "compression=int8")
     with pytest.raises(ValueError) as refused:
         opened(f"method={method}", "compression=topk_both")
     assert str(refused.value) == (
         "compression TopKBoth adds the mean's step to values that clients got in part, but method "
-        f"{name} aggregates by a rule of its own: use compression=topk or none"
+        f"{name} aggregates by a rule of its own: use compression=int8 or none"
+    )
+    with pytest.raises(ValueError) as refused:
+        opened(f"method={method}", "compression=topk")
+    assert str(refused.value) == (
+        "compression TopK adds what a client did not send to its next update, but method "
+        f"{name} may have set the parameters anew by a rule of its own: use compression=int8 or "
+        "none"
     )
 
 
