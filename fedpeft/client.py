@@ -1,6 +1,7 @@
 """One client's side of every method, by roles alone."""
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from fedpeft.compression import ERROR
 from fedpeft.hosting import clients_of, folder_of, joined
 from fedpeft.methods.base import Role, State
 from fedpeft.plan import Trained, Work
+from fedpeft.runtime import SIMULATED
 from fedpeft.seeding import generator
 from fedpeft.session import Session, open_session
 from fedpeft.state import names_with, pack, split_extras, unpack, with_extras, zeros
@@ -29,6 +31,12 @@ def partition_of(context: Context) -> int:
     if "partition-id" not in context.node_config:
         raise ValueError("this node has no partition-id: give --node-config partition-id=N")
     return int(context.node_config["partition-id"])
+
+
+def is_simulated(context: Context) -> bool:
+    """Whether this is a worker of a simulation, which is told what clients it stands for."""
+    ray = sys.modules.get("ray")  # a machine's own node does not import it
+    return SIMULATED in context.node_config or (ray is not None and ray.is_initialized())
 
 
 def prepare(message: Message) -> None:
@@ -51,6 +59,8 @@ def answered(
         if isinstance(own, Exception):
             raise own
         return Message(own, reply_to=message)
+    if not is_simulated(context):
+        raise ValueError("the message names clients and a folder, which only a simulation may")
     numbers = clients_of(message)
     answers = answer([Client(message, context, session, number) for number in numbers])
     return Message(joined(dict(zip(numbers, answers, strict=True))), reply_to=message)
@@ -129,7 +139,7 @@ class Client:
         received, _ = self._received()
         personal, _ = self._kept()
         session.load(received, personal, client=client)
-        last = self.round == session.config.num_rounds
+        last = self.round > session.config.num_rounds  # the message is the next round's
         own = session.client_examples(client)
         metrics: dict[str, Any] = {}
         for split in ("validation", "test"):

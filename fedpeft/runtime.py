@@ -16,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedpeft.schema import Runtime
 
 Main = Callable[[Grid, Context], None]
+SIMULATED = "simulated"  # in the configuration of a node in the server's own process
 SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 
 
@@ -99,7 +100,7 @@ def launch(
     logging.getLogger("flwr").setLevel(logging.ERROR)
     if runtime.kind == "inprocess":
         before()
-        main(InProcessGrid(client_app, [{}]), Context(1, 0, {}, RecordDict(), {}))
+        main(InProcessGrid(client_app, [{SIMULATED: True}]), Context(1, 0, {}, RecordDict(), {}))
         return
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(before)

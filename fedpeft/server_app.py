@@ -123,8 +123,8 @@ class _Run:
             line |= self._server_metrics("validation", self.strategy.state)
         choice = session.config.evaluation.clients
         if choice == "always" or (choice == "auto" and session.has_personal):
-            at = max(1, round)  # before the first round, what round 1 would send
-            messages = strategy.configure_evaluate(round, *strategy.packed(at), grid)
+            # What the next round would send: also what the server has set that none sent yet.
+            messages = strategy.configure_evaluate(round, *strategy.packed(round + 1), grid)
             self.display.phase("evaluate", session.config.num_clients)
             timeout = session.config.runtime.round_timeout
             hosts, done = strategy.hosts, self.display.clients_done

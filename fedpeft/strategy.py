@@ -185,16 +185,22 @@ class RoleStrategy(Strategy):
                 start = self.session.blocks(shared, client)
                 usable.append(self._counted(reply, with_extras(start, zeros(extras(start)))))
             except Exception as error:  # whatever a client sends, it must not end the run
-                self.round.refused[client] = (
-                    str(error) if isinstance(error, ValueError) else repr(error)
-                )
+                self._refuse(client, str(error) if isinstance(error, ValueError) else repr(error))
         for client in silent:
-            limit = self.session.config.runtime.round_timeout
-            self.round.refused[client] = f"no reply within runtime.round_timeout={limit:g} s"
+            self._refuse(client, self._late())
         if not usable:
             client, reason = next(iter(self.round.refused.items()))
             raise RoundFailed(f"no client's reply was usable; client {client}: {reason}")
         return usable
+
+    def _late(self) -> str:
+        limit = self.session.config.runtime.round_timeout
+        return f"no reply within runtime.round_timeout={limit:g} s"
+
+    def _refuse(self, client: int, reason: str) -> None:
+        """Notes why a client's reply was left out, after what was wrong with an earlier one."""
+        refused = self.round.refused
+        refused[client] = f"{refused[client]}; {reason}" if client in refused else reason
 
     def _counted(self, reply: Message, start: State) -> Reply:
         if not reply.has_error():
@@ -226,11 +232,14 @@ class RoleStrategy(Strategy):
         """Means over the clients' own splits, weighted by rows: ``client_validation_accuracy``."""
         totals: dict[str, float] = {}
         rows: dict[str, int] = {}
+        silent = dict.fromkeys(range(self.session.config.num_clients))
         for reply in replies:
+            client = self.hosts.client_of(reply)
+            silent.pop(client, None)
             try:
                 metrics = measured(reply)
             except (ValueError, KeyError) as error:
-                self.round.refused[self.hosts.client_of(reply)] = f"evaluation: {error}"
+                self._refuse(client, f"evaluation: {error}")
                 continue
             self.round.count("evaluation_uplink_bytes", wire_bytes(reply.content))
             for key, value in metrics.items():
@@ -238,6 +247,8 @@ class RoleStrategy(Strategy):
                     number = int(metrics[f"{key.partition('_')[0]}-num-examples"])
                     totals[key] = totals.get(key, 0.0) + number * value
                     rows[key] = rows.get(key, 0) + number
+        for client in silent:
+            self._refuse(client, f"evaluation: {self._late()}")
         if not totals:
             return None
         return MetricRecord({f"client_{key}": totals[key] / rows[key] for key in sorted(totals)})

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from fedpeft.client_app import app as client_app
 from fedpeft.config import load
 from fedpeft.hosting import clients_of
-from fedpeft.runtime import InProcessGrid, workers
+from fedpeft.runtime import SIMULATED, InProcessGrid, workers
 from fedpeft.schema import Runtime
 from fedpeft.server_app import serve
 from fedpeft.session import Session, open_session
@@ -36,7 +36,7 @@ class Hosted:
         self.run.run_dir = self.run.folder / f"hosted{len(self.messages)}"
         given = [*self.run.base, *TINY.get(method, []), *overrides, f"run_dir={self.run.run_dir}"]
         open_session.cache_clear()
-        return serve(InProcessGrid(noted, [{}, {}]), given, quiet(), simulated=True)  # type: ignore[arg-type]
+        return serve(InProcessGrid(noted, [{SIMULATED: True}] * 2), given, quiet(), simulated=True)  # type: ignore[arg-type]
 
 
 @pytest.fixture

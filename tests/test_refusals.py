@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from fedpeft.client_app import app as client_app
+from fedpeft.hosting import CLIENTS
 from fedpeft.methods.base import State
 from fedpeft.results import read_metrics
 from fedpeft.runtime import InProcessGrid
@@ -289,13 +291,15 @@ def test_a_client_whose_loss_is_not_finite(run: Runner, monkeypatch: pytest.Monk
 
 
 class Deaf(InProcessGrid):
-    """Never delivers what node 2 answers to training."""
+    """Never delivers what node 2 answers to messages of a kind."""
+
+    kind = "train"
 
     def push_messages(self, messages: Any) -> list[str]:
         ids = super().push_messages(messages)
         for i in ids:
             message = self._queue[i]
-            if message.metadata.message_type == "train" and message.metadata.dst_node_id == 2:
+            if message.metadata.message_type == self.kind and message.metadata.dst_node_id == 2:
                 del self._queue[i]
         return ids
 
@@ -304,6 +308,43 @@ def test_who_is_late_is_left_out(run: Runner) -> None:
     summary = run("num_rounds=1", "runtime.round_timeout=0.5", grid=Deaf)
     assert summary["refused"] == {"1": {"1": "no reply within runtime.round_timeout=0.5 s"}}
     assert [e.client for e in run.recorder.of("train")] == [0, 2]
+
+
+class DeafInEvaluation(Deaf):
+    kind = "evaluate"
+
+
+def test_who_is_late_in_evaluation_is_named(run: Runner) -> None:
+    given = ("evaluation.clients=always", "num_rounds=1", "runtime.round_timeout=0.5")
+    late = "evaluation: no reply within runtime.round_timeout=0.5 s"
+    assert run(*given, grid=DeafInEvaluation)["refused"] == {"0": {"1": late}, "1": {"1": late}}
+
+    def answer(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
+            raise ValueError("no training")
+        return client_app(message=message, context=context)
+
+    refused = run(*given, grid=DeafInEvaluation, answer=answer)["refused"]
+    assert refused["1"] == {"1": f"no training; {late}"}
+
+
+def test_only_a_simulation_names_clients_and_a_folder(run: Runner, tmp_path: Path) -> None:
+    """A machine's own node would write where the message says."""
+    folder = tmp_path / "elsewhere"
+
+    def answer(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            named = ConfigRecord({"clients": [0, 1], "folder": str(folder)})
+            content = RecordDict({**message.content, CLIENTS: named})
+            content["config"]["overrides"] = message.content.config_records["config"]["overrides"]
+            given = Message(content, message.metadata.dst_node_id, "train")
+            given.metadata.__dict__ |= message.metadata.__dict__
+            return client_app(message=given, context=context)
+        return client_app(message=message, context=context)
+
+    with pytest.raises(RoundFailed, match="names clients and a folder, which only a simulation"):
+        run("method=fedsa_lora", answer=answer)
+    assert not folder.exists()
 
 
 def test_a_client_that_fails_in_evaluation(run: Runner) -> None:
@@ -316,9 +357,8 @@ def test_a_client_that_fails_in_evaluation(run: Runner) -> None:
     assert summary["refused"] == {
         str(round): {"0": "evaluation: client 0 cannot evaluate"} for round in (0, 1)
     }
-    # round 0 asks for what round 1 would send, so both evaluations carry round 1
-    assert len(run.recorder.of("evaluate", 1)) == 4
-    last = run.recorder.of("evaluate", 1)[2:]
+    assert len(run.recorder.of("evaluate", 1)) == 2  # after round 0: what round 1 sends
+    last = run.recorder.of("evaluate", 2)
     numbers: list[Any] = [e.up.content.metric_records["metrics"] for e in last]
     mean = sum(m["test-num-examples"] * m["test_loss"] for m in numbers) / sum(
         m["test-num-examples"] for m in numbers

@@ -78,6 +78,51 @@ def test_centralized_trains_one_model_on_all_rows(
     assert {"test_accuracy", "client_test_accuracy"} <= summary["final"].keys()
 
 
+@pytest.mark.parametrize(("method", "epochs"), [("fedsa_lora", 2), ("feddpa", 1)])
+def test_centralized_has_nothing_personal(
+    method: str, epochs: int, run: Runner, opened: Any
+) -> None:
+    """Clients are measured with the one model; it takes the mean cohort's share of the epochs."""
+    given = [f"method={method}", "strategy=centralized", "evaluation.clients=always"]
+    given += ["clients_per_round=1", "local_steps=null", f"local_epochs={epochs}"]
+    summary = run(*given)
+    session = opened(*given)
+    assert not session.has_personal
+    rows = len(session.rows.training(0)[0])
+    for exchange in run.recorder.of("train"):
+        steps = exchange.up.content.metric_records["metrics"]["num-steps"]
+        assert steps == round(-(-rows // 8) * epochs / 3)
+    assert summary["final"]["client_test_loss"] == pytest.approx(client_loss(session, run.saved()))
+
+
+def client_loss(session: Session, state: State) -> float:
+    """Of one model on the clients' test rows."""
+    session.load(state)
+    own = [session.client_examples(client)["test"] for client in range(3)]
+    losses = [session.evaluate(examples)["loss"] for examples in own]
+    return float(np.average(losses, weights=[len(examples) for examples in own]))
+
+
+@pytest.mark.parametrize("method", ["flora", "fedex_lora", "fedsvd", "lora", "fedtt_plus"])
+def test_clients_measure_what_the_server_has(method: str, run: Runner, opened: Any) -> None:
+    """Also what it set in the last round, which no training would ever send."""
+    given = [f"method={method}", "num_rounds=1", "evaluation.clients=always", "lr=0.03"]
+    summary = run(*given)
+    session = opened(*given)
+    assert summary["final"]["client_test_loss"] == pytest.approx(client_loss(session, run.saved()))
+    assert summary["final"]["client_test_loss"] != summary["initial"]["client_validation_loss"]
+
+
+def test_clients_measure_lora_after_the_sparse_rounds(run: Runner, opened: Any) -> None:
+    given = ["method=slora", "evaluation.clients=always"]
+    run(*given)
+    session = opened(*given)
+    at = run.recorder.of("evaluate", 2)[0].down_state()
+    assert any(at[name].any() for name in at if ".lora_B." in name)
+    line = run.lines()[1]
+    assert line["client_test_loss"] == pytest.approx(client_loss(session, at))
+
+
 def test_fedprox_by_hand() -> None:
     """Gradient 1 at theta = 3, received 1, mu = 0.5: 1 + 0.5 * 2."""
     parameter, other = nn.Parameter(torch.tensor([3.0])), nn.Parameter(torch.tensor([7.0]))
