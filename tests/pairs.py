@@ -46,8 +46,9 @@ def names_in(group: str) -> list[str]:
 def made(group: str, name: str) -> Any:
     """What a file stands for, without Hydra's composition, which takes longer than a pair."""
     momentum = {"momentum": 0.0}  # which a strategy's file may point to
-    tree: Any = {"optimizer": momentum, group: OmegaConf.load(CONF / group / f"{name}.yaml")}
-    return instantiate(OmegaConf.create(tree)[group], _convert_="all")
+    parts = {"optimizer": momentum, group: OmegaConf.load(CONF / group / f"{name}.yaml")}
+    tree: Any = OmegaConf.create(parts)
+    return instantiate(tree[group], _convert_="all")
 
 
 def with_method(config: Config, name: str, fields: Sequence[str] = ()) -> Config:

@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ import torch
 from fedpeft.algorithms.fedprox import ProximalTerm
 from fedpeft.data.batching import Batch, lengthened
 from fedpeft.methods.base import TRAINED
+from fedpeft.nn.stacked import Unsupported
 from fedpeft.plan import Trained, Work
+from fedpeft.probing import probe
 from fedpeft.session import Session
 from fedpeft.state import State
 from tests.test_runs import METHODS
@@ -166,6 +170,23 @@ def test_a_module_that_gets_more_than_its_rows_is_not_split(
     with caplog.at_level(logging.WARNING):
         assert session._together is None
     assert reason in caplog.text
+
+
+class Beside(torch.nn.Module):
+    """Its layer gets a mask beside its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Bilinear(3, 3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x, x)
+
+
+def test_a_module_of_two_tensors_is_not_split() -> None:
+    task: Any = SimpleNamespace(logits=lambda model, batch: model(batch["input_ids"].float()))
+    with pytest.raises(Unsupported, match="layer is not called with one entry a sequence"):
+        probe(Beside(), task, ["layer.weight"], {"input_ids": torch.ones(2, 3).long()}, "fp32")
 
 
 def test_an_error_in_one_pass_is_no_error_alone(

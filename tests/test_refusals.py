@@ -336,7 +336,6 @@ def test_only_a_simulation_names_clients_and_a_folder(run: Runner, tmp_path: Pat
         if message.metadata.message_type == "train":
             named = ConfigRecord({"clients": [0, 1], "folder": str(folder)})
             content = RecordDict({**message.content, CLIENTS: named})
-            content["config"]["overrides"] = message.content.config_records["config"]["overrides"]
             given = Message(content, message.metadata.dst_node_id, "train")
             given.metadata.__dict__ |= message.metadata.__dict__
             return client_app(message=given, context=context)

@@ -113,6 +113,11 @@ def test_clients_measure_what_the_server_has(method: str, run: Runner, opened: A
     assert summary["final"]["client_test_loss"] != summary["initial"]["client_validation_loss"]
 
 
+def test_sparse_rounds_alone_are_refused(run: Runner) -> None:
+    with pytest.raises(ValueError, match="sparse_rounds must be < num_rounds=2, .* got 2"):
+        run("method=slora", "method.sparse_rounds=2")
+
+
 def test_clients_measure_lora_after_the_sparse_rounds(run: Runner, opened: Any) -> None:
     given = ["method=slora", "evaluation.clients=always"]
     run(*given)
