@@ -148,7 +148,7 @@ def compare(arguments: list[str]) -> None:
     methods, arguments = _option(arguments, "--methods", METHODS)
     tree = configuration.composed(arguments)
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folder = Path(tree.run_dir or f"runs/{stamp}_compare").absolute()
+    folder = Path(tree.run_dir or f"runs/{stamp}_compare")
     base = [a for a in arguments if not a.startswith("run_dir=")] + ["evaluation.clients=always"]
     names = methods.split(",")
     runs = [[*base, f"method={m}", f"run_dir='{folder / m}'"] for m in names]

@@ -22,7 +22,8 @@ class RunDirectory:
 
     def __init__(self, path: str | None, config: DictConfig, label: str) -> None:
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        self.path = Path(path or f"runs/{stamp}_{label}").resolve()
+        # As given: a file that is shared names no folder of this machine.
+        self.path = Path(path or f"runs/{stamp}_{label}")
         self.path.mkdir(parents=True, exist_ok=True)
         self._metrics = self.path / "metrics.jsonl"
         if self._metrics.exists():

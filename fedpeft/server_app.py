@@ -55,7 +55,7 @@ def serve(
         session.client_rows  # noqa: B018  # computed here, its errors come early
     label = type(session.config.method).__name__
     directory = RunDirectory(tree.run_dir, tree, label)
-    folder = str(directory.path / "clients") if simulated else None
+    folder = str(directory.path.resolve() / "clients") if simulated else None
     run = _Run(session, RoleStrategy(session, sent, folder), directory, display)
     weights = " (RANDOM WEIGHTS)" if session.config.model.random else ""
     display.start(f"{label}{weights}: {directory.path}", session.config.num_rounds)

@@ -207,7 +207,6 @@ class Session:
     def _train_together(
         self, works: Sequence[Work], round: int
     ) -> list[tuple[Trained, State] | Exception]:
-        config = self.config
         plans = [self._plan(work.client, round) for work in works]
         load_state(self.model, works[0].start)
         self.set_trainable(round)
@@ -216,7 +215,7 @@ class Session:
             Member(plan.batches, plan.rate, work.start, work.term, self._draws(work.client, round))
             for work, plan in zip(works, plans, strict=True)
         ]
-        with torch_seed(config.seed, "cohort", round):  # puts the generators back afterwards
+        with torch_seed(self.config.seed, "cohort", round):  # puts the generators back afterwards
             found = self._cohort(round).train(members)
         return [
             result if isinstance(result, Exception) else (plan.done(result[0]), result[1])

@@ -21,8 +21,6 @@ from fedpeft.compression import (
     Float16,
     Int8,
     OfUpdates,
-    TopK,
-    TopKBoth,
 )
 from fedpeft.config import load
 from fedpeft.largest import BITMAP, INDICES, VECTOR, as_bitmap
@@ -30,6 +28,7 @@ from fedpeft.methods.base import State, weighted_mean
 from fedpeft.methods.lora import LoRA
 from fedpeft.seeding import generator
 from fedpeft.session import Session
+from fedpeft.sparsification import TopK, TopKBoth
 from fedpeft.state import EXTRA, pack, payload_bytes, snapshot, unpack, wire_bytes
 from tests.conftest import Runner, Sent, state_of
 
@@ -871,5 +870,5 @@ def test_flasc_on_the_command_line(
     assert {row["method"] for row in rows} == {"lora", "flasc"}
     summary = fedpeft("run", "--json", "method=flasc", *rest)
     text = (Path(summary["run_dir"]) / "config.yaml").read_text()
-    assert "fedpeft.algorithms.fedopt.FedAdam" in text and "fedpeft.compression.TopKBoth" in text
+    assert "fedpeft.algorithms.fedopt.FedAdam" in text and "fedpeft.sparsification.TopKBoth" in text
     assert summary["bytes"]["uplink_payload_bytes"] == 2 * 3 * SPARSE

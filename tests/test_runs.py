@@ -512,3 +512,12 @@ def test_runs_of_one_process_do_not_share_personal_values(base: list[str], tmp_p
         shas.append(serve(grid, [*overrides, f"run_dir={folder}"], quiet())["shared_state_sha256"])
     assert shas[0] != shas[1]
     assert len(recorder.of("train")) == 3 * 3
+
+
+def test_files_that_are_shared_name_no_folder_of_this_machine(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("num_rounds=1", "run_dir=out/run")["run_dir"] == "out/run"
+    assert "run_dir: out/run\n" in (tmp_path / "out/run/config.yaml").read_text()
+    assert str(tmp_path / "out") not in (tmp_path / "out/run/summary.json").read_text()
