@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, 
 
 from fedpeft.compression import ERROR
 from fedpeft.hosting import clients_of, folder_of, joined
+from fedpeft.memory import give_back
 from fedpeft.methods.base import Role, State
 from fedpeft.plan import Trained, Work
 from fedpeft.runtime import SIMULATED
@@ -56,6 +57,7 @@ def answered(
     session = open_session(str(config["overrides"]), None if path is None else str(path))
     if folder_of(message) is None:
         (own,) = answer([Client(message, context, session, partition_of(context))])
+        give_back()
         if isinstance(own, Exception):
             raise own
         return Message(own, reply_to=message)
@@ -63,6 +65,7 @@ def answered(
         raise ValueError("the message names clients and a folder, which only a simulation may")
     numbers = clients_of(message)
     answers = answer([Client(message, context, session, number) for number in numbers])
+    give_back()
     return Message(joined(dict(zip(numbers, answers, strict=True))), reply_to=message)
 
 

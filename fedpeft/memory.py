@@ -1,5 +1,8 @@
-"""What makes a large frozen base fit: few bits for what is frozen, gradient checkpointing."""
+"""What saves memory: few bits for what is frozen, checkpoints, freed pages given back."""
 
+import ctypes
+import sys
+import time
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
@@ -10,6 +13,9 @@ from torch import nn
 
 from fedpeft.methods.sites import head_names
 from fedpeft.nn.attention import ShortInFloat32
+
+GIVE_BACK_EVERY = 3.0  # seconds; pages that return cost about .07 s, 2 % of that
+_given_back = -GIVE_BACK_EVERY
 
 
 def has_gpu() -> bool:
@@ -94,3 +100,18 @@ def train_in_float32(model: nn.Module) -> nn.Module:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def give_back() -> None:
+    """Gives the system the pages that training freed and glibc keeps, but not at every call.
+
+    Without it a worker that trains MiniLM keeps about 200 MiB of activations of past batches.
+    """
+    global _given_back
+    now = time.monotonic()
+    if sys.platform != "linux" or now - _given_back < GIVE_BACK_EVERY:
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+    if trim is not None:
+        trim(0)
+        _given_back = now

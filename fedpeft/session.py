@@ -16,8 +16,9 @@ from fedpeft.data.batching import Examples
 from fedpeft.data.holdings import Holdings
 from fedpeft.memory import halve_frozen, train_in_float32
 from fedpeft.methods.base import TRAINED, Role, State
+from fedpeft.nn.unpadded import Unpadding
 from fedpeft.plan import Plan, Trained, Work, plan
-from fedpeft.probing import together
+from fedpeft.probing import together, unpadding
 from fedpeft.schema import Config
 from fedpeft.seeding import rng_state, torch_seed
 from fedpeft.state import blocks, down_names, filled, load_state, names_with, roles, snapshot
@@ -201,7 +202,7 @@ class Session:
         if self._ready is None or self._ready.flat.named.keys() != names:
             if self._ready is not None:
                 self._ready.flat.release()
-            self._ready = Passes(self.model, self.task.loss, self.config.precision)
+            self._ready = Passes(self.model, self.task.loss, self.config.precision, self._unpadding)
         return self._ready
 
     def _train_together(
@@ -241,6 +242,10 @@ class Session:
     def _together(self) -> str | None:
         return together(self.config, self.model, self.trainable, self.examples("train"))
 
+    @cached_property
+    def _unpadding(self) -> Unpadding | None:
+        return unpadding(self.config, self.model, self.examples("train"))
+
     def _plan(self, client: int, round: int) -> Plan:
         return plan(self.config, *self.rows.training(client), client, round)
 
@@ -267,16 +272,9 @@ class Session:
     def _outputs(
         self, function: Callable[..., dict[str, Tensor]], examples: Examples, workers: int
     ) -> list[dict[str, Tensor]]:
-        settings = self.config.evaluation
-        return evaluate(
-            self.model,
-            function,
-            examples,
-            settings.batch_size,
-            settings.max_tokens,
-            self.config.precision,
-            workers,
-        )
+        settings, precision = self.config.evaluation, self.config.precision
+        sizes = settings.batch_size, settings.max_tokens
+        return evaluate(self.model, function, examples, *sizes, precision, workers)
 
 
 def _device(name: str) -> torch.device:

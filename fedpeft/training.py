@@ -13,6 +13,7 @@ from fedpeft.captured import Graphs
 from fedpeft.data.batching import Batch, Examples, within
 from fedpeft.methods.base import State
 from fedpeft.nn.attention import ShortInFloat32
+from fedpeft.nn.unpadded import Unpadding
 from fedpeft.optimization import Optimization
 
 
@@ -37,6 +38,7 @@ class Passes:
         model: whatever of it requires a gradient trains.
         loss_fn: mean loss of a batch.
         precision: ``fp32``, or ``bf16`` for autocast.
+        unpadding: spares blocks the padded tokens, on a CPU.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Passes:
         model: nn.Module,
         loss_fn: Callable[[nn.Module, Batch], Tensor],
         precision: str = "fp32",
+        unpadding: Unpadding | None = None,
     ) -> None:
         self.model, self.loss_fn, self.precision = model, loss_fn, precision
+        self.unpadding = unpadding
         self.flat = Flat({n: p for n, p in model.named_parameters() if p.requires_grad})
         self.device = self.flat.vector.device
         hooked = any(p._backward_hooks for p in self.flat.named.values())
@@ -61,7 +65,8 @@ class Passes:
 
     def backward(self, batch: Batch) -> Tensor:
         """The pass over a batch where the model is."""
-        with autocast(self.device, self.precision):
+        spared = nullcontext() if self.unpadding is None else self.unpadding.of(batch)
+        with autocast(self.device, self.precision), spared:
             loss = self.loss_fn(self.model, batch)
         loss.backward()
         return loss.detach()

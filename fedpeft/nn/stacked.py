@@ -15,7 +15,7 @@ from fedpeft.seeding import rng_state, set_rng_state
 
 
 class Unsupported(Exception):
-    """The model cannot work with several copies at once; the message says why."""
+    """A model cannot be computed in another way than its own; the message says why."""
 
 
 def owners(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
