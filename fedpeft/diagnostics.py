@@ -39,7 +39,9 @@ def interference(
         found = True
         parts = [_part(state, name) for state in (before, after, *states)]
         start, average, *clients = (_effective(module, method, parts[0], p) for p in parts)
-        mean = sum((w * c for w, c in zip(weights, clients, strict=True)), torch.zeros_like(start))
+        mean = torch.zeros_like(start)
+        for weight, own in zip(weights, clients, strict=True):
+            mean.add_(own, alpha=weight)
         off += float((average - mean).square().sum())
         moved += float((mean - start).square().sum())
     return (off / moved) ** 0.5 if found and moved > 0 else None

@@ -71,7 +71,7 @@ class Evaluation:
         max_tokens: a batch's rows x its longest length, at most: a language model's logits take 4
             bytes for each of them and each token of the vocabulary.
         max_client_rows: at most so many rows of each of a client's own splits; null for all.
-        interference: compute the aggregation's interference each round.
+        interference: compute the aggregation's interference in the rounds that are evaluated.
     """
 
     every: int = 1
@@ -134,6 +134,10 @@ class Settings:
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision must be fp32 or bf16, got {self.precision}")
         self.cohort_size()
+
+    def evaluates(self, round: int) -> bool:
+        """Whether a round ends with an evaluation."""
+        return round % self.evaluation.every == 0 or round == self.num_rounds
 
     def cohort_size(self) -> int:
         """Clients of a round.

@@ -93,8 +93,7 @@ class _Run:
             self._train(grid, round)
             seen = self.strategy.round
             line |= {"cohort": seen.cohort} | seen.metrics
-        config = self.session.config
-        if round % config.evaluation.every == 0 or round == config.num_rounds:
+        if self.session.config.evaluates(round):
             line |= self._evaluate(grid, round)
         seen = self.strategy.round
         line |= seen.traffic

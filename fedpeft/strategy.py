@@ -164,7 +164,7 @@ class RoleStrategy(Strategy):
         metrics = self.round.metrics
         metrics["train_loss"] = sum(w * r.loss for w, r in zip(weights, usable, strict=True))
         metrics |= drift(before, states)
-        if session.config.evaluation.interference:
+        if session.config.evaluation.interference and session.config.evaluates(server_round):
             found = self._interference(server_round, before, states, weights, mean)
             metrics["interference"] = found
         if mean and not after:

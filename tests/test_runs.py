@@ -394,6 +394,7 @@ def test_a_directory_holds_one_run(run: Runner, tmp_path: Path) -> None:
 def test_evaluation_every(run: Runner) -> None:
     run("num_rounds=5", "evaluation.every=2", "local_steps=1")
     assert [line["round"] for line in run.lines() if "validation_loss" in line] == [0, 2, 4, 5]
+    assert [line["round"] for line in run.lines() if "interference" in line] == [2, 4, 5]
 
 
 def test_clients_get_no_path_of_the_server(run: Runner) -> None:
