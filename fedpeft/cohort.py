@@ -24,9 +24,9 @@ from fedpeft.nn.stacked import Draws, Stack, calling, cut, owners
 from fedpeft.optimization import Optimization
 from fedpeft.training import Flat, autocast, mean_loss, pad_id, step_of, to_device
 
-# Tokens of a step above which a client trains alone, and up to which a pass is filled with clients.
-# cpu: MiniLM with LoRA in float32, of which 16 clients of 21 tokens took 1/1.58 of their time one by
-# one, 8 of 42 tokens 1/1.20, 8 of 64 tokens 1/1.02, 4 of 85 tokens 1.07 times it; cuda: a guess.
+# Tokens of a step above which a client trains alone, and up to which clients fill a pass. cpu: of
+# their time one by one (MiniLM, LoRA, float32) 16 clients of 21 tokens take 1/1.58, 8 of 42 1/1.20,
+# 8 of 64 1/1.02, and 4 of 85 take 1.07 times as long; cuda: a guess.
 STEP_TOKENS = {"cpu": 56, "cuda": 16384}
 PASS_TOKENS = {"cpu": 384, "cuda": 16384}
 IMAGE_TOKENS = 196  # an image's, at 224 pixels in patches of 16
