@@ -92,11 +92,10 @@ def unpadding(config: Config, model: nn.Module, rows: Examples) -> Unpadding | N
         rows: of the training split.
     """
     device = next(model.parameters()).device
-    longer = np.flatnonzero(rows.lengths > rows.lengths.min())
-    if not config.unpadding or device.type != "cpu" or len(longer) == 0:
+    lengths, first = np.unique(rows.lengths, return_index=True)
+    if not config.unpadding or device.type != "cpu" or len(lengths) < 2:
         return None
-    shortest, other = int(rows.lengths.argmin()), longer[rows.lengths[longer].argmin()]
-    batch = rows.batch(np.array([shortest, other]))
+    batch = rows.batch(first[:2])
     try:
         if config.model.gradient_checkpointing:
             raise Unsupported("gradient checkpointing computes blocks again in the backward pass")

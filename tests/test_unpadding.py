@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedpeft.algorithms.base import Term
 from fedpeft.plan import Trained, Work
+from fedpeft.probing import unpadding
 from fedpeft.session import Session
 from fedpeft.state import State
 from tests.test_runs import METHODS
@@ -80,6 +81,15 @@ def test_a_model_that_cannot_says_so(
     with caplog.at_level(logging.INFO):
         assert session._unpadding is None
     assert f"padded tokens are computed too, for {reason}" in caplog.text
+
+
+def test_rows_of_one_length_or_none_have_nothing_to_spare(opened: Opened) -> None:
+    session = opened("method=lora", *STEPS)
+    rows = session.examples("train")
+    for chosen in (rows.rows[:0], rows.rows[rows.lengths == rows.lengths[0]]):
+        assert unpadding(session.config, session.model, rows.select(chosen)) is None
+    session.set_trainable(1)
+    assert unpadding(session.config, session.model, rows) is not None
 
 
 def test_gradients_that_differ_are_not_trusted(
