@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fedpeft.methods.sites import head_names
-from fedpeft.nn.attention import ShortInFloat32
+from fedpeft.nn.cpu import OnCPU
 
 GIVE_BACK_EVERY = 3.0  # seconds; pages that return cost about .07 s, 2 % of that
 _given_back = -GIVE_BACK_EVERY
@@ -71,7 +71,7 @@ def checkpoint_blocks(model: nn.Module) -> None:
 
 def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Of a block's first pass, which autocast's covers, and of the second, which it must equal."""
-    return nullcontext(), ShortInFloat32()
+    return nullcontext(), OnCPU()
 
 
 def halve_frozen(model: nn.Module) -> nn.Module:

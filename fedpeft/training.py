@@ -12,21 +12,21 @@ from fedpeft.algorithms.base import Term
 from fedpeft.captured import Graphs
 from fedpeft.data.batching import Batch, Examples, within
 from fedpeft.methods.base import State
-from fedpeft.nn.attention import ShortInFloat32
+from fedpeft.nn.cpu import OnCPU
 from fedpeft.nn.unpadded import Unpadding
 from fedpeft.optimization import Optimization
 
 
 @contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """bfloat16 autocast, or nothing for fp32."""
-    if precision == "fp32":
-        yield
-        return
-    attention = ShortInFloat32() if device.type == "cpu" else nullcontext()
+    """How a pass is computed: under bfloat16 autocast or not, and on a CPU what ``OnCPU`` says."""
+    own = OnCPU() if device.type == "cpu" else nullcontext()
     # A cast is used once in a pass, so that there is nothing to keep; a captured one must not be.
-    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False), attention:
-        yield
+    with torch.autocast(
+        device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+    ):
+        with own:
+            yield
 
 
 class Passes:

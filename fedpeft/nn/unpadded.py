@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fedpeft.nn.cpu import kept, scaled
 from fedpeft.nn.stacked import Unsupported
 
 
@@ -127,8 +128,8 @@ class _Unpadded(TorchFunctionMode):
         if not training or p == 0 or x.shape[:2] != (1, len(self.at)):
             return F.dropout(x, p, training, inplace)
         rows, length = self.shape
-        kept = torch.empty(rows * length, *x.shape[2:], dtype=torch.bool).bernoulli_(1 - p)
-        return x * kept.index_select(0, self.at)[None].to(x.dtype).mul_(1 / (1 - p))
+        where, factor = kept((rows * length, *x.shape[2:]), p)
+        return scaled(x, where.index_select(0, self.at)[None], factor)
 
 
 class _Taken(torch.autograd.Function):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedpeft.nn.cpu import OnCPU
 from fedpeft.nn.stacked import Unsupported
 from fedpeft.nn.unpadded import Unpadding
 from tests.architectures import ARCHITECTURES, tiny
@@ -25,7 +26,7 @@ def batch(model: nn.Module) -> dict[str, Tensor]:
 def logits_and_gradients(model: nn.Module, given: dict[str, Tensor], way: Any) -> Tensor:
     """In one vector; a language model's logits where there are tokens."""
     torch.manual_seed(0)
-    with way:
+    with OnCPU(), way:
         logits = model(**given).logits
     if logits.dim() == 3:
         logits = logits[given["attention_mask"].bool()]
