@@ -30,7 +30,7 @@ GROUPS = {  # each with its base class, by name: torch is imported when a group 
     "compression": "fedpeft.compression.Compression",
 }
 _FIELD = re.compile(rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation)\.[\w.]+|lr)=")
-_lock = Lock()  # Hydra's compose is not thread-safe; the simulation's server runs in a thread
+_lock = Lock()  # Hydra's compose is not thread-safe; a launch composes in a thread too
 
 
 def split(overrides: str | Sequence[str]) -> list[str]:

@@ -140,27 +140,24 @@ class Hosts:
         messages: Sequence[Message],
         timeout: float,
         on_reply: Callable[[int], None] = lambda count: None,
-    ) -> list[Message]:
-        """Sends messages; each client's reply, in the order of clients, that came in time.
+    ) -> Iterator[Message]:
+        """Sends messages; each client's reply as it arrives, if it does in time.
 
         Args:
             on_reply: told how many clients' replies came.
         """
         own = {node: partition for partition, node in self.nodes.items()}
-        replies: list[tuple[int, Message]] = []
-        for sent, reply in self._exchanged(grid, messages, timeout):
+        for sent, answer in self._exchanged(grid, messages, timeout):
             if self.folder is None:
-                found = [(own[sent.metadata.dst_node_id], reply)]
+                replies = [(own[sent.metadata.dst_node_id], answer)]
             else:
-                found = list(parted(reply, sent))
-            on_reply(len(found))
-            replies += found
-        replies.sort(key=lambda pair: pair[0])
-        for client, reply in replies:
-            name = f"{reply.metadata.reply_to_message_id}:{client}"
-            reply.metadata.__dict__["_reply_to_message_id"] = name
-            self._clients[name] = client
-        return [reply for _, reply in replies]
+                replies = list(parted(answer, sent))
+            on_reply(len(replies))
+            for client, reply in replies:
+                name = f"{reply.metadata.reply_to_message_id}:{client}"
+                reply.metadata.__dict__["_reply_to_message_id"] = name
+                self._clients[name] = client
+                yield reply
 
     def client_of(self, reply: Message) -> int:
         """Whose reply it is."""

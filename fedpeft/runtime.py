@@ -1,4 +1,4 @@
-"""Where the apps run at one machine: Flower's simulation on Ray, or one process."""
+"""Where the apps run at one machine: workers of Ray, or one process."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -20,23 +20,19 @@ SIMULATED = "simulated"  # in the configuration of a node in the server's own pr
 SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 
 
-class InProcessGrid(Grid):
-    """A Flower grid whose nodes are functions of this process; messages run when pulled.
+class LocalGrid(Grid):
+    """A Flower grid of this machine.
 
     Args:
-        node_configs: ``node_config`` of each node; nodes are numbered from 1.
+        nodes: how many; they are numbered from 1.
     """
 
-    def __init__(self, client_app: ClientApp, node_configs: list[dict[str, Any]]) -> None:
-        self._app = client_app
+    def __init__(self, nodes: int) -> None:
+        self._nodes = range(1, nodes + 1)
         self._queue: dict[str, Message] = {}
         self._sent = 0
         self._run = Run.create_empty(run_id=1)
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-        self._contexts = {
-            node: Context(1, node, config, RecordDict(), {})
-            for node, config in enumerate(node_configs, start=1)
-        }
+        identify()
 
     def set_run(self, run: Run) -> None:
         """Sets the run."""
@@ -53,7 +49,7 @@ class InProcessGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """All nodes."""
-        return list(self._contexts)
+        return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Queues messages."""
@@ -65,6 +61,34 @@ class InProcessGrid(Grid):
             ids.append(str(self._sent))
         return ids
 
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Runs all messages, however long it takes."""
+        waiting = set(self.push_messages(messages))
+        replies: list[Message] = []
+        while waiting:
+            arrived = list(self.pull_messages(waiting))
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+            replies += arrived
+        return replies
+
+
+class InProcessGrid(LocalGrid):
+    """Its nodes are functions of this process; messages run when pulled.
+
+    Args:
+        node_configs: ``node_config`` of each node.
+    """
+
+    def __init__(self, client_app: ClientApp, node_configs: list[dict[str, Any]]) -> None:
+        super().__init__(len(node_configs))
+        self._app = client_app
+        self._contexts = {
+            node: context_of(node, config)
+            for node, config in zip(self._nodes, node_configs, strict=True)
+        }
+
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Runs the oldest queued message that is asked for, and returns its reply."""
         wanted = set(message_ids)
@@ -74,17 +98,25 @@ class InProcessGrid(Grid):
         return []
 
     def _answer(self, message: Message) -> Message:
-        context = self._contexts[message.metadata.dst_node_id]
-        try:
-            return self._app(message=message, context=context)
-        except Exception as error:  # as on any node, the reason goes back in the reply
-            return Message(Error(code=0, reason=str(error)), reply_to=message)
+        return answer(self._app, message, self._contexts[message.metadata.dst_node_id])
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        """Runs all messages in order."""
-        return [reply for i in self.push_messages(messages) for reply in self.pull_messages([i])]
+
+def identify() -> None:
+    """Without it a process outside Flower's own engines may make no messages."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+def context_of(node: int, config: dict[str, Any]) -> Context:
+    """A node's, at its start."""
+    return Context(1, node, config, RecordDict(), {})
+
+
+def answer(app: ClientApp, message: Message, context: Context) -> Message:
+    """An app's reply, which as on any node is an error with its reason where the app fails."""
+    try:
+        return app(message=message, context=context)
+    except Exception as error:
+        return Message(Error(code=0, reason=str(error)), reply_to=message)
 
 
 def launch(
@@ -95,38 +127,37 @@ def launch(
     Args:
         before: called first, while Ray starts; its error ends the run.
     """
-    from fedpeft.client_app import app as client_app
-
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    context = context_of(0, {})
     if runtime.kind == "inprocess":
+        from fedpeft.client_app import app
+
         before()
-        main(InProcessGrid(client_app, [{SIMULATED: True}]), Context(1, 0, {}, RecordDict(), {}))
+        main(InProcessGrid(app, [{SIMULATED: True}]), context)
         return
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(before)
-        _start_ray(runtime)
-        try:
-            done.result()
-        except BaseException:
-            import ray
+        ours = start_ray(runtime)
+    import ray
 
+    try:
+        done.result()
+        from fedpeft.ray_grid import RayGrid
+
+        with RayGrid(num_clients, runtime.num_cpus, runtime.num_gpus) as grid:
+            main(grid, context)
+    finally:
+        if ours:
             ray.shutdown()
-            raise
-    _simulate(main, client_app, min(num_clients, workers(runtime)), runtime)
 
 
-def workers(runtime: Runtime) -> int:
-    """Clients that run at once, as far as cores go."""
-    return max(1, int((runtime.total_cpus or os.cpu_count() or 1) / runtime.num_cpus))
+def start_ray(runtime: Runtime) -> bool:
+    """Whether Ray had to be started; one that runs already stays.
 
-
-def _start_ray(runtime: Runtime) -> None:
-    """As Flower would, but that the workers which start with it are those of the clients.
-
-    Flower names the paths in a runtime environment, which these workers have not, so that others
-    start after them. What clients import they import at once (the variable is Ray's own name for
-    its ``worker_process_setup_hook``, which would be a runtime environment too), but where Ray says
-    later which GPU is theirs: an import may look for GPUs before. A Ray that runs already stays.
+    The workers that start with it import at once what clients import (the variable is Ray's own
+    name for its ``worker_process_setup_hook``, which would be a runtime environment, and workers
+    for that start later), but where Ray says later which GPU is theirs: an import may look for
+    GPUs before.
     """
     # Before Ray starts: its actors inherit the environment, and would run at nice 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -138,20 +169,11 @@ def _start_ray(runtime: Runtime) -> None:
     import ray
 
     if ray.is_initialized():  # as within a job of Hydra's Ray launcher
-        return
+        return False
     ray.init(
         num_cpus=runtime.total_cpus,
         include_dashboard=False,
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
-
-
-def _simulate(main: Main, client_app: ClientApp, num_nodes: int, runtime: Runtime) -> None:
-    from flwr.simulation import run_simulation
-
-    server_app = ServerApp()
-    server_app.main()(main)
-    resources = {"num_cpus": runtime.num_cpus, "num_gpus": runtime.num_gpus}
-    backend: dict[str, Any] = {"client_resources": resources}
-    run_simulation(server_app, client_app, num_nodes, backend_config=backend)
+    return True

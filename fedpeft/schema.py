@@ -15,7 +15,7 @@ class Runtime:
     """Where clients run.
 
     Args:
-        kind: ``ray`` (Flower's simulation) or ``inprocess`` (same apps and messages, one process).
+        kind: ``ray`` (worker processes) or ``inprocess`` (same apps and messages, one process).
         num_cpus: cores a client takes; cores / num_cpus clients run at once.
         num_gpus: share of a GPU a client takes, e.g. 0.5 for two clients a GPU.
         total_cpus: cores that Ray may use; null for all.

@@ -152,7 +152,7 @@ class RoleStrategy(Strategy):
         Raises:
             RoundFailed: nothing is left.
         """
-        usable = self._usable(server_round, list(replies))
+        usable = self._usable(server_round, replies)
         session, before = self.session, self.before(server_round)
         strategy, method = session.config.strategy, session.config.method
         weights = strategy.weigh([reply.num_examples for reply in usable])
@@ -173,25 +173,27 @@ class RoleStrategy(Strategy):
         self.state.update(after)
         return pack(after)[0], MetricRecord({k: v for k, v in metrics.items() if v is not None})
 
-    def _usable(self, round: int, replies: list[Message]) -> list[Reply]:
+    def _usable(self, round: int, replies: Iterable[Message]) -> list[Reply]:
+        """In the order of clients; each is read as it arrives, while others still train."""
         before, extras = self.before(round), self.session.config.strategy.up
         shared = {name: before[name] for name in self.session.shared(round)}
-        usable: list[Reply] = []
+        usable: dict[int, Reply] = {}
         silent = dict.fromkeys(self.round.cohort)
         for reply in replies:
             client = self.hosts.client_of(reply)
             silent.pop(client, None)
             try:
                 start = self.session.blocks(shared, client)
-                usable.append(self._counted(reply, with_extras(start, zeros(extras(start)))))
+                usable[client] = self._counted(reply, with_extras(start, zeros(extras(start))))
             except Exception as error:  # whatever a client sends, it must not end the run
                 self._refuse(client, str(error) if isinstance(error, ValueError) else repr(error))
         for client in silent:
             self._refuse(client, self._late())
+        self.round.refused = dict(sorted(self.round.refused.items()))
         if not usable:
             client, reason = next(iter(self.round.refused.items()))
             raise RoundFailed(f"no client's reply was usable; client {client}: {reason}")
-        return usable
+        return [usable[client] for client in sorted(usable)]
 
     def _late(self) -> str:
         limit = self.session.config.runtime.round_timeout
@@ -233,7 +235,7 @@ class RoleStrategy(Strategy):
         totals: dict[str, float] = {}
         rows: dict[str, int] = {}
         silent = dict.fromkeys(range(self.session.config.num_clients))
-        for reply in replies:
+        for reply in sorted(replies, key=self.hosts.client_of):
             client = self.hosts.client_of(reply)
             silent.pop(client, None)
             try:

@@ -9,8 +9,7 @@ from safetensors import safe_open
 from fedpeft.client_app import app as client_app
 from fedpeft.config import load
 from fedpeft.hosting import clients_of
-from fedpeft.runtime import SIMULATED, InProcessGrid, workers
-from fedpeft.schema import Runtime
+from fedpeft.runtime import SIMULATED, InProcessGrid
 from fedpeft.server_app import serve
 from fedpeft.session import Session, open_session
 from tests.conftest import TINY, Answer, Runner, quiet
@@ -137,9 +136,3 @@ def test_a_node_that_fails_fails_all_its_clients(hosted: Hosted) -> None:
     lost = next(c for kind, c in hosted.messages if kind == "train" and 2 in c)
     assert summary["refused"] == {"1": {str(client): "out of memory" for client in sorted(lost)}}
     assert len(lost) == 2
-
-
-def test_nodes_are_as_many_as_workers() -> None:
-    assert workers(Runtime(total_cpus=4, num_cpus=2)) == 2
-    assert workers(Runtime(total_cpus=1, num_cpus=2)) == 1
-    assert workers(Runtime(total_cpus=3, num_cpus=0.5)) == 6

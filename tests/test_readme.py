@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedpeft.config import load
-from fedpeft.methods.base import Role
+from fedpeft.methods.base import TRAINED, Role
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -76,3 +76,54 @@ def test_yaml_of_the_readme_is_like_the_others() -> None:
     assert keys == ["lr", "method", "_target_", "rank", "alpha", "settled_after"]
     assert set(keys[:-1]) <= set(re.findall(r"^ *([\w]+):", own, re.MULTILINE))
     assert f"_target_: {NAME}.SettlingLoRA\n" in block.group(1)
+
+
+# --- its tables ----------------------------------------------------------------------------------
+
+
+def table(text: str, first: str) -> dict[str, list[str]]:
+    """The cells of the table whose heading begins so, by the first of each row."""
+    body = text[text.index(first) :].partition("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body]
+    return {name.strip("`"): cells for name, *cells in rows[2:]}
+
+
+def test_its_first_table_is_the_quickstart_s() -> None:
+    made = table((ROOT / "results/quickstart/comparison.md").read_text(), "| method | quality")
+    shown = table(README, "| method | quality")
+    assert list(shown) == list(made)
+    for name, (quality, test, start, _, _, trained, up, down, total, _) in made.items():
+        assert shown[name] == [quality, test, start, trained, up, down, total]
+
+
+PARTS = {  # what the words of the table of roles name: names of BERT's parameters, in round 1
+    "A": r"lora_A",
+    "B": r"lora_B",
+    "C": r"\.compress$",
+    "W2'": r"\.project$",
+    "head": r"^classifier\.",
+    "all TT factors and biases": r"factor_|(adapter\.(down|up)|pooler\.dense)\.bias$",
+    "first, last and one middle factor of each TT": r"factor_[13]_of_|factor_(\d)_of_\1$",
+    "the other factors": r"factor_([24]_of_5|[245]_of_6)$",
+    "TT biases": r"(adapter\.(down|up)|pooler\.dense)\.bias$",
+}
+ROLES = table(README, "| method | shared |")
+COLUMNS = (Role.SHARED, Role.PERSONAL, Role.FROZEN)
+
+
+@pytest.mark.parametrize("method", ROLES)
+def test_its_roles_are_the_method_s(method: str) -> None:
+    config = load(["model=bert_base", "data=sst2", f"method={method}"])
+    task = config.data
+    model = config.method.inject(config.model.build_meta(task.auto_class, task.num_labels))
+    role = {
+        name: config.method.role(name, 1) if parameter.requires_grad else Role.FROZEN
+        for name, parameter in model.named_parameters()
+    }
+    told: set[str] = set()
+    for cell, expected in zip(ROLES[method], COLUMNS, strict=True):
+        for word in re.split(r", (?!last)", cell) if cell else ():
+            names = {name for name in role if re.search(PARTS[word], name)}
+            assert {role[name] for name in names} == {expected}, word
+            told |= names
+    assert {name for name in role if role[name] in TRAINED} <= told

@@ -1,0 +1,67 @@
+"""Workers of Ray answer what they are sent, also when one of them dies."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import ray
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+
+from fedpeft.ray_grid import RayGrid
+from fedpeft.runtime import start_ray
+from fedpeft.schema import Runtime
+
+# Ray leaves files of its processes open, which Python tells when it collects them.
+OPEN = "ignore::pytest.PytestUnraisableExceptionWarning"
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OPEN)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_cores() -> Iterator[None]:
+    assert start_ray(Runtime(total_cpus=2))
+    assert not start_ray(Runtime(total_cpus=4))  # it runs
+    yield
+    ray.shutdown()
+    gc.collect()
+
+
+def asked(node: int, **config: str) -> Message:
+    content = RecordDict({"config": ConfigRecord({**config})} if config else {})
+    return Message(content, node, MessageType.QUERY)
+
+
+def test_there_are_as_many_nodes_as_have_room_and_are_wanted() -> None:
+    for most, num_cpus, expected in ((9, 1, 2), (9, 0.5, 4), (1, 1, 1), (9, 2, 1)):
+        with RayGrid(most, num_cpus, 0) as grid:
+            assert list(grid.get_node_ids()) == list(range(1, expected + 1))
+    reason = "^Ray has no machine with runtime.num_cpus=3 cores and runtime.num_gpus=0 GPUs$"
+    with pytest.raises(ValueError, match=reason):
+        RayGrid(1, 3, 0)
+    with pytest.raises(ValueError, match="num_cpus=1 cores and runtime.num_gpus=0.5 GPUs$"):
+        RayGrid(1, 1, 0.5)
+
+
+def test_each_message_has_its_reply_and_errors_come_as_such() -> None:
+    with RayGrid(2, 1, 0) as grid:
+        messages = [asked(1 + i % 2, **({"overrides": "x=1"} if i % 3 else {})) for i in range(7)]
+        replies = grid.send_and_receive(messages)
+        assert list(grid.pull_messages(["1"])) == []
+    by_number = {int(r.metadata.reply_to_message_id): r for r in replies}
+    assert sorted(by_number) == list(range(1, 8))
+    for number, reply in by_number.items():
+        assert reply.metadata.src_node_id == 1 + (number - 1) % 2
+        assert reply.has_error() is ((number - 1) % 3 == 0)
+        if reply.has_error():
+            assert str(reply.error.reason).startswith("this node has no partition-id")
+
+
+def test_a_worker_that_dies_fails_one_message_and_is_replaced() -> None:
+    with RayGrid(1, 1, 0) as grid:
+        ids = grid.push_messages([asked(1, overrides="x=1") for _ in range(4)])
+        (dead,) = grid._workers  # while it still starts
+        ray.kill(dead)
+        replies: dict[str, Message] = {}
+        while len(replies) < 4:
+            replies |= {r.metadata.reply_to_message_id: r for r in grid.pull_messages(ids)}
+    assert [replies[i].has_error() for i in ids] == [True, False, False, False]
+    assert "the worker that was at it died" in str(replies[ids[0]].error.reason)
