@@ -11,15 +11,17 @@ from fedpeft.nn.unpadded import Unpadding
 from tests.architectures import ARCHITECTURES, tiny
 
 READERS = sorted(set(ARCHITECTURES) - {"vit", "siglip", "clip", "deberta"})
+FIRST = ("bert", "distilbert", "roberta")
 LENGTHS = (3, 6, 1)
 
 
-def batch(model: nn.Module) -> dict[str, Tensor]:
+def batch(model: nn.Module, left: bool = False) -> dict[str, Tensor]:
     """Three sequences of unequal lengths."""
     config: Any = model.config
     config.pad_token_id = config.pad_token_id or 0
     ids = torch.randint(3, 40, (len(LENGTHS), 6), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(6) < torch.tensor(LENGTHS)[:, None]).long()
+    mask = mask.flip(1) if left else mask
     return {"input_ids": ids.where(mask.bool(), config.pad_token_id), "attention_mask": mask}
 
 
@@ -34,17 +36,24 @@ def logits_and_gradients(model: nn.Module, given: dict[str, Tensor], way: Any) -
     return torch.cat([logits.detach().flatten(), *(g.flatten() for g in grads if g is not None)])
 
 
+@pytest.mark.parametrize(("parts", "left"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("name", READERS)
-def test_same_logits_gradients_and_draws_without_the_padding(name: str) -> None:
+def test_same_logits_gradients_and_draws_without_the_padding(
+    name: str, parts: int, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = left and name not in FIRST  # their first token must not be padding
+    monkeypatch.setattr("fedpeft.nn.unpadded.SPARED", 54 if parts == 2 else 55)
     model = tiny(name).train()
     rates = {module.p for module in model.modules() if isinstance(module, nn.Dropout)}
     assert name.startswith("llama") or max(rates) > 0  # Llama drops nothing
-    given, seen = batch(model), []
+    given, seen = batch(model, left), []
     expected = logits_and_gradients(model, given, nullcontext())
     block = model.get_submodule(ARCHITECTURES[name].block.format(i=1))
     linear = block.get_submodule(ARCHITECTURES[name].mlp)
     hook = linear.register_forward_pre_hook(lambda _, x: seen.append(tuple(x[0].shape[:2])))
-    found = logits_and_gradients(model, given, Unpadding(model).of(given, always=True))
+    way: Any = Unpadding(model).of(given, always=True)
+    assert [part.shape for part in way.parts] == ([(3, 6)] if parts == 1 else [(1, 6), (2, 3)])
+    found = logits_and_gradients(model, given, way)
     hook.remove()
     assert seen == [(1, sum(LENGTHS))]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
