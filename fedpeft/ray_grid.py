@@ -106,6 +106,7 @@ class RayGrid(LocalGrid):
         self._failed(first, f"the worker that was at it died, perhaps for want of memory: {error}")
         again = [self._running.pop(future)[1] for future in others]
         self._queue = {m.metadata.message_id: m for m in again} | self._queue
+        ray.kill(dead)  # it may only be out of reach, and would keep its cores
         self._workers[self._workers.index(dead)] = self._kind.remote()
 
 
