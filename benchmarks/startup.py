@@ -37,7 +37,7 @@ KINDS = {
     "in_process": [*INPROCESS, *WHOLE],
     "in_process_few_rows": INPROCESS,
 }
-IMPORTS = ("torch", "transformers", "peft", "datasets", "flwr.simulation", "ray")
+IMPORTS = ("torch", "transformers", "peft", "datasets", "flwr.serverapp", "ray")
 SCRIPT = """
 import sys
 import torch

@@ -1,7 +1,6 @@
 """One client's side of every method, by roles alone."""
 
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,12 +33,6 @@ def partition_of(context: Context) -> int:
     return int(context.node_config["partition-id"])
 
 
-def is_simulated(context: Context) -> bool:
-    """Whether this is a worker of a simulation, which is told what clients it stands for."""
-    ray = sys.modules.get("ray")  # a machine's own node does not import it
-    return SIMULATED in context.node_config or (ray is not None and ray.is_initialized())
-
-
 def prepare(message: Message) -> None:
     """Loads model and rows; what is wrong with them, the server says."""
     with suppress(Exception):
@@ -61,7 +54,7 @@ def answered(
         if isinstance(own, Exception):
             raise own
         return Message(own, reply_to=message)
-    if not is_simulated(context):
+    if SIMULATED not in context.node_config:
         raise ValueError("the message names clients and a folder, which only a simulation may")
     numbers = clients_of(message)
     answers = answer([Client(message, context, session, number) for number in numbers])

@@ -57,11 +57,8 @@ def folder_of(message: Message) -> str | None:
 
 def prepare(grid: Grid, overrides: str) -> None:
     """Has simulated nodes load model and rows while the server loads its own."""
-    deadline = time.monotonic() + 1  # they register at once, or are prepared by their first message
-    while not (nodes := list(grid.get_node_ids())) and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
     content = RecordDict({"config": ConfigRecord({"overrides": overrides})})
-    grid.push_messages([Message(content, node, MessageType.QUERY) for node in nodes])
+    grid.push_messages([Message(content, node, MessageType.QUERY) for node in grid.get_node_ids()])
 
 
 class Hosts:

@@ -16,7 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedpeft.schema import Runtime
 
 Main = Callable[[Grid, Context], None]
-SIMULATED = "simulated"  # in the configuration of a node in the server's own process
+SIMULATED = "simulated"  # in the configuration of this machine's nodes, told what clients they are
 SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 
 

@@ -27,7 +27,7 @@ from fedpeft.state import (
     zeros,
 )
 
-MOST_MESSAGES = 64  # of an evaluation; Flower's simulation slows down with their number
+MOST_MESSAGES = 64  # of an evaluation; each costs some milliseconds, whatever it holds
 
 
 class RoundFailed(RuntimeError):
