@@ -163,7 +163,9 @@ class Hosts:
     def _exchanged(
         self, grid: Grid, messages: Sequence[Message], timeout: float
     ) -> Iterator[tuple[Message, Message]]:
-        """Messages and their replies, as they arrive."""
+        """Messages and their replies, as they arrive; a late message is not begun any more."""
+        for message in messages:
+            message.metadata.ttl = time.time() + timeout - message.metadata.created_at
         ids = list(grid.push_messages(messages))
         if len(ids) != len(messages):
             raise RuntimeError(f"only {len(ids)} of {len(messages)} messages could be sent")

@@ -7,7 +7,7 @@ import ray
 from flwr.app import Error, Message
 from ray.exceptions import RayError, RayTaskError
 
-from fedpeft.runtime import SIMULATED, LocalGrid, answer, context_of, identify
+from fedpeft.runtime import SIMULATED, LocalGrid, answer, context_of, identify, in_time
 
 WAIT_SECONDS = 0.2
 
@@ -57,6 +57,7 @@ class RayGrid(LocalGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Queues messages, in the order in which workers are to take them."""
+        self._replies = in_time(self._replies)
         ids = super().push_messages(messages)
         self._hand_out()
         return ids

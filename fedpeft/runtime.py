@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -52,7 +53,8 @@ class LocalGrid(Grid):
         return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Queues messages."""
+        """Queues messages, and forgets those that are too late to be answered."""
+        self._queue = in_time(self._queue)
         ids = []
         for message in messages:
             self._sent += 1
@@ -104,6 +106,16 @@ class InProcessGrid(LocalGrid):
 def identify() -> None:
     """Without it a process outside Flower's own engines may make no messages."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+def in_time(messages: dict[str, Message]) -> dict[str, Message]:
+    """Those that the sender still waits for, or for whose answer it does."""
+    now = time.time()
+    return {
+        name: message
+        for name, message in messages.items()
+        if message.metadata.created_at + message.metadata.ttl > now
+    }
 
 
 def context_of(node: int, config: dict[str, Any]) -> Context:

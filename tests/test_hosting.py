@@ -1,14 +1,15 @@
 """Simulated nodes that stand for any client give what a node a client gives."""
 
+import time
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from safetensors import safe_open
 
 from fedpeft.client_app import app as client_app
 from fedpeft.config import load
-from fedpeft.hosting import clients_of
+from fedpeft.hosting import Hosts, clients_of
 from fedpeft.runtime import SIMULATED, InProcessGrid
 from fedpeft.server_app import serve
 from fedpeft.session import Session, open_session
@@ -136,3 +137,22 @@ def test_a_node_that_fails_fails_all_its_clients(hosted: Hosted) -> None:
     lost = next(c for kind, c in hosted.messages if kind == "train" and 2 in c)
     assert summary["refused"] == {"1": {str(client): "out of memory" for client in sorted(lost)}}
     assert len(lost) == 2
+
+
+def test_who_is_late_is_not_asked_in_the_next_round() -> None:
+    begun: list[list[int]] = []
+
+    def slow(message: Message, context: Context) -> Message:
+        begun.append(clients_of(message))
+        time.sleep(0.3)
+        return Message(RecordDict(), reply_to=message)
+
+    grid = InProcessGrid(slow, [{SIMULATED: True}])  # type: ignore[arg-type]
+    hosts = Hosts(4, timeout=1, folder="run")
+    hosts.join(grid)
+    for groups, timeout in (([[0], [1], [2]], 0.2), ([[3]], 60)):
+        sent = list(hosts.messages("train", RecordDict(), groups))
+        replies = list(hosts.exchange(grid, sent, timeout))
+        assert [hosts.client_of(reply) for reply in replies] == groups[0]
+    assert begun == [[0], [3]]
+    assert not grid._queue

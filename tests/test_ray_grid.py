@@ -1,6 +1,7 @@
 """Workers of Ray answer what they are sent, also when one of them dies."""
 
 import gc
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -65,3 +66,19 @@ def test_a_worker_that_dies_fails_one_message_and_is_replaced() -> None:
             replies |= {r.metadata.reply_to_message_id: r for r in grid.pull_messages(ids)}
     assert [replies[i].has_error() for i in ids] == [True, False, False, False]
     assert "the worker that was at it died" in str(replies[ids[0]].error.reason)
+
+
+def test_late_messages_are_neither_begun_nor_kept() -> None:
+    with RayGrid(1, 1, 0) as grid:
+        late = [asked(1, overrides="x=1") for _ in range(5)]
+        for message in late:
+            message.metadata.ttl = 0.01
+        grid.push_messages(late)  # the worker starts, and two of them are at it
+        time.sleep(0.02)
+        (new,) = grid.push_messages([asked(1, overrides="x=1")])
+        assert list(grid._queue) == [new]
+        while not list(grid.pull_messages([new])):
+            pass
+        assert len(grid._replies) == 2
+        grid.push_messages([])
+        assert not grid._replies
