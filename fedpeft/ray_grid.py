@@ -10,6 +10,7 @@ from ray.exceptions import RayError, RayTaskError
 from fedpeft.runtime import SIMULATED, LocalGrid, answer, context_of, identify, in_time
 
 WAIT_SECONDS = 0.2
+START_SECONDS = 60
 
 
 class Worker:
@@ -44,7 +45,8 @@ class RayGrid(LocalGrid):
         count = min(most, _room(num_cpus, num_gpus))
         super().__init__(count)
         self._kind: Any = ray.remote(Worker).options(num_cpus=num_cpus, num_gpus=num_gpus)
-        self._workers: list[Any] = [self._kind.remote() for _ in range(count)]
+        self._started: list[Any] = []  # Ray's futures
+        self._workers: list[Any] = [self._start() for _ in range(count)]
         self._running: dict[Any, tuple[Any, Message]] = {}  # by Ray's future: worker, message
         self._replies: dict[str, Message] = {}
 
@@ -52,6 +54,8 @@ class RayGrid(LocalGrid):
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Ray may lose track of one killed as it starts, which lives on and keeps its cores.
+        ray.wait(self._started, num_returns=len(self._started), timeout=START_SECONDS)
         for worker in self._workers:
             ray.kill(worker)
 
@@ -68,6 +72,11 @@ class RayGrid(LocalGrid):
         if not wanted & self._replies.keys():
             self._collect()
         return [self._replies.pop(i) for i in wanted & self._replies.keys()]
+
+    def _start(self) -> Any:
+        worker = self._kind.remote()
+        self._started.append(worker.__ray_ready__.remote())
+        return worker
 
     def _hand_out(self) -> None:
         while self._queue:
@@ -108,7 +117,7 @@ class RayGrid(LocalGrid):
         again = [self._running.pop(future)[1] for future in others]
         self._queue = {m.metadata.message_id: m for m in again} | self._queue
         ray.kill(dead)  # it may only be out of reach, and would keep its cores
-        self._workers[self._workers.index(dead)] = self._kind.remote()
+        self._workers[self._workers.index(dead)] = self._start()
 
 
 def _room(num_cpus: float, num_gpus: float) -> int:
