@@ -35,6 +35,7 @@ def test_there_are_as_many_nodes_as_have_room_and_are_wanted() -> None:
     for most, num_cpus, expected in ((9, 1, 2), (9, 0.5, 4), (1, 1, 1), (9, 2, 1)):
         with RayGrid(most, num_cpus, 0) as grid:
             assert list(grid.get_node_ids()) == list(range(1, expected + 1))
+        assert ray.get(grid._started) == [True] * expected  # before they were killed
     reason = "^Ray has no machine with runtime.num_cpus=3 cores and runtime.num_gpus=0 GPUs$"
     with pytest.raises(ValueError, match=reason):
         RayGrid(1, 3, 0)
