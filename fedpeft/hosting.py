@@ -164,13 +164,13 @@ class Hosts:
         self, grid: Grid, messages: Sequence[Message], timeout: float
     ) -> Iterator[tuple[Message, Message]]:
         """Messages and their replies, as they arrive; a late message is not begun any more."""
+        deadline = time.monotonic() + timeout
         for message in messages:
             message.metadata.ttl = time.time() + timeout - message.metadata.created_at
         ids = list(grid.push_messages(messages))
         if len(ids) != len(messages):
             raise RuntimeError(f"only {len(ids)} of {len(messages)} messages could be sent")
         waiting = dict(zip(ids, messages, strict=True))
-        deadline = time.monotonic() + timeout
         while waiting and time.monotonic() < deadline:
             arrived = list(grid.pull_messages(waiting))
             for reply in arrived:

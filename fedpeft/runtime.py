@@ -109,7 +109,7 @@ def identify() -> None:
 
 
 def in_time(messages: dict[str, Message]) -> dict[str, Message]:
-    """Those that the sender still waits for, or for whose answer it does."""
+    """Of messages or replies by name, those that somebody still waits for."""
     now = time.time()
     return {
         name: message

@@ -60,7 +60,7 @@ def test_each_message_has_its_reply_and_errors_come_as_such() -> None:
 def test_a_worker_that_dies_fails_one_message_and_is_replaced() -> None:
     with RayGrid(1, 1, 0) as grid:
         (dead,) = grid._workers
-        ray.get(dead.__ray_ready__.remote())
+        ray.get(grid._started)
         ids = grid.push_messages([asked(1, overrides="x=1") for _ in range(4)])
         ray.kill(dead)  # while it still imports
         replies: dict[str, Message] = {}
