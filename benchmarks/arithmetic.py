@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from benchmarks.measure import REPEATS, interleaved, medians, ratio, save, spread
 from benchmarks.round import batches
 from benchmarks.sides import job
-from fedpeft import config as configuration
+from fedpeft.config import load as configuration
 from fedpeft.data.batching import Batch
-from fedpeft.nn.unpadded import Unpadding
-from fedpeft.session import Session
-from fedpeft.training import autocast
+from fedpeft.engine.passes import autocast
+from fedpeft.engine.session import Session
+from fedpeft.engine.unpadded import Unpadding
 
 CPU = torch.device("cpu")
 DRY = [f"model.settings.{name}_dropout_prob=0.0" for name in ("hidden", "attention_probs")]
@@ -51,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     size = ["num_clients=10", "batch_size=16", f"local_steps={args.steps}", "runtime=inprocess"]
     plain, bucketed = (
-        Session(configuration.load([*job(str(args.data.resolve())), *size, *DRY, more]))
+        Session(configuration.load_config([*job(str(args.data.resolve())), *size, *DRY, more]))
         for more in ("bucketing=false", "bucketing=true")
     )
     loss, model = bucketed.task.loss, bucketed.model.train()

@@ -24,11 +24,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import REPEATS, interleaved, medians, ratio, save
-from fedpeft import config as configuration
 from fedpeft.algorithms.base import Term
-from fedpeft.plan import Work
-from fedpeft.session import Session
-from fedpeft.training import autocast, to_device
+from fedpeft.config import load as configuration
+from fedpeft.engine.passes import autocast, to_device
+from fedpeft.engine.plan import Work
+from fedpeft.engine.session import Session
 
 CLIENTS = 16
 HOPPER_TFLOPS = 989  # dense bfloat16, H100 and H200 SXM, NVIDIA's data sheets
@@ -103,7 +103,7 @@ def on_gpu(tokenizer: str, folder: Path) -> list[str]:
 
 def compared(overrides: list[str], batch: int, sizes: list[int], repeats: int) -> dict[str, Any]:
     """Seconds of all clients' steps by K, and what they gain over one by one."""
-    given = configuration.load([*overrides, f"batch_size={batch}"])
+    given = configuration.load_config([*overrides, f"batch_size={batch}"])
     session = Session(given)
     term = given.strategy.term(session.initial, {}, {})
     sides = {str(size): turn(session, size, term) for size in sizes}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import REPEATS, interleaved, medians, ratio, save
-from fedpeft.nn.compression import CompressedProjection
+from fedpeft.nn.scl import CompressedProjection
 from fedpeft.nn.tensor_train import TensorTrain, TTAdapter
 
 WIDTHS = (768, 1024, 1280, 4096, 5120)

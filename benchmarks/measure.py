@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from fedpeft.results import versions
+from fedpeft.reporting.run_directory import versions
 
 FOLDER = Path(__file__).parent.parent / "results" / "benchmarks"
 REPEATS = 5

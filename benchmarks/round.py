@@ -25,13 +25,13 @@ from torch import nn
 
 from benchmarks.measure import REPEATS, interleaved, medians, ratio, save, spread
 from benchmarks.sides import final_accuracy, job, seconds
-from fedpeft import config as configuration
-from fedpeft.client_app import app as client_app
+from fedpeft.client.app import app as client_app
+from fedpeft.config import load as configuration
 from fedpeft.data.batching import Batch, training_batches
-from fedpeft.runtime import InProcessGrid
+from fedpeft.engine.session import Session, open_session
 from fedpeft.seeding import generator, torch_seed
-from fedpeft.session import Session, open_session
-from fedpeft.strategy import RoleStrategy
+from fedpeft.server.strategy import RoleStrategy
+from fedpeft.simulation.launch import InProcessGrid
 
 SEEDS = (0, 1, 2)
 PADDED = ["unpadding=false"]  # as the bare loop computes

@@ -45,10 +45,10 @@ def timed(round: Callable[[int], None], rounds: int) -> Rounds:
 
 def fedpeft(data: str, rounds: int, overrides: list[str]) -> Rounds:
     """fedpeft as its command runs it; evaluation stands before the first and after the last."""
-    from fedpeft import config as configuration
-    from fedpeft.progress import Display
-    from fedpeft.runtime import launch
-    from fedpeft.server_app import serve
+    from fedpeft.config import load as configuration
+    from fedpeft.reporting.progress import Display
+    from fedpeft.server.app import serve
+    from fedpeft.simulation.launch import launch
 
     class Noted(Display):
         """Notes the rounds instead of showing them."""
@@ -68,7 +68,7 @@ def fedpeft(data: str, rounds: int, overrides: list[str]) -> Rounds:
     with tempfile.TemporaryDirectory() as folder:
         run = [*job(data), *overrides, "evaluation.every=1000000", f"run_dir='{folder}/run'"]
         run.append(f"num_rounds={WARMUPS + rounds + 1}")
-        config, noted = configuration.load(run), Noted()
+        config, noted = configuration.load_config(run), Noted()
 
         def main(grid: Any, _: Any) -> None:
             serve(grid, run, noted, simulated=True)
@@ -93,8 +93,8 @@ def bare(
         part: of so many parts of the clients, the one whose steps it takes.
     """
     from benchmarks.round import bare_round
-    from fedpeft.config import join
-    from fedpeft.session import open_session
+    from fedpeft.config.load import join
+    from fedpeft.engine.session import open_session
 
     settings = ["runtime=inprocess", f"runtime.threads={threads}", f"num_rounds={rounds + 10}"]
     given = [o for o in overrides if not o.startswith("runtime")]

@@ -67,7 +67,7 @@ def _sweep(arguments: list[str], as_json: bool) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from fedpeft.config import CONF, addable
+    from fedpeft.config.load import CONF, addable
 
     def job(_: DictConfig) -> float:
         given = list(HydraConfig.get().overrides.task)
@@ -84,23 +84,23 @@ def _serve_all(runs: list[list[str]], quiet: bool) -> list[dict[str, Any]]:
     """Runs configurations one after another on the same clients; returns their summaries."""
     from rich.console import Console
 
-    from fedpeft import config as configuration
-    from fedpeft.progress import Display
-    from fedpeft.runtime import launch
+    from fedpeft.config import load as configuration
+    from fedpeft.reporting.progress import Display
+    from fedpeft.simulation.launch import launch
 
     settings = [configuration.settings(overrides) for overrides in runs]
     summaries: list[dict[str, Any]] = []
 
     def check_all() -> None:
-        from fedpeft.data.tables import check_path
+        from fedpeft.data.rows.tables import check_path
 
-        for config in map(configuration.load, runs):
+        for config in map(configuration.load_config, runs):
             config.model.source()
             check_path(config.data.folder())
-        import fedpeft.server_app  # noqa: F401  # the rest of what takes long to import
+        import fedpeft.server.app  # noqa: F401  # the rest of what takes long to import
 
     def serve_each(grid: Any, context: Any) -> None:
-        from fedpeft.server_app import serve
+        from fedpeft.server.app import serve
 
         console = Console(highlight=False, soft_wrap=True, stderr=quiet)
         for overrides in runs:
@@ -133,8 +133,9 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
 
 def compare(arguments: list[str]) -> None:
     """Several methods on the same clients, rows and budget."""
-    from fedpeft import config as configuration
-    from fedpeft.report import (
+    from fedpeft.config import load as configuration
+    from fedpeft.reporting.run_directory import read_metrics
+    from fedpeft.reporting.tables import (
         HEADER,
         comparison_cells,
         comparison_rows,
@@ -142,7 +143,6 @@ def compare(arguments: list[str]) -> None:
         print_table,
         write_comparison,
     )
-    from fedpeft.results import read_metrics
 
     as_json, arguments = _flag(arguments, "--json")
     methods, arguments = _option(arguments, "--methods", METHODS)
@@ -154,7 +154,7 @@ def compare(arguments: list[str]) -> None:
     runs = [[*base, f"method={m}", f"run_dir='{folder / m}'"] for m in names]
     folder.mkdir(parents=True, exist_ok=True)
     summaries = dict(zip(names, _serve_all(runs, as_json), strict=True))
-    config = configuration.load(base)
+    config = configuration.load_config(base)
     metric, selects = config.data.headline, config.data.selects[0]
     rows = comparison_rows(summaries, metric, config.cohort_size())
     baseline = next(iter(summaries.values()))["baseline"].get("client_test_baseline")
@@ -184,7 +184,7 @@ def comparison_notes(metric: str, baseline: float | None, arguments: list[str]) 
 
 def params(arguments: list[str]) -> None:
     """Counts on the meta device for one method, or for all that fit the model."""
-    from fedpeft.report import print_table, span, span_of_bytes
+    from fedpeft.reporting.tables import print_table, span, span_of_bytes
 
     as_json, arguments = _flag(arguments, "--json")
     one = [a for a in arguments if a.startswith("method=")]
@@ -220,20 +220,20 @@ def params(arguments: list[str]) -> None:
 
 def _every_method() -> list[str]:
     """Names of the files in conf/method."""
-    from fedpeft.config import CONF
+    from fedpeft.config.load import CONF
 
     return sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 
 
 def _counts(names: list[str], base: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Counts by method, and the reasons of methods that refuse the model; one must fit it."""
-    from fedpeft import config as configuration
-    from fedpeft.params import count_on_meta
+    from fedpeft.config import load as configuration
+    from fedpeft.engine.parameters import count_on_meta
 
     counts: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for name in names:
-        config = configuration.load([*base, f"method={name}"])
+        config = configuration.load_config([*base, f"method={name}"])
         try:
             counts[name] = count_on_meta(config)
         except ValueError as error:
@@ -245,12 +245,12 @@ def _counts(names: list[str], base: list[str]) -> tuple[dict[str, Any], dict[str
 
 def partition(arguments: list[str]) -> None:
     """Who holds what, as a table, a heat map and a file of row numbers."""
-    from fedpeft import config as configuration
-    from fedpeft.partition_command import Holdings
+    from fedpeft.config import load as configuration
+    from fedpeft.reporting.partition import Holdings
 
     as_json, arguments = _flag(arguments, "--json")
     folder, arguments = _option(arguments, "--out", "")
-    holdings = Holdings.of(configuration.load(arguments))
+    holdings = Holdings.of(configuration.load_config(arguments))
     if as_json:
         print(holdings.as_json())
     else:

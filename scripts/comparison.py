@@ -27,7 +27,7 @@ from comparison_rows import Line, Result, write_csv
 from comparison_run import BOUNDS, DATA_SETS, GRID, SEEDS, Job, Paths, job_of, overrides, run_one
 from omegaconf import OmegaConf
 
-from fedpeft import config as configuration
+from fedpeft.config import load as configuration
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def different_methods() -> dict[str, list[str]]:
     found: list[tuple[Any, str]] = []
     names: dict[str, list[str]] = {}
     for name in sorted(path.stem for path in (configuration.CONF / "method").glob("*.yaml")):
-        method = configuration.load([f"method={name}"])
+        method = configuration.load_config([f"method={name}"])
         key = (method.method, method.strategy, method.compression)
         first = next((other for known, other in found if known == key), name)
         found.append((key, first))
@@ -94,9 +94,9 @@ def different_methods() -> dict[str, list[str]]:
 
 def check_weights(folder: Path) -> None:
     """They must be the package's, whose hash the configuration has."""
-    from fedpeft.hub import weights_sha256
+    from fedpeft.models.hub import weights_sha256
 
-    given, wanted = weights_sha256(str(folder)), configuration.load().model.sha256
+    given, wanted = weights_sha256(str(folder)), configuration.load_config().model.sha256
     if given != wanted:
         sys.exit(f"--model must hold the weights of sha256 {wanted}, got {given}")
 
@@ -170,7 +170,7 @@ def write(folder: Path, found: list[Line], aliases: dict[str, list[str]]) -> Non
     result = Result(found, {name: best_lr(found, name) for name in whole}, aliases)
     missing = [name for name in (*aliases, *BOUNDS) if name not in whole]
     one = overrides(Job("lora", DATA_SETS[0], GRID[0], SEEDS[0]))
-    write_page(folder / "comparison.md", result, configuration.load(one), missing)
+    write_page(folder / "comparison.md", result, configuration.load_config(one), missing)
     write_csv(folder / "comparison.csv", result)
     draw(folder / "comparison.png", result)
     about = "# One run; the others have the `overrides` that their lines in runs.jsonl name.\n"

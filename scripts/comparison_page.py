@@ -8,8 +8,8 @@ from pathlib import Path
 from comparison_rows import BASELINE, REFERENCE, SHARE, Line, Result, Row, rows, threshold
 from comparison_run import DATA_SETS, GRID, SEEDS, job_of
 
-from fedpeft.report import span
-from fedpeft.schema import Config
+from fedpeft.config.schema import Config
+from fedpeft.reporting.tables import span
 
 TITLES = {"sst2": "SST-2: accuracy", "mrpc": "MRPC: F1"}
 HEADER = (

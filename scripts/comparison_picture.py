@@ -9,7 +9,7 @@ from comparison_page import TITLES
 from comparison_rows import BASELINE, SHARE, Result, Row, rows, threshold
 from comparison_run import BOUNDS, DATA_SETS
 
-from fedpeft.report import pyplot
+from fedpeft.reporting.tables import pyplot
 
 DPI, FONT = 130, 8.5
 GAP = 1.35 * FONT * DPI / 72  # pixels from one line of text to the next

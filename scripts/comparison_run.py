@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedpeft import config as configuration
+from fedpeft.config import load as configuration
 
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
@@ -96,7 +96,7 @@ def measured(given: list[str], folder: Path, measure: str) -> dict[str, Any]:
     Raises:
         Diverged: there is no number of all clients after the last round.
     """
-    from fedpeft.results import read_metrics
+    from fedpeft.reporting.run_directory import read_metrics
 
     summary = summary_of(given)
     found = read_metrics(folder)
@@ -129,12 +129,12 @@ def summary_of(given: list[str]) -> dict[str, Any]:
     from rich.console import Console
     from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-    from fedpeft.progress import Display
-    from fedpeft.runtime import launch
-    from fedpeft.server_app import serve
-    from fedpeft.strategy import RoundFailed
+    from fedpeft.reporting.progress import Display
+    from fedpeft.server.app import serve
+    from fedpeft.server.strategy import RoundFailed
+    from fedpeft.simulation.launch import launch
 
-    config, summaries = configuration.load(given), []
+    config, summaries = configuration.load_config(given), []
     display = Display(Console(quiet=True))
     try:
         launch(

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from fedpeft.models import MeanPooledClassifier
+from fedpeft.models.pretrained import MeanPooledClassifier
 
 HIDDEN, WIDTH, HEADS, LAYERS, LABELS = 48, 96, 4, 2, 3
 _TEXT: dict[str, Any] = {"vocab_size": 40, "max_position_embeddings": 40, "num_labels": LABELS}

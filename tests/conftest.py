@@ -16,14 +16,14 @@ import torch
 from flwr.app import Context, Message
 from rich.console import Console
 
-from fedpeft.client_app import app as client_app
-from fedpeft.config import load
+from fedpeft.client.app import app as client_app
+from fedpeft.config.load import load_config
+from fedpeft.engine.session import Session, open_session
 from fedpeft.methods.base import State
-from fedpeft.progress import Display
-from fedpeft.results import read_metrics
-from fedpeft.runtime import InProcessGrid
-from fedpeft.server_app import serve
-from fedpeft.session import Session, open_session
+from fedpeft.reporting.progress import Display
+from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.server.app import serve
+from fedpeft.simulation.launch import InProcessGrid
 from fedpeft.state import unpack
 
 TOPICS = {
@@ -255,6 +255,6 @@ def opened(base: list[str]) -> Callable[..., Session]:
     def make(*overrides: str) -> Session:
         given = [*base, *overrides]
         method = [o for o in given if o.startswith("method=")][-1].removeprefix("method=")
-        return Session(load([*base, *TINY.get(method, []), *overrides]))
+        return Session(load_config([*base, *TINY.get(method, []), *overrides]))
 
     return make

@@ -14,14 +14,14 @@ from flwr.app import Context, Message
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fedpeft.client_app import app as client_app
-from fedpeft.config import CONF
+from fedpeft.client.app import app as client_app
+from fedpeft.config.load import CONF
+from fedpeft.config.schema import Config
+from fedpeft.engine.session import Session
 from fedpeft.methods.base import State
-from fedpeft.runtime import InProcessGrid
-from fedpeft.schema import Config
-from fedpeft.session import Session
+from fedpeft.server.strategy import RoleStrategy
+from fedpeft.simulation.launch import InProcessGrid
 from fedpeft.state import split_extras, unpack, with_extras, zeros
-from fedpeft.strategy import RoleStrategy
 from tests.conftest import Recorder, Sent
 
 CLIENTS, COHORT, LR = 3, 2, 0.01

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpeft.captured import rehearsed
 from fedpeft.data.batching import Batch
-from fedpeft.session import Session
-from fedpeft.training import Passes
+from fedpeft.engine.graphs import rehearsed
+from fedpeft.engine.passes import Passes
+from fedpeft.engine.session import Session
 
 Opened = Callable[..., Session]
 X = torch.tensor([[1.0, -2.0], [3.0, 4.0]])

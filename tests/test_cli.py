@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedpeft import cli
-from fedpeft.config import CONF
+from fedpeft.config.load import CONF
 
 TINY = ["--methods", "fedsa_lora,ffa_lora", "method.rank=4"]
 

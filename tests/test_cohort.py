@@ -12,11 +12,11 @@ import torch
 
 from fedpeft.algorithms.fedprox import ProximalTerm
 from fedpeft.data.batching import Batch, lengthened
+from fedpeft.engine.plan import Trained, Work
+from fedpeft.engine.probing import probe
+from fedpeft.engine.session import Session
+from fedpeft.engine.stacked import Unsupported
 from fedpeft.methods.base import TRAINED
-from fedpeft.nn.stacked import Unsupported
-from fedpeft.plan import Trained, Work
-from fedpeft.probing import probe
-from fedpeft.session import Session
 from fedpeft.state import State
 from tests.test_runs import METHODS
 
@@ -75,7 +75,7 @@ def test_a_method_that_cannot_says_so_and_trains_alone(
     with caplog.at_level(logging.WARNING):
         given = works(session)
         found = session.train(given, 1)
-    (said,) = [r.message for r in caplog.records if r.name == "fedpeft.probing"]
+    (said,) = [r.message for r in caplog.records if r.name == "fedpeft.engine.probing"]
     assert "clients train one by one, for " in said
     for (_, state), (_, right) in zip(found, alone(session, given), strict=True):  # type: ignore[misc]
         assert all(torch.equal(state[name], right[name]) for name in right)
@@ -138,7 +138,7 @@ def test_passes_as_they_are_captured(
     """Rows of all members are filled up to one length, and gradients stay in place."""
     session = opened(f"method={method}", *STEPS, "optimizer.name=sgd", "lr=0.1", QUIET)
     assert session._together == "alike"
-    monkeypatch.setattr("fedpeft.cohort.Graphs", Replayed)
+    monkeypatch.setattr("fedpeft.engine.together.Graphs", Replayed)
     session._cohort(1).captures = True
     assert_equal(session)
     (lane,) = session._cohort(1).lanes.values()
@@ -198,7 +198,7 @@ def test_an_error_in_one_pass_is_no_error_alone(
     def fails(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("fedpeft.session.Cohort.train", fails)
+    monkeypatch.setattr("fedpeft.engine.session.Cohort.train", fails)
     with caplog.at_level(logging.WARNING):
         found = session.train(given, 1)
     assert "clients train one by one from here on" in caplog.text

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config import ConfigError, load
-from fedpeft.results import read_metrics
-from fedpeft.session import open_session
+from fedpeft.config.load import ConfigError, load_config
+from fedpeft.engine.session import open_session
+from fedpeft.reporting.run_directory import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 comparison = importlib.import_module("comparison")
@@ -256,7 +256,7 @@ def test_files_of_all_methods_whose_runs_are_there(tmp_path: Path) -> None:
     assert "not all of their runs are there: bitfit, local_only, centralized.\n" in text
     assert "\n| bitfit" not in text
     assert "\n- lora sst2 lr 0.01 seed 0: training loss is nan\n" in text
-    config = load("experiment=comparison")
+    config = load_config("experiment=comparison")
     assert f", {config.num_rounds} rounds of {config.local_steps} steps of " in text
     with (tmp_path / "comparison.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["method"] == "lora"]
@@ -389,7 +389,9 @@ def test_after_an_error_other_processes_begin_nothing_more(
 
 
 def test_other_weights_are_refused(checkpoint: Path) -> None:
-    with pytest.raises(SystemExit, match=f"sha256 {load().model.sha256}, got [0-9a-f]{{64}}"):
+    with pytest.raises(
+        SystemExit, match=f"sha256 {load_config().model.sha256}, got [0-9a-f]{{64}}"
+    ):
         comparison.check_weights(checkpoint)
 
 
@@ -413,7 +415,7 @@ def test_a_line_has_the_device_and_no_path_of_this_machine(
     assert line["device"] == "a GPU" and str(tmp_path) not in json.dumps(line)
     assert comparison.job_of(line) == job
     assert "method=lora strategy=local_only data=mrpc lr=0.001 seed=2" in line["overrides"]
-    config = load(line["overrides"])
+    config = load_config(line["overrides"])
     assert (config.num_clients, config.partition.alpha, config.lr, config.seed) == (10, 0.5, LR, 2)
 
 
@@ -446,7 +448,7 @@ def test_only_training_that_diverges_is_a_result(
     def fails(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("fedpeft.session.Session.train", fails)
+    monkeypatch.setattr("fedpeft.engine.session.Session.train", fails)
     again = [*given[:-1], f"run_dir={tmp_path / 'again'}"]
     with pytest.raises(RuntimeError, match="client 0: out of memory"):
         comparison_run.measured(again, tmp_path / "again", "accuracy")

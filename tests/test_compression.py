@@ -13,8 +13,8 @@ from torch import Tensor
 from fedpeft import cli
 from fedpeft.algorithms.base import FedAvg, Replies
 from fedpeft.algorithms.fedopt import FedAdam
-from fedpeft.client_app import app as client_app
-from fedpeft.compression import (
+from fedpeft.client.app import app as client_app
+from fedpeft.compression.base import (
     SCALES,
     BFloat16,
     Compression,
@@ -22,13 +22,13 @@ from fedpeft.compression import (
     Int8,
     OfUpdates,
 )
-from fedpeft.config import load
-from fedpeft.largest import BITMAP, INDICES, VECTOR, as_bitmap
+from fedpeft.compression.largest import BITMAP, INDICES, VECTOR, as_bitmap
+from fedpeft.compression.topk import TopK, TopKBoth
+from fedpeft.config.load import load_config
+from fedpeft.engine.session import Session
 from fedpeft.methods.base import State, weighted_mean
 from fedpeft.methods.lora import LoRA
 from fedpeft.seeding import generator
-from fedpeft.session import Session
-from fedpeft.sparsification import TopK, TopKBoth
 from fedpeft.state import EXTRA, pack, payload_bytes, snapshot, unpack, wire_bytes
 from tests.conftest import Runner, Sent, state_of
 
@@ -463,7 +463,7 @@ def test_an_unusable_reply_is_left_out(
 @pytest.mark.parametrize("value", ["0.0", "1.5", "-0.25", "nan"])
 def test_values_outside_their_rule(compression: str, field: str, value: str) -> None:
     with pytest.raises(ValueError) as refused:
-        load(f"compression={compression} compression.{field}={value}")
+        load_config(f"compression={compression} compression.{field}={value}")
     assert str(refused.value) == f"compression.{field} must be in (0, 1], got {value}"
 
 
@@ -831,7 +831,7 @@ def test_clients_with_blocks_are_refused(
 
 
 def test_flasc_is_lora_with_two_groups_chosen() -> None:
-    flasc, lora = load("method=flasc"), load("method=lora")
+    flasc, lora = load_config("method=flasc"), load_config("method=lora")
     assert (flasc.method, flasc.lr) == (lora.method, lora.lr)
     assert flasc.strategy == FedAdam(server_lr=0.01, tau=1e-3)
     assert flasc.compression == TopKBoth(density_down=0.25, density_up=0.25)
@@ -843,9 +843,9 @@ def test_the_command_line_wins_over_flasc(place: int) -> None:
     """Whichever comes first."""
     given = ["strategy=fedavg", "compression=topk"]
     given.insert(2 * place, "method=flasc")
-    config = load(given)
+    config = load_config(given)
     assert (config.strategy, config.compression) == (FedAvg(), TopK())
-    config = load(["compression.density_up=0.5", "method=flasc", "strategy.server_lr=0.1"])
+    config = load_config(["compression.density_up=0.5", "method=flasc", "strategy.server_lr=0.1"])
     assert config.compression == TopKBoth(density_up=0.5)
     assert config.strategy == FedAdam(server_lr=0.1)
 
@@ -870,5 +870,7 @@ def test_flasc_on_the_command_line(
     assert {row["method"] for row in rows} == {"lora", "flasc"}
     summary = fedpeft("run", "--json", "method=flasc", *rest)
     text = (Path(summary["run_dir"]) / "config.yaml").read_text()
-    assert "fedpeft.algorithms.fedopt.FedAdam" in text and "fedpeft.sparsification.TopKBoth" in text
+    assert (
+        "fedpeft.algorithms.fedopt.FedAdam" in text and "fedpeft.compression.topk.TopKBoth" in text
+    )
     assert summary["bytes"]["uplink_payload_bytes"] == 2 * 3 * SPARSE

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from hydra.utils import get_class
 
-from fedpeft.config import CONF, GROUPS, addable, composed, join, load, split
-from fedpeft.data.partition import IID, Dirichlet
+from fedpeft.config.load import CONF, GROUPS, addable, composed, join, load_config, split
+from fedpeft.config.optimization import Optimization
+from fedpeft.config.schema import Config, ConfigError
+from fedpeft.data.partitions.base import IID, Dirichlet
+from fedpeft.engine.session import Session
 from fedpeft.methods.lora import FedSALoRA, LoRA
-from fedpeft.models import Pretrained
-from fedpeft.optimization import Optimization
-from fedpeft.schema import Config, ConfigError
-from fedpeft.session import Session
+from fedpeft.models.pretrained import Pretrained
 from tests.conftest import Runner
 
 
@@ -139,8 +139,8 @@ CASES = [
         "method._target_ must be a class of fedpeft, got fedpefty.methods.lora.LoRA",
     ),
     (
-        "method._target_=fedpeft.models.Pretrained",
-        "method._target_ must be a Method, got fedpeft.models.Pretrained",
+        "method._target_=fedpeft.models.pretrained.Pretrained",
+        "method._target_ must be a Method, got fedpeft.models.pretrained.Pretrained",
     ),
     (
         "method._target_=fedpeft.methods.lora.Nope",
@@ -164,7 +164,7 @@ CASES = [
 @pytest.mark.parametrize(("overrides", "sentence"), CASES, ids=[o for o, _ in CASES])
 def test_one_sentence_names_the_key_and_the_rule(overrides: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(overrides)
+        load_config(overrides)
     assert str(caught.value) == sentence
 
 
@@ -197,7 +197,7 @@ def test_errors_come_before_anything_is_built(run: Runner, monkeypatch: pytest.M
     ],
 )
 def test_clients_per_round(given: str, clients: int, expected: int) -> None:
-    config = load([f"clients_per_round={given}", f"num_clients={clients}"])
+    config = load_config([f"clients_per_round={given}", f"num_clients={clients}"])
     assert config.cohort_size() == expected
     assert isinstance(config.clients_per_round, float) == ("." in given)
 
@@ -205,7 +205,7 @@ def test_clients_per_round(given: str, clients: int, expected: int) -> None:
 @pytest.mark.parametrize("given", ["0", "6", "-1", "0.0", "1.5", "-0.5"])
 def test_impossible_clients_per_round(given: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load([f"clients_per_round={given}", "num_clients=5"])
+        load_config([f"clients_per_round={given}", "num_clients=5"])
     assert str(caught.value) == (
         "clients_per_round must be a count from 1 to num_clients=5 or a share in (0, 1] such as "
         f"0.5, got {given}"
@@ -213,7 +213,7 @@ def test_impossible_clients_per_round(given: str) -> None:
 
 
 def test_the_defaults() -> None:
-    config = load()
+    config = load_config()
     assert config.method == LoRA(rank=8, alpha=16.0, targets=["q", "v"], dropout=0.0)
     assert config.partition == Dirichlet(alpha=0.5, min_size=10)
     assert (config.lr, config.num_clients, config.local_steps) == (3e-3, 5, 10)
@@ -224,7 +224,7 @@ def test_the_defaults() -> None:
 
 
 def test_overrides_arrive_with_their_types() -> None:
-    config = load(
+    config = load_config(
         "method=fedsa_lora method.rank=3 method.alpha=5 method.targets=[q,k] lr=1 "
         "partition.alpha=inf optimizer.max_grad_norm=null evaluation.max_client_rows=7 "
         "data.labels=[no,yes] runtime.total_cpus=2 local_steps=null local_epochs=3"
@@ -240,25 +240,25 @@ def test_overrides_arrive_with_their_types() -> None:
 
 
 def test_the_methods_own_learning_rate_gives_way_to_the_given_one() -> None:
-    assert load("method=scl").lr == 1e-3
-    assert load("method=fedtt").lr == 3e-3
-    assert load("method=scl lr=0.5").lr == 0.5
-    assert load("lr=0.5 method=scl").lr == 0.5
+    assert load_config("method=scl").lr == 1e-3
+    assert load_config("method=fedtt").lr == 3e-3
+    assert load_config("method=scl lr=0.5").lr == 0.5
+    assert load_config("lr=0.5 method=scl").lr == 0.5
 
 
 def test_an_experiment_wins_over_the_defaults_and_loses_to_overrides() -> None:
-    quickstart = load("experiment=quickstart")
-    assert quickstart.num_rounds == 6 != load().num_rounds
+    quickstart = load_config("experiment=quickstart")
+    assert quickstart.num_rounds == 6 != load_config().num_rounds
     assert quickstart.partition == Dirichlet(alpha=1.0, min_size=10)
-    assert load("experiment=quickstart num_rounds=3 partition.alpha=9").num_rounds == 3
-    assert load("experiment=quickstart partition.alpha=9").partition.alpha == 9
+    assert load_config("experiment=quickstart num_rounds=3 partition.alpha=9").num_rounds == 3
+    assert load_config("experiment=quickstart partition.alpha=9").partition.alpha == 9
 
 
 def test_fields_that_no_yaml_lists_can_be_set() -> None:
     """``++`` is what Hydra wants for them; a person need not know."""
-    assert load("method=fedtt method.train_layernorm=true").method.train_layernorm is True
-    assert load("data.subset=x").data.subset == "x"
-    assert load("optimizer.name=sgd runtime.join_timeout=5").runtime.join_timeout == 5.0
+    assert load_config("method=fedtt method.train_layernorm=true").method.train_layernorm is True
+    assert load_config("data.subset=x").data.subset == "x"
+    assert load_config("optimizer.name=sgd runtime.join_timeout=5").runtime.join_timeout == 5.0
     assert addable("method.rank=2") == "++method.rank=2"
     assert addable("lr=2") == "++lr=2"
     assert addable("method=scl") == "method=scl"
@@ -267,7 +267,9 @@ def test_fields_that_no_yaml_lists_can_be_set() -> None:
 
 def test_what_comes_before_ray_starts_needs_no_torch() -> None:
     code = (
-        "import sys; from fedpeft import cli, client_app, config, progress, runtime; "
+        "import sys; from fedpeft import cli; from fedpeft.client import app; "
+        "from fedpeft.config import load as config; from fedpeft.reporting import progress; "
+        "from fedpeft.simulation import launch; "
         "assert config.settings(['num_clients=7', 'runtime.threads=3']).num_clients == 7; "
         "print(sorted({'torch', 'transformers', 'ray', 'datasets'} & sys.modules.keys()))"
     )
@@ -283,7 +285,7 @@ def yaml_files() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize(("group", "name"), list(yaml_files()))
 def test_every_file_composes_and_loads(group: str, name: str) -> None:
-    config = load([f"{group}={name}"])
+    config = load_config([f"{group}={name}"])
     tree = composed([f"{group}={name}"])
     if group in GROUPS:
         value = getattr(config, group)
@@ -313,21 +315,23 @@ def test_the_strings_of_overrides() -> None:
     assert split(join(given)) == given
     assert split(given) == given
     assert split("a=1  'b=c d'\nlr=2") == ["a=1", "b=c d", "lr=2"]
-    config = load(join(["model=local", "model.path='/my models/x y'", "data.labels=['a b',c]"]))
+    config = load_config(
+        join(["model=local", "model.path='/my models/x y'", "data.labels=['a b',c]"])
+    )
     assert config.model.path == "/my models/x y"
     assert config.data.labels == ["a b", "c"]
 
 
 def test_a_bad_path_is_named(base: list[str], tmp_path: Path) -> None:
-    model = load([*base, f"model.path={tmp_path / 'none'}"]).model
+    model = load_config([*base, f"model.path={tmp_path / 'none'}"]).model
     with pytest.raises(ValueError, match="/none is no folder with a config.json"):
         model.tokenizer()
     with pytest.raises(ValueError, match="model.path is not set"):
-        load(["model=local"]).model.tokenizer()
-    settings = load([*base, "model.settings.dropuot=0.1"]).model
+        load_config(["model=local"]).model.tokenizer()
+    settings = load_config([*base, "model.settings.dropuot=0.1"]).model
     with pytest.raises(ValueError, match="model.settings.dropuot is no field of BertConfig"):
         settings.config(4)
 
 
 def test_iid_is_a_partition_of_its_own() -> None:
-    assert load("partition=iid").partition == IID()
+    assert load_config("partition=iid").partition == IID()

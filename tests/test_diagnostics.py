@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedpeft import diagnostics
-from fedpeft.diagnostics import drift
+from fedpeft.server import diagnostics
+from fedpeft.server.diagnostics import drift
 
 
 def test_norms_and_cosine_over_all_parameters() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.config import join
+from fedpeft.config.load import join
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent

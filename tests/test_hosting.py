@@ -7,12 +7,12 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from safetensors import safe_open
 
-from fedpeft.client_app import app as client_app
-from fedpeft.config import load
-from fedpeft.hosting import Hosts, clients_of
-from fedpeft.runtime import SIMULATED, InProcessGrid
-from fedpeft.server_app import serve
-from fedpeft.session import Session, open_session
+from fedpeft.client.app import app as client_app
+from fedpeft.config.load import load_config
+from fedpeft.engine.session import Session, open_session
+from fedpeft.server.app import serve
+from fedpeft.server.nodes import Hosts, clients_of
+from fedpeft.simulation.launch import SIMULATED, InProcessGrid
 from tests.conftest import TINY, Answer, Runner, quiet
 
 ONE_BY_ONE = ("runtime.cohort=1", "evaluation.clients=always")
@@ -101,7 +101,7 @@ def test_the_longest_work_goes_first(hosted: Hosted) -> None:
     epochs = ("local_steps=null", "local_epochs=1", "partition.alpha=0.3")
     hosted("method=lora", "num_clients=4", "num_rounds=1", *epochs, *ONE_BY_ONE)
     order = [clients[0] for kind, clients in hosted.messages if kind == "train"]
-    config = load([*hosted.run.base, "method=lora", "num_clients=4", *epochs])
+    config = load_config([*hosted.run.base, "method=lora", "num_clients=4", *epochs])
     session = Session(config)
     train = session.examples("train")
     tokens = [

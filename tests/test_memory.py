@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from fedpeft import memory
+from fedpeft.models import precision as memory
 
 MIB = 2**20
 

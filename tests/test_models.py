@@ -12,17 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedpeft import hub, memory
-from fedpeft.config import CONF, load
-from fedpeft.memory import halve_frozen, quantisation, train_in_float32
+from fedpeft.config.load import CONF, load_config
+from fedpeft.config.optimization import Optimization
+from fedpeft.engine.parameters import parameter_counts
+from fedpeft.engine.passes import Passes, train
+from fedpeft.engine.session import Session
 from fedpeft.methods.base import TRAINED, Method, Role
-from fedpeft.methods.sites import head_names, linear_weight, output_width
-from fedpeft.models import Pretrained
-from fedpeft.optimization import Optimization
-from fedpeft.params import parameter_counts
+from fedpeft.models import hub
+from fedpeft.models import precision as memory
+from fedpeft.models.precision import halve_frozen, quantisation, train_in_float32
+from fedpeft.models.pretrained import Pretrained
+from fedpeft.models.sites import head_names, linear_weight, output_width
 from fedpeft.seeding import torch_seed
-from fedpeft.session import Session
-from fedpeft.training import Passes, train
 from tests.architectures import HIDDEN, WIDTH, Architecture, inputs, shrunk, table_of, trainable
 from tests.baselines import BASELINES, names_by_hand, refusal
 from tests.conftest import TINY, Runner
@@ -52,12 +53,12 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 @cache
 def published(name: str) -> Pretrained:
-    return load([f"model={name}"]).model
+    return load_config([f"model={name}"]).model
 
 
 @cache
 def method_of(name: str) -> Method:
-    return load([f"method={name}", *TINY.get(name, [])]).method
+    return load_config([f"method={name}", *TINY.get(name, [])]).method
 
 
 def kind(name: str) -> str:
@@ -110,7 +111,7 @@ def test_a_file_names_its_weights_exactly(name: str) -> None:
 
 
 def test_any_folder_is_a_model(checkpoint: Path) -> None:
-    model = load(["model=local", f"model.path={checkpoint}"]).model
+    model = load_config(["model=local", f"model.path={checkpoint}"]).model
     assert model.config(3).hidden_size == 32 and model.config(3).num_labels == 3
 
 
@@ -181,7 +182,7 @@ HIDDEN_HEAD = {  # the classifier's hidden layer, the tensor train's factors in 
 
 @cache
 def counts(name: str, method: str) -> dict[str, Any]:
-    config = load([f"model={name}", f"method={method}"])
+    config = load_config([f"model={name}", f"method={method}"])
     task = auto_class(name)
     model = config.model.build_meta(task, None if task == CAUSAL else 2)
     size = sum(p.numel() for p in model.parameters())
@@ -326,7 +327,7 @@ def small_run(name: str, checkpoint: Path) -> list[str]:
     else:
         given.append("model.path=null")
     if auto_class(name) == CAUSAL:
-        given.append("data._target_=fedpeft.data.language.LanguageModelling")
+        given.append("data._target_=fedpeft.data.tasks.language.LanguageModelling")
     return given
 
 
@@ -493,7 +494,7 @@ def test_precision_must_suit_the_weights() -> None:
 )
 def test_fields_are_checked(field: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load(["model=gpt2", *f"model.{field}".split()])
+        load_config(["model=gpt2", *f"model.{field}".split()])
 
 
 # --- gradient checkpointing --------------------------------------------------------------------

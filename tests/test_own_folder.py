@@ -7,9 +7,9 @@ import datasets
 import pytest
 from flwr.app import Context, Message
 
-from fedpeft.client_app import app as client_app
-from fedpeft.config import join
-from fedpeft.session import open_session
+from fedpeft.client.app import app as client_app
+from fedpeft.config.load import join
+from fedpeft.engine.session import open_session
 from tests.conftest import TOPICS, sentences
 
 LABELS = f"data.labels=[{','.join(TOPICS)}]"

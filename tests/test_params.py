@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from fedpeft.cli import params
-from fedpeft.config import load
-from fedpeft.params import count_on_meta
-from fedpeft.report import span, span_of_bytes
-from fedpeft.schema import Config
+from fedpeft.config.load import load_config
+from fedpeft.config.schema import Config
+from fedpeft.engine.parameters import count_on_meta
+from fedpeft.reporting.tables import span, span_of_bytes
 from tests.pairs import names_in, with_method
 
 BASE = ("model=roberta_base", "data=sst2")
@@ -32,7 +32,7 @@ BASE_HEAD, LARGE_HEAD = 768 * 769 + BASE_OUTPUT, 1024 * 1025 + LARGE_OUTPUT
 
 @cache
 def setting(*overrides: str) -> Config:
-    return load(list(overrides))
+    return load_config(list(overrides))
 
 
 @cache

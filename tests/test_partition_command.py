@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from fedpeft import cli
-from fedpeft.data.partition import Dirichlet
-from fedpeft.data.partition_file import Saved
-from fedpeft.partition_command import Holdings, holding_cells
-from fedpeft.report import plot_partition
-from fedpeft.session import Session
+from fedpeft.data.partitions.base import Dirichlet
+from fedpeft.data.partitions.saved import Saved
+from fedpeft.engine.session import Session
+from fedpeft.reporting.partition import Holdings, holding_cells
+from fedpeft.reporting.tables import plot_partition
 
 Command = Callable[..., str]
 

@@ -8,9 +8,9 @@ import pytest
 import ray
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
-from fedpeft.ray_grid import RayGrid
-from fedpeft.runtime import start_ray
-from fedpeft.schema import Runtime
+from fedpeft.config.schema import Runtime
+from fedpeft.simulation.launch import start_ray
+from fedpeft.simulation.ray import RayGrid
 
 # Ray leaves files of its processes open, which Python tells when it collects them.
 OPEN = "ignore::pytest.PytestUnraisableExceptionWarning"

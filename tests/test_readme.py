@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config import load
+from fedpeft.config.load import load_config
 from fedpeft.methods.base import TRAINED, Role
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,7 @@ def test_example_settles_and_aggregates_exactly_from_there_on(
 ) -> None:
     fields = ["method=lora", "method.rank=4", f"method._target_={NAME}.SettlingLoRA"]
     fields += ["+method.settled_after=1"]
-    method = load(fields).method
+    method = load_config(fields).method
     assert type(method) is example.SettlingLoRA
     a, b = "x.lora_A.default.weight", "x.lora_B.default.weight"
     assert [method.role(a, t) for t in (1, 2, 3)] == [Role.SHARED, Role.FROZEN, Role.FROZEN]
@@ -65,7 +65,7 @@ def test_commands_of_the_readme_exist() -> None:
     assert targets == {"quickstart", "test"}
     assert all(re.search(rf"^{t}:", makefile, re.MULTILINE) for t in targets)
     for overrides in re.findall(r"^fedpeft run ([^-#\n]*)", "\n".join(blocks), re.MULTILINE):
-        load(shlex.split(overrides))
+        load_config(shlex.split(overrides))
 
 
 def test_yaml_of_the_readme_is_like_the_others() -> None:
@@ -113,7 +113,7 @@ COLUMNS = (Role.SHARED, Role.PERSONAL, Role.FROZEN)
 
 @pytest.mark.parametrize("method", ROLES)
 def test_its_roles_are_the_method_s(method: str) -> None:
-    config = load(["model=bert_base", "data=sst2", f"method={method}"])
+    config = load_config(["model=bert_base", "data=sst2", f"method={method}"])
     task = config.data
     model = config.method.inject(config.model.build_meta(task.auto_class, task.num_labels))
     role = {

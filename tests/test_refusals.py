@@ -11,14 +11,14 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
-from fedpeft.client_app import app as client_app
-from fedpeft.hosting import CLIENTS
+from fedpeft.client.app import app as client_app
+from fedpeft.engine.session import Session
 from fedpeft.methods.base import State
-from fedpeft.results import read_metrics
-from fedpeft.runtime import InProcessGrid
-from fedpeft.session import Session
+from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.server.nodes import CLIENTS
+from fedpeft.server.strategy import RoundFailed
+from fedpeft.simulation.launch import InProcessGrid
 from fedpeft.state import pack, wire_bytes
-from fedpeft.strategy import RoundFailed
 from tests.conftest import Answer, Runner, state_of
 
 HEAD = "classifier.bias"

@@ -14,11 +14,11 @@ from flwr.app import Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from torch import Tensor
 
-from fedpeft.config import CONF, load
+from fedpeft.config.load import CONF, load_config
+from fedpeft.engine.session import Session
 from fedpeft.methods.base import State
-from fedpeft.runtime import InProcessGrid, launch
-from fedpeft.server_app import serve
-from fedpeft.session import Session
+from fedpeft.server.app import serve
+from fedpeft.simulation.launch import InProcessGrid, launch
 from fedpeft.state import snapshot
 from tests.conftest import COMMON, TOPICS, Recorder, Runner, quiet
 
@@ -350,7 +350,7 @@ def test_launch_gives_the_same_as_the_grid(run: Runner, base: list[str], tmp_pat
     found: list[str] = []
     launched = ["runtime.cohort=1", f"run_dir={tmp_path / 'launched'}"]
     overrides = [*base, "method.rank=4", *launched]
-    config = load(overrides)
+    config = load_config(overrides)
     launch(
         lambda grid, _: found.append(serve(grid, overrides, quiet(), True)["shared_state_sha256"]),
         config.num_clients,

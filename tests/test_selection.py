@@ -8,12 +8,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from fedpeft.config import load
+from fedpeft.config.load import load_config
 from fedpeft.data.batching import Examples
-from fedpeft.results import RunDirectory
-from fedpeft.server_app import _Run
-from fedpeft.session import Session
-from fedpeft.strategy import RoleStrategy
+from fedpeft.engine.session import Session
+from fedpeft.reporting.run_directory import RunDirectory
+from fedpeft.server.app import _Run
+from fedpeft.server.strategy import RoleStrategy
 from tests.conftest import Runner, quiet
 
 # By round: validation would choose round 1, test round 2, and the losses round 0.
@@ -129,7 +129,7 @@ def test_a_run_tests_only_its_last_and_its_best_round(run: Runner, scripted: lis
 def test_the_best_state_s_test_numbers_are_those_of_that_state(run: Runner) -> None:
     """An unscripted run: the best round's state, loaded again, scores what the summary says."""
     summary = run("num_rounds=3", "lr=0.02", "local_steps=10", "seed=1")
-    session = Session(load([*run.base, "method.rank=4", "seed=1"]))
+    session = Session(load_config([*run.base, "method.rank=4", "seed=1"]))
     for name, key in (("best_shared_state", "best"), ("shared_state", "final")):
         session.load(run.saved(name))
         found = session.evaluate(session.examples("test"))

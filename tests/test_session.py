@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fedpeft.config import join
-from fedpeft.session import Session, open_session
+from fedpeft.config.load import join
+from fedpeft.engine.session import Session, open_session
 from tests.conftest import Runner
 
 

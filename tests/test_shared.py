@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fedpeft.config import load
-from fedpeft.data.tables import values
+from fedpeft.config.load import load_config
+from fedpeft.data.rows.tables import values
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(
@@ -32,7 +32,7 @@ FEW = ["data.max_train_rows=60", "data.max_validation_rows=9", "data.max_test_ro
 
 
 def task_of(name: str) -> Any:
-    return load([f"data={name}", f"data.path={SHARED}/data/{name}"]).data
+    return load_config([f"data={name}", f"data.path={SHARED}/data/{name}"]).data
 
 
 @needs_shared
@@ -74,7 +74,7 @@ def test_two_rounds_of_answers(run: Any, name: str) -> None:
     data = [f"data={name}", f"data.path={SHARED}/data/{name}", *FEW, "partition=iid"]
     model = [f"model.path={SHARED}/models/stories260k", "method.rank=4", "lr=0.01"]
     summary = run(*model, *data, "data.max_length=96", "data.max_answer_length=16")
-    first = load([f"data={name}"]).data.metrics[0]
+    first = load_config([f"data={name}"]).data.metrics[0]
     assert summary["refused"] == {} and summary["selected_by"] == "validation_loss"
     assert 0 <= summary["final"][f"test_{first}_generated"] <= 1
     assert summary["final"]["validation_loss"] < summary["initial"]["validation_loss"]
@@ -117,5 +117,5 @@ def test_the_embedded_default_trains(run: Any) -> None:
     errors = list(summary["initial_error"].values())
     assert len(errors) == 6 and all(0.9 < error < 1 for error in errors)
     assert summary["data"]["rows"] == {"train": 8000, "validation": 60, "test": 60}
-    assert summary["weights_sha256"] == load([]).model.sha256
+    assert summary["weights_sha256"] == load_config([]).model.sha256
     assert summary["initial"]["validation_loss"] != summary["final"]["validation_loss"]

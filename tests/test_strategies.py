@@ -14,13 +14,13 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from fedpeft.client_app import app as client_app
-from fedpeft.compression import Compression
-from fedpeft.config import load
+from fedpeft.client.app import app as client_app
+from fedpeft.compression.base import Compression
+from fedpeft.config.load import load_config
+from fedpeft.config.schema import Config
+from fedpeft.engine.session import Session
 from fedpeft.methods.base import Role, State
 from fedpeft.methods.lora import LoRA
-from fedpeft.schema import Config
-from fedpeft.session import Session
 from tests.conftest import TINY, Runner
 from tests.pairs import (
     CLIENTS,
@@ -96,7 +96,7 @@ def refusal(method: str, strategy: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def tiny(base: list[str]) -> Config:
-    return load([*base, *SMALL])
+    return load_config([*base, *SMALL])
 
 
 Paired = Callable[..., Pair]
@@ -108,7 +108,7 @@ def pairs(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pair
     served: list[Session] = []
     # torch's own formats a stack for each kind of device that is not there: a fifth of a pair
     monkeypatch.setattr(torch, "manual_seed", torch.default_generator.manual_seed)
-    monkeypatch.setattr("fedpeft.client.open_session", lambda *_: served[-1])
+    monkeypatch.setattr("fedpeft.client.client.open_session", lambda *_: served[-1])
 
     def of(method: str) -> Paired:
         session = small(with_method(tiny, method, TINY.get(method, [])))

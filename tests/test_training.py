@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedpeft.config.optimization import Optimization
 from fedpeft.data.batching import Batch, Examples, within
-from fedpeft.optimization import Optimization
-from fedpeft.session import Session
-from fedpeft.training import Passes, evaluate, train
+from fedpeft.engine.passes import Passes, evaluate, train
+from fedpeft.engine.session import Session
 from tests.conftest import Runner
 
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedpeft.algorithms.base import Term
-from fedpeft.plan import Trained, Work
-from fedpeft.probing import unpadding
-from fedpeft.session import Session
+from fedpeft.engine.plan import Trained, Work
+from fedpeft.engine.probing import unpadding
+from fedpeft.engine.session import Session
 from fedpeft.state import State
 from tests.test_runs import METHODS
 
@@ -98,7 +98,7 @@ def test_gradients_that_differ_are_not_trusted(
     def other_draws(_: object, x: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
         return F.dropout(x, p, training, inplace)
 
-    monkeypatch.setattr("fedpeft.nn.unpadded._Unpadded._dropout", other_draws)
+    monkeypatch.setattr("fedpeft.engine.unpadded._Unpadded._dropout", other_draws)
     session = opened("method=lora", *STEPS)
     session.set_trainable(1)
     with caplog.at_level(logging.INFO):

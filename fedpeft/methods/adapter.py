@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fedpeft.methods.base import Method
-from fedpeft.methods.sites import (
+from fedpeft.models.sites import (
     ATTENTION_OUTPUT,
     MLP_OUTPUT,
     freeze_all_but_head,
@@ -14,7 +14,7 @@ from fedpeft.methods.sites import (
     replace,
     train_layernorms,
 )
-from fedpeft.nn.bottleneck import ACTIVATIONS, BottleneckAdapter
+from fedpeft.nn.adapters import ACTIVATIONS, BottleneckAdapter
 from fedpeft.nn.tensor_train import AdaptedOutput
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fedpeft.methods.base import Method
-from fedpeft.methods.sites import freeze_all_but_head, head_names, unused
+from fedpeft.models.sites import freeze_all_but_head, head_names, unused
 
 
 @dataclass(frozen=True)

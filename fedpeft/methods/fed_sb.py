@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedpeft.methods.cores import Cores
+from fedpeft.methods.parts.cores import Cores
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fedpeft.methods.base import Role
 from fedpeft.methods.lora import LoRA
-from fedpeft.methods.sites import add_by_peft
+from fedpeft.models.sites import add_by_peft
 
 
 @dataclass(frozen=True)

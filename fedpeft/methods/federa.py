@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fedpeft.methods.lora import LoRA
-from fedpeft.methods.sites import add_by_peft, attention_projections, linear_weight
+from fedpeft.models.sites import add_by_peft, attention_projections, linear_weight
 
 
 @dataclass(frozen=True)

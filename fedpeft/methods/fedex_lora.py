@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedpeft.methods.base import State, weighted_mean
-from fedpeft.methods.products import BASE, BaseChangingLoRA, factors, stacked
+from fedpeft.methods.parts.products import BASE, BaseChangingLoRA, factors, stacked
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.methods.base import Method
-from fedpeft.methods.sites import (
+from fedpeft.models.sites import (
     MLP_INPUT,
     MLP_OUTPUT,
     freeze_all_but_head,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedpeft.methods.base import State, weighted_mean
 from fedpeft.methods.lora import LoRA
-from fedpeft.methods.products import A, B, factors
+from fedpeft.methods.parts.products import A, B, factors
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fedpeft.methods.base import Role, State, weighted_mean
 from fedpeft.methods.lora import LoRA
-from fedpeft.methods.products import A, B, factors, truncated
+from fedpeft.methods.parts.products import A, B, factors, truncated
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from fedpeft.methods.base import Method, Role, State, weighted_mean
-from fedpeft.methods.ranks import Ranks, check_ranks, mean_of_holders, rank_of
-from fedpeft.methods.sites import (
+from fedpeft.methods.parts.ranks import Ranks, check_ranks, mean_of_holders, rank_of
+from fedpeft.models.sites import (
     ATTENTION_OUTPUT,
     MLP_OUTPUT,
     freeze_all_but_head,

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedpeft.methods.base import State, weighted_mean
-from fedpeft.methods.products import A, B, stacked, truncated
-from fedpeft.methods.ranks import RankedLoRA
+from fedpeft.methods.parts.products import A, B, stacked, truncated
+from fedpeft.methods.parts.ranks import RankedLoRA
 
 
 @dataclass(frozen=True)

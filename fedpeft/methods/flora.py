@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from fedpeft.methods.base import State, weighted_mean
-from fedpeft.methods.products import BASE, A, B, BaseChangingLoRA, stacked
-from fedpeft.methods.ranks import RankedLoRA
+from fedpeft.methods.parts.products import BASE, A, B, BaseChangingLoRA, stacked
+from fedpeft.methods.parts.ranks import RankedLoRA
 from fedpeft.seeding import derive
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fedpeft.methods.base import Method
-from fedpeft.methods.sites import unused
+from fedpeft.models.sites import unused
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedpeft.methods.base import State, weighted_mean
-from fedpeft.methods.products import A, B, factors
-from fedpeft.methods.ranks import RankedLoRA
+from fedpeft.methods.parts.products import A, B, factors
+from fedpeft.methods.parts.ranks import RankedLoRA
 
 
 @dataclass(frozen=True)

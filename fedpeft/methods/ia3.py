@@ -6,7 +6,7 @@ from peft import IA3Config
 from torch import nn
 
 from fedpeft.methods.base import Method
-from fedpeft.methods.sites import MLP_OUTPUT, add_by_peft, attention_projections, named_sites
+from fedpeft.models.sites import MLP_OUTPUT, add_by_peft, attention_projections, named_sites
 
 
 @dataclass(frozen=True)

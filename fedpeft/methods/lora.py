@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedpeft.methods.base import Method, Role
-from fedpeft.methods.sites import add_by_peft, attention_projections
+from fedpeft.models.sites import add_by_peft, attention_projections
 
 
 @dataclass(frozen=True)

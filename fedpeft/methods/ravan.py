@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from fedpeft.methods.base import State, weighted_mean
-from fedpeft.methods.cores import Cores
+from fedpeft.methods.parts.cores import Cores
 
 
 @dataclass(frozen=True)

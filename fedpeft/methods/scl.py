@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fedpeft.methods.base import Method
-from fedpeft.methods.sites import (
+from fedpeft.models.sites import (
     MLP_OUTPUT,
     freeze_all_but_head,
     linear_weight,
     named_sites,
     replace,
 )
-from fedpeft.nn.compression import INITS, CompressedProjection
+from fedpeft.nn.scl import INITS, CompressedProjection
 
 
 @dataclass(frozen=True)

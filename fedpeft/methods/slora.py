@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fedpeft.methods.base import Role, State, weighted_mean
 from fedpeft.methods.lora import LoRA
-from fedpeft.methods.products import A, B
-from fedpeft.methods.sites import linear_weight
+from fedpeft.methods.parts.products import A, B
+from fedpeft.models.sites import linear_weight
 from fedpeft.nn.sparse import SparseDelta, scattered
 from fedpeft.seeding import generator
 

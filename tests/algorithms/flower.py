@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import FedAvg as FlowerStrategy
 
 from fedpeft.algorithms.base import FedAvg, Replies
 from fedpeft.methods.base import State, weighted_mean
-from fedpeft.runtime import InProcessGrid
+from fedpeft.simulation.launch import InProcessGrid
 
 NUMBERS = [10, 30, 20, 40, 25]  # training rows of five clients
 SHAPES = {"a": (2, 3), "b": (4,)}

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from fedpeft.algorithms.fedprox import FedProx
+from fedpeft.engine.plan import Trained
+from fedpeft.engine.session import Session
 from fedpeft.methods.base import State
-from fedpeft.plan import Trained
-from fedpeft.session import Session
 from fedpeft.state import snapshot
 from tests.conftest import Runner
 

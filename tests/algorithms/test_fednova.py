@@ -5,8 +5,8 @@ import torch
 
 from fedpeft.algorithms.base import FedAvg
 from fedpeft.algorithms.fednova import FedNova
-from fedpeft.config import load
-from fedpeft.schema import ConfigError
+from fedpeft.config.load import load_config
+from fedpeft.config.schema import ConfigError
 from tests.algorithms.flower import drawn, ours
 
 
@@ -35,10 +35,10 @@ def test_equal_numbers_of_steps_are_the_mean() -> None:
 
 def test_momentum_is_the_clients() -> None:
     given = ["strategy=fednova", "optimizer.name=sgd"]
-    assert load([*given, "optimizer.momentum=0.9"]).strategy.local_momentum == 0.9
-    assert load(given).strategy.local_momentum == 0
+    assert load_config([*given, "optimizer.momentum=0.9"]).strategy.local_momentum == 0.9
+    assert load_config(given).strategy.local_momentum == 0
     with pytest.raises(ConfigError, match="optimizer.momentum=0.9 is for optimizer.name=sgd"):
-        load(["strategy=fednova", "optimizer.momentum=0.9"])
+        load_config(["strategy=fednova", "optimizer.momentum=0.9"])
 
 
 def test_values_outside_their_rule() -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from fedpeft.algorithms.base import Replies, Term
 from fedpeft.algorithms.scaffold import ControlTerm, Scaffold
-from fedpeft.client_app import app as client_app
+from fedpeft.client.app import app as client_app
 from fedpeft.methods.base import State, weighted_mean
 from fedpeft.state import pack, split_extras
 from tests.conftest import Answer, Runner, state_of

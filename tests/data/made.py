@@ -15,8 +15,8 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor, nn
 
-from fedpeft.config import load
-from fedpeft.schema import Config
+from fedpeft.config.load import load_config
+from fedpeft.config.schema import Config
 
 Rows = list[dict[str, Any]]
 
@@ -24,7 +24,7 @@ Rows = list[dict[str, Any]]
 @cache
 def composed(*overrides: str) -> Config:
     """A configuration, composed once; its ``data`` is to be replaced, since it keeps its rows."""
-    return load(overrides)
+    return load_config(overrides)
 
 
 def write(folder: Path, kind: str = "jsonl", suffix: str = "", **splits: Rows) -> str:

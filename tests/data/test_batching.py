@@ -17,8 +17,8 @@ from fedpeft.data.batching import (
     training_batches,
     within,
 )
+from fedpeft.engine.session import Session
 from fedpeft.seeding import generator
-from fedpeft.session import Session
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, size=53)
 
@@ -225,7 +225,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
         batches[:] = given
         return 0.0
 
-    monkeypatch.setattr("fedpeft.session.train", record)
+    monkeypatch.setattr("fedpeft.engine.session.train", record)
     return batches
 
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from fedpeft.data.cache import cache_folder, cached, content_sha256, remembered
-from fedpeft.data.choice import MultipleChoice
-from fedpeft.data.instruction import InstructionTuning
-from fedpeft.data.partition import Dirichlet
-from fedpeft.data.task import Task
-from fedpeft.data.text import TextClassification
+from fedpeft.data.partitions.base import Dirichlet
+from fedpeft.data.rows.cache import cache_folder, cached, content_sha256, remembered
+from fedpeft.data.tasks.base import Task
+from fedpeft.data.tasks.choice import MultipleChoice
+from fedpeft.data.tasks.instruction import InstructionTuning
+from fedpeft.data.tasks.text import TextClassification
 from tests.data.conftest import tokenizer_of_words
 from tests.data.made import Refusing, Rows, write
 
@@ -294,7 +294,7 @@ PROCESS = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from fedpeft.data.cache import cached
+from fedpeft.data.rows.cache import cached
 
 def build():
     Path(sys.argv[1], f"built-{time.monotonic_ns()}").touch()
@@ -331,7 +331,7 @@ def test_tables_that_have_not_changed_are_not_read_again(
 
     first = found(replace(task))
     assert first[0] == ["sport", "weather"] and first[2] == [1, 0, 1]
-    monkeypatch.setattr("fedpeft.data.source.load_tables", _unwanted)
+    monkeypatch.setattr("fedpeft.data.rows.source.load_tables", _unwanted)
     assert found(replace(task)) == first
     changed = Path(str(task.path)) / "train.jsonl"
     changed.write_text(changed.read_text().replace("the snow", "snow and snow"))

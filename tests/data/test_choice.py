@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.data.choice import MultipleChoice
-from fedpeft.data.tables import values
-from fedpeft.session import Session
+from fedpeft.data.rows.tables import values
+from fedpeft.data.tasks.choice import MultipleChoice
+from fedpeft.engine.session import Session
 from tests.conftest import Runner
 from tests.data.made import Logits, Rows, composed, write
 

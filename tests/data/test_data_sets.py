@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from fedpeft.config import CONF
-from fedpeft.data.tables import values
-from fedpeft.data.templates import rendered
-from fedpeft.session import Session
+from fedpeft.config.load import CONF
+from fedpeft.data.rows.tables import values
+from fedpeft.data.rows.templates import rendered
+from fedpeft.engine.session import Session
 from tests.conftest import TOPICS
 from tests.data.made import composed, image
 

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from fedpeft.data import docstrings
+from fedpeft.data.rows import docstrings
 
 FAKES = {"fake-alpha": "alpha", "fake-beta": "beta"}
 SHARED = "This {} sentence stands in both of the fake packages."
@@ -333,7 +333,7 @@ def test_build_runs_where_threads_and_no_importable_main_are(site: Path, tmp_pat
         "import sys, threading\n"
         "sys.path[:0] = sys.argv[1:3]\n"
         "from pathlib import Path\n"
-        "from fedpeft.data import docstrings\n"
+        "from fedpeft.data.rows import docstrings\n"
         "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         f"print(docstrings._build({FAKES!r}, 10, Path(sys.argv[3])))\n"
     )

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedpeft.data.instruction import IGNORED, InstructionTuning, QuestionAnswering
-from fedpeft.session import Session
+from fedpeft.data.tasks.instruction import IGNORED, InstructionTuning, QuestionAnswering
+from fedpeft.engine.session import Session
 from tests.conftest import TOPICS, Runner
 from tests.data.conftest import tokenizer_of_words
 from tests.data.made import Rows, composed, write

@@ -12,10 +12,10 @@ from datasets import Dataset
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil
 
-from fedpeft.config import load
-from fedpeft.data import images
-from fedpeft.data.images import ImageClassification
-from fedpeft.data.tables import values
+from fedpeft.config.load import load_config
+from fedpeft.data.rows.tables import values
+from fedpeft.data.tasks import images
+from fedpeft.data.tasks.images import ImageClassification
 from tests.conftest import Runner
 from tests.data.made import Refusing, Rows, image
 
@@ -282,5 +282,5 @@ def test_a_vision_transformer_learns_colours(run: Runner, tmp_path: Path) -> Non
     assert measured == {f"test_{m}" for m in ("loss", "f1_macro", "f1_weighted", "accuracy")}
     losses = [line["validation_loss"] for line in run.lines()]
     assert losses[2] < losses[0] and summary["final"]["test_accuracy"] == 1
-    typed = load([*model, tiny[0], *fields]).data
+    typed = load_config([*model, tiny[0], *fields]).data
     assert isinstance(typed, ImageClassification) and typed.needs == "image_processor"

@@ -13,9 +13,9 @@ from datasets import Dataset
 from torch import nn
 
 from fedpeft.data.batching import Examples
-from fedpeft.data.instruction import InstructionTuning, QuestionAnswering, sequences
-from fedpeft.data.templates import keep_ends, prompt_tokens, rendered, template_columns
-from fedpeft.session import Session
+from fedpeft.data.rows.templates import keep_ends, prompt_tokens, rendered, template_columns
+from fedpeft.data.tasks.instruction import InstructionTuning, QuestionAnswering, sequences
+from fedpeft.engine.session import Session
 from tests.conftest import Runner
 from tests.data.conftest import tokenizer_of_words
 from tests.data.made import Logits, Rows, composed, said, write

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from fedpeft.data import partition as module
-from fedpeft.data.partition import IID, Dirichlet, Partition, Rows, draws, own_splits
-from fedpeft.data.skew import EqualSize, Pathological, Quantity
-from fedpeft.session import Session
+from fedpeft.data.partitions import base as module
+from fedpeft.data.partitions.base import IID, Dirichlet, Partition, Rows, draws, own_splits
+from fedpeft.data.partitions.skew import EqualSize, Pathological, Quantity
+from fedpeft.engine.session import Session
 
 LABELS = np.arange(400) % 4
 

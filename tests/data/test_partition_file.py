@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft.data.partition import Dirichlet, Rows
-from fedpeft.data.partition_file import Saved, labels_sha256, write_partition
+from fedpeft.data.partitions.base import Dirichlet, Rows
+from fedpeft.data.partitions.saved import Saved, labels_sha256, write_partition
 
 LABELS = np.arange(40) % 4
 CLIENTS = [np.arange(5), np.array([39, 7, 20]), np.arange(10, 16)]

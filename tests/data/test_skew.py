@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from fedpeft.data import partition as module
-from fedpeft.data import skew
-from fedpeft.data.partition import Partition, Rows
-from fedpeft.data.skew import EqualSize, Natural, Pathological, Quantity
+from fedpeft.data.partitions import base as module
+from fedpeft.data.partitions import skew
+from fedpeft.data.partitions.base import Partition, Rows
+from fedpeft.data.partitions.skew import EqualSize, Natural, Pathological, Quantity
 
 LABELS = np.arange(2000) % 10
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from fedpeft.data.tables import load_tables, subsample, values
-from fedpeft.data.text import TextClassification
+from fedpeft.data.rows.tables import load_tables, subsample, values
+from fedpeft.data.tasks.text import TextClassification
 from tests.data.made import image, write, write_file
 
 ROWS: list[dict[str, Any]] = [

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from fedpeft.data.instruction import InstructionTuning
-from fedpeft.data.language import LanguageModelling
-from fedpeft.data.tables import values
-from fedpeft.data.task import Task
-from fedpeft.data.text import Regression, TextClassification
-from fedpeft.session import Session
+from fedpeft.data.rows.tables import values
+from fedpeft.data.tasks.base import Task
+from fedpeft.data.tasks.instruction import InstructionTuning
+from fedpeft.data.tasks.language import LanguageModelling
+from fedpeft.data.tasks.text import Regression, TextClassification
+from fedpeft.engine.session import Session
 from tests.conftest import Runner
 from tests.data.made import Rows, said, write
 

@@ -10,10 +10,10 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from torch import Tensor
 
-from fedpeft.config import load
-from fedpeft.data.language import LanguageModelling
-from fedpeft.data.text import Regression, TextClassification
-from fedpeft.session import Session
+from fedpeft.config.load import load_config
+from fedpeft.data.tasks.language import LanguageModelling
+from fedpeft.data.tasks.text import Regression, TextClassification
+from fedpeft.engine.session import Session
 from tests.conftest import Runner
 from tests.data.made import Logits, Rows, write
 
@@ -176,7 +176,7 @@ def test_encode_truncates(opened: Callable[..., Session]) -> None:
 def test_encode_a_pair(base: list[str], tmp_path: Path) -> None:
     given = [{"text": "the goal", "two": "and rain", "label": v} for v in "xy"]
     path = write(tmp_path / "pair", train=given, validation=given, test=given)
-    config = load([*base, f"data.path={path}", "data.text_pair=two"])
+    config = load_config([*base, f"data.path={path}", "data.text_pair=two"])
     tokenizer = config.model.tokenizer()
     examples = config.data.encode("test", tokenizer)
     ids = examples.arrays["tokens"][: examples.arrays["offsets"][1]].tolist()
@@ -263,7 +263,7 @@ def test_a_run_of_a_regression(run: Runner, tmp_path: Path) -> None:
     topics = [("bread cheese", 0.5), ("violin song", 4.5), ("goal team", 2.5)]
     given = [{"text": f"the {t}", "label": v + i / 40} for i in range(6) for t, v in topics]
     path = write(tmp_path / "r", train=given, validation=given[:9], test=given[9:])
-    fields = ["data._target_=fedpeft.data.text.Regression", f"data.path={path}"]
+    fields = ["data._target_=fedpeft.data.tasks.text.Regression", f"data.path={path}"]
     summary = run(*fields, "partition=iid", "local_steps=6", "lr=0.01")
     assert summary["selected_by"] == "validation_spearman" and summary["refused"] == {}
     measured = {"test_loss", "test_spearman", "test_pearson"}

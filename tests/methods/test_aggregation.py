@@ -8,7 +8,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedpeft.diagnostics import interference
 from fedpeft.methods.base import Method, Role, State, weighted_mean
 from fedpeft.methods.fed_sb import FedSB
 from fedpeft.methods.federa import FeDeRA
@@ -24,10 +23,11 @@ from fedpeft.methods.ravan import Ravan
 from fedpeft.methods.rolora import RoLoRA
 from fedpeft.methods.scl import SCL
 from fedpeft.methods.slora import SLoRA
-from fedpeft.nn.compression import CompressedProjection
 from fedpeft.nn.cores import CoreAdapter
+from fedpeft.nn.scl import CompressedProjection
 from fedpeft.nn.tensor_train import TensorTrain
 from fedpeft.seeding import torch_seed
+from fedpeft.server.diagnostics import interference
 from fedpeft.state import load_state, snapshot
 from tests.architectures import tiny
 

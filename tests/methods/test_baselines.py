@@ -11,8 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from fedpeft.config import load
-from fedpeft.memory import checkpoint_blocks, train_in_float32
+from fedpeft.config.load import load_config
 from fedpeft.methods.adapter import Adapter
 from fedpeft.methods.base import Method, Role
 from fedpeft.methods.bitfit import BitFit
@@ -24,7 +23,8 @@ from fedpeft.methods.p_tuning import PTuning
 from fedpeft.methods.prefix import Prefix
 from fedpeft.methods.prompt import Prompt
 from fedpeft.methods.rolora import RoLoRA
-from fedpeft.nn.bottleneck import BottleneckAdapter
+from fedpeft.models.precision import checkpoint_blocks, train_in_float32
+from fedpeft.nn.adapters import BottleneckAdapter
 from fedpeft.nn.virtual import Prefixed, Prompted
 from fedpeft.seeding import torch_seed
 from tests.architectures import ARCHITECTURES, HIDDEN, LAYERS, inputs, logits, tiny, trainable
@@ -38,7 +38,7 @@ PADDED = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]])
 
 
 def method_of(name: str) -> Method:
-    return load([f"method={name}"]).method
+    return load_config([f"method={name}"]).method
 
 
 def injected(method: Method, name: str, seed: int = 0) -> Any:
@@ -527,7 +527,7 @@ def test_two_rounds_of_a_language_model(method: str, run: Runner, checkpoint: An
         "model.random=true",
         f"model.tokenizer_path={checkpoint}",
         *(f"model.architecture.{key}={value}" for key, value in sizes.items()),
-        "data._target_=fedpeft.data.language.LanguageModelling",
+        "data._target_=fedpeft.data.tasks.language.LanguageModelling",
         "num_clients=2",
         f"method={method}",
     )

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedpeft.config import load
+from fedpeft.config.load import load_config
+from fedpeft.engine.session import Session
 from fedpeft.methods.base import Method, State
 from fedpeft.methods.fedtt import FACTOR, FedTT, FedTTPlus
 from fedpeft.methods.flexlora import FlexLoRA
 from fedpeft.methods.flora import FLoRA
 from fedpeft.methods.hetlora import HetLoRA
-from fedpeft.methods.ranks import mean_of_holders, rank_of
+from fedpeft.methods.parts.ranks import mean_of_holders, rank_of
 from fedpeft.nn.tensor_train import TTLinear
-from fedpeft.session import Session
 from fedpeft.state import blocks, filled, load_state, payload_bytes, snapshot
 from tests.conftest import Runner
 
@@ -114,7 +114,7 @@ def test_a_client_of_tensor_rank_r_sends_r_squared(
 
 
 def test_ranks_by_client_in_a_configuration() -> None:
-    found = load(["method=hetlora", "method.ranks={1: 2, 3: 4}"]).method
+    found = load_config(["method=hetlora", "method.ranks={1: 2, 3: 4}"]).method
     assert [rank_of(found.ranks, c, found.rank) for c in range(5)] == [8, 2, 8, 4, 8]
 
 

@@ -21,9 +21,9 @@ from fedpeft.methods.hetlora import HetLoRA
 from fedpeft.methods.lora import FedSALoRA, FFALoRA, LoRA
 from fedpeft.methods.ravan import Ravan
 from fedpeft.methods.scl import SCL
-from fedpeft.methods.sites import attention_projections, head_names, linear_weight
 from fedpeft.methods.slora import SLoRA
-from fedpeft.nn.compression import CompressedProjection
+from fedpeft.models.sites import attention_projections, head_names, linear_weight
+from fedpeft.nn.scl import CompressedProjection
 from fedpeft.nn.tensor_train import AdaptedOutput, TensorTrain, TTAdapter
 from fedpeft.seeding import torch_seed
 from tests.architectures import (

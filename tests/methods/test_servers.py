@@ -14,7 +14,7 @@ from fedpeft.methods.fedsvd import FedSVD
 from fedpeft.methods.flexlora import FlexLoRA
 from fedpeft.methods.flora import FLoRA
 from fedpeft.methods.hetlora import HetLoRA
-from fedpeft.methods.products import truncated
+from fedpeft.methods.parts.products import truncated
 from fedpeft.methods.ravan import Ravan
 from fedpeft.methods.slora import SLoRA
 from fedpeft.nn.cores import CoreAdapter

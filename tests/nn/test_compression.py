@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpeft.nn.compression import INITS, CompressedProjection
+from fedpeft.nn.scl import INITS, CompressedProjection
 
 
 def weights(width: int = 24, hidden: int = 60) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedpeft.nn.cpu import SHORT, OnCPU, kept
-from fedpeft.training import autocast
+from fedpeft.engine.cpu import SHORT, OnCPU, kept
+from fedpeft.engine.passes import autocast
 
 CPU = torch.device("cpu")
 HOW = {

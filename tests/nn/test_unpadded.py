@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedpeft.nn.cpu import OnCPU
-from fedpeft.nn.stacked import Unsupported
-from fedpeft.nn.unpadded import Unpadding
+from fedpeft.engine.cpu import OnCPU
+from fedpeft.engine.stacked import Unsupported
+from fedpeft.engine.unpadded import Unpadding
 from tests.architectures import ARCHITECTURES, tiny
 
 READERS = sorted(set(ARCHITECTURES) - {"vit", "siglip", "clip", "deberta"})
@@ -48,7 +48,7 @@ def logits_and_gradients(model: nn.Module, given: dict[str, Tensor], way: Any) -
 def test_same_logits_gradients_and_draws_without_the_padding(
     name: str, parts: int, left: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedpeft.nn.unpadded.SPARED", 54 if parts == 2 else 55)
+    monkeypatch.setattr("fedpeft.engine.unpadded.SPARED", 54 if parts == 2 else 55)
     model = tiny(name).train()
     rates = {module.p for module in model.modules() if isinstance(module, nn.Dropout)}
     assert name.startswith("llama") or max(rates) > 0  # Llama drops nothing

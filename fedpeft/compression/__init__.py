@@ -1,0 +1,1 @@
+"""Codecs of what goes over the wire: the ``compression`` group."""

@@ -1,0 +1,175 @@
+"""What a run's configuration holds: typed, each value checked where it is set."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedpeft.config.optimization import Optimization
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key or value and the rule."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where clients run.
+
+    Args:
+        kind: ``ray`` (worker processes) or ``inprocess`` (same apps and messages, one process).
+        num_cpus: cores a client takes; cores / num_cpus clients run at once.
+        num_gpus: share of a GPU a client takes, e.g. 0.5 for two clients a GPU.
+        total_cpus: cores that Ray may use; null for all.
+        threads: torch's threads in every process. Results are equal bit for bit only for equal
+            numbers of threads, so it does not follow from the machine.
+        device: ``auto`` (a GPU where one is given), ``cpu`` or ``cuda``.
+        cohort: clients that train in one forward and backward pass, each as if alone (the sums'
+            order apart); null chooses by the tokens of a step.
+        round_timeout: seconds to wait for a round's replies; who is late is left out.
+        join_timeout: seconds to wait until all clients are there.
+    """
+
+    kind: str = "ray"
+    num_cpus: float = 1
+    num_gpus: float = 0
+    total_cpus: int | None = None
+    threads: int = 1
+    device: str = "auto"
+    cohort: int | None = None
+    round_timeout: float = 3600
+    join_timeout: float = 120
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("ray", "inprocess"):
+            raise ValueError(f"runtime.kind must be ray or inprocess, got {self.kind}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"runtime.device must be auto, cpu or cuda, got {self.device}")
+        if self.threads < 1 or self.num_cpus <= 0 or self.num_gpus < 0:
+            raise ValueError(
+                "runtime.threads must be >= 1, num_cpus > 0 and num_gpus >= 0, got "
+                f"{self.threads}, {self.num_cpus} and {self.num_gpus}"
+            )
+        if self.total_cpus is not None and self.total_cpus < 1:
+            raise ValueError(f"runtime.total_cpus must be >= 1 or null, got {self.total_cpus}")
+        if self.cohort is not None and self.cohort < 1:
+            raise ValueError(f"runtime.cohort must be >= 1 or null, got {self.cohort}")
+        if self.round_timeout <= 0 or self.join_timeout <= 0:
+            raise ValueError(
+                "runtime.round_timeout and runtime.join_timeout must be > 0, got "
+                f"{self.round_timeout} and {self.join_timeout}"
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured, and when.
+
+    Args:
+        every: rounds between evaluations; the last round is always evaluated.
+        clients: every client evaluates on its own validation and test rows: ``auto`` where the
+            method keeps personal parameters, ``always`` or ``never``.
+        batch_size: rows a batch, at most.
+        max_tokens: a batch's rows x its longest length, at most: a language model's logits take 4
+            bytes for each of them and each token of the vocabulary.
+        max_client_rows: at most so many rows of each of a client's own splits; null for all.
+        interference: compute the aggregation's interference in the rounds that are evaluated.
+    """
+
+    every: int = 1
+    clients: str = "auto"
+    batch_size: int = 64
+    max_tokens: int = 8192
+    max_client_rows: int | None = None
+    interference: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("every", "batch_size", "max_tokens"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"evaluation.{key} must be >= 1, got {getattr(self, key)}")
+        if self.max_client_rows is not None and self.max_client_rows < 1:
+            raise ValueError(
+                f"evaluation.max_client_rows must be >= 1 or null, got {self.max_client_rows}"
+            )
+        if self.clients not in ("auto", "always", "never"):
+            raise ValueError(
+                f"evaluation.clients must be auto, always or never, got {self.clients}"
+            )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run's numbers. ``clients_per_round`` is a count (int), a share (float) or null for all.
+
+    A round is ``local_steps`` batches or, if that is null, ``local_epochs`` passes.
+    """
+
+    runtime: Runtime = field(default_factory=Runtime)
+    optimizer: Optimization = field(default_factory=Optimization)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    seed: int = 0
+    num_clients: int = 5
+    num_rounds: int = 10
+    clients_per_round: int | float | None = None
+    local_steps: int | None = 10
+    local_epochs: int | None = None
+    lr: float = 1e-3
+    batch_size: int = 16
+    bucketing: bool = True
+    unpadding: bool = True
+    precision: str = "fp32"
+    run_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("num_clients", "num_rounds", "batch_size"):
+            _at_least_one(key, getattr(self, key))
+        for key in ("local_steps", "local_epochs"):
+            if getattr(self, key) is not None:
+                _at_least_one(key, getattr(self, key))
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ConfigError(
+                "give either local_steps or local_epochs and set the other to null, "
+                f"got {self.local_steps} and {self.local_epochs}"
+            )
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError(f"lr must be > 0, got {self.lr}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ConfigError(f"precision must be fp32 or bf16, got {self.precision}")
+        self.cohort_size()
+
+    def evaluates(self, round: int) -> bool:
+        """Whether a round ends with an evaluation."""
+        return round % self.evaluation.every == 0 or round == self.num_rounds
+
+    def cohort_size(self) -> int:
+        """Clients of a round.
+
+        Raises:
+            ConfigError: a count above num_clients or below 1, or a share outside (0, 1].
+        """
+        given = self.clients_per_round
+        if given is None:
+            return self.num_clients
+        if isinstance(given, int) and 1 <= given <= self.num_clients:
+            return given
+        if isinstance(given, float) and 0 < given <= 1:
+            return max(1, round(given * self.num_clients))
+        raise ConfigError(
+            f"clients_per_round must be a count from 1 to num_clients={self.num_clients} or a "
+            f"share in (0, 1] such as 0.5, got {given}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """A run, with the parts that the configuration's groups choose."""
+
+    method: Any
+    model: Any
+    data: Any
+    partition: Any
+    strategy: Any
+    compression: Any
+
+
+def _at_least_one(key: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{key} must be >= 1, got {value}")

@@ -1,0 +1,72 @@
+"""Who holds which encoded rows: read once in a process, whoever asks."""
+
+import math
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from fedpeft.config.schema import Config
+from fedpeft.data.batching import Examples
+from fedpeft.data.partitions.base import own_splits
+
+
+class Holdings:
+    """The encoded rows of a configuration, whole and by client.
+
+    Args:
+        processor: the model's tokenizer or image processor.
+        owns_all_rows: the data are one client's own, undivided.
+    """
+
+    def __init__(self, config: Config, processor: Any, owns_all_rows: bool) -> None:
+        self.config, self.task, self.processor = config, config.data, processor
+        self.owns_all_rows = owns_all_rows
+        # Of the object, not of the class, which would keep every one of them alive.
+        self.examples = lru_cache(maxsize=None)(self._examples)
+        self.client_examples = lru_cache(maxsize=256)(self._client_examples)
+
+    def _examples(self, split: str) -> Examples:
+        """A split of the whole data set."""
+        return self.task.encode(split, self.processor)
+
+    @cached_property
+    def by_client(self) -> list[np.ndarray]:
+        """Row numbers of the training split by client."""
+        if self.owns_all_rows:
+            return [np.arange(len(self.examples("train")))] * self.config.num_clients
+        partition = self.config.partition
+        groups = self.task.group_numbers(partition.column)
+        return partition.once(groups, self.config.num_clients, self.config.seed)
+
+    def _client_examples(self, client: int) -> dict[str, Examples]:
+        """A client's own train, validation and test rows."""
+        if not 0 <= client < self.config.num_clients:
+            raise ValueError(
+                f"partition-id must be from 0 to num_clients - 1 = {self.config.num_clients - 1}, "
+                f"got {client}"
+            )
+        limit = self.config.evaluation.max_client_rows
+        splits = own_splits(self.by_client[client], self.config.seed, client)
+        train = self.examples("train")
+        return {
+            name: train.select(rows if name == "train" else rows[:limit])
+            for name, rows in splits.items()
+        }
+
+    def training(self, client: int) -> tuple[Examples, int | None]:
+        """A client's rows and its steps a round, null for ``local_epochs`` passes over them.
+
+        Where the strategy pools, they are all clients' rows, for the steps of a round's clients.
+        """
+        config = self.config
+        if not config.strategy.pooled:
+            return self.client_examples(client)["train"], config.local_steps
+        if self.owns_all_rows:
+            raise ValueError("strategy=centralized needs all rows in one place: simulate it")
+        rows = [self.client_examples(c)["train"].rows for c in range(config.num_clients)]
+        pooled = self.examples("train").select(np.concatenate(rows))
+        if config.local_steps is not None:
+            return pooled, config.local_steps * config.cohort_size()
+        batches = math.ceil(len(pooled) / config.batch_size) * (config.local_epochs or 1)
+        return pooled, max(1, round(batches * config.cohort_size() / config.num_clients))

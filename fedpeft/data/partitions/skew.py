@@ -1,0 +1,207 @@
+"""Partitions in which labels, amounts or origins differ from client to client."""
+
+import io
+import warnings
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedpeft.data.partitions.base import (
+    Partition,
+    Rows,
+    cut,
+    drawn,
+    draws,
+    even,
+    first_fitting,
+    table,
+)
+from fedpeft.seeding import generator
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def _apportion(total: int, shares: np.ndarray) -> np.ndarray:
+    """Whole numbers of sum ``total``, each within one of its share (largest remainders)."""
+    exact = total * shares
+    found = np.floor(exact).astype(np.int64)
+    found[np.argsort(found - exact, kind="stable")[: total - found.sum()]] += 1
+    return found
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 1e-6 <= alpha <= 1e6:
+        raise ValueError(f"partition.alpha must be from 1e-6 to 1e6, got {alpha}")
+
+
+@dataclass(frozen=True)
+class Pathological(Partition):
+    """Every client holds rows of a few labels only (arXiv 2102.02079).
+
+    Client i holds label i modulo their number, and others at random; a label's rows are divided
+    evenly among its holders. Drawn again until every label has a holder and every client
+    ``min_size`` rows, as often as ``Dirichlet``.
+
+    Args:
+        classes_per_client: labels that a client holds.
+    """
+
+    classes_per_client: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.classes_per_client < 1:
+            raise ValueError(
+                f"partition.classes_per_client must be >= 1, got {self.classes_per_client}"
+            )
+
+    def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
+        number, each = len(np.unique(labels)), self.classes_per_client
+        self._check_number(number, num_clients)
+        # Rows are shuffled first: each holder would get a block of them in the file's order.
+        order = generator(seed, "partition").permutation(len(labels))
+        shuffled = table(labels[order])
+
+        def draw(seed: int) -> Rows:
+            return [order[held] for held in _pathological(shuffled, each, num_clients, seed)]
+
+        times = draws(num_clients, labels)
+        found = first_fitting(draw, times, len(labels), self.min_size, seed)
+        if found is None:
+            raise ValueError(
+                f"{times} draws of partition.classes_per_client={each} of {number} labels for "
+                f"num_clients={num_clients} all left a label without a client or a client with "
+                f"fewer than partition.min_size={self.min_size} rows: raise classes_per_client, or "
+                "change num_clients"
+            )
+        return found
+
+    def _check_number(self, labels: int, num_clients: int) -> None:
+        each = self.classes_per_client
+        if each > labels:
+            raise ValueError(f"partition.classes_per_client={each}, but there are {labels} labels")
+        if each * num_clients < labels:
+            raise ValueError(
+                f"num_clients={num_clients} of partition.classes_per_client={each} cannot hold "
+                f"all {labels} labels: raise one of them"
+            )
+
+
+def _pathological(rows: "Dataset", classes: int, num_clients: int, seed: int) -> Rows:
+    """One draw; empty where a label has fewer rows than holders."""
+    from flwr_datasets.partitioner import PathologicalPartitioner
+
+    partitioner = PathologicalPartitioner(
+        num_partitions=num_clients,
+        partition_by="label",
+        num_classes_per_partition=classes,
+        class_assignment_mode="first-deterministic",  # as in the paper
+        shuffle=False,
+        seed=seed,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of labels without a holder: drawn again
+        try:
+            return drawn(partitioner, rows)
+        except ValueError:
+            return []
+
+
+@dataclass(frozen=True)
+class Quantity(Partition):
+    """Shares of different size with the same mix of labels (arXiv 2102.02079).
+
+    Every client gets ``min_size`` rows; the others are divided by shares from Dirichlet(alpha).
+
+    Args:
+        alpha: from 1e-6 to 1e6; small is skewed.
+    """
+
+    alpha: float = 0.5
+    min_size: int = field(default=10, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_alpha(self.alpha)
+
+    def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
+        rng = generator(seed, "partition")
+        order = rng.permutation(len(labels))
+        shares = rng.dirichlet(np.full(num_clients, self.alpha))
+        free = len(labels) - num_clients * self.min_size
+        return cut(order, self.min_size + _apportion(free, shares))
+
+
+@dataclass(frozen=True)
+class EqualSize(Partition):
+    """FedPETuning's label skew (arXiv 2212.10025): every client as many rows, of its own mix.
+
+    A client's shares of labels are from Dirichlet(alpha x the labels' shares of all rows), as in
+    its official code; what a label that has run out cannot give is drawn from the rows left, so
+    that the last clients hold what the others did not want. Sizes differ by one row at most; the
+    official code gives the remainder to the last client. flwr-datasets' ``InnerDirichlet`` draws
+    from Dirichlet(alpha), ends in an error where alpha is small and a label has run out, and takes
+    more than a minute for 10,000 clients.
+
+    Args:
+        alpha: from 1e-6 to 1e6; small is skewed.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_alpha(self.alpha)
+
+    def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
+        rng = generator(seed, "partition")
+        _, numbers, totals = np.unique(labels, return_inverse=True, return_counts=True)
+        sizes = even(len(labels), num_clients)
+        counts = _equal_size(sizes, totals, self.alpha, rng)
+        holder = np.empty(len(labels), np.int64)
+        for label in range(len(totals)):
+            rows = rng.permutation(np.flatnonzero(numbers == label))
+            holder[rows] = np.repeat(np.arange(num_clients), counts[:, label])
+        return cut(np.argsort(holder, kind="stable"), sizes)
+
+
+def _equal_size(
+    sizes: np.ndarray, totals: np.ndarray, alpha: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Rows by client and label (clients, labels), of sums ``sizes`` and ``totals``."""
+    prior, left = alpha * totals / totals.sum(), totals
+    counts = np.zeros((len(sizes), len(totals)), np.int64)
+    for client, size in enumerate(sizes):
+        held = np.minimum(_apportion(size, rng.dirichlet(prior)), left)
+        held = held + rng.multivariate_hypergeometric(left - held, size - held.sum())
+        counts[client], left = held, left - held
+    return counts
+
+
+@dataclass(frozen=True)
+class Natural(Partition):
+    """Each value of ``column`` is a client: a person, a site, a package.
+
+    Values with fewer than ``min_size`` rows are no client's, and their rows are not used.
+    """
+
+    def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
+        from flwr_datasets.partitioner import NaturalIdPartitioner
+
+        if self.column is None:
+            raise ValueError("partition.column is not set: name the one whose values are clients")
+        sizes = np.bincount(labels)
+        able = int((sizes >= self.min_size).sum())
+        if able != num_clients:
+            raise ValueError(
+                f"partition.column={self.column} has {able} values of at least partition.min_size="
+                f"{self.min_size} rows ({int((sizes > 0).sum())} in all), but num_clients="
+                f"{num_clients}: each is a client, so both must be equal"
+            )
+        rows = np.flatnonzero(sizes[labels] >= self.min_size)
+        with redirect_stderr(io.StringIO()):  # it draws a progress bar
+            found = drawn(NaturalIdPartitioner("label"), table(labels[rows]))
+        return [rows[part] for part in found]

@@ -1,0 +1,1 @@
+"""Rows: read, checked, cached, and put into templates."""

@@ -1,0 +1,124 @@
+"""Tables from a folder, a file or the hub, with one clear sentence when none of them is there."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedpeft.models.hub import reachable
+from fedpeft.seeding import generator
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")  # train-00000-of-00001, as hubs write
+READERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
+
+
+def load_tables(path: str, subset: str | None, revision: str | None) -> "dict[str, Dataset]":
+    """All splits of a local folder or file or, where none is there, of a hub data set.
+
+    In a folder of tables (``train.parquet``, ``validation_matched-00000-of-00001.parquet``) the
+    files' names are the splits'; any other layout is read as ``datasets.load_dataset`` reads it,
+    folders of images with it. A single file is the split ``train``.
+
+    Raises:
+        ValueError: nothing can be read there, or the hub cannot be reached.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    local = check_path(path)
+    if local.is_file():
+        return _read(path, {"train": [local]})
+    if local.is_dir():
+        return _read(path, _split_files(local))
+    return _from_hub(path, subset, revision)
+
+
+def check_path(path: str) -> Path:
+    """The path without ``~``; raises ValueError if it can be no hub name and is not there."""
+    local = Path(path).expanduser()
+    if path.startswith((".", "/", "~")) and not local.exists():
+        raise ValueError(f"data.path={path} is no folder or file")
+    return local
+
+
+def marks(path: str) -> list[tuple[str, int, int]] | None:
+    """Name, size and time of change of every file at a local path; null for a hub name."""
+    local = Path(path).expanduser()
+    if not local.exists():
+        return None
+    files = [local] if local.is_file() else sorted(f for f in local.rglob("*") if f.is_file())
+    return [(str(f), (stat := f.stat()).st_size, stat.st_mtime_ns) for f in files]
+
+
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    """Split names and files, or nothing where the names do not say."""
+    tables: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in READERS and not file.name.startswith("."):
+            tables.setdefault(_SHARD.sub("", file.stem), []).append(file)
+    return tables if all(split.isidentifier() for split in tables) else {}
+
+
+def _read(path: str, files: dict[str, list[Path]]) -> "dict[str, Dataset]":
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    kinds = {file.suffix for parts in files.values() for file in parts}
+    if len(kinds) > 1 or kinds - READERS.keys():
+        raise ValueError(
+            f"data.path={path} holds {', '.join(sorted(kinds))}: give files of one kind, "
+            f"one of {', '.join(READERS)}"
+        )
+    try:
+        if files:  # one by one: together, all would have to have the same columns
+            kind = READERS[kinds.pop()]
+            return {
+                split: datasets.load_dataset(kind, data_files=[str(f) for f in parts])["train"]
+                for split, parts in files.items()
+            }
+        return {str(k): v for k, v in datasets.load_dataset(str(Path(path).expanduser())).items()}
+    except (OSError, ValueError, DatasetsError) as error:
+        cause = error.__cause__ or error
+        first = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise ValueError(
+            f"data.path={path} cannot be read as parquet, CSV, JSON lines or images: {first}"
+        ) from error
+
+
+def _from_hub(path: str, subset: str | None, revision: str | None) -> "dict[str, Dataset]":
+    import datasets.config
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants
+
+    if not reachable():  # then only its cache, without minutes of retries
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        found = datasets.load_dataset(path, subset, revision=revision)
+    except (OSError, ValueError, DatasetsError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        wanted = f"{path}" + (f" --revision {revision}" if revision else "")
+        inside = f"--include '{subset}/*' " if subset else ""
+        folder = f"FOLDER/{subset}" if subset else "FOLDER"
+        raise ValueError(
+            f"data set {path} is no folder here and cannot be had from the hub "
+            f"({type(error).__name__}: {first}): where there is a network, run `hf download "
+            f"{wanted} --repo-type dataset {inside}--local-dir FOLDER`, then give "
+            f"data.path={folder}"
+        ) from error
+    return {str(split): table for split, table in found.items()}
+
+
+def subsample(table: "Dataset", rows: int | None, purpose: str) -> "Dataset":
+    """At most ``rows`` rows, the same ones in every run, in their order."""
+    if rows is None or rows >= len(table):
+        return table
+    return table.select(np.sort(generator(0, purpose).permutation(len(table))[:rows]))
+
+
+def values(rows: "Dataset", column: str) -> list[Any]:
+    """All values of a column as Python objects; ``rows[column]`` is lazy and slow."""
+    return rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()

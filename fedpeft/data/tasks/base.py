@@ -1,0 +1,105 @@
+"""What a model learns from rows: their encoding, the loss, and what is measured."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from fedpeft.data.batching import Batch, Examples
+from fedpeft.data.rows.cache import cached, recipe
+from fedpeft.data.rows.source import Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Outputs = Sequence[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Task(Source):
+    """A kind of task: a source of rows, and what a model learns from them.
+
+    Args:
+        metrics: names of ``fedpeft.metrics``; the first is the headline.
+    """
+
+    metrics: list[str] = field(default_factory=list)
+
+    auto_class: ClassVar[str]
+    measures: ClassVar[tuple[str, ...]]  # what ``metrics`` can name
+    reads_rows: ClassVar[bool] = False  # whether ``score`` needs more of rows than their arrays
+    needs: ClassVar[str] = "tokenizer"  # or image_processor: the model's part that encodes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := [name for name in self.metrics if name not in self.measures]:
+            raise ValueError(
+                f"data.metrics of {type(self).__name__} must be of {', '.join(self.measures)}, "
+                f"got {unknown[0]}"
+            )
+        if not self.metrics:
+            raise ValueError("data.metrics must name at least one, got []")
+
+    @abstractmethod
+    def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
+        """Rows encoded as the arrays of ``Examples``."""
+
+    @abstractmethod
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The model's output in float32, (sequences, ...): all that ``loss`` asks of it."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss of a batch, a scalar."""
+
+    @abstractmethod
+    def evaluate_batch(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """What ``score`` needs of each row, (B, ...)."""
+
+    @abstractmethod
+    def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
+        """Loss and metrics over batches of ``evaluate_batch``, whose ``row`` numbers ``rows``."""
+
+    @property
+    def num_labels(self) -> int | None:
+        """Outputs of the model's head, if the task needs one."""
+        return None
+
+    @property
+    def selects(self) -> tuple[str, int]:
+        """The measure that chooses the best round, and 1 if more is better, -1 if less."""
+        return self.metrics[0], 1
+
+    @property
+    def headline(self) -> str:
+        """The measure by which methods are compared."""
+        return self.metrics[0]
+
+    def generates(self, last: bool) -> bool:
+        """Whether a round's evaluation also generates text.
+
+        A task that does has ``generate_batch`` and ``score_generated`` too: see
+        ``InstructionTuning``.
+        """
+        return False
+
+    def baseline(self, train: np.ndarray, rows: np.ndarray) -> float | None:
+        """The headline measure of a constant answer, given the labels; None if there is none."""
+        return None
+
+    def encode(self, split: str, processor: Any) -> Examples:
+        """A split's rows, encoded once for all processes and starts."""
+        arrays = cached(
+            [self._recipe(), recipe(processor), self.sha256(split)],
+            lambda: self.arrays(self.split_rows(split), processor),
+        )
+        return Examples.whole(arrays, split, getattr(processor, "pad_token_id", None) or 0)
+
+    def _recipe(self) -> str:
+        """The class and those of its fields that say how, not where from."""
+        source = {f.name for f in fields(Task)} - {"label"}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in source}
+        return f"{type(self).__module__}.{type(self).__qualname__} {own}"

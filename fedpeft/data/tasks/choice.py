@@ -1,0 +1,176 @@
+"""Multiple choice: COPA's two alternatives, ReCoRD's entities, any number of candidates a row."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from fedpeft.data.batching import REPORTED, Batch, flat
+from fedpeft.data.rows.tables import values
+from fedpeft.data.rows.templates import prompt_tokens, rendered, template_columns
+from fedpeft.data.tasks.base import Outputs, Task
+from fedpeft.data.tasks.classification import join
+from fedpeft.data.tasks.instruction import sequences
+from fedpeft.data.tasks.language import next_tokens, token_sums
+from fedpeft.data.tasks.text import model_logits
+from fedpeft.metrics import TEXTS, measure
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class MultipleChoice(Task):
+    """The best of a row's candidates; cross-entropy over their scores.
+
+    Args:
+        choices: columns with a candidate each, or one column with a list of them.
+        prompt: Jinja template over the columns, what comes before a candidate.
+        candidate: Jinja template of the candidate itself; ``choice`` is its text.
+        answers: column with a list of the right candidates' texts; null where ``label`` is the
+            number of the right one. With it, ``label`` only serves to partition, and may be null.
+        scoring: ``head`` scores a pair of texts by a new output layer, for encoders;
+            ``likelihood`` by the mean log-likelihood of the candidate's tokens after the prompt,
+            for decoders, as the FedTT paper's LLaMA runs do.
+        max_length: tokens of a prompt with a candidate.
+    """
+
+    choices: list[str] = field(default_factory=lambda: ["choice1", "choice2"])
+    prompt: str = "{{ premise }}"
+    candidate: str = "{{ choice }}"
+    answers: str | None = None
+    scoring: str = "head"
+    max_length: int = 128
+    metrics: list[str] = field(default_factory=lambda: ["accuracy"])
+
+    measures = ("accuracy", *TEXTS)
+    reads_rows = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scoring not in ("head", "likelihood"):
+            raise ValueError(f"data.scoring must be head or likelihood, got {self.scoring}")
+        if self.max_length < 4:
+            raise ValueError(f"data.max_length must be >= 4, got {self.max_length}")
+        if self.answers is None and self.label is None:
+            raise ValueError("data.label or data.answers must say which candidate is right")
+
+    @property
+    def auto_class(self) -> str:  # type: ignore[override]
+        """A classifier of one output, or a language model."""
+        head = self.scoring == "head"
+        return "AutoModelForSequenceClassification" if head else "AutoModelForCausalLM"
+
+    @property
+    def num_labels(self) -> int | None:
+        return 1 if self.scoring == "head" else None
+
+    def columns(self) -> list[str]:
+        named = {*template_columns(self.prompt), *template_columns(self.candidate)} - {"choice"}
+        return [*dict.fromkeys([*sorted(named), *self.choices, *filter(None, [self.answers])])]
+
+    def candidates(self, rows: "Dataset") -> list[list[str]]:
+        """Texts of each row's candidates, each once."""
+        if len(self.choices) == 1:
+            return [list(dict.fromkeys(found or [])) for found in values(rows, self.choices[0])]
+        return [list(found) for found in zip(*(values(rows, c) for c in self.choices), strict=True)]
+
+    def right(self, rows: "Dataset") -> list[list[int]]:
+        """Numbers of each row's right candidates."""
+        found = self.candidates(rows)
+        if self.answers is None:
+            return [
+                [label] if isinstance(label, int) and 0 <= label < len(candidates) else []
+                for label, candidates in zip(values(rows, self.target), found, strict=True)
+            ]
+        return [
+            [i for i, text in enumerate(candidates) if text in (answers or [])]
+            for candidates, answers in zip(found, values(rows, self.answers), strict=True)
+        ]
+
+    def problems(self, rows: "Dataset") -> dict[int, str]:
+        found = super().problems(rows)
+        for i, (texts, right) in enumerate(
+            zip(self.candidates(rows), self.right(rows), strict=True)
+        ):
+            if len(texts) < 2:
+                found.setdefault(i, f"has {len(texts)} candidates, needs 2")
+            elif not right:
+                column = self.answers or self.target
+                found.setdefault(i, f"has {column} {rows[i][column]}: no candidate's")
+        return found
+
+    def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
+        """One sequence a candidate; ``right`` marks the right ones (sequences,)."""
+        candidates, right = self.candidates(rows), self.right(rows)
+        row = [i for i, texts in enumerate(candidates) for _ in texts]
+        repeated = rows.select(np.asarray(row, np.int64))
+        prompts = rendered(self.prompt, repeated)
+        texts = rendered(self.candidate, repeated, choice=[t for c in candidates for t in c])
+        marks = [j in r for r, c in zip(right, candidates, strict=True) for j in range(len(c))]
+        groups = np.cumsum([0, *map(len, candidates)]).astype(np.int64)
+        found = self._encoded(prompts, texts, processor)
+        cut = {n: np.logical_or.reduceat(found[n], groups[:-1]) for n in REPORTED if n in found}
+        return found | cut | {"groups": groups, "right": np.asarray(marks)}
+
+    def _encoded(
+        self, prompts: list[str], texts: list[str], tokenizer: Any
+    ) -> dict[str, np.ndarray]:
+        if self.scoring == "head":
+            found = tokenizer(prompts, texts, truncation=True, max_length=self.max_length)
+            return flat(found["input_ids"])
+        answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        given = prompt_tokens(prompts, tokenizer)
+        return sequences(given, answers, self.max_length, self.max_length // 2)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model_logits(model, batch)
+
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(B, most candidates of a row), -inf where a row has fewer."""
+        if self.scoring == "head":
+            flat_scores = model_logits(model, batch).squeeze(-1)
+        else:
+            sums = token_sums(*next_tokens(model, batch))
+            flat_scores = -sums["loss"] / sums["count"]
+        return _by_row(flat_scores, batch["choices"], float("-inf"))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self._losses(self.scores(model, batch), batch).mean()
+
+    def _losses(self, scores: Tensor, batch: Batch) -> Tensor:
+        """-log of the right candidates' share of the softmax, (B,)."""
+        right = _by_row(batch["right"], batch["choices"], False)
+        wanted = scores.masked_fill(~right, float("-inf"))
+        return scores.logsumexp(-1) - wanted.logsumexp(-1)
+
+    def evaluate_batch(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """loss, prediction (number of the candidate) and whether it is right, each (B,)."""
+        scores = self.scores(model, batch)
+        prediction = scores.argmax(-1)
+        right = _by_row(batch["right"], batch["choices"], False)
+        hit = right.gather(1, prediction.unsqueeze(1)).squeeze(1)
+        return {"loss": self._losses(scores, batch), "prediction": prediction, "hit": hit}
+
+    def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
+        """Mean loss; ``accuracy`` of the choice, and text metrics of the chosen candidate."""
+        joined = join(outputs)
+        chosen = rows.select(joined["row"].numpy())
+        candidates, right = self.candidates(chosen), self.right(chosen)
+        texts = [c[p] for c, p in zip(candidates, joined["prediction"].tolist(), strict=True)]
+        answers = [[c[j] for j in r] for c, r in zip(candidates, right, strict=True)]
+        hits = joined["hit"].int().tolist()
+        found = {
+            name: measure(name, hits, [1] * len(hits))
+            if name == "accuracy"
+            else measure(name, texts, answers)
+            for name in self.metrics
+        }
+        return {"loss": float(joined["loss"].double().mean())} | found
+
+
+def _by_row(values: Tensor, sizes: Tensor, fill: float | bool) -> Tensor:
+    """(sequences,) to (B, most sequences of a row)."""
+    groups = values.split(sizes.tolist())
+    return nn.utils.rnn.pad_sequence(list(groups), True, fill)

@@ -1,0 +1,129 @@
+"""Classification of anything into named classes: labels, loss and metrics."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedpeft.data.batching import Batch
+from fedpeft.data.rows.tables import values
+from fedpeft.data.tasks.base import Outputs, Task
+from fedpeft.metrics import LABELS, measure
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """One of several classes a row.
+
+    Args:
+        labels: class names in order; taken from the data if empty.
+    """
+
+    labels: list[str] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=lambda: ["accuracy", "f1_macro"])
+
+    measures = tuple(LABELS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.labels) == 1:
+            raise ValueError(f"data.labels must name two classes or more, got {self.labels[0]}")
+
+    @cached_property
+    def label_names(self) -> list[str]:
+        """Class names by number: ``labels``, the column's own names, or its sorted values.
+
+        Raises:
+            ValueError: there is only one.
+        """
+        return list(self.labels) or self.remembered("labels", self._found_labels)
+
+    def _found_labels(self) -> list[str]:
+        rows = self.as_given(self.train_split)
+        self.check_columns(self.train_split, rows)
+        names = getattr(rows.features[self.target], "names", None)
+        if not names:
+            names = [
+                str(v) for v in sorted({v for v in values(rows, self.target) if v is not None})
+            ]
+        if len(names) < 2:
+            raise ValueError(
+                f"column {self.target} of {self.folder()} has only the label {', '.join(names)}: "
+                "classification needs two"
+            )
+        return list(names)
+
+    @property
+    def num_labels(self) -> int | None:
+        """Classes for the model's head."""
+        return len(self.label_names)
+
+    def class_numbers(self, rows: "Dataset") -> np.ndarray:
+        """Labels as int64 (rows,), -1 for one that is none of ``label_names``."""
+        given = values(rows, self.target)
+        named = getattr(rows.features[self.target], "names", None)
+        digits = all(name.removeprefix("-").isdigit() for name in self.label_names)
+        whole = all(v is None or isinstance(v, int) for v in given)
+        index = {name: i for i, name in enumerate(self.label_names)}
+        if whole and named and index.keys() <= set(named):  # some of its own, in any order
+            given = [named[v] if v is not None and 0 <= v < len(named) else None for v in given]
+        elif whole and (named or not digits):
+            numbers = np.asarray([-1 if v is None else v for v in given], np.int64)
+            return np.where(numbers < len(self.label_names), np.maximum(numbers, -1), -1)
+        # names, or numbers that are names themselves, such as ratings from 1 to 5
+        return np.array([index.get(str(value), -1) for value in given], np.int64)
+
+    def _recipe(self) -> str:
+        """With the names that ``labels`` leaves to train's rows: they number the others' too."""
+        return f"{super()._recipe()} {self.label_names}"
+
+    def problems(self, rows: "Dataset") -> dict[int, str]:
+        found = super().problems(rows)
+        given = values(rows, self.target)
+        for i in np.flatnonzero(self.class_numbers(rows) < 0):
+            found.setdefault(
+                int(i),
+                f"has label {given[i]}, which is none of the {len(self.label_names)} labels "
+                f"{', '.join(self.label_names)}",
+            )
+        return found
+
+    def grouped(self, column: str | None) -> tuple[np.ndarray, list[str]]:
+        if column in (None, self.target):
+            return self.class_numbers(self.train_rows), self.label_names
+        return super().grouped(column)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(self.logits(model, batch), batch["labels"])
+
+    def evaluate_batch(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """loss, prediction and label, each (B,)."""
+        logits = self.logits(model, batch)
+        return {
+            "loss": nn.functional.cross_entropy(logits, batch["labels"], reduction="none"),
+            "prediction": logits.argmax(-1),
+            "label": batch["labels"],
+        }
+
+    def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
+        """Mean loss, and ``metrics`` of the predicted classes."""
+        joined = join(outputs)
+        predicted, labels = joined["prediction"].tolist(), joined["label"].tolist()
+        found = {name: measure(name, predicted, labels) for name in self.metrics}
+        return {"loss": float(joined["loss"].double().mean())} | found
+
+    def baseline(self, train: np.ndarray, rows: np.ndarray) -> float | None:
+        """Always answering the commonest label of ``train``."""
+        commonest = int(np.bincount(train).argmax())
+        return measure(self.headline, [commonest] * len(rows), rows.tolist())
+
+
+def join(outputs: Outputs) -> dict[str, Tensor]:
+    """Batches of per-row outputs as one, on the CPU."""
+    return {key: torch.cat([batch[key] for batch in outputs]).cpu() for key in outputs[0]}

@@ -1,0 +1,140 @@
+"""Image classification: folders or tables of images, each image once, whatever its file."""
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from fedpeft.data.batching import Batch
+from fedpeft.data.rows.cache import cached, content_sha256
+from fedpeft.data.rows.source import Source
+from fedpeft.data.rows.tables import values
+from fedpeft.data.tasks.classification import Classification
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BROKEN = "-"
+AT_ONCE = 256  # images decoded at a time
+
+
+@dataclass(frozen=True)
+class ImageClassification(Classification):
+    """One class an image.
+
+    Args:
+        image: column of the image: a path, encoded bytes, or what ``datasets`` stores.
+        duplicates: images whose pixels stand twice: ``drop`` leaves out repeats within a split,
+            and of train and validation what stands in a test split too; ``keep`` keeps all.
+    """
+
+    image: str = "image"
+    duplicates: str = "drop"
+    validation_split: str | None = None
+    validation_fraction: float = 0.1
+    metrics: list[str] = field(default_factory=lambda: ["f1_macro", "f1_weighted", "accuracy"])
+
+    auto_class = "AutoModelForImageClassification"
+    needs = "image_processor"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.duplicates not in ("drop", "keep"):
+            raise ValueError(f"data.duplicates must be drop or keep, got {self.duplicates}")
+
+    def columns(self) -> list[str]:
+        return [self.image]
+
+    @cached_property
+    def tables(self) -> "dict[str, Dataset]":
+        from datasets import Image
+
+        found = Source.tables.func(self)  # type: ignore[attr-defined]
+        return {
+            split: rows.cast_column(self.image, Image(decode=False))
+            if self.image in rows.column_names
+            else rows
+            for split, rows in found.items()
+        }
+
+    def _hashes(self, rows: "Dataset") -> list[str]:
+        """sha256 of each image's size and RGB pixels; BROKEN for one that is none."""
+        found = cached(
+            ["pixels", content_sha256(rows, [self.image])],
+            lambda: {
+                "hashes": np.array([_pixels_sha256(value) for value in values(rows, self.image)])
+            },
+        )
+        return found["hashes"].tolist()
+
+    def problems(self, rows: "Dataset") -> dict[int, str]:
+        found = {
+            i: f"has a broken {self.image}"
+            for i, value in enumerate(self._hashes(rows))
+            if value == BROKEN
+        }
+        return super().problems(rows) | found
+
+    def _checked(self, split: str, rows: "Dataset") -> "Dataset":
+        rows = super()._checked(split, rows)
+        if self.duplicates == "keep":
+            return rows
+        seen: set[str] = set()
+        tests = {self.test_split, *self.extra_tests.values()} & self.tables.keys()
+        if split not in tests:
+            for test in sorted(tests):
+                seen.update(self._hashes(self._table(test)))
+        kept = []
+        for i, value in enumerate(self._hashes(rows)):
+            if value not in seen:
+                kept.append(i)
+            seen.add(value)
+        if len(kept) < len(rows):
+            self.skipped[f"is a repeat in {split}"] = len(rows) - len(kept)
+        return rows.select(np.asarray(kept, np.int64))
+
+    def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
+        """Resized ``pixels`` uint8 (rows, 3, H, W); ``scale``, ``shift`` (rows, 3) normalise."""
+        images = values(rows, self.image)
+        parts = [_resized(images[i : i + AT_ONCE], processor) for i in range(0, len(rows), AT_ONCE)]
+        mean, std = np.asarray(processor.image_mean), np.asarray(processor.image_std)
+        if not processor.do_normalize:
+            mean, std = np.zeros_like(mean), np.ones_like(std)
+        factor = processor.rescale_factor if processor.do_rescale else 1
+        normalisation = {"scale": factor / std, "shift": -mean / std}
+        return {"pixels": np.concatenate(parts), "labels": self.class_numbers(rows)} | {
+            name: np.tile(value.astype(np.float32), (len(rows), 1))
+            for name, value in normalisation.items()
+        }
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        scale, shift = (batch[name][:, :, None, None] for name in ("scale", "shift"))
+        return model(pixel_values=batch["pixels"] * scale + shift).logits.float()
+
+
+def _resized(values: list[dict[str, Any]], processor: Any) -> np.ndarray:
+    images = [_decoded(value) for value in values]
+    found = processor(images, do_rescale=False, do_normalize=False, return_tensors="np")
+    return np.clip(np.rint(found["pixel_values"]), 0, 255).astype(np.uint8)
+
+
+def _decoded(value: dict[str, Any]) -> Any:
+    """A PIL image in RGB."""
+    import io
+
+    from PIL import Image
+
+    source = io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]
+    with Image.open(source) as image:
+        return image.convert("RGB")
+
+
+def _pixels_sha256(value: dict[str, Any] | None) -> str:
+    try:
+        image = _decoded(value or {})
+    except Exception:  # Pillow's readers raise all kinds for broken files
+        return BROKEN
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()

@@ -1,0 +1,90 @@
+"""Language modelling: the next token of any table of texts."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from fedpeft.data.batching import Batch
+from fedpeft.data.tasks.base import Outputs
+from fedpeft.data.tasks.text import Texts, docstrings_folder, model_logits
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def next_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits (B, L-1, V) and their targets (B, L-1): -100 on padding and on prompts."""
+    logits = model_logits(model, batch)[:, :-1]
+    ignored = batch["attention_mask"] == 0
+    if "prompts" in batch:
+        place = ignored.new_ones(ignored.shape).cumsum(-1)  # 1, 2, ... in every row
+        ignored = ignored | (place <= batch["prompts"].unsqueeze(-1))
+    return logits, batch["input_ids"].masked_fill(ignored, -100)[:, 1:]
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy over the batch's predicted tokens, a scalar."""
+    logits, targets = next_tokens(model, batch)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def token_sums(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Sums over the predicted tokens of each row: loss, correct, count (B,)."""
+    loss = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    return {
+        "loss": loss.sum(-1),
+        "correct": (logits.argmax(-1) == targets).sum(-1),
+        "count": (targets != -100).sum(-1),
+    }
+
+
+def token_means(outputs: Outputs) -> dict[str, float]:
+    """Mean loss and share of right next tokens (teacher-forced) over all predicted tokens."""
+    total = {
+        key: float(sum(batch[key].double().sum() for batch in outputs))
+        for key in ("loss", "correct", "count")
+    }
+    return {
+        "loss": total["loss"] / total["count"],
+        "token_accuracy": total["correct"] / total["count"],
+    }
+
+
+@dataclass(frozen=True)
+class LanguageModelling(Texts):
+    """Next-token prediction on a column of texts; ``label`` only serves to partition them."""
+
+    metrics: list[str] = field(default_factory=lambda: ["token_accuracy"])
+
+    measures = ("token_accuracy",)
+    auto_class = "AutoModelForCausalLM"
+
+    def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
+        return self.tokenised(rows, processor)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return next_token_loss(model, batch)
+
+    def evaluate_batch(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Sums over the tokens of each row: loss, correct, count (B,)."""
+        return token_sums(*next_tokens(model, batch))
+
+    def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
+        """Mean loss and share of right next tokens (teacher-forced) over all tokens."""
+        return token_means(outputs)
+
+
+@dataclass(frozen=True)
+class DocstringsLM(LanguageModelling):
+    """Language modelling of the embedded data set's sentences.
+
+    Args:
+        rows_per_label: rows a package, 80 % of them for training.
+    """
+
+    rows_per_label: int = 1000
+
+    def folder(self) -> str:
+        return docstrings_folder(self.rows_per_label)

@@ -1,0 +1,59 @@
+"""Methods that train small matrices between frozen bases: the bases are the same everywhere."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from fedpeft.methods.base import Method
+from fedpeft.models.sites import (
+    attention_projections,
+    freeze_all_but_head,
+    linear_weight,
+    replace,
+)
+from fedpeft.nn.cores import BASES, CoreAdapter
+
+
+@dataclass(frozen=True)
+class Cores(Method):
+    """``CoreAdapter`` on the attention's ``targets``.
+
+    Args:
+        rank: r >= 1 of each r x r matrix.
+        targets: q, k, v, o or ends of module names.
+        init: of the bases, ``svd`` or ``orthogonal``.
+    """
+
+    scaled: ClassVar[bool] = False
+
+    rank: int = 64
+    targets: list[str] = field(default_factory=lambda: ["q", "v"])
+    init: str = "svd"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be >= 1, got {self.rank}")
+        if not self.targets:
+            raise ValueError("targets must name at least one projection, got []")
+        if self.init not in BASES:
+            raise ValueError(f"init must be one of {', '.join(BASES)}, got {self.init}")
+
+    def num_heads(self) -> int:
+        """How many r x r matrices a module has."""
+        return 1
+
+    def inject(self, model: nn.Module) -> nn.Module:
+        freeze_all_but_head(model)
+        for name in attention_projections(model, self.targets):
+            layer = model.get_submodule(name)
+            weight, _, transposed = linear_weight(layer)
+            weight = weight.T if transposed else weight
+            adapter = CoreAdapter(
+                layer, weight, self.rank, self.num_heads(), self.init, self.scaled
+            )
+            replace(model, name, adapter)
+        return model
+
+    def effective(self, module: nn.Module) -> Tensor | None:
+        return module.dense() if isinstance(module, CoreAdapter) else None

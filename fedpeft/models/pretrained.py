@@ -1,0 +1,285 @@
+"""Base models with their tokenizers and image processors: pure in (configuration, seed)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedpeft.models.architectures import check_fits, check_modality
+from fedpeft.models.chat import set_template
+from fedpeft.models.hub import fetching, one_sentence, weights_sha256
+from fedpeft.models.pooling import MeanPooledClassifier
+from fedpeft.models.precision import checkpoint_blocks, quantisation
+from fedpeft.models.sites import head_names
+from fedpeft.seeding import torch_seed
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A transformers model: a local folder, a hub name, or a folder inside a Python package.
+
+    Args:
+        path: folder or hub name; wins over ``package``.
+        revision: the hub model's commit or tag.
+        package: ``module/folder`` of an installed package that carries the weights.
+        extra: the extra of fedpeft that installs ``package``.
+        sha256: of the package's ``model.safetensors``, checked before it is loaded.
+        architecture: the published configuration (``model_type`` and its fields), enough to count
+            parameters on the meta device, or to build the model with random weights.
+        random: build from ``architecture`` (or the folder's configuration) with random weights.
+        settings: configuration fields to set on top, e.g. dropout probabilities.
+        pooling: ``mean`` reads a classifier off the mean of the last layer's tokens, as sentence
+            encoders are trained; null takes the architecture's own classifier.
+        tokenizer_path: folder or hub name of the tokenizer or image processor, if not the model's.
+        dtype: of the frozen weights: ``float32`` or ``bfloat16``, which needs ``precision=bf16``.
+            The task head, which trains, is float32 in both.
+        load_in: ``8bit`` or ``4bit`` (NF4) quantises the linear layers but for the head, by
+            bitsandbytes on a GPU; null does not.
+        gradient_checkpointing: keep only the blocks' inputs while training and compute the rest
+            again for the gradient: less memory, a third more work.
+        chat_template: a Jinja template of conversations, in place of the tokenizer's own.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    package: str | None = None
+    extra: str | None = None
+    sha256: str | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
+    random: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    pooling: str | None = None
+    tokenizer_path: str | None = None
+    dtype: str = "float32"
+    load_in: str | None = None
+    gradient_checkpointing: bool = False
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooling not in (None, "mean"):
+            raise ValueError(f"pooling must be mean or null, got {self.pooling}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype}")
+        if self.load_in not in (None, "8bit", "4bit"):
+            raise ValueError(f"load_in must be 8bit, 4bit or null, got {self.load_in}")
+        if self.load_in is not None and self.random:
+            raise ValueError(f"load_in={self.load_in} is for pretrained weights: set random=false")
+
+    def source(self) -> str:
+        """The folder or hub name that transformers gets.
+
+        Raises:
+            ValueError: neither path nor package is set, or the package is not installed.
+        """
+        if self.path is not None:
+            return _checked(self.path, "model.path", "config.json")
+        if self.package is None:
+            raise ValueError("model.path is not set: give a transformers folder or a hub name")
+        module, _, inner = self.package.partition("/")
+        spec = find_spec(module)
+        if spec is None or spec.origin is None:
+            raise ValueError(
+                f"the package {module} with the default model is not installed: "
+                f"install fedpeft with its extra [{self.extra}], or set model.path"
+            )
+        return str(Path(spec.origin).parent / inner)
+
+    def config(self, num_labels: int | None, of_weights: bool = False) -> Any:
+        """The transformers configuration.
+
+        Args:
+            of_weights: the one beside the weights; else the published one where they may not be
+                at hand, which needs no network.
+        """
+        from transformers import AutoConfig, logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        extra = {} if num_labels is None else {"num_labels": num_labels}
+        if self.architecture and (self.random or not (of_weights or self._is_local())):
+            fields = dict(self.architecture)
+            config = AutoConfig.for_model(fields.pop("model_type"), **fields, **extra)
+        else:
+            source = self.source()
+            with one_sentence(source, self.revision):
+                config = AutoConfig.from_pretrained(
+                    source, **extra, **fetching(source, self.revision)
+                )
+        for key, value in self.settings.items():
+            if not hasattr(config, key):
+                raise ValueError(f"model.settings.{key} is no field of {type(config).__name__}")
+            setattr(config, key, value)
+        return config
+
+    def _is_local(self) -> bool:
+        if self.path is None:
+            return self.package is not None
+        return Path(self.path).expanduser().is_dir()
+
+    def _name(self) -> str:
+        return self.path or self.package or "the model"
+
+    def check_precision(self, precision: str) -> None:
+        """Checks that the computation's ``precision``, fp32 or bf16, suits the weights.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self.dtype == "bfloat16" and precision != "bf16":
+            raise ValueError(f"model.dtype=bfloat16 needs precision=bf16, got {precision}")
+        if precision == "fp32" or self.dtype == "bfloat16":
+            return
+        if self.config(None).model_type == "deberta":  # it masks with float32's least number
+            raise ValueError(
+                f"{self._name()} (deberta) computes with precision=bf16 only on weights of "
+                "model.dtype=bfloat16, got float32"
+            )
+
+    def build_meta(self, auto_class: str, num_labels: int | None) -> nn.Module:
+        """The architecture without weights, to count parameters."""
+        config = self.config(num_labels)
+        with torch.device("meta"):
+            return self._built(auto_class, config, lambda f: f.from_config(config))
+
+    def build(self, auto_class: str, num_labels: int | None, seed: int) -> nn.Module:
+        """The model on the CPU, or on the GPU if quantised; new parts, e.g. the head, are seeded.
+
+        Raises:
+            ValueError: the weights cannot be had, differ from ``sha256``, are of an architecture
+                that does not fit the task, or cannot be quantised here.
+        """
+        config = self.config(num_labels, of_weights=True)
+        load = self._at_random(config) if self.random else self._from_files(auto_class, config)
+        with torch_seed(seed, "model"):
+            model = self._built(auto_class, config, load)
+        for name in head_names(model):
+            model.get_submodule(name).float()
+        if self.gradient_checkpointing:
+            checkpoint_blocks(model)
+        return model
+
+    def _at_random(self, config: Any) -> Callable[[Any], nn.Module]:
+        dtype = DTYPES[self.dtype]
+        return lambda auto: auto.from_config(config, dtype=dtype).to(dtype)
+
+    def _from_files(self, auto_class: str, config: Any) -> Callable[[Any], nn.Module]:
+        source = self.source()
+        self._check_hash(source)
+        settings: dict[str, Any] = {"config": config, "dtype": DTYPES[self.dtype]}
+        if self.load_in is not None:
+            with torch.device("meta"):
+                shape = self._built(auto_class, config, lambda f: f.from_config(config))
+            settings["quantization_config"] = quantisation(self.load_in, shape)
+
+        def load(auto: Any) -> nn.Module:
+            with one_sentence(source, self.revision):
+                return auto.from_pretrained(source, **settings, **fetching(source, self.revision))
+
+        return load
+
+    def _built(self, auto_class: str, config: Any, load: Callable[[Any], nn.Module]) -> nn.Module:
+        import transformers
+
+        check_fits(auto_class, config, self._name())
+        if self.pooling == "mean" and auto_class == "AutoModelForSequenceClassification":
+            return MeanPooledClassifier(load(transformers.AutoModel))
+        return load(getattr(transformers, auto_class))
+
+    def tokenizer(self) -> Any:
+        """The fast tokenizer, with a padding token and a chat template.
+
+        Raises:
+            ValueError: the model reads images, the tokenizer cannot be had, or the template is
+                not Jinja.
+        """
+        from transformers import AutoTokenizer
+
+        tokenizer = self._processor(AutoTokenizer, "tokenizer")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        set_template(tokenizer, self.chat_template)
+        return tokenizer
+
+    def image_processor(self) -> Any:
+        """The image processor on PIL alone, giving (B, C, H, W) ``pixel_values``.
+
+        A random model without files gets squares of its configuration's size with mean and
+        standard deviation 0.5. Grey images are made RGB for a model of three channels.
+
+        Raises:
+            ValueError: the model reads text, or the processor cannot be had.
+        """
+        from transformers import AutoImageProcessor
+
+        here = self._is_local() and (Path(self.source()) / "preprocessor_config.json").is_file()
+        if self.random and self.tokenizer_path is None and not here:
+            processor = self._plain_image_processor()
+        else:
+            processor = self._processor(AutoImageProcessor, "image processor", backend="pil")
+        processor.do_convert_rgb = len(processor.image_mean) == 3
+        return processor
+
+    def _plain_image_processor(self) -> Any:
+        from transformers import ViTImageProcessorPil
+
+        config = self.config(None)
+        check_modality("image processor", config, self._name())
+        config = getattr(config, "vision_config", config)
+        side, half = config.image_size, [0.5] * config.num_channels
+        size = {"height": side, "width": side}
+        return ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
+
+    def _processor(self, auto: Any, what: str, **settings: Any) -> Any:
+        """What turns texts or images into the model's inputs, from ``tokenizer_path`` or source."""
+        check_modality(what, self.config(None), self._name())
+        if self.tokenizer_path is not None:
+            source, revision = _checked(self.tokenizer_path, "model.tokenizer_path"), None
+            key = "model.tokenizer_path"
+        else:
+            source, revision, key = self.source(), self.revision, "model.path"
+        try:
+            with one_sentence(source, revision, key):
+                found = auto.from_pretrained(source, **settings, **fetching(source, revision))
+                _check_vocabulary(found)
+                return found
+        except ValueError as error:
+            if self.random and self.tokenizer_path is None:
+                raise ValueError(
+                    f"{self._name()} with random weights still needs its {what}, which is not at "
+                    "hand: set model.tokenizer_path to a folder that has one"
+                ) from error
+            raise
+
+    def _check_hash(self, source: str) -> None:
+        if self.sha256 is None or self.path is not None:
+            return
+        found = weights_sha256(source)
+        if found != self.sha256:
+            raise ValueError(
+                f"weights in {source} have sha256 {found}, expected {self.sha256}: "
+                "install the pinned package again"
+            )
+
+
+def _checked(path: str, key: str, file: str = "") -> str:
+    """A hub name as it is; a path that can only be a folder, if it is one."""
+    if not path.startswith((".", "/", "~")):
+        return path
+    folder = Path(path).expanduser()
+    if not ((folder / file).is_file() if file else folder.is_dir()):
+        raise ValueError(f"{key}={path} is no folder" + (f" with a {file}" if file else ""))
+    return str(folder)
+
+
+def _check_vocabulary(processor: Any) -> None:
+    """Transformers makes tokenizers of special tokens alone where it finds no file."""
+    if not hasattr(processor, "get_vocab"):
+        return
+    if len(processor.get_vocab()) <= len(set(processor.all_special_tokens)):
+        raise ValueError("there is no tokenizer.json or other vocabulary, only special tokens")
