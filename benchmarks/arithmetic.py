@@ -6,12 +6,9 @@ MiniLM with LoRA of rank 8 takes forward and backward passes over batches of six
 without dropout, so that all sides must find the same losses:
 
 - plain: float32, rows in any order; its ratio to each other side is what that saves.
-- unpadded: that, but blocks compute real tokens alone in every batch that has others.
 - buckets: batches of rows of like length, as all below.
-- buckets_unpadded: those, without padding where fedpeft finds that it pays.
 - bf16_all: bfloat16 autocast, attention too.
 - bf16: bfloat16 but for attention over short sequences, as fedpeft computes.
-- bf16_unpadded: that, without padding where fedpeft finds that it pays.
 - compiled: ``torch.compile`` of bf16, with --compiled, which needs a C compiler: no option of
   fedpeft, as it takes minutes to compile for so many lengths.
 """
@@ -19,7 +16,7 @@ without dropout, so that all sides must find the same losses:
 import argparse
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +31,6 @@ from fedpeft.config import load as configuration
 from fedpeft.data.batching import Batch
 from fedpeft.engine.passes import autocast
 from fedpeft.engine.session import Session
-from fedpeft.engine.unpadded import Unpadding
 
 CPU = torch.device("cpu")
 DRY = [f"model.settings.{name}_dropout_prob=0.0" for name in ("hidden", "attention_probs")]
@@ -60,16 +56,12 @@ def main() -> None:
         for session in (plain, bucketed)
     )
     fp32, bf16 = (partial(autocast, CPU, precision) for precision in ("fp32", "bf16"))
-    spared = Unpadding(model)
     all_of_it = partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False)
     sides: dict[str, Callable[[], float]] = {
         "plain": lambda: steps(model, any_order, loss, fp32),
-        "unpadded": lambda: steps(model, any_order, loss, fp32, partial(spared.of, always=True)),
         "buckets": lambda: steps(model, alike, loss, fp32),
-        "buckets_unpadded": lambda: steps(model, alike, loss, fp32, spared.of),
         "bf16_all": lambda: steps(model, alike, loss, all_of_it),
         "bf16": lambda: steps(model, alike, loss, bf16),
-        "bf16_unpadded": lambda: steps(model, alike, loss, bf16, spared.of),
     }
     result: dict[str, Any] = {"steps_a_client": args.steps, "clients": args.clients}
     result["tokens"] = {
@@ -97,12 +89,11 @@ def steps(
     given: list[Batch],
     loss: Loss,
     casting: Callable[[], AbstractContextManager[Any]],
-    sparing: Callable[[Batch], AbstractContextManager[Any]] = lambda _: nullcontext(),
 ) -> float:
     """Seconds of forward and backward passes over all batches."""
     begun = time.perf_counter()
     for batch in given:
-        with casting(), sparing(batch):
+        with casting():
             value = loss(model, batch)
         value.backward()
     for parameter in model.parameters():

@@ -7,11 +7,10 @@ Ten clients take twenty steps of sixteen rows (SST-2, MiniLM, LoRA of rank 8 on 
 - in_process: fedpeft in one process with two threads against a bare loop in the same process over
   the same batches, with the same number of threads.
 - ray: two one-thread Ray workers against two bare processes that stay alive and halve the clients.
-- user: batches of rows of like length, bfloat16 and, where a batch has padding enough, blocks that
-  skip it, on two Ray workers and in process with two threads, against the bare loop in float32 that
-  pads each batch of rows in any order, with two threads and as two processes. ``quality`` is the
-  accuracy on validation rows after --rounds rounds, for three seeds, of that job and of the same
-  rounds in float32 without buckets.
+- user: batches of rows of like length in bfloat16, on two Ray workers and in process with two
+  threads, against the bare loop in float32 that pads each batch of rows in any order, with two
+  threads and as two processes. ``quality`` is the accuracy on validation rows after --rounds
+  rounds, for three seeds, of that job and of the same rounds in float32 without buckets.
 """
 
 import argparse
@@ -34,8 +33,7 @@ from fedpeft.server.strategy import RoleStrategy
 from fedpeft.simulation.launch import InProcessGrid
 
 SEEDS = (0, 1, 2)
-PADDED = ["unpadding=false"]  # as the bare loop computes
-PLAIN = ["bucketing=false", "precision=fp32", *PADDED]
+PLAIN = ["bucketing=false", "precision=fp32"]
 FAST = ["bucketing=true", "precision=bf16"]
 
 
@@ -63,7 +61,7 @@ def main() -> None:
 def in_process(given: list[str], repeats: int) -> dict[str, Any]:
     """Both in this process, in turn; the first round of each warms up and is left out."""
     more = ["runtime=inprocess", "runtime.threads=2", "runtime.cohort=1", "num_rounds=1000"]
-    overrides = configuration.join([*given, *PADDED, *more])
+    overrides = configuration.join([*given, *more])
     session = open_session(overrides, None)
     clients = session.config.num_clients
     nodes = [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
@@ -87,7 +85,7 @@ def in_process(given: list[str], repeats: int) -> dict[str, Any]:
 
 def by_workers(data: str, size: list[str], repeats: int) -> dict[str, Any]:
     """Two workers of one thread each, on Ray and bare."""
-    ray = [*size, *PADDED, "runtime=ray", "runtime.total_cpus=2", "runtime.cohort=1"]
+    ray = [*size, "runtime=ray", "runtime.total_cpus=2", "runtime.cohort=1"]
     sides = {
         "fedpeft": partial(seconds, "fedpeft", {"data": data, "rounds": 2, "overrides": ray}),
         "bare": partial(seconds, "bares", {"data": data, "rounds": 2, "overrides": size}),

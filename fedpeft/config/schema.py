@@ -114,7 +114,6 @@ class Settings:
     lr: float = 1e-3
     batch_size: int = 16
     bucketing: bool = True
-    unpadding: bool = True
     precision: str = "fp32"
     run_dir: str | None = None
 

@@ -63,25 +63,20 @@ def attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    drawn: tuple[Tensor, float] | None = None,
     **how: Any,
 ) -> Tensor:
-    """``F.scaled_dot_product_attention``.
-
-    Args:
-        drawn: what ``kept`` would say of the (B, heads, L, S) scores, in place of ``dropout_p``.
-    """
+    """``F.scaled_dot_product_attention``."""
     trains = query.requires_grad or key.requires_grad or value.requires_grad
     short = trains and max(query.size(-2), key.size(-2)) <= SHORT
     given = (attn_mask, dropout_p, is_causal)
-    if not (query.is_cpu and (short or dropout_p > 0 or drawn)):
+    if not (query.is_cpu and (short or dropout_p > 0)):
         return F.scaled_dot_product_attention(query, key, value, *given, **how)
     if not torch.is_autocast_enabled("cpu"):
-        return _wide(query, key, value, *given, drawn, **how)
+        return _wide(query, key, value, *given, **how)
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.float()
     with torch.autocast("cpu", enabled=False):
-        given = (attn_mask, dropout_p, is_causal, drawn)
+        given = (attn_mask, dropout_p, is_causal)
         return _wide(query.float(), key.float(), value.float(), *given, **how).bfloat16()
 
 
@@ -92,12 +87,11 @@ def _wide(
     attn_mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
-    drawn: tuple[Tensor, float] | None,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
     """With dropout, (B, heads, L, S) in memory as PyTorch holds them too."""
-    if drawn is None and (not 0 < dropout_p < 1 or enable_gqa):
+    if not 0 < dropout_p < 1 or enable_gqa:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -109,5 +103,5 @@ def _wide(
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros(attn_mask.shape).masked_fill_(~attn_mask, least)
         scores = scores + attn_mask.clamp(min=least)
-    where, factor = drawn or kept(scores.shape, dropout_p)
+    where, factor = kept(scores.shape, dropout_p)
     return (scores.softmax(-1) * where.to(scores.dtype)) @ (value * factor)

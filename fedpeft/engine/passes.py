@@ -13,7 +13,6 @@ from fedpeft.config.optimization import Optimization
 from fedpeft.data.batching import Batch, Examples, within
 from fedpeft.engine.cpu import OnCPU
 from fedpeft.engine.graphs import Graphs
-from fedpeft.engine.unpadded import Unpadding
 from fedpeft.methods.base import State
 
 
@@ -38,7 +37,6 @@ class Passes:
         model: whatever of it requires a gradient trains.
         loss_fn: mean loss of a batch.
         precision: ``fp32``, or ``bf16`` for autocast.
-        unpadding: spares blocks the padded tokens, on a CPU.
     """
 
     def __init__(
@@ -46,10 +44,8 @@ class Passes:
         model: nn.Module,
         loss_fn: Callable[[nn.Module, Batch], Tensor],
         precision: str = "fp32",
-        unpadding: Unpadding | None = None,
     ) -> None:
         self.model, self.loss_fn, self.precision = model, loss_fn, precision
-        self.unpadding = unpadding
         self.flat = Flat({n: p for n, p in model.named_parameters() if p.requires_grad})
         self.device = self.flat.vector.device
         hooked = any(p._backward_hooks for p in self.flat.named.values())
@@ -65,8 +61,7 @@ class Passes:
 
     def backward(self, batch: Batch) -> Tensor:
         """The pass over a batch where the model is."""
-        spared = nullcontext() if self.unpadding is None else self.unpadding.of(batch)
-        with autocast(self.device, self.precision), spared:
+        with autocast(self.device, self.precision):
             loss = self.loss_fn(self.model, batch)
         loss.backward()
         return loss.detach()

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ from fedpeft.data.tasks.base import Task
 from fedpeft.engine.passes import autocast, to_device
 from fedpeft.engine.stacked import Draws, Unsupported, owners
 from fedpeft.engine.together import size_of
-from fedpeft.engine.unpadded import Unpadding
-from fedpeft.seeding import rng_state, torch_seed
+from fedpeft.seeding import rng_state
 
 log = logging.getLogger(__name__)
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # of a gradient, whose sums have another order
 
 
 def together(config: Config, model: nn.Module, names: list[str], rows: Examples) -> str | None:
@@ -80,44 +77,3 @@ def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, prec
 
 def _by_sequence(x: Tensor, rows: int) -> bool:
     return x.dim() > 1 and x.shape[0] == rows
-
-
-def unpadding(config: Config, model: nn.Module, rows: Examples) -> Unpadding | None:
-    """How the model trains on real tokens alone; null if it cannot, or nothing would be saved.
-
-    Two short rows of unequal lengths must have the gradients that they have with padding.
-
-    Args:
-        model: whatever of it requires a gradient trains.
-        rows: of the training split.
-    """
-    device = next(model.parameters()).device
-    lengths, first = np.unique(rows.lengths, return_index=True)
-    if not config.unpadding or device.type != "cpu" or len(lengths) < 2:
-        return None
-    batch = rows.batch(first[:2])
-    try:
-        if config.model.gradient_checkpointing:
-            raise Unsupported("gradient checkpointing computes blocks again in the backward pass")
-        found = Unpadding(model)
-        expected, own = (_gradients(config, model, batch, way) for way in (None, found))
-        error = float((own - expected).norm() / expected.norm())
-        if not error <= TOLERANCE[config.precision]:
-            raise Unsupported(f"gradients differ by {error:.2g}")
-    except Exception as reason:  # whatever a model does, it trains with padding
-        log.info("padded tokens are computed too, for %s", reason)
-        return None
-    return found
-
-
-def _gradients(config: Config, model: nn.Module, batch: Batch, way: Unpadding | None) -> Tensor:
-    """All of them in one vector, behind the loss."""
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    padded = nullcontext() if way is None else way.of(batch, always=True)
-    with torch_seed(config.seed, "unpadding"), autocast(trained[0].device, config.precision):
-        with padded:
-            loss = config.data.loss(model, batch)
-    grads = torch.autograd.grad(loss, trained, allow_unused=True)
-    parts = [grad.float().flatten() for grad in grads if grad is not None]
-    return torch.cat([loss.detach().float()[None], *parts])

@@ -16,9 +16,8 @@ from fedpeft.data.batching import Examples
 from fedpeft.data.clients import Holdings
 from fedpeft.engine.passes import Passes, evaluate, train
 from fedpeft.engine.plan import Plan, Trained, Work, plan
-from fedpeft.engine.probing import together, unpadding
+from fedpeft.engine.probing import together
 from fedpeft.engine.together import IMAGE_TOKENS, Cohort, Member, members
-from fedpeft.engine.unpadded import Unpadding
 from fedpeft.methods.base import TRAINED, Role, State
 from fedpeft.models.precision import halve_frozen, train_in_float32
 from fedpeft.seeding import rng_state, torch_seed
@@ -202,7 +201,7 @@ class Session:
         if self._ready is None or self._ready.flat.named.keys() != names:
             if self._ready is not None:
                 self._ready.flat.release()
-            self._ready = Passes(self.model, self.task.loss, self.config.precision, self._unpadding)
+            self._ready = Passes(self.model, self.task.loss, self.config.precision)
         return self._ready
 
     def _train_together(
@@ -241,10 +240,6 @@ class Session:
     @cached_property
     def _together(self) -> str | None:
         return together(self.config, self.model, self.trainable, self.examples("train"))
-
-    @cached_property
-    def _unpadding(self) -> Unpadding | None:
-        return unpadding(self.config, self.model, self.examples("train"))
 
     def _plan(self, client: int, round: int) -> Plan:
         return plan(self.config, *self.rows.training(client), client, round)
