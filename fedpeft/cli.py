@@ -1,4 +1,4 @@
-"""The command line: fedpeft run | compare | params | partition."""
+"""The command line: fedpeft run | compare | study | params | partition."""
 
 import json
 import os
@@ -13,12 +13,16 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
   run        one run, or with -m a sweep:  fedpeft run method=scl num_clients=4
                                            fedpeft run -m method=scl,fedtt partition.alpha=0.1,1
   compare    several methods under one budget: fedpeft compare [--methods scl,lora] [overrides]
+  study      methods x learning rates x seeds: fedpeft study --methods scl,lora+strategy=local_only
+                                           --lrs 1e-4,1e-3 --seeds 0,1,2 run_dir=FOLDER [overrides]
   params     what a method trains and sends: fedpeft params model=roberta_base [method=fedtt]
   partition  who holds what:               fedpeft partition num_clients=10 partition.alpha=0.1
 
 Overrides are those of Hydra: key=value, group=name. Groups and names stand in conf/.
 """
-# What compare runs if not told otherwise; params counts all.
+# What ends a run with a sentence; any other error is a fault of the program.
+FAILURES = (ValueError, TimeoutError, RuntimeError, FloatingPointError)
+# What compare and study run if not told otherwise; params counts all.
 METHODS = "lora,ffa_lora,fedsa_lora,scl,fedtt,fedtt_plus"
 
 
@@ -34,6 +38,7 @@ def main() -> None:
     commands: dict[str, Callable[[list[str]], None]] = {
         "run": run,
         "compare": compare,
+        "study": study,
         "params": params,
         "partition": partition,
     }
@@ -44,7 +49,7 @@ def main() -> None:
         sys.exit(f"fedpeft: unknown command {command}, must be one of {', '.join(commands)}")
     try:
         commands[command](arguments)
-    except (ValueError, TimeoutError, RuntimeError) as error:
+    except FAILURES as error:
         if os.environ.get("FEDPEFT_TRACEBACK"):
             raise
         print(f"fedpeft: {error}", file=sys.stderr)
@@ -57,7 +62,7 @@ def run(arguments: list[str]) -> None:
     if {"-m", "--multirun"} & set(arguments):
         _sweep(arguments, as_json)
         return
-    summary = _serve_all([arguments], as_json)[0]
+    summary = _serve_one(arguments, as_json)
     _show(summary, as_json)
 
 
@@ -72,7 +77,7 @@ def _sweep(arguments: list[str], as_json: bool) -> None:
     def job(_: DictConfig) -> float:
         given = list(HydraConfig.get().overrides.task)
         folder = Path(HydraConfig.get().runtime.output_dir).absolute()
-        summary = _serve_all([[*given, f"run_dir='{folder}'"]], as_json)[0]
+        summary = _serve_one([*given, f"run_dir='{folder}'"], as_json)
         _show(summary, as_json)
         return float(summary["final"].get(summary["selected_by"], 0.0))
 
@@ -80,16 +85,28 @@ def _sweep(arguments: list[str], as_json: bool) -> None:
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
 
 
-def _serve_all(runs: list[list[str]], quiet: bool) -> list[dict[str, Any]]:
-    """Runs configurations one after another on the same clients; returns their summaries."""
+def _serve_one(overrides: list[str], quiet: bool) -> dict[str, Any]:
+    """Runs a configuration; its error is raised."""
+    (outcome,) = _serve_all([overrides], quiet)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _serve_all(runs: list[list[str]], quiet: bool) -> list[dict[str, Any] | Exception]:
+    """Runs configurations one after another on the same clients.
+
+    A wrong configuration ends them all before the first one starts. A run that fails later does not
+    end the others: its error stands in the place of its summary.
+    """
     from rich.console import Console
 
     from fedpeft.config import load as configuration
     from fedpeft.reporting.progress import Display
     from fedpeft.simulation.launch import launch
 
-    settings = [configuration.settings(overrides) for overrides in runs]
-    summaries: list[dict[str, Any]] = []
+    first = configuration.settings(runs[0])
+    outcomes: list[dict[str, Any] | Exception] = []
 
     def check_all() -> None:
         from fedpeft.data.rows.tables import check_path
@@ -104,82 +121,78 @@ def _serve_all(runs: list[list[str]], quiet: bool) -> list[dict[str, Any]]:
 
         console = Console(highlight=False, soft_wrap=True, stderr=quiet)
         for overrides in runs:
-            summaries.append(serve(grid, overrides, Display(console), simulated=True))
+            try:
+                outcomes.append(serve(grid, overrides, Display(console), simulated=True))
+            except FAILURES as error:
+                outcomes.append(error)
+                if len(runs) > 1:
+                    console.print(f"failed: {error}", markup=False)
 
-    launch(serve_each, settings[0].num_clients, settings[0].runtime, check_all)
-    return summaries
+    launch(serve_each, first.num_clients, first.runtime, check_all)
+    return outcomes
 
 
 def _show(summary: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(summary))
-        return
-    final, sent = summary["final"], summary["bytes"]
-    if summary["weights"] == "RANDOM":
-        print("RANDOM WEIGHTS: a dry run, its measures say nothing about the model")
-    for key in sorted(final):
-        if key.startswith(("test_", "client_test_")):
-            print(f"{key}: {final[key]:.4f} (best round {summary['best'].get(key, 0):.4f})")
-    for reason, count in summary["data"]["skipped"].items():
-        print(f"left out: {count} rows, each {reason}")
-    for split, counts in summary["data"]["cut"].items():
-        cut = ", ".join(f"{count} {key.removeprefix('cut_')}s" for key, count in counts.items())
-        print(f"cut to data.max_length in {split}: {cut}")
-    up, down = sent["uplink_bytes"], sent["downlink_bytes"]
-    print(f"sent up {up / 1e6:.3f} MB, down {down / 1e6:.3f} MB, {summary['seconds']:.0f} s")
-    print(f"shared_state_sha256: {summary['shared_state_sha256']}")
-    print(f"results: {summary['run_dir']}")
+    from fedpeft.reporting.progress import summary_text
+
+    print(json.dumps(summary) if as_json else summary_text(summary))
 
 
 def compare(arguments: list[str]) -> None:
-    """Several methods on the same clients, rows and budget."""
-    from fedpeft.config import load as configuration
-    from fedpeft.reporting.run_directory import read_metrics
-    from fedpeft.reporting.tables import (
-        HEADER,
-        comparison_cells,
-        comparison_rows,
-        plot_comparison,
-        print_table,
-        write_comparison,
-    )
+    """Several methods on the same clients, rows and budget: a study of one run a method."""
+    from fedpeft.reporting.pages import save_comparison
+    from fedpeft.reporting.study import Study, listed
 
     as_json, arguments = _flag(arguments, "--json")
-    methods, arguments = _option(arguments, "--methods", METHODS)
-    tree = configuration.composed(arguments)
+    methods, rest = _option(arguments, "--methods", METHODS)
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folder = Path(tree.run_dir or f"runs/{stamp}_compare")
-    base = [a for a in arguments if not a.startswith("run_dir=")] + ["evaluation.clients=always"]
-    names = methods.split(",")
-    runs = [[*base, f"method={m}", f"run_dir='{folder / m}'"] for m in names]
-    folder.mkdir(parents=True, exist_ok=True)
-    summaries = dict(zip(names, _serve_all(runs, as_json), strict=True))
-    config = configuration.load_config(base)
-    metric, selects = config.data.headline, config.data.selects[0]
-    rows = comparison_rows(summaries, metric, config.cohort_size())
-    baseline = next(iter(summaries.values()))["baseline"].get("client_test_baseline")
-    notes = comparison_notes(metric, baseline, arguments)
-    write_comparison(folder, rows, notes)
-    curves = {name: read_metrics(folder / name) for name in names}
-    plot_comparison(folder / "comparison.png", rows, curves, metric, selects, baseline)
+    folder, base = _folder_and_base(rest, f"runs/{stamp}_compare")
+    made = Study(folder, base, listed(methods), flat=True)
+    results = _finished(made, save_comparison, f"fedpeft compare {' '.join(arguments)}", as_json)
+    if not as_json:
+        results.page.show()
+        print(f"saved {folder}/comparison.md, comparison.csv, comparison.png")
+
+
+def study(arguments: list[str]) -> None:
+    """Methods x learning rates x seeds; the same command again goes on where it stopped."""
+    from fedpeft.reporting.pages import save_study
+    from fedpeft.reporting.study import Study, listed, numbers
+
+    as_json, arguments = _flag(arguments, "--json")
+    methods, rest = _option(arguments, "--methods", METHODS)
+    rates, rest = _option(rest, "--lrs", "")
+    seeds, rest = _option(rest, "--seeds", "")
+    folder, base = _folder_and_base(rest, "runs/study")
+    lrs = numbers("--lrs", rates, float)
+    made = Study(folder, base, listed(methods), lrs, numbers("--seeds", seeds, int))
+    results = _finished(made, save_study, f"fedpeft study {' '.join(arguments)}", as_json)
+    if not as_json:
+        results.page.show()
+        print(f"saved {folder}/study.md, study.png, runs.csv")
+
+
+def _folder_and_base(arguments: list[str], default: str) -> tuple[Path, list[str]]:
+    """A study's folder, and what overrides all of its runs have."""
+    from fedpeft.config.load import composed
+
+    folder = Path(composed(arguments).run_dir or default)
+    base = [a for a in arguments if not a.startswith("run_dir=")]
+    return folder, [*base, "evaluation.clients=always"]
+
+
+def _finished(study: Any, save: Callable[..., Any], command: str, as_json: bool) -> Any:
+    """Finishes a study, saves its results, and prints them for other programs if asked to."""
+    from fedpeft.config.load import load_config
+    from fedpeft.reporting.results import Measures
+
+    done = study.finish(lambda runs: _serve_all(runs, as_json))
+    task = load_config(done[0].run.overrides).data
+    results = save(study, done, Measures(task.headline, *task.selects), command)
     if as_json:
-        print(json.dumps({"rows": rows, "baseline": baseline, "folder": str(folder)}))
-        return
-    print_table(f"{metric} after the last round", HEADER, comparison_cells(rows))
-    print("\n".join(notes))
-    print(f"saved {folder}/comparison.md, comparison.csv, comparison.png")
-
-
-def comparison_notes(metric: str, baseline: float | None, arguments: list[str]) -> list[str]:
-    """What the columns mean."""
-    notes = [
-        f"quality: {metric} on the clients' own test rows after the last round, mean by rows; "
-        "best: the same at the round that validation chose; global test: the server's model on "
-        "the test set (none where the head is personal); kB per client.",
-    ]
-    if baseline is not None:
-        notes.append(f"Always answering a client's commonest label scores {baseline:.3f}.")
-    return [*notes, f"Made by: fedpeft compare {' '.join(arguments)}"]
+        found = {"rows": results.rows, "baseline": results.baseline, "folder": str(study.folder)}
+        print(json.dumps(found))
+    return results
 
 
 def params(arguments: list[str]) -> None:

@@ -13,8 +13,8 @@ from fedpeft import cli
 from fedpeft.data.partitions.base import Dirichlet
 from fedpeft.data.partitions.saved import Saved
 from fedpeft.engine.session import Session
+from fedpeft.reporting.figures import plot_partition
 from fedpeft.reporting.partition import Holdings, holding_cells
-from fedpeft.reporting.tables import plot_partition
 
 Command = Callable[..., str]
 

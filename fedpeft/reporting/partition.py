@@ -12,7 +12,8 @@ from rich.markup import escape
 from fedpeft.config.schema import Config
 from fedpeft.data.partitions.base import Rows
 from fedpeft.data.partitions.saved import Saved, write_partition
-from fedpeft.reporting.tables import plot_partition, print_table
+from fedpeft.reporting.figures import plot_partition
+from fedpeft.reporting.tables import print_table
 
 WHOLE = 30  # so many clients, or labels, are shown whole
 SHOWN = 20  # of more clients, so many

@@ -24,6 +24,27 @@ def line_text(line: Mapping[str, Any], num_rounds: int) -> str:
     return "  ".join(parts)
 
 
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """A run's summary in a few lines."""
+    final, sent, lines = summary["final"], summary["bytes"], []
+    if summary["weights"] == "RANDOM":
+        lines.append("RANDOM WEIGHTS: a dry run, its measures say nothing about the model")
+    for key in sorted(final):
+        if key.startswith(("test_", "client_test_")):
+            best = summary["best"].get(key, 0)
+            lines.append(f"{key}: {final[key]:.4f} (best round {best:.4f})")
+    for reason, count in summary["data"]["skipped"].items():
+        lines.append(f"left out: {count} rows, each {reason}")
+    for split, counts in summary["data"]["cut"].items():
+        cut = ", ".join(f"{count} {key.removeprefix('cut_')}s" for key, count in counts.items())
+        lines.append(f"cut to data.max_length in {split}: {cut}")
+    up, down = sent["uplink_bytes"] / 1e6, sent["downlink_bytes"] / 1e6
+    lines.append(f"sent up {up:.3f} MB, down {down:.3f} MB, {summary['seconds']:.0f} s")
+    lines.append(f"shared_state_sha256: {summary['shared_state_sha256']}")
+    lines.append(f"results: {summary['run_dir']}")
+    return "\n".join(lines)
+
+
 class Display:
     """Shows rounds, clients, loss and the time left."""
 

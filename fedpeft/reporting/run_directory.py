@@ -8,11 +8,12 @@ from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fedpeft.methods.base import State
+if TYPE_CHECKING:  # torch, which who only reads a run does not need
+    from fedpeft.methods.base import State
 
 PACKAGES = ("fedpeft", "flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy")
 
@@ -37,7 +38,7 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
-    def save_state(self, name: str, state: State) -> None:
+    def save_state(self, name: str, state: "State") -> None:
         """Saves shared parameters as safetensors, atomically."""
         from safetensors.torch import save_file
 

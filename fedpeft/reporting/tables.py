@@ -1,12 +1,13 @@
-"""Tables and pictures: comparisons, parameter counts, and who holds what."""
+"""Tables on the terminal and in files: comparisons, studies and parameter counts."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Rows = list[dict[str, Any]]
@@ -37,7 +38,44 @@ def span_of_bytes(pair: Sequence[int]) -> str:
     return low if low == high else f"{low}-{high}"
 
 
-HEADER = (
+@dataclass(frozen=True)
+class Page:
+    """A table and its notes, to be printed or saved.
+
+    Args:
+        title: stands above the table on the terminal.
+        header: the columns' names.
+        cells: the rows as text.
+        notes: sentences below the table, a line each.
+    """
+
+    title: str
+    header: Sequence[str]
+    cells: Sequence[Sequence[str]]
+    notes: Sequence[str]
+
+    def show(self) -> None:
+        """Prints the page."""
+        cells = [[escape(text) for text in row] for row in self.cells]
+        print_table(self.title, self.header, cells)
+        print("\n".join(self.notes))
+
+    def save(self, file: Path) -> None:
+        """Writes the page in Markdown; the first column is text, the others are numbers."""
+        rule = "|---" + "|---:" * (len(self.header) - 1) + "|"
+        head, *lines = ["| " + " | ".join(cells) + " |" for cells in (self.header, *self.cells)]
+        file.write_text("\n".join([head, rule, *lines, "", *self.notes]) + "\n")
+
+
+def write_csv(file: Path, rows: Rows) -> None:
+    """Saves rows with all digits, under the names of the first row's columns."""
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+COMPARISON = (
     "method",
     "quality",
     "global test",
@@ -52,36 +90,42 @@ HEADER = (
 )
 
 
-def comparison_rows(summaries: dict[str, dict[str, Any]], metric: str, cohort: int) -> Rows:
-    """One row a method, best quality first.
+def comparison_row(
+    name: str, summary: Mapping[str, Any], metric: str, cohort: int
+) -> dict[str, Any]:
+    """A run's row.
 
     ``quality`` is the mean of ``metric`` on the clients' own test rows after the last round, the
     one measure that global and personal models share; ``best`` is the same at the round that
     validation chose.
+
+    Args:
+        name: the row's label.
+        summary: the run's summary.json.
+        metric: name of the measure.
+        cohort: clients of a round.
+
+    Returns:
+        The columns of comparison.csv.
     """
-    rows = []
-    for name, summary in summaries.items():
-        size, rounds = summary["bytes"], len(summary["interference"])
-        rows.append(
-            {
-                "method": name,
-                "quality": summary["final"][f"client_test_{metric}"],
-                "global_test": summary["final"].get(f"test_{metric}"),
-                "round_0": summary["initial"].get(f"client_test_{metric}"),
-                "best": summary["best"].get(f"client_test_{metric}"),
-                "best_round": summary["best"]["round"],
-                "trained": summary["parameters"]["trained"][1],
-                "up_bytes_per_client_round": size["uplink_bytes"] / rounds / cohort,
-                "down_bytes_per_client_round": size["downlink_bytes"] / rounds / cohort,
-                "total_bytes": size["uplink_bytes"] + size["downlink_bytes"],
-                "seconds": summary["seconds"],
-            }
-        )
-    return sorted(rows, key=lambda row: -row["quality"])
+    size, rounds = summary["bytes"], len(summary["interference"])
+    return {
+        "method": name,
+        "quality": summary["final"][f"client_test_{metric}"],
+        "global_test": summary["final"].get(f"test_{metric}"),
+        "round_0": summary["initial"].get(f"client_test_{metric}"),
+        "best": summary["best"].get(f"client_test_{metric}"),
+        "best_round": summary["best"]["round"],
+        "trained": summary["parameters"]["trained"][1],
+        "up_bytes_per_client_round": size["uplink_bytes"] / rounds / cohort,
+        "down_bytes_per_client_round": size["downlink_bytes"] / rounds / cohort,
+        "total_bytes": size["uplink_bytes"] + size["downlink_bytes"],
+        "seconds": summary["seconds"],
+    }
 
 
 def comparison_cells(rows: Rows) -> list[list[str]]:
-    """The rows as text, in the order of ``HEADER``."""
+    """Rows as text, in the order of ``COMPARISON``."""
     return [
         [
             row["method"],
@@ -102,107 +146,23 @@ def _measure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def write_comparison(folder: Path, rows: Rows, notes: Sequence[str]) -> None:
-    """Saves ``comparison.md`` and ``comparison.csv``."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
-    lines += ["| " + " | ".join(cells) + " |" for cells in comparison_cells(rows)]
-    (folder / "comparison.md").write_text("\n".join([*lines, "", *notes]) + "\n")
-    with (folder / "comparison.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+STUDY = ("method", "lr", "quality", "seeds", "trained", "MB in all")
 
 
-def plot_comparison(
-    path: Path,
-    rows: Rows,
-    curves: dict[str, Rows],
-    metric: str,
-    selects: str,
-    baseline: float | None,
-) -> None:
-    """Quality against megabytes sent, and what selects the best round, by round."""
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    key = f"client_validation_{selects}"
-    for i, row in enumerate(rows):
-        style = {"color": f"C{i}", "marker": "osD^vP"[i % 6], "label": row["method"]}
-        left.plot(row["total_bytes"] / 1e6, row["quality"], linestyle="none", ms=9, **style)
-        points = [(line["round"], line[key]) for line in curves[row["method"]] if key in line]
-        right.plot(*zip(*points, strict=True), ms=4, **style)
-    name, selected = metric.replace("_", " "), selects.replace("_", " ")
-    left.set(xscale="log", xlabel="MB sent, all clients, both ways", ylabel=f"test {name}")
-    right.set(xlabel="round", ylabel=f"validation {selected}")
-    titles = ("Quality against bytes sent", f"{selected.capitalize()} by round")
-    for axis, title in zip((left, right), titles, strict=True):
-        axis.set_title(title)
-        axis.grid(alpha=0.3)
-        if baseline is not None:
-            axis.axhline(baseline, color="grey", ls="--", lw=1, label="commonest label")
-    right.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def study_cells(rows: Rows) -> list[list[str]]:
+    """Rows as text, in the order of ``STUDY``."""
+    return [_study_cells(row) for row in rows]
 
 
-def plot_partition(
-    path: Path, counts: np.ndarray, labels: Sequence[str], kind: str = "label"
-) -> None:
-    """Who holds what: a heat map of (clients, labels) counts, coloured by their square roots.
-
-    Args:
-        kind: what the labels are.
-    """
-    from matplotlib.colors import PowerNorm
-
-    plt = pyplot()
-    wide, high = _inches(counts.shape[1], 0.15, 0.7, 20), _inches(counts.shape[0], 0.13, 0.35, 14)
-    figure, axis = plt.subplots(figsize=(2.5 + wide, 1.8 + high), layout="constrained")
-    pixels = "nearest" if max(counts.shape) <= 2000 else "auto"
-    norm = PowerNorm(0.5, vmin=0)
-    image = axis.imshow(counts, aspect="auto", cmap="Blues", norm=norm, interpolation=pixels)
-    axis.set(xlabel=kind, ylabel="client", title=f"Training rows by client and {kind}")
-    _name_cells(axis, counts, labels, wide, high)
-    figure.colorbar(image, label="rows")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _inches(cells: int, least: float, most: float, whole: float) -> float:
-    """Length of an axis whose cells are ``least`` to ``most`` inches, at most ``whole`` in all."""
-    return min(whole, cells * min(most, max(least, 12 / cells)))
-
-
-def _name_cells(
-    axis: Any, counts: np.ndarray, labels: Sequence[str], wide: float, high: float
-) -> None:
-    """Ticks of clients and labels and, where there is room, the counts."""
-    clients, classes = counts.shape
-    roomy, columns = wide / classes > 0.4, _ticks(classes, wide)
-    slant = {"rotation": 45, "ha": "right"} if roomy else {"rotation": 90, "fontsize": 7}
-    names = [_short(labels[i]) for i in columns]
-    axis.set_xticks(columns, names, parse_math=False, **slant)
-    axis.set_yticks(_ticks(clients, high))
-    axis.tick_params(axis="y", labelsize=9 if high / clients > 0.2 else 7)
-    if roomy and clients <= 40:
-        for (i, j), count in np.ndenumerate(counts):
-            colour = "w" if count > counts.max() / 3 else "k"
-            axis.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=8)
-
-
-def _ticks(count: int, inches: float) -> range:
-    """Every first, second, fifth, tenth ... number, so that ticks are 0.12 inches apart."""
-    steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
-    return range(0, count, next(step for step in steps if step * inches >= 0.12 * count))
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else name[:23] + "…"
-
-
-def pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+def _study_cells(row: Mapping[str, Any]) -> list[str]:
+    if row["quality"] is None:
+        return [row["method"], "-", "failed", f"0 of {row['of']}", "-", "-"]
+    whole = row["seeds"] == row["of"]
+    return [
+        row["method"],
+        f"{row['lr']:g}" + (" (edge)" if row["edge"] else ""),
+        f"{row['quality']:.3f}" + ("" if row["sd"] is None else f" ± {row['sd']:.3f}"),
+        str(row["seeds"]) if whole else f"{row['seeds']} of {row['of']}",
+        f"{row['trained']:,}",
+        f"{row['bytes'] / 1e6:.2f}",
+    ]

@@ -1,0 +1,148 @@
+"""Pictures: quality against bytes, quality by round, and who holds what."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Rows = list[dict[str, Any]]
+
+
+def plot_comparison(
+    path: Path,
+    rows: Rows,
+    curves: dict[str, Rows],
+    metric: str,
+    selects: str,
+    baseline: float | None,
+) -> None:
+    """Draws quality against megabytes sent, and by round the measure that selects.
+
+    Args:
+        path: the picture's file.
+        rows: those of comparison.csv.
+        curves: each method's lines of metrics.jsonl.
+        metric: name of the measure of quality.
+        selects: name of the measure that selects the best round.
+        baseline: quality of a client's commonest label, or None.
+    """
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    key = f"client_validation_{selects}"
+    for i, row in enumerate(rows):
+        style = _style(i, row["method"])
+        left.plot(row["total_bytes"] / 1e6, row["quality"], linestyle="none", ms=9, **style)
+        points = [(line["round"], line[key]) for line in curves[row["method"]] if key in line]
+        right.plot(*zip(*points, strict=True), ms=4, **style)
+    _against_bytes(left, metric, baseline)
+    name = selects.replace("_", " ")
+    right.set(xlabel="round", ylabel=f"validation {name}", title=f"{name.capitalize()} by round")
+    _finish(right, baseline)
+    right.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_study(path: Path, rows: Rows, metric: str, baseline: float | None) -> None:
+    """Draws each method's mean quality, with its deviation, against megabytes sent.
+
+    Args:
+        path: the picture's file.
+        rows: one a method that has a quality.
+        metric: name of the measure of quality.
+        baseline: quality of a client's commonest label, or None.
+    """
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(9, 5.4), layout="constrained")
+    for i, row in enumerate(rows):
+        spread, style = row["sd"] or None, _style(i, row["method"])
+        axis.errorbar(row["bytes"] / 1e6, row["quality"], spread, ls="none", capsize=3, **style)
+    _against_bytes(axis, metric, baseline)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _style(i: int, label: str) -> dict[str, Any]:
+    return {"color": f"C{i}", "marker": "osD^vP"[i % 6], "label": label}
+
+
+def _against_bytes(axis: Any, metric: str, baseline: float | None) -> None:
+    axis.set(xscale="log", xlabel="MB sent, all clients, both ways")
+    axis.set(ylabel=f"test {metric.replace('_', ' ')}", title="Quality against bytes sent")
+    _finish(axis, baseline)
+
+
+def _finish(axis: Any, baseline: float | None) -> None:
+    axis.grid(alpha=0.3)
+    if baseline is not None:
+        axis.axhline(baseline, color="grey", ls="--", lw=1, label="commonest label")
+
+
+def plot_partition(
+    path: Path, counts: np.ndarray, labels: Sequence[str], kind: str = "label"
+) -> None:
+    """Draws a heat map of the rows by client and label, coloured by their square roots.
+
+    Args:
+        path: the picture's file.
+        counts: rows by client and label, (clients, labels).
+        labels: the labels' names.
+        kind: stands on the axis of the labels.
+    """
+    from matplotlib.colors import PowerNorm
+
+    plt = pyplot()
+    wide, high = _inches(counts.shape[1], 0.15, 0.7, 20), _inches(counts.shape[0], 0.13, 0.35, 14)
+    figure, axis = plt.subplots(figsize=(2.5 + wide, 1.8 + high), layout="constrained")
+    pixels = "nearest" if max(counts.shape) <= 2000 else "auto"
+    norm = PowerNorm(0.5, vmin=0)
+    image = axis.imshow(counts, aspect="auto", cmap="Blues", norm=norm, interpolation=pixels)
+    axis.set(xlabel=kind, ylabel="client", title=f"Training rows by client and {kind}")
+    _name_cells(axis, counts, labels, wide, high)
+    figure.colorbar(image, label="rows")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _inches(cells: int, least: float, most: float, whole: float) -> float:
+    """Length of an axis whose cells are ``least`` to ``most`` inches, at most ``whole`` in all."""
+    return min(whole, cells * min(most, max(least, 12 / cells)))
+
+
+def _name_cells(
+    axis: Any, counts: np.ndarray, labels: Sequence[str], wide: float, high: float
+) -> None:
+    """Ticks of clients and labels and, where there is room, the counts."""
+    clients, classes = counts.shape
+    roomy, columns = wide / classes > 0.4, _ticks(classes, wide)
+    slant = {"rotation": 45, "ha": "right"} if roomy else {"rotation": 90, "fontsize": 7}
+    names = [_short(labels[i]) for i in columns]
+    axis.set_xticks(columns, names, parse_math=False, **slant)
+    axis.set_yticks(_ticks(clients, high))
+    axis.tick_params(axis="y", labelsize=9 if high / clients > 0.2 else 7)
+    if roomy and clients <= 40:
+        for (i, j), count in np.ndenumerate(counts):
+            colour = "w" if count > counts.max() / 3 else "k"
+            axis.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=8)
+
+
+def _ticks(count: int, inches: float) -> range:
+    """Every first, second, fifth, tenth ... number, so that ticks are 0.12 inches apart."""
+    steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
+    return range(0, count, next(step for step in steps if step * inches >= 0.12 * count))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else name[:23] + "…"
+
+
+def pyplot() -> Any:
+    """Gives matplotlib's pyplot without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

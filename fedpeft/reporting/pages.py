@@ -1,0 +1,138 @@
+"""Pages of studies: what ``fedpeft study`` and ``fedpeft compare`` write and print."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fedpeft.config.load import settings
+from fedpeft.reporting.figures import plot_comparison, plot_study
+from fedpeft.reporting.results import Measures, baseline, run_rows, study_row
+from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.reporting.study import Done, Study
+from fedpeft.reporting.tables import (
+    COMPARISON,
+    STUDY,
+    Page,
+    Rows,
+    comparison_cells,
+    comparison_row,
+    study_cells,
+    write_csv,
+)
+
+
+class Results(NamedTuple):
+    """A study's table.
+
+    Args:
+        page: the table as text.
+        rows: the same with all digits, the best quality first.
+        baseline: quality of a client's commonest label, or None.
+    """
+
+    page: Page
+    rows: Rows
+    baseline: float | None
+
+
+def save_study(study: Study, done: Sequence[Done], measures: Measures, command: str) -> Results:
+    """Writes ``runs.csv``, ``study.md`` and ``study.png`` into the study's folder.
+
+    Args:
+        study: the study.
+        done: its runs.
+        measures: names of the measures.
+        command: what made it, for the notes.
+
+    Returns:
+        The table, a row a method.
+
+    Raises:
+        RuntimeError: no run came to its end.
+    """
+    runs = run_rows(done, measures)
+    study.folder.mkdir(parents=True, exist_ok=True)
+    write_csv(study.folder / "runs.csv", runs)
+    failed, floor = _failures(runs), baseline(done)
+    rows = [study_row([r for r in runs if r["method"] == e], measures.sign) for e in study.entries]
+    rows.sort(key=lambda row: -1 if row["quality"] is None else row["quality"], reverse=True)
+    notes = [*study_notes(measures), *_floor_notes(floor), *failed, f"Made by: {command}"]
+    title = f"{measures.quality} after the last round"
+    page = Page(title, STUDY, study_cells(rows), notes)
+    page.save(study.folder / "study.md")
+    shown = [row for row in rows if row["quality"] is not None]
+    plot_study(study.folder / "study.png", shown, measures.quality, floor)
+    return Results(page, rows, floor)
+
+
+def save_comparison(
+    study: Study, done: Sequence[Done], measures: Measures, command: str
+) -> Results:
+    """Writes ``comparison.md``, ``.csv`` and ``.png`` of a study with one run a method.
+
+    Args:
+        study: the study.
+        done: its runs.
+        measures: names of the measures.
+        command: what made it, for the notes.
+
+    Returns:
+        The table, a row a method whose run came to its end.
+
+    Raises:
+        RuntimeError: no run came to its end.
+    """
+    failed, floor = _failures(run_rows(done, measures)), baseline(done)
+    ended = [(r, s) for r, s in done if isinstance(s, dict) and not measures.missing(s, False)]
+    rows = [
+        comparison_row(r.entry, s, measures.quality, settings(r.overrides).cohort_size())
+        for r, s in ended
+    ]
+    rows.sort(key=lambda row: -row["quality"])
+    notes = [comparison_note(measures), *_floor_notes(floor), *failed, f"Made by: {command}"]
+    title = f"{measures.quality} after the last round"
+    page = Page(title, COMPARISON, comparison_cells(rows), notes)
+    page.save(study.folder / "comparison.md")
+    write_csv(study.folder / "comparison.csv", rows)
+    curves = {run.entry: read_metrics(run.path) for run, _ in ended}
+    picture = study.folder / "comparison.png"
+    plot_comparison(picture, rows, curves, measures.quality, measures.selects, floor)
+    return Results(page, rows, floor)
+
+
+def comparison_note(measures: Measures) -> str:
+    """Explains the columns of a comparison."""
+    return (
+        f"quality: {measures.quality} on the clients' own test rows after the last round, mean by "
+        "rows; best: the same at the round that validation chose; global test: the server's model "
+        "on the test set (none where the head is personal); kB per client."
+    )
+
+
+def study_notes(measures: Measures) -> list[str]:
+    """Explains the columns of a study."""
+    return [
+        f"quality: {measures.quality} on the clients' own test rows after the last round, mean by "
+        "rows; of the seeds the mean ± the sample standard deviation.",
+        f"lr: the one with the best {measures.selects} on the clients' own validation rows after "
+        "the last round, mean of all seeds; (edge): it is the grid's first or last, and a better "
+        "one may lie beyond.",
+        "MB: 10^6 bytes of the training's messages, all clients, both ways, mean of the seeds.",
+    ]
+
+
+def _floor_notes(floor: float | None) -> list[str]:
+    if floor is None:
+        return []
+    return [f"Always answering a client's commonest label scores {floor:.3f}."]
+
+
+def _failures(rows: Rows) -> list[str]:
+    """Names the runs that failed, each with its reason; raises where all did."""
+    found = [
+        f"Failed: {row['method']}, lr {row['lr']:g}, seed {row['seed']}: {row['failed']}"
+        for row in rows
+        if row["failed"] is not None
+    ]
+    if len(found) == len(rows):
+        raise RuntimeError(f"no run came to its end. {found[0]}")
+    return found

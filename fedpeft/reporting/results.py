@@ -1,0 +1,130 @@
+"""Numbers of studies: a row a run, the chosen learning rates, and means over seeds."""
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from fedpeft.reporting.study import Done, Outcome
+from fedpeft.reporting.tables import Rows
+
+VALUES = ("quality", "validation", "trained", "bytes", "seconds", "failed")
+
+
+class Measures(NamedTuple):
+    """Names of the measures.
+
+    Args:
+        quality: the measure on test rows by which methods are compared.
+        selects: the measure on validation rows that chooses.
+        sign: 1 if more of ``selects`` is better, -1 if less.
+    """
+
+    quality: str
+    selects: str
+    sign: int
+
+    def missing(self, outcome: Outcome, searched: bool) -> str:
+        """Tells why an outcome is no result of all clients, or gives an empty text.
+
+        Args:
+            outcome: a run's summary, or the error that ended it.
+            searched: the run takes part in the choice of a learning rate.
+
+        Returns:
+            The reason.
+        """
+        if isinstance(outcome, Exception):
+            return " ".join(str(outcome).split()) or repr(outcome)
+        final = outcome["final"]
+        for why in outcome["refused"].get(str(final["round"]), {}).values():
+            if "evaluation: " in why:
+                return why
+        keys = [f"client_test_{self.quality}"]
+        keys += [f"client_validation_{self.selects}"] if searched else []
+        return next((f"{key} was not measured" for key in keys if key not in final), "")
+
+
+def run_rows(done: Sequence[Done], measures: Measures) -> Rows:
+    """Makes the rows of ``runs.csv``, one a run."""
+    rates: dict[str, set[float]] = {}
+    for run, _ in done:
+        rates.setdefault(run.entry, set()).add(run.lr)
+    return [_run_row(one, measures, len(rates[one.run.entry]) > 1) for one in done]
+
+
+def _run_row(one: Done, measures: Measures, searched: bool) -> dict[str, Any]:
+    run, outcome = one
+    row = {"method": run.entry, "lr": run.lr, "seed": run.seed} | dict.fromkeys(VALUES)
+    why = measures.missing(outcome, searched)
+    if why or isinstance(outcome, Exception):
+        return row | {"failed": why}
+    final, size = outcome["final"], outcome["bytes"]
+    return row | {
+        "quality": final[f"client_test_{measures.quality}"],
+        "validation": final.get(f"client_validation_{measures.selects}"),
+        "trained": outcome["parameters"]["trained"][1],
+        "bytes": size["uplink_bytes"] + size["downlink_bytes"],
+        "seconds": outcome["seconds"],
+    }
+
+
+def chosen_lr(rows: Rows, sign: int) -> float | None:
+    """Chooses a method's learning rate, by the mean over its seeds on validation rows.
+
+    One at which more seeds came to their end goes first, because a mean over the survivors says
+    nothing of the others; of equals the smaller goes first.
+
+    Args:
+        rows: the method's rows of ``runs.csv``.
+        sign: 1 if more is better, -1 if less.
+
+    Returns:
+        The learning rate, or None where every run failed.
+    """
+    found: dict[float, list[Any]] = {}
+    for row in rows:
+        if row["failed"] is None:
+            found.setdefault(row["lr"], []).append(row["validation"])
+    if len(found) == 1:
+        return next(iter(found))
+
+    def rank(lr: float) -> tuple[int, float, float]:
+        return len(found[lr]), sign * mean(found[lr]), -lr
+
+    return max(found, key=rank, default=None)
+
+
+def study_row(rows: Rows, sign: int) -> dict[str, Any]:
+    """Sums a method up at its chosen learning rate.
+
+    Args:
+        rows: the method's rows of ``runs.csv``.
+        sign: 1 if more of the measure that chooses is better, -1 if less.
+
+    Returns:
+        Mean and sample standard deviation of the quality, over ``seeds`` of ``of`` seeds; mean of
+        the bytes. They are None where every run failed.
+    """
+    lr, grid = chosen_lr(rows, sign), {row["lr"] for row in rows}
+    found = [row for row in rows if row["lr"] == lr and row["failed"] is None]
+    quality = [row["quality"] for row in found]
+    return {
+        "method": rows[0]["method"],
+        "lr": lr,
+        "edge": len(grid) > 1 and lr in (min(grid), max(grid)),
+        "quality": mean(quality) if quality else None,
+        "sd": stdev(quality) if len(quality) > 1 else None,
+        "seeds": len(found),
+        "of": len({row["seed"] for row in rows}),
+        "trained": max((row["trained"] for row in found), default=None),
+        "bytes": mean(row["bytes"] for row in found) if found else None,
+    }
+
+
+def baseline(done: Sequence[Done]) -> float | None:
+    """Gives the mean over seeds of what a client's commonest label scores on its own test rows."""
+    by_seed: dict[int, float] = {}
+    for run, outcome in done:
+        if isinstance(outcome, dict) and "client_test_baseline" in outcome["baseline"]:
+            by_seed.setdefault(run.seed, outcome["baseline"]["client_test_baseline"])
+    return mean(by_seed.values()) if by_seed else None

@@ -1,0 +1,195 @@
+"""Studies: methods x learning rates x seeds, each run in a directory of its own, resumable."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from omegaconf import OmegaConf
+
+from fedpeft.config.load import composed
+
+T = TypeVar("T")
+Outcome = dict[str, Any] | Exception
+RunAll = Callable[[list[list[str]]], Sequence[Outcome]]
+FAILED = "failed.txt"  # in a run's directory: the reason why its training diverged
+DIVERGED = re.compile("finite|training loss is")  # in what is said of training that diverged
+
+
+class Run(NamedTuple):
+    """One run of a study.
+
+    Args:
+        entry: label of its method.
+        lr: learning rate.
+        seed: seed.
+        path: its directory.
+        overrides: its configuration, with the directory.
+        config: the composed configuration by dotted key, without the directory.
+    """
+
+    entry: str
+    lr: float
+    seed: int
+    path: Path
+    overrides: list[str]
+    config: dict[str, Any]
+
+    def earlier(self) -> Outcome | None:
+        """Reads what an earlier command made of this run; removes what it left unfinished.
+
+        Raises:
+            ValueError: the directory's run was made from another configuration.
+        """
+        if not (self.path / "config.yaml").exists():
+            return None
+        made = _plain(OmegaConf.load(self.path / "config.yaml"))
+        if made != self.config:
+            keys = sorted(made.keys() | self.config.keys())
+            key = next(k for k in keys if made.get(k, "-") != self.config.get(k, "-"))
+            raise ValueError(
+                f"{self.path} holds a run with {key}={made.get(key, '-')}, and now it is "
+                f"{self.config.get(key, '-')}: give another run_dir, or remove that run"
+            )
+        if (self.path / "summary.json").exists():
+            return json.loads((self.path / "summary.json").read_text())
+        if (self.path / FAILED).exists():
+            return RuntimeError((self.path / FAILED).read_text())
+        shutil.rmtree(self.path)
+        return None
+
+
+class Done(NamedTuple):
+    """A run and its summary, or the error that ended it."""
+
+    run: Run
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Study:
+    """Several methods under one budget.
+
+    Args:
+        folder: holds the runs' directories and the results.
+        base: overrides of every run.
+        entries: methods, each with overrides of its own: ``lora+strategy=local_only``.
+        lrs: learning rates; each method's own if empty.
+        seeds: seeds; the configuration's if empty.
+        flat: directories are ``<entry>`` instead of ``<entry>/lr=<lr>/seed=<seed>``.
+    """
+
+    folder: Path
+    base: Sequence[str]
+    entries: Sequence[str]
+    lrs: Sequence[float] = ()
+    seeds: Sequence[int] = ()
+    flat: bool = False
+
+    def finish(self, run_all: RunAll) -> list[Done]:
+        """Runs what is not there yet.
+
+        Training that diverged would diverge again, so its reason is kept; a run that failed for
+        another reason is tried again by the next command.
+
+        Args:
+            run_all: runs configurations, each of which may fail.
+
+        Returns:
+            All runs of the study, the earlier ones too.
+
+        Raises:
+            ValueError: a run's directory was made from another configuration.
+        """
+        runs = self.runs()
+        known = [run.earlier() for run in runs]
+        left = [run for run, outcome in zip(runs, known, strict=True) if outcome is None]
+        new = iter(run_all([run.overrides for run in left]) if left else [])
+        done = [
+            Done(run, next(new) if outcome is None else outcome)
+            for run, outcome in zip(runs, known, strict=True)
+        ]
+        for run, outcome in done:
+            diverged = isinstance(outcome, Exception) and DIVERGED.search(str(outcome))
+            if diverged and run.path.is_dir():
+                (run.path / FAILED).write_text(str(outcome))
+        return done
+
+    def runs(self) -> list[Run]:
+        """Composes every run, in the order of entries, learning rates and seeds.
+
+        Raises:
+            ValueError: a run stands twice, or a number is given twice.
+        """
+        found = [run for entry in self.entries for run in self._runs_of(entry)]
+        paths = [run.path for run in found]
+        if twice := [path for path in paths if paths.count(path) > 1]:
+            raise ValueError(f"each run of a study must be named once, got {twice[0]} twice")
+        return found
+
+    def _runs_of(self, entry: str) -> Iterator[Run]:
+        method, *own = re.split(r"\+(?=[\w./@]+=)", entry)
+        given = [*self.base, f"method={method}", *own]
+        self._check(own, given)
+        tree = composed(given)
+        for lr in self.lrs or [tree.lr]:
+            for seed in self.seeds or [tree.seed]:
+                tree.lr, tree.seed = lr, seed
+                parts = [] if self.flat else [f"lr={lr}", f"seed={seed}"]
+                path = self.folder.joinpath(entry.replace("/", "_"), *parts)
+                overrides = [*given, *parts, f"run_dir='{path}'"]
+                yield Run(entry, lr, seed, path, overrides, _plain(tree))
+
+    def _check(self, own: Sequence[str], given: Sequence[str]) -> None:
+        """Refuses what a run may not set itself."""
+        for override in own:
+            if override.startswith("runtime"):
+                raise ValueError(
+                    f"runtime must be the same for all runs of a study, got {override}"
+                )
+        for name, values in (("lr", self.lrs), ("seed", self.seeds)):
+            if values and (twice := [o for o in given if o.startswith(f"{name}=")]):
+                raise ValueError(f"{name} must be given once, got {twice[0]} and --{name}s")
+
+
+def _plain(tree: Any) -> dict[str, Any]:
+    """Values by dotted key, all but run_dir."""
+    found = dict(_leaves(OmegaConf.to_container(tree, resolve=True)))
+    found.pop("run_dir", None)
+    return found
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict) and node:
+        for name, value in node.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, node
+
+
+def listed(text: str) -> list[str]:
+    """Splits at commas, but for those in brackets: ``lora,hetlora+method.ranks=[4,8]``."""
+    return re.split(r",(?![^\[{]*[\]}])", text)
+
+
+def numbers(name: str, text: str, kind: Callable[[str], T]) -> list[T]:
+    """Reads numbers by commas.
+
+    Args:
+        name: the option.
+        text: its value; empty for no numbers.
+        kind: ``int`` or ``float``.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        ValueError: one of them is no such number.
+    """
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise ValueError(f"{name} must be numbers by commas, got {text}") from error

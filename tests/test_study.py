@@ -1,0 +1,385 @@
+"""Studies: what is run, what is chosen, and the numbers of their tables."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft import cli
+from fedpeft.config.load import composed
+from fedpeft.reporting.pages import save_comparison, save_study
+from fedpeft.reporting.results import Measures, chosen_lr, run_rows, study_row
+from fedpeft.reporting.run_directory import RunDirectory
+from fedpeft.reporting.study import Done, Outcome, Run, Study, listed, numbers
+from fedpeft.reporting.tables import study_cells
+
+ACCURACY = Measures("accuracy", "accuracy", 1)
+NAN = "no client's reply was usable; client 0: training loss is nan: lower lr"
+
+
+def summary_of(quality: float, validation: float, **more: Any) -> dict[str, Any]:
+    """A made-up run of two rounds that sent 3 MB up and 1 MB down."""
+    measures = {"client_test_accuracy": quality, "client_validation_accuracy": validation}
+    return {
+        "final": {"round": 2, "test_accuracy": quality - 0.1, **measures},
+        "best": {"round": 1, "client_test_accuracy": quality - 0.2},
+        "initial": {"client_test_accuracy": 0.25},
+        "baseline": {"client_test_baseline": 0.3},
+        "refused": {},
+        "interference": [None, 0.5],
+        "parameters": {"trained": [10, 1200]},
+        "bytes": {"uplink_bytes": 3_000_000, "downlink_bytes": 1_000_000},
+        "seconds": 1.5,
+        **more,
+    }
+
+
+class Fake:
+    """Stands in for the runs: writes their directories, and notes which were asked for.
+
+    Args:
+        result: gives the outcome for a learning rate and a seed.
+    """
+
+    def __init__(self, result: Callable[[float, int], Outcome]) -> None:
+        self.result = result
+        self.asked: list[tuple[str, float, int]] = []
+
+    def __call__(self, runs: list[list[str]]) -> list[Outcome]:
+        return [self.one(overrides) for overrides in runs]
+
+    def one(self, overrides: list[str]) -> Outcome:
+        tree = composed(overrides)
+        outcome = self.result(tree.lr, tree.seed)
+        self.asked.append((tree.method._target_.rpartition(".")[2], tree.lr, tree.seed))
+        directory = RunDirectory(tree.run_dir, tree, "fake")
+        directory.append({"round": 0, "client_validation_accuracy": 0.1})
+        if isinstance(outcome, dict):
+            directory.finish(outcome)
+        return outcome
+
+
+def steady(lr: float, seed: int) -> Outcome:
+    """The same for all."""
+    return summary_of(0.5, 0.5)
+
+
+def row(lr: float, validation: float | None, quality: float = 0.5, seed: int = 0) -> dict[str, Any]:
+    """A row of runs.csv; one without a validation failed."""
+    found = {"method": "lora", "lr": lr, "seed": seed, "quality": quality, "trained": 10}
+    failed = NAN if validation is None else None
+    return found | {"validation": validation, "bytes": 1_000_000, "failed": failed}
+
+
+# --- which learning rate -------------------------------------------------------------------------
+
+
+def test_validation_over_all_seeds_chooses_whatever_the_test_rows_say() -> None:
+    """Seed 0 alone and the best single run would choose 0.01, the test rows 0.1."""
+    validation = {0.001: (0.60, 0.70, 0.74), 0.01: (0.90, 0.50, 0.45), 0.1: (0.4, 0.4, 0.4)}
+    quality = {0.001: 0.50, 0.01: 0.70, 0.1: 0.99}
+    rows = [
+        row(lr, value, quality[lr], seed)
+        for lr, values in validation.items()
+        for seed, value in enumerate(values)
+    ]
+    assert chosen_lr(rows, 1) == 0.001
+    assert study_row(rows, 1)["quality"] == 0.50
+    assert chosen_lr(rows, -1) == 0.1  # a loss
+
+
+def test_of_equals_the_smaller_and_first_where_more_seeds_came_to_their_end() -> None:
+    assert chosen_lr([row(0.01, 0.8), row(0.001, 0.8), row(0.1, 0.7)], 1) == 0.001
+    two = [row(0.001, 0.6), row(0.001, 0.6, seed=1), row(0.01, 0.9), row(0.01, None, seed=1)]
+    assert chosen_lr(two, 1) == 0.001
+    assert chosen_lr([row(0.001, None), row(0.01, 0.1)], 1) == 0.01
+    assert chosen_lr([row(0.001, None)], 1) is None
+
+
+@pytest.mark.parametrize(
+    ("validations", "cell"),
+    [
+        ((0.9, 0.8, 0.7), "0.001 (edge)"),
+        ((0.7, 0.9, 0.8), "0.01"),
+        ((0.7, 0.8, 0.9), "0.1 (edge)"),
+        ((None, 0.8, 0.7), "0.01"),
+        ((0.7, 0.8, None), "0.01"),
+    ],
+)
+def test_the_edge_of_the_grid_is_marked(validations: tuple[float | None, ...], cell: str) -> None:
+    rows = [row(lr, v) for lr, v in zip((0.001, 0.01, 0.1), validations, strict=True)]
+    assert study_cells([study_row(rows, 1)])[0][1] == cell
+
+
+def test_a_single_learning_rate_has_no_edge_and_needs_no_validation() -> None:
+    rows = [row(0.003, None) | {"failed": None}]
+    assert study_cells([study_row(rows, 1)])[0][:2] == ["lora", "0.003"]
+
+
+# --- the numbers ---------------------------------------------------------------------------------
+
+
+def test_mean_and_sample_deviation_over_the_seeds() -> None:
+    found = [row(0.01, 0.5, quality, seed) for seed, quality in enumerate((0.7, 0.8, 0.9))]
+    for one, (size, trained) in zip(found, ((1, 10), (2, 1200), (6, 10)), strict=True):
+        one |= {"bytes": size * 1_000_000, "trained": trained}
+    found.append(row(0.1, 0.4, 0.99))
+    made = study_row(found, 1)
+    assert made["quality"] == pytest.approx(0.8)
+    assert made["sd"] == pytest.approx(0.1)  # sqrt((0.01 + 0 + 0.01) / 2)
+    expected = ["lora", "0.01 (edge)", "0.800 ± 0.100", "3", "1,200", "3.00"]
+    assert study_cells([made]) == [expected]
+    found[0]["failed"] = NAN
+    (cells,) = study_cells([study_row(found, 1)])
+    assert cells[2:4] == ["0.850 ± 0.071", "2 of 3"]  # sqrt(0.005)
+    alone = study_row([row(0.01, 0.5, 0.7)], 1)
+    assert study_cells([alone])[0][2:4] == ["0.700", "1"]
+
+
+def test_files_of_a_study(tmp_path: Path) -> None:
+    def result(lr: float, seed: int) -> Outcome:
+        if lr == 0.1:
+            return RuntimeError(NAN)
+        return summary_of(0.6 + seed / 10, lr, baseline={"client_test_baseline": 0.2 + seed / 5})
+
+    study = Study(tmp_path, [], ["lora", "scl"], [0.001, 0.01, 0.1], [0, 1])
+    results = save_study(study, study.finish(Fake(result)), ACCURACY, "fedpeft study")
+    text = (tmp_path / "study.md").read_text()
+    assert "\n| lora | 0.01 | 0.650 ± 0.071 | 2 | 1,200 | 4.00 |\n| scl | 0.01 |" in text
+    assert text.count(f"\nFailed: lora, lr 0.1, seed 1: {NAN}\n") == 1
+    assert "commonest label scores 0.300." in text and results.baseline == pytest.approx(0.3)
+    assert text.endswith("\nMade by: fedpeft study\n")
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
+    assert list(rows[0]) == "method lr seed quality validation trained bytes seconds failed".split()
+    assert list(rows[3].values()) == "lora 0.01 1 0.7 0.01 1200 4000000 1.5".split() + [""]
+    assert list(rows[5].values()) == ["lora", "0.1", "1", *[""] * 5, NAN]
+    assert len(rows) == 12
+
+
+def test_a_method_whose_runs_all_fail_is_named_and_a_study_of_such_ends(tmp_path: Path) -> None:
+    def result(lr: float, seed: int) -> Outcome:
+        return summary_of(0.5, 0.5) if lr == 0.02 else ValueError("no biases\nin its blocks")
+
+    study = Study(tmp_path, [], ["lora", "bitfit+lr=0.02"])
+    results = save_study(study, study.finish(Fake(result)), ACCURACY, "")
+    assert results.page.cells[1] == ["lora", "-", "failed", "0 of 1", "-", "-"]
+    assert "Failed: lora, lr 0.003, seed 0: no biases in its blocks" in results.page.notes
+    alone = Study(tmp_path, [], ["lora"])
+    for save in (save_study, save_comparison):
+        with pytest.raises(RuntimeError, match="no run came to its end. Failed: lora, lr 0.003"):
+            save(alone, alone.finish(Fake(result)), ACCURACY, "")
+
+
+def test_a_mean_without_all_clients_is_no_result() -> None:
+    late = "evaluation: no reply within runtime.round_timeout=9 s"
+    run = Run("lora", 0.1, 0, Path("x"), [], {})
+
+    def failed(**more: Any) -> str | None:
+        return run_rows([Done(run, summary_of(0.5, 0.5, **more))], ACCURACY)[0]["failed"]
+
+    assert failed() is None
+    assert failed(refused={"1": {"0": late}}) is None
+    assert failed(refused={"2": {"0": "training loss is nan"}}) is None
+    assert failed(refused={"2": {"0": late}}) == late
+    assert failed(final={"round": 2}) == "client_test_accuracy was not measured"
+    own = {"round": 2, "client_test_accuracy": 0.5}
+    assert failed(final=own) is None
+    searched = [Done(run._replace(lr=lr), summary_of(0.5, 0.5, final=own)) for lr in (0.1, 0.2)]
+    assert (
+        run_rows(searched, ACCURACY)[1]["failed"] == "client_validation_accuracy was not measured"
+    )
+
+
+def test_a_comparison_counts_bytes_by_each_run_s_own_cohort(tmp_path: Path) -> None:
+    study = Study(tmp_path, ["num_clients=4"], ["lora", "lora+clients_per_round=0.5"], flat=True)
+    done = study.finish(Fake(steady))
+    results = save_comparison(study, done, ACCURACY, "fedpeft compare num_clients=4")
+    up = [one["up_bytes_per_client_round"] for one in results.rows]
+    assert up == [3_000_000 / 2 / 4, 3_000_000 / 2 / 2]
+    text = (tmp_path / "comparison.md").read_text()
+    assert (
+        "\n| lora | 0.500 | 0.400 | 0.250 | 0.300 | 1 | 1,200 | 375.0 | 125.0 | 4.00 | 2 |\n"
+        in text
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "comparison.csv",
+        "comparison.md",
+        "comparison.png",
+        "lora",
+        "lora+clients_per_round=0.5",
+    ]
+
+
+# --- what is run ---------------------------------------------------------------------------------
+
+
+def test_every_run_has_its_directory_and_configuration(tmp_path: Path) -> None:
+    entries = ["scl", "lora+strategy=local_only+method.targets=[q,v]"]
+    study = Study(tmp_path, ["num_rounds=3", "strategy=fedadam"], entries, [1e-5, 0.1], [0, 4])
+    runs = study.runs()
+    assert [str(run.path.relative_to(tmp_path)) for run in runs[:4]] == [
+        "scl/lr=1e-05/seed=0",
+        "scl/lr=1e-05/seed=4",
+        "scl/lr=0.1/seed=0",
+        "scl/lr=0.1/seed=4",
+    ]
+    last = composed(runs[-1].overrides)
+    assert (last.lr, last.seed, last.num_rounds, last.run_dir) == (0.1, 4, 3, str(runs[-1].path))
+    assert last.strategy._target_.endswith("LocalOnly")
+    assert composed(runs[0].overrides).strategy._target_.endswith("FedAdam")
+    own = Study(tmp_path, [], ["scl", "lora"])
+    assert [run.lr for run in own.runs()] == [composed([f"method={m}"]).lr for m in own.entries]
+    assert Study(tmp_path, [], ["scl"], flat=True).runs()[0].path == tmp_path / "scl"
+
+
+def test_the_same_command_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    def stops(lr: float, seed: int) -> Outcome:
+        if seed == 1:
+            raise KeyboardInterrupt
+        return summary_of(0.7, 0.7)
+
+    study = Study(tmp_path, [], ["lora"], [0.001], [0, 1])
+    with pytest.raises(KeyboardInterrupt):
+        study.finish(Fake(stops))
+    (tmp_path / "lora/lr=0.001/seed=1").mkdir()
+    (run,) = study.runs()[1:]
+    RunDirectory(str(run.path), composed(run.overrides), "").append({"round": 0})
+    again = Fake(steady)
+    done = study.finish(again)
+    assert again.asked == [("LoRA", 0.001, 1)]
+    assert [one.outcome["final"]["client_test_accuracy"] for one in done] == [0.7, 0.5]  # type: ignore[index]
+    assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 1
+    more = Fake(steady)
+    Study(tmp_path, [], ["lora", "scl"], [0.001], [1, 0, 2]).finish(more)
+    assert more.asked == [("LoRA", 0.001, 2), *(("SCL", 0.001, seed) for seed in (1, 0, 2))]
+
+
+def test_nothing_is_launched_where_all_runs_are_there(tmp_path: Path) -> None:
+    study = Study(tmp_path, [], ["lora"])
+    first = study.finish(Fake(steady))
+
+    def launches(runs: list[list[str]]) -> list[Outcome]:
+        raise AssertionError(runs)
+
+    assert study.finish(launches) == first
+
+
+def test_training_that_diverged_is_not_run_again_and_other_failures_are(tmp_path: Path) -> None:
+    def result(lr: float, seed: int) -> Outcome:
+        return RuntimeError(NAN) if seed == 0 else RuntimeError("the worker that was at it died")
+
+    study = Study(tmp_path, [], ["lora"], [0.1], [0, 1, 2])
+    first = Fake(result)
+    assert [str(one.outcome)[:10] for one in study.finish(first)] == [NAN[:10], *["the worker"] * 2]
+    again = Fake(steady)
+    outcomes = [one.outcome for one in study.finish(again)]
+    assert str(outcomes[0]) == NAN and isinstance(outcomes[0], RuntimeError)
+    assert again.asked == [("LoRA", 0.1, 1), ("LoRA", 0.1, 2)]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_of_another_configuration_is_refused_and_kept(tmp_path: Path, finished: bool) -> None:
+    outcome = summary_of(0.5, 0.5) if finished else RuntimeError("the worker that was at it died")
+    Study(tmp_path, ["num_rounds=2"], ["lora"], flat=True).finish(Fake(lambda *_: outcome))
+    other = Study(tmp_path, ["num_rounds=3"], ["lora"], flat=True)
+    rule = "lora holds a run with num_rounds=2, and now it is 3: give another run_dir, or remove"
+    with pytest.raises(ValueError, match=rule):
+        other.finish(Fake(steady))
+    assert (tmp_path / "lora/metrics.jsonl").exists()
+    added = Study(tmp_path, ["num_rounds=2", "method.bias=x"], ["lora"], flat=True)
+    with pytest.raises(ValueError, match="method.bias=-, and now it is x"):
+        added.finish(Fake(steady))
+
+
+@pytest.mark.parametrize(
+    ("study", "says"),
+    [
+        (Study(Path(), [], ["lora", "lora"]), "named once, got lora/lr=0.003/seed=0 twice"),
+        (Study(Path(), [], ["lora"], [0.1, 0.10]), "got lora/lr=0.1/seed=0 twice"),
+        (Study(Path(), ["lr=0.1"], ["lora"], [0.1]), "lr must be given once, got lr=0.1 and --lrs"),
+        (Study(Path(), [], ["lora+seed=3"], [], [1]), "given once, got seed=3 and --seeds"),
+        (Study(Path(), [], ["lora+runtime=ray"]), "same for all runs of a study, got runtime=ray"),
+        (Study(Path(), [], ["lora+lrr=3"]), "unknown key lrr"),
+        (Study(Path(), [], ["nope"]), "method must be one of .* got nope"),
+    ],
+)
+def test_what_a_study_cannot_be(study: Study, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        study.runs()
+
+
+def test_lists_of_the_command_line() -> None:
+    assert listed("lora,hetlora+method.ranks=[4,8],scl") == [
+        "lora",
+        "hetlora+method.ranks=[4,8]",
+        "scl",
+    ]
+    assert numbers("--lrs", "1e-4,3e-3", float) == [1e-4, 3e-3]
+    assert numbers("--seeds", "", int) == []
+    with pytest.raises(ValueError, match="--seeds must be numbers by commas, got 0,x"):
+        numbers("--seeds", "0,x", int)
+
+
+def test_reading_results_needs_no_torch() -> None:
+    code = "import sys, fedpeft.reporting.pages; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --- with real runs ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fedpeft(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., str]:
+    """``fedpeft("study", ...)`` gives what the command prints, run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["fedpeft", *arguments])
+        cli.main()
+        return capsys.readouterr().out
+
+    return command
+
+
+def test_a_real_study_with_runs_that_diverge(
+    fedpeft: Callable[..., str], base: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest = [o for o in base if not o.startswith("method=")]
+    methods = ["--methods", "scl,scl+strategy=local_only", "method.rank=8"]
+    given = ["study", *methods, "--lrs=1e30,1e-3,1e-2", "--seeds", "0,1", *rest]
+    text = fedpeft(*given)
+    folder = Path("runs/study")
+    rows = list(csv.DictReader((folder / "runs.csv").read_text().splitlines()))
+    assert [bool(one["failed"]) for one in rows] == [float(one["lr"]) > 1 for one in rows]
+    assert "training loss is nan" in rows[0]["failed"]
+    assert "no client's reply was usable; client 0: " in text
+    for one in rows[2:6]:
+        path = folder / "scl" / f"lr={one['lr']}" / f"seed={one['seed']}"
+        final = json.loads((path / "summary.json").read_text())["final"]
+        assert float(one["quality"]) == final["client_test_accuracy"]
+        assert float(one["validation"]) == final["client_validation_accuracy"]
+    up = {one["method"]: float(one["bytes"]) for one in rows if not one["failed"]}
+    assert up["scl+strategy=local_only"] < up["scl"] / 2
+
+    monkeypatch.setattr(cli, "_serve_all", None)
+    table = (folder / "study.md").read_text()
+    found = json.loads(fedpeft(*given, "--json"))
+    assert [one["of"] for one in found["rows"]] == [2, 2]
+    assert (folder / "study.md").read_text() == table
+
+
+def test_a_run_alone_that_diverges_ends_the_command(
+    fedpeft: Callable[..., str], base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        fedpeft("run", *base, "method.rank=4", "lr=1e30")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("fedpeft: no client's reply was usable; client 0: ")
