@@ -29,7 +29,7 @@ class RunDirectory:
         self._metrics = self.path / "metrics.jsonl"
         if self._metrics.exists():
             raise ValueError(f"run_dir={self.path} already holds a run: give another")
-        (self.path / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+        self._write("config.yaml", OmegaConf.to_yaml(config, resolve=True))
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Adds a round's line; it is on the disk when this returns."""
@@ -53,9 +53,12 @@ class RunDirectory:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes the summary, atomically."""
-        draft = self.path / ".summary.part"
-        draft.write_text(json.dumps(summary, indent=2) + "\n")
-        draft.replace(self.path / "summary.json")
+        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        draft = self.path / f".{name}.part"
+        draft.write_text(text)
+        draft.replace(self.path / name)
 
 
 def versions() -> dict[str, str]:
