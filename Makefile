@@ -12,7 +12,7 @@ quickstart: $(VENV)/quickstart ## six methods on the embedded model and data
 test: quick slow ## every test
 
 quick: $(VENV)/dev ## the tests that take seconds, on all cores
-	$(BIN)/python -m pytest -m "not slow" -n auto
+	$(BIN)/python -m pytest -m "not slow" -n auto --durations=10
 
 slow: $(VENV)/dev ## Ray, Flower's processes, the real model and data
 	$(BIN)/python -m pytest -m slow

@@ -29,8 +29,8 @@ from benchmarks.round import batches
 from benchmarks.sides import job
 from fedpeft.config import load as configuration
 from fedpeft.data.batching import Batch
+from fedpeft.engine.engine import Engine
 from fedpeft.engine.passes import autocast
-from fedpeft.engine.session import Session
 
 CPU = torch.device("cpu")
 DRY = [f"model.settings.{name}_dropout_prob=0.0" for name in ("hidden", "attention_probs")]
@@ -47,10 +47,10 @@ def main() -> None:
     args = parser.parse_args()
     size = ["num_clients=10", "batch_size=16", f"local_steps={args.steps}", "runtime=inprocess"]
     plain, bucketed = (
-        Session(configuration.load_config([*job(str(args.data.resolve())), *size, *DRY, more]))
+        Engine(configuration.load_config([*job(str(args.data.resolve())), *size, *DRY, more]))
         for more in ("bucketing=false", "bucketing=true")
     )
-    loss, model = bucketed.task.loss, bucketed.model.train()
+    loss, model = bucketed.task.loss, bucketed.replica.model.train()
     any_order, alike = (
         [batch for client in range(args.clients) for batch in batches(session, client, 1)]
         for session in (plain, bucketed)

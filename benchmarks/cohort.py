@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import REPEATS, interleaved, medians, ratio, save
 from fedpeft.algorithms.base import Term
 from fedpeft.config import load as configuration
+from fedpeft.engine.engine import Engine
 from fedpeft.engine.passes import autocast, to_device
 from fedpeft.engine.plan import Work
-from fedpeft.engine.session import Session
 
 CLIENTS = 16
 HOPPER_TFLOPS = 989  # dense bfloat16, H100 and H200 SXM, NVIDIA's data sheets
@@ -104,20 +104,20 @@ def on_gpu(tokenizer: str, folder: Path) -> list[str]:
 def compared(overrides: list[str], batch: int, sizes: list[int], repeats: int) -> dict[str, Any]:
     """Seconds of all clients' steps by K, and what they gain over one by one."""
     given = configuration.load_config([*overrides, f"batch_size={batch}"])
-    session = Session(given)
-    term = given.strategy.term(session.initial, {}, {})
+    session = Engine(given)
+    term = given.strategy.term(session.replica.initial, {}, {})
     sides = {str(size): turn(session, size, term) for size in sizes}
     seconds = interleaved(sides, repeats)
     steps = CLIENTS * (given.local_steps or 1)
     found = {
         "batch": batch,
-        "automatic": session.together(),
+        "automatic": session.clients_per_pass(),
         "milliseconds_a_step_and_client": {
             k: float(f"{1e3 * s / steps:.4g}") for k, s in medians(seconds).items()
         },
         "times_one_by_one": {k: ratio(seconds["1"], seconds[k]) for k in sides if k != "1"},
     }
-    if next(session.model.parameters()).is_cuda:
+    if next(session.replica.model.parameters()).is_cuda:
         found["synchronisations_of_a_round"] = {
             str(size): synchronisations(turn(session, size, term)) for size in sizes
         }
@@ -130,7 +130,7 @@ def compared(overrides: list[str], batch: int, sizes: list[int], repeats: int) -
     return found
 
 
-def turn(session: Session, size: int, term: Term) -> Callable[[], float]:
+def turn(session: Engine, size: int, term: Term) -> Callable[[], float]:
     """All clients' training in groups of a size; every turn is a new round."""
     rounds = iter(range(1, 1000))
 
@@ -139,7 +139,7 @@ def turn(session: Session, size: int, term: Term) -> Callable[[], float]:
         begun = time.perf_counter()
         for first in range(0, CLIENTS, size):
             clients = range(first, first + size)
-            works = [Work(client, dict(session.initial), term) for client in clients]
+            works = [Work(client, dict(session.replica.initial), term) for client in clients]
             for result in session.train(works, round):
                 if isinstance(result, Exception):
                     raise result
@@ -148,17 +148,17 @@ def turn(session: Session, size: int, term: Term) -> Callable[[], float]:
     return run
 
 
-def step_flops(session: Session) -> int:
+def step_flops(session: Engine) -> int:
     """Floating-point operations of one client's forward and backward pass."""
-    device = next(session.model.parameters()).device
+    device = next(session.replica.model.parameters()).device
     batch = to_device(session._plan(0, 1).batches[0], device)
     session.set_trainable(1)
-    session.model.train()
+    session.replica.model.train()
     with FlopCounterMode(display=False) as counter:
         with autocast(device, session.config.precision):
-            loss = session.task.loss(session.model, batch)
+            loss = session.task.loss(session.replica.model, batch)
         loss.backward()
-    session.model.zero_grad()
+    session.replica.model.zero_grad()
     return counter.get_total_flops()
 
 
@@ -174,9 +174,9 @@ def synchronisations(run: Callable[[], float]) -> int:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def captured_milliseconds(session: Session, times: int = 50) -> float:
+def captured_milliseconds(session: Engine, times: int = 50) -> float:
     """A client's forward and backward pass as one CUDA graph, which fedpeft does not use."""
-    model, device = session.model, next(session.model.parameters()).device
+    model, device = session.replica.model, next(session.replica.model.parameters()).device
     batch = to_device(session._plan(0, 1).batches[0], device)
     session.set_trainable(1)
     model.train()

@@ -27,9 +27,9 @@ from benchmarks.sides import final_accuracy, job, seconds
 from fedpeft.client.app import app as client_app
 from fedpeft.config import load as configuration
 from fedpeft.data.batching import Batch, training_batches
-from fedpeft.engine.session import Session, open_session
+from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.seeding import generator, torch_seed
-from fedpeft.server.strategy import RoleStrategy
+from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.simulation.launch import InProcessGrid
 
 SEEDS = (0, 1, 2)
@@ -60,14 +60,19 @@ def main() -> None:
 
 def in_process(given: list[str], repeats: int) -> dict[str, Any]:
     """Both in this process, in turn; the first round of each warms up and is left out."""
-    more = ["runtime=inprocess", "runtime.threads=2", "runtime.cohort=1", "num_rounds=1000"]
+    more = [
+        "runtime=inprocess",
+        "runtime.threads=2",
+        "runtime.clients_per_pass=1",
+        "num_rounds=1000",
+    ]
     overrides = configuration.join([*given, *more])
-    session = open_session(overrides, None)
+    session = open_engine(overrides, None)
     clients = session.config.num_clients
     nodes = [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
-    grid, strategy = InProcessGrid(client_app, nodes), RoleStrategy(session, overrides)
+    grid, strategy = InProcessGrid(client_app, nodes), FederatedPEFT(session, overrides)
     strategy.hosts.join(grid)
-    loads, rounds = open_session.cache_info().misses, iter(range(1, 1000))
+    loads, rounds = open_engine.cache_info().misses, iter(range(1, 1000))
     numbers: dict[str, int] = {}
 
     def ours() -> None:
@@ -79,13 +84,13 @@ def in_process(given: list[str], repeats: int) -> dict[str, Any]:
         "bare": lambda: bare_round(session, range(clients), numbers["round"]),
     }
     taken = interleaved(sides, repeats)
-    again = open_session.cache_info().misses - loads
+    again = open_engine.cache_info().misses - loads
     return summary(taken, [("fedpeft", "bare")]) | {"model_loads_after_the_first": again}
 
 
 def by_workers(data: str, size: list[str], repeats: int) -> dict[str, Any]:
     """Two workers of one thread each, on Ray and bare."""
-    ray = [*size, "runtime=ray", "runtime.total_cpus=2", "runtime.cohort=1"]
+    ray = [*size, "runtime=ray", "runtime.total_cpus=2", "runtime.clients_per_pass=1"]
     sides = {
         "fedpeft": partial(seconds, "fedpeft", {"data": data, "rounds": 2, "overrides": ray}),
         "bare": partial(seconds, "bares", {"data": data, "rounds": 2, "overrides": size}),
@@ -129,17 +134,17 @@ def quality(data: str, size: list[str], rounds: int) -> dict[str, Any]:
     return found
 
 
-def fedpeft_round(strategy: RoleStrategy, grid: InProcessGrid, round: int) -> None:
+def fedpeft_round(strategy: FederatedPEFT, grid: InProcessGrid, round: int) -> None:
     """Configure, train on the clients, check and aggregate."""
     messages = strategy.configure_train(round, *strategy.packed(round), grid)
     replies = strategy.hosts.exchange(grid, messages, 3600)
     strategy.aggregate_train(round, replies)
 
 
-def bare_round(session: Session, clients: Iterable[int], round: int) -> None:
+def bare_round(session: Engine, clients: Iterable[int], round: int) -> None:
     """The same steps as one would write them without federation, and a mean of the results."""
     clients = list(clients)
-    parameters = {n: p for n, p in session.model.named_parameters() if p.requires_grad}
+    parameters = {n: p for n, p in session.replica.model.named_parameters() if p.requires_grad}
     start = {n: p.detach().clone() for n, p in parameters.items()}
     total = {n: torch.zeros_like(p) for n, p in start.items()}
     for client in clients:
@@ -147,14 +152,16 @@ def bare_round(session: Session, clients: Iterable[int], round: int) -> None:
             for name, parameter in parameters.items():
                 parameter.copy_(start[name])
         with torch_seed(session.config.seed, "dropout", round, client):
-            bare_client(session.model, list(parameters.values()), batches(session, client, round))
+            bare_client(
+                session.replica.model, list(parameters.values()), batches(session, client, round)
+            )
         for name, parameter in parameters.items():
             total[name] += parameter.detach() / len(clients)
 
 
-def batches(session: Session, client: int, round: int) -> list[Batch]:
+def batches(session: Engine, client: int, round: int) -> list[Batch]:
     """The batches that the client sees in fedpeft's round."""
-    examples, config = session.client_examples(client)["train"], session.config
+    examples, config = session.rows.client_examples(client)["train"], session.config
     rng = generator(config.seed, "batches", round, client)
     rows = training_batches(
         examples.lengths, config.batch_size, config.local_steps, None, rng, config.bucketing

@@ -94,11 +94,11 @@ def bare(
     """
     from benchmarks.round import bare_round
     from fedpeft.config.load import join
-    from fedpeft.engine.session import open_session
+    from fedpeft.engine.engine import open_engine
 
     settings = ["runtime=inprocess", f"runtime.threads={threads}", f"num_rounds={rounds + 10}"]
     given = [o for o in overrides if not o.startswith("runtime")]
-    session = open_session(join([*job(data), *settings, *given]), None)
+    session = open_engine(join([*job(data), *settings, *given]), None)
     clients = range(part, session.config.num_clients, parts)
     return timed(lambda r: bare_round(session, clients, r), rounds)
 

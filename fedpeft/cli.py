@@ -6,7 +6,10 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedpeft.reporting.progress import Display
 
 USAGE = """usage: fedpeft COMMAND [--json] [overrides]
 
@@ -20,8 +23,6 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
 
 Overrides are those of Hydra: key=value, group=name. Groups and names stand in conf/.
 """
-# What ends a run with a sentence; any other error is a fault of the program.
-FAILURES = (ValueError, TimeoutError, RuntimeError, FloatingPointError)
 # What compare and study run if not told otherwise; params counts all.
 METHODS = "lora,ffa_lora,fedsa_lora,scl,fedtt,fedtt_plus"
 
@@ -49,7 +50,7 @@ def main() -> None:
         sys.exit(f"fedpeft: unknown command {command}, must be one of {', '.join(commands)}")
     try:
         commands[command](arguments)
-    except FAILURES as error:
+    except (ValueError, TimeoutError, RuntimeError) as error:
         if os.environ.get("FEDPEFT_TRACEBACK"):
             raise
         print(f"fedpeft: {error}", file=sys.stderr)
@@ -62,7 +63,9 @@ def run(arguments: list[str]) -> None:
     if {"-m", "--multirun"} & set(arguments):
         _sweep(arguments, as_json)
         return
-    summary = _serve_one(arguments, as_json)
+    from fedpeft.simulation import launch
+
+    summary = launch.run(arguments, _display(as_json))
     _show(summary, as_json)
 
 
@@ -73,11 +76,12 @@ def _sweep(arguments: list[str], as_json: bool) -> None:
     from omegaconf import DictConfig
 
     from fedpeft.config.load import CONF, addable
+    from fedpeft.simulation import launch
 
     def job(_: DictConfig) -> float:
         given = list(HydraConfig.get().overrides.task)
         folder = Path(HydraConfig.get().runtime.output_dir).absolute()
-        summary = _serve_one([*given, f"run_dir='{folder}'"], as_json)
+        summary = launch.run([*given, f"run_dir='{folder}'"], _display(as_json))
         _show(summary, as_json)
         return float(summary["final"].get(summary["selected_by"], 0.0))
 
@@ -85,51 +89,20 @@ def _sweep(arguments: list[str], as_json: bool) -> None:
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
 
 
-def _serve_one(overrides: list[str], quiet: bool) -> dict[str, Any]:
-    """Runs a configuration; its error is raised."""
-    (outcome,) = _serve_all([overrides], quiet)
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+def _display(quiet: bool) -> "Display":
+    """Return a display on standard output, or on standard error where JSON goes out."""
+    from rich.console import Console
+
+    from fedpeft.reporting.progress import Display
+
+    return Display(Console(highlight=False, soft_wrap=True, stderr=quiet))
 
 
 def _serve_all(runs: list[list[str]], quiet: bool) -> list[dict[str, Any] | Exception]:
-    """Runs configurations one after another on the same clients.
+    """Run configurations one after another on the same workers, see ``run_all``."""
+    from fedpeft.simulation.launch import run_all
 
-    A wrong configuration ends them all before the first one starts. A run that fails later does not
-    end the others: its error stands in the place of its summary.
-    """
-    from rich.console import Console
-
-    from fedpeft.config import load as configuration
-    from fedpeft.reporting.progress import Display
-    from fedpeft.simulation.launch import launch
-
-    first = configuration.settings(runs[0])
-    outcomes: list[dict[str, Any] | Exception] = []
-
-    def check_all() -> None:
-        from fedpeft.data.rows.tables import check_path
-
-        for config in map(configuration.load_config, runs):
-            config.model.source()
-            check_path(config.data.folder())
-        import fedpeft.server.app  # noqa: F401  # the rest of what takes long to import
-
-    def serve_each(grid: Any, context: Any) -> None:
-        from fedpeft.server.app import serve
-
-        console = Console(highlight=False, soft_wrap=True, stderr=quiet)
-        for overrides in runs:
-            try:
-                outcomes.append(serve(grid, overrides, Display(console), simulated=True))
-            except FAILURES as error:
-                outcomes.append(error)
-                if len(runs) > 1:
-                    console.print(f"failed: {error}", markup=False)
-
-    launch(serve_each, first.num_clients, first.runtime, check_all)
-    return outcomes
+    return run_all(runs, lambda: _display(quiet))
 
 
 def _show(summary: dict[str, Any], as_json: bool) -> None:
@@ -257,7 +230,7 @@ def _counts(names: list[str], base: list[str]) -> tuple[dict[str, Any], dict[str
 
 
 def partition(arguments: list[str]) -> None:
-    """Who holds what, as a table, a heat map and a file of row numbers."""
+    """Show the holders of all rows: a table, a heat map and a file of row numbers."""
     from fedpeft.config import load as configuration
     from fedpeft.reporting.partition import Holdings
 

@@ -1,161 +1,152 @@
-"""States: named tensors of a model by role, their hash, and their form on the wire."""
+"""States: named tensors, the roles of parameters, and what is done with both.
+
+A state is a dictionary from parameter names to tensors. Four kinds occur, and every function says
+which it takes:
+
+- full: whole parameters.
+- block: the leading blocks that one client trains, where ranks differ by client.
+- update: differences of two states.
+- wire: what a codec makes of a state; names and shapes may be others.
+"""
 
 import hashlib
-import json
 import math
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from torch import Tensor, nn
 
-from fedpeft.methods.base import Method, Role, State
+State = dict[str, Tensor]
 
-EXTRA = "strategy:"  # what a strategy sends beside parameters
-RoleOf = Callable[[str, int], Role]  # of a parameter's name in a round
-# What numpy cannot hold goes as a view of its bits, with the torch dtype named in the index.
-BITS = {torch.bfloat16: torch.int16}
-
-
-def roles(role: RoleOf, names: Iterable[str], round: int) -> dict[str, Role]:
-    """Role of each trainable parameter in a round."""
-    return {name: role(name, round) for name in names}
+# Prefixes of what a strategy and a method send or keep beside parameters.
+STRATEGY, METHOD = "strategy:", "method:"
+# NumPy has no such dtypes: a view of the bits stands for the values.
+_BITS = {torch.bfloat16: torch.int16}
 
 
-def names_with(roles: Mapping[str, Role], role: Role) -> list[str]:
-    """Names that have a role, in the model's order."""
-    return [name for name, has in roles.items() if has is role]
+class Role(Enum):
+    """Tells what happens to a parameter in one round."""
+
+    SHARED = "shared"  # trained, sent, aggregated
+    PERSONAL = "personal"  # trained, never leaves the client
+    RECEIVED = "received"  # changed by the server, sent down, not trained
+    FROZEN = "frozen"  # neither trained nor sent this round
 
 
-def down_names(role: RoleOf, names: Iterable[str], round: int) -> list[str]:
-    """What a client needs of the server in a round: all that has left its seeded start.
+TRAINED = (Role.SHARED, Role.PERSONAL)
 
-    That is what was shared in a round so far, also if it is frozen now (FedTT+, RoLoRA), since a
-    client keeps nothing between rounds; and, after the first round, what the server changes.
-    """
-    return [
-        name
-        for name in names
-        if any(role(name, r) is Role.SHARED for r in range(1, round + 1))
-        or any(role(name, r) is Role.RECEIVED for r in range(1, round))
-    ]
+
+def names_with(roles: Mapping[str, Role], *wanted: Role) -> list[str]:
+    """Return the names that have one of the roles, in the model's order."""
+    return [name for name, role in roles.items() if role in wanted]
 
 
 def snapshot(model: nn.Module, names: Iterable[str]) -> State:
-    """Copies of named parameters, on the CPU."""
+    """Copy named parameters to the CPU."""
     parameters = dict(model.named_parameters())
     return {name: parameters[name].detach().to("cpu", copy=True) for name in names}
 
 
 @torch.no_grad()
 def load_state(model: nn.Module, *states: State) -> None:
-    """Copies states into the model in place; later ones win."""
+    """Copy full states into the model in place; later ones win."""
     parameters = dict(model.named_parameters())
     for state in states:
         for name, value in state.items():
             parameters[name].copy_(value)
 
 
-def with_extras(state: State, extras: State, prefix: str = EXTRA) -> State:
-    """Parameters and a strategy's extras as one state."""
-    return state | {prefix + name: value for name, value in extras.items()}
+def weighted_mean(states: Sequence[State], weights: Sequence[float]) -> State:
+    """Return sum of w_i theta_i by name.
+
+    Args:
+        states: equal names and shapes, one state a client.
+        weights: one a state; they should sum to 1.
+
+    Returns:
+        Each mean in its parameter's dtype; sums are accumulated in float64.
+
+    Raises:
+        ValueError: no states, a weight too many or too few, or unequal names.
+    """
+    if not states or len(states) != len(weights):
+        raise ValueError(f"need one weight per state, got {len(states)} and {len(weights)}")
+    if any(state.keys() != states[0].keys() for state in states):
+        raise ValueError("states must have equal keys to be averaged")
+    mean: State = {}
+    for name, first in states[0].items():
+        total = torch.zeros(first.shape, dtype=torch.float64)
+        for state, weight in zip(states, weights, strict=True):
+            total.add_(state[name], alpha=weight)  # adds in float64 without a float64 copy
+        mean[name] = total.to(first.dtype)
+    return mean
 
 
-def split_extras(state: State, prefix: str = EXTRA) -> tuple[State, State]:
-    """What ``with_extras`` joined."""
-    extras = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-    return {n: v for n, v in state.items() if not n.startswith(prefix)}, extras
+def prefixed(state: State, prefix: str) -> State:
+    """Put a prefix in front of every name."""
+    return {prefix + name: value for name, value in state.items()}
+
+
+def split_prefixed(state: State, prefix: str = STRATEGY) -> tuple[State, State]:
+    """Part a state into the names without the prefix and those with it, there removed."""
+    own = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    return {n: v for n, v in state.items() if not n.startswith(prefix)}, own
 
 
 def zeros(state: State) -> State:
-    """Zeros of the same names, shapes and dtypes."""
+    """Return zeros of the same names, shapes and dtypes."""
     return {name: torch.zeros_like(value) for name, value in state.items()}
 
 
-def blocks(method: Method, state: State, client: int) -> State:
-    """The leading blocks of a state that a client trains."""
-    return {
-        name: value[tuple(slice(n) for n in method.block(name, value.shape, client))]
-        for name, value in state.items()
-    }
+def leading(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the leading block of a shape, as a view."""
+    return value[tuple(slice(n) for n in shape)]
 
 
 def filled(state: State, like: Mapping[str, Tensor]) -> State:
-    """Blocks filled up with zeros to the shapes of ``like``."""
+    """Fill blocks up with zeros to the shapes of ``like``."""
     full: State = {}
     for name, value in state.items():
         full[name] = value
         if value.shape != like[name].shape:
             full[name] = torch.zeros_like(like[name])
-            full[name][tuple(slice(n) for n in value.shape)] = value
+            leading(full[name], value.shape).copy_(value)
     return full
 
 
+def bits(value: Tensor) -> Tensor:
+    """Return the tensor, or a view of its bits where NumPy lacks the dtype."""
+    return value.view(_BITS[value.dtype]) if value.dtype in _BITS else value
+
+
+def bits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that ``bits`` gives."""
+    return _BITS.get(dtype, dtype)
+
+
 def sha256(state: State) -> str:
-    """Of names, dtypes, shapes and bytes, in the order of names."""
+    """Hash names, dtypes, shapes and bytes, in the order of names."""
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(_bits(value).numpy().tobytes())
+        digest.update(bits(value).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _bits(value: Tensor) -> Tensor:
-    return value.view(BITS[value.dtype]) if value.dtype in BITS else value
-
-
-def pack(state: State) -> tuple[ArrayRecord, bytes]:
-    """One flat array per dtype, and a compressed index of names, dtypes and shapes.
-
-    A deployment's cost grows with the number of arrays, so there are as few as can be.
-    """
-    by_dtype: dict[str, list[Tensor]] = {}
-    index: list[list[object]] = []
-    for name, value in state.items():
-        dtype = str(value.dtype).removeprefix("torch.")
-        index.append([name, dtype, list(value.shape)])
-        by_dtype.setdefault(dtype, []).append(_bits(value.detach().cpu()).reshape(-1))
-    arrays = ArrayRecord({k: Array(torch.cat(v).numpy()) for k, v in by_dtype.items()})
-    return arrays, zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
-
-
-def unpack(arrays: ArrayRecord, index: bytes) -> State:
-    """The state that was packed.
-
-    Raises:
-        ValueError: index and arrays do not fit together.
-    """
-    flat = {dtype: array.numpy() for dtype, array in arrays.items()}
-    used = dict.fromkeys(flat, 0)
-    state: State = {}
-    try:
-        entries = json.loads(zlib.decompress(index))
-    except (zlib.error, ValueError) as error:
-        raise ValueError(f"the index of the arrays cannot be read: {error}") from error
-    for name, dtype, shape in entries:
-        size = int(np.prod(shape))
-        if dtype not in flat or used[dtype] + size > flat[dtype].size:
-            raise ValueError(f"the array of {dtype} is too short for {name} {shape}")
-        part = torch.from_numpy(flat[dtype][used[dtype] : used[dtype] + size].copy())
-        used[dtype] += size
-        wanted = getattr(torch, dtype)
-        if part.dtype != BITS.get(wanted, wanted):
-            raise ValueError(f"the array of {dtype} holds {part.dtype}")
-        state[name] = part.view(wanted).reshape(shape)
-    if longer := [dtype for dtype in flat if used[dtype] < flat[dtype].size]:
-        raise ValueError(f"the array of {longer[0]} holds more than the index names")
-    return state
+def payload_bytes(state: State) -> int:
+    """Count the bytes of the arrays alone."""
+    return sum(value.numel() * value.element_size() for value in state.values())
 
 
 def check(state: State, expected: Mapping[str, Tensor]) -> None:
-    """Compares a received state with what the role table says.
+    """Compare a received state with the expected names, shapes and dtypes.
 
     Raises:
-        ValueError: a key is missing or unknown, a shape or dtype differs, a value is not finite.
+        ValueError: a name is missing or unknown, a shape or dtype differs, a value is not finite.
     """
     if missing := sorted(expected.keys() - state.keys()):
         raise ValueError(f"{len(missing)} keys are missing, first {missing[0]}")
@@ -168,20 +159,30 @@ def check(state: State, expected: Mapping[str, Tensor]) -> None:
                 f"{name} is {value.dtype} {tuple(value.shape)}, "
                 f"expected {want.dtype} {tuple(want.shape)}"
             )
-        if not _is_finite(value):
+        if not is_finite(value):
             raise ValueError(f"{name} holds values that are not finite")
 
 
-def _is_finite(value: Tensor) -> bool:
-    """In one pass and without a copy, unlike ``torch.isfinite``: NaN is both least and greatest."""
+def is_finite(value: Tensor) -> bool:
+    """Tell whether all entries are finite, in one pass and without a copy.
+
+    ``torch.isfinite`` would make a mask. NaN is both least and greatest for ``aminmax``.
+    """
     return not value.numel() or all(math.isfinite(end) for end in value.aminmax())
 
 
-def wire_bytes(content: RecordDict) -> int:
-    """Bytes of a message's content as Flower's transport serialises it."""
-    return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+def save(path: Path, state: State) -> None:
+    """Write a state as safetensors; the file is complete or not there."""
+    from safetensors.torch import save_file  # takes long to import
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    save_file({name: value.contiguous() for name, value in state.items()}, draft)
+    draft.replace(path)
 
 
-def payload_bytes(state: State) -> int:
-    """Bytes of the arrays alone."""
-    return sum(value.numel() * value.element_size() for value in state.values())
+def read(path: Path) -> State:
+    """Read what ``save`` wrote."""
+    from safetensors.torch import load_file
+
+    return load_file(path)

@@ -18,13 +18,14 @@ from rich.console import Console
 
 from fedpeft.client.app import app as client_app
 from fedpeft.config.load import load_config
-from fedpeft.engine.session import Session, open_session
-from fedpeft.methods.base import State
+from fedpeft.engine.engine import Engine, open_engine
+from fedpeft.engine.plan import Job
 from fedpeft.reporting.progress import Display
 from fedpeft.reporting.run_directory import read_metrics
 from fedpeft.server.app import serve
-from fedpeft.simulation.launch import InProcessGrid
-from fedpeft.state import unpack
+from fedpeft.simulation.grid import InProcessGrid, one_by_one
+from fedpeft.state import State
+from fedpeft.wire import unpack
 
 TOPICS = {
     "food": "bread cheese apple soup salt oven plate spoon",
@@ -172,6 +173,7 @@ class Recorder:
     kind: str = ""
 
     def __call__(self, message: Message, context: Context) -> Message:
+        """Answers as the client app does; queries do not come here, since the grid answers them."""
         self.kind = message.metadata.message_type
         self.client = int(context.node_config.get("partition-id", -1))
         config = message.content.config_records.get("config")
@@ -221,10 +223,9 @@ class Runner:
         given[len(self.base) : len(self.base)] = TINY.get(method, [])
         self.run_dir = Path([o for o in given if o.startswith("run_dir=")][-1][len("run_dir=") :])
         clients = int([o for o in given if o.startswith("num_clients=")][-1][len("num_clients=") :])
-        nodes = [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
         self.recorder = Recorder(answer)
-        open_session.cache_clear()
-        return serve(grid(self.recorder, nodes), given, quiet())
+        open_engine.cache_clear()
+        return serve(grid(clients, one_by_one(self.recorder)), given, quiet())
 
     def lines(self) -> list[dict[str, Any]]:
         """The last run's metrics.jsonl."""
@@ -235,6 +236,13 @@ class Runner:
         from safetensors.torch import load_file
 
         return load_file(self.run_dir / f"{name}.safetensors")
+
+
+def job_of(engine: Engine, client: int, round: int = 1) -> Job:
+    """A client's work in a round that starts from the initial values."""
+    at = engine.replica.roles.at(round, client)
+    start = engine.replica.values(at=at)
+    return Job(at, start, (engine.config.method.term(at, start, {}),))
 
 
 def quiet() -> Display:
@@ -249,12 +257,12 @@ def run(base: list[str], tmp_path: Path) -> Runner:
 
 
 @pytest.fixture
-def opened(base: list[str]) -> Callable[..., Session]:
+def opened(base: list[str]) -> Callable[..., Engine]:
     """``opened("method=scl", ...)`` gives a session of its own."""
 
-    def make(*overrides: str) -> Session:
+    def make(*overrides: str) -> Engine:
         given = [*base, *overrides]
         method = [o for o in given if o.startswith("method=")][-1].removeprefix("method=")
-        return Session(load_config([*base, *TINY.get(method, []), *overrides]))
+        return Engine(load_config([*base, *TINY.get(method, []), *overrides]))
 
     return make

@@ -10,18 +10,19 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from fedpeft.client.app import app as client_app
 from fedpeft.config.load import CONF
 from fedpeft.config.schema import Config
-from fedpeft.engine.session import Session
-from fedpeft.methods.base import State
-from fedpeft.server.strategy import RoleStrategy
-from fedpeft.simulation.launch import InProcessGrid
-from fedpeft.state import split_extras, unpack, with_extras, zeros
+from fedpeft.engine.engine import Engine
+from fedpeft.engine.roles import Roles
+from fedpeft.server.strategy import FederatedPEFT
+from fedpeft.simulation.grid import InProcessGrid, one_by_one
+from fedpeft.state import STRATEGY, State, prefixed, split_prefixed, zeros
+from fedpeft.wire import unpack
 from tests.conftest import Recorder, Sent
 
 CLIENTS, COHORT, LR = 3, 2, 0.01
@@ -58,21 +59,27 @@ def with_method(config: Config, name: str, fields: Sequence[str] = ()) -> Config
     chosen = {k: v for entry in tree.get("defaults", []) for k, v in entry.items()}
     compression = made("compression", chosen.get("override /compression", "none"))
     method = instantiate(tree.method, _convert_="all")
-    return replace(config, method=method, compression=compression)
+    personal = config.personal or tree.get("personal")
+    return replace(config, method=method, compression=compression, personal=personal)
 
 
-def small(config: Config) -> Session:
+def small(config: Config) -> Engine:
     """A session whose clients hold 40, 20 and 10 rows; to draw them loads Flower's data sets."""
-    session = Session(config)
+    session = Engine(config)
     session.rows.by_client = np.split(np.arange(70), (40, 60))
     return session
 
 
-def changed(session: Session, **fields: Any) -> Session:
+def changed(session: Engine, **fields: Any) -> Engine:
     """The same model and rows under another configuration."""
     other = copy.copy(session)
     other.rows = copy.copy(session.rows)
-    other.config = other.rows.config = replace(session.config, **fields)
+    other.replica = copy.copy(session.replica)
+    config = replace(session.config, **fields)
+    other.config = other.rows.config = other.replica.config = config
+    session.replica.set_trainable(set(session.replica.roles.names))  # which Roles reads
+    other.replica.roles = Roles(config, session.replica.model)
+    other._passes, other._together = {}, {}
     return other
 
 
@@ -107,14 +114,13 @@ class Pair:
         values: of all that can change, before the first round and after each.
     """
 
-    def __init__(self, session: Session, rounds: int = 2) -> None:
+    def __init__(self, session: Engine, rounds: int = 2) -> None:
         self.session = session
         self.rounds: list[dict[int, Training]] = []
         self.recorder = Recorder(self._answer)
-        nodes = [{"partition-id": client} for client in range(CLIENTS)]
-        self.grid = InProcessGrid(self.recorder, nodes)  # type: ignore[arg-type]
-        self.server = RoleStrategy(session, "")
-        self.server.hosts.join(self.grid)
+        self.grid = InProcessGrid(CLIENTS, one_by_one(self.recorder))
+        self.server = FederatedPEFT("", session)
+        self.server.nodes.join(self.grid)
         self.values = [self.server.values]
         self.kept: dict[int, State] = {}
         for round in range(1, rounds + 1):
@@ -124,29 +130,32 @@ class Pair:
         reply = client_app(message=message, context=context)
         for key, arrays in context.state.array_records.items():
             index: Any = context.state.config_records[f"{key}-index"]["index"]
-            self.kept[self.recorder.client] = split_extras(unpack(arrays, index))[0]
+            self.kept[self.recorder.client] = split_prefixed(unpack(arrays, index))[0]
         return reply
 
     def _round(self, round: int) -> None:
         """As a run's, without its measures."""
         server = self.server
-        messages = server.configure_train(round, *server.packed(round), self.grid)
-        server.aggregate_train(round, server.hosts.exchange(self.grid, messages, 60))
-        assert server.round.refused == {} and "unchanged" not in server.round.metrics
+        messages = server.configure_train(round, server.arrays(), ConfigRecord(), self.grid)
+        server.aggregate_train(round, self.grid.send_and_receive(messages))
+        assert server.seen.refused == {} and "unchanged" not in server.seen.metrics
         exchanges = self.recorder.of("train", round)
         self.rounds.append({exchange.client: self._read(exchange) for exchange in exchanges})
         self.values.append(server.values)
 
     def _read(self, exchange: Sent) -> Training:
-        config, shared = self.session.config, self.session.shared(exchange.round)
-        down = {name: self.session.initial[name] for name in self.session.down(exchange.round)}
-        down = with_extras(down, config.strategy.down({}, shared))
-        given = config.compression.received(exchange.down_state(), down)
-        received, controls = split_extras(given)
+        config, shared = self.session.config, self.session.replica.shared(exchange.round)
+        down = {
+            name: self.session.replica.initial[name]
+            for name in self.session.replica.roles.down(exchange.round)
+        }
+        down |= prefixed(config.strategy.down({}, shared), STRATEGY)
+        given = config.compression.down.decode(exchange.down_state(), down)
+        received, controls = split_prefixed(given)
         start = {name: received[name] for name in shared}
-        start = with_extras(start, zeros(config.strategy.up(shared)))
-        arrived = config.compression.restore(exchange.up_state(), start)
+        start |= prefixed(zeros(config.strategy.up(shared)), STRATEGY)
+        arrived = config.compression.up.decode(exchange.up_state(), start)
         metrics: dict[str, Any] = dict(exchange.up.content.metric_records["metrics"])
         counts = metrics["num-examples"], metrics["num-steps"]
         kept = self.kept.get(exchange.client, {})
-        return Training(received, controls, *split_extras(arrived), kept, *counts)
+        return Training(received, controls, *split_prefixed(arrived), kept, *counts)

@@ -11,28 +11,24 @@ import torch
 from torch import Tensor
 
 from fedpeft import cli
-from fedpeft.algorithms.base import FedAvg, Replies
+from fedpeft.algorithms.base import FedAvg
 from fedpeft.algorithms.fedopt import FedAdam
 from fedpeft.client.app import app as client_app
-from fedpeft.compression.base import (
-    SCALES,
-    BFloat16,
-    Compression,
-    Float16,
-    Int8,
-    OfUpdates,
-)
-from fedpeft.compression.largest import BITMAP, INDICES, VECTOR, as_bitmap
-from fedpeft.compression.topk import TopK, TopKBoth
+from fedpeft.compression.base import Compression, OfUpdate, stepped
+from fedpeft.compression.largest import BITMAP, INDICES, as_bitmap, count
+from fedpeft.compression.rounding import SCALES, BFloat16, Float16, Int8, Levels
+from fedpeft.compression.topk import VECTOR, TopK, TopKBoth
 from fedpeft.config.load import load_config
-from fedpeft.engine.session import Session
-from fedpeft.methods.base import State, weighted_mean
+from fedpeft.engine.engine import Engine
+from fedpeft.engine.plan import Job
+from fedpeft.methods.base import At, Round
 from fedpeft.methods.lora import LoRA
 from fedpeft.seeding import generator
-from fedpeft.state import EXTRA, pack, payload_bytes, snapshot, unpack, wire_bytes
+from fedpeft.state import STRATEGY, State, payload_bytes, snapshot, weighted_mean
+from fedpeft.wire import pack, unpack, wire_bytes
 from tests.conftest import Runner, Sent, state_of
 
-LOSSY: list[OfUpdates] = [Float16(), BFloat16(), Int8(), TopK(), TopKBoth()]
+LOSSY: list[Compression] = [Float16(), BFloat16(), Int8(), TopK(), TopKBoth()]
 by_class = pytest.mark.parametrize("compression", LOSSY, ids=lambda c: type(c).__name__)
 
 
@@ -44,10 +40,25 @@ def there(
     compression: Compression, state: State, start: State, error: State | None = None, n: int = 0
 ) -> tuple[State, State, State]:
     """The wire's state as it arrives, what the server makes of it, and the client's error."""
-    wire, kept = compression.compress(state, start, error or {}, rng(n))
+    wire, kept = up(compression, state, start, error or {}, n)
     arrived = unpack(*pack(wire))
     assert {n: v.dtype for n, v in arrived.items()} == {n: v.dtype for n, v in wire.items()}
-    return arrived, compression.restore(arrived, start), kept
+    return arrived, compression.up.decode(arrived, start), kept
+
+
+def up(
+    compression: Compression, state: State, start: State, error: State, n: int = 0
+) -> tuple[State, State]:
+    """What a client sends, and the error that it keeps."""
+    if not compression.feedback:
+        return compression.up.encode(state, start, rng(n)), error
+    assert isinstance(compression.up, OfUpdate)
+    return compression.up.encode_with_error(state, start, error, rng(n))
+
+
+def down(compression: Compression, state: State) -> State:
+    """What the server sends."""
+    return compression.down.encode(state, state, rng())
 
 
 def state(**values: list[float]) -> State:
@@ -142,7 +153,7 @@ def test_stochastic_rounding_is_unbiased() -> None:
     update = {"a": levels}
     total = torch.zeros_like(levels)
     for n in range(4000):
-        total += Int8().decode(Int8().encode(update, rng(n)), update)["a"]
+        total += Levels().decode(Levels().encode(update, update, rng(n)), update)["a"]
     torch.testing.assert_close(total / 4000, levels, rtol=0, atol=0.03)
 
 
@@ -150,7 +161,7 @@ def test_rounding_follows_from_seed_round_and_client() -> None:
     update = drawn(0)
     draws = [(0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]
     found = [
-        Int8().encode(update, generator(seed, "compression", round, client))["a"]
+        Levels().encode(update, update, generator(seed, "compression", round, client))["a"]
         for seed, round, client in draws
     ]
     assert torch.equal(found[0], found[1])
@@ -179,7 +190,7 @@ def test_top_k_of_two_dimensions_and_ties() -> None:
     assert wire["m"].tolist() == [2, 2, 5] and wire[BITMAP + "m"].tolist() == [0b01100100]
     assert found["m"].tolist() == [[0, 2, 2], [0, 0, 5]]
     assert found["other"].item() == 1  # one entry at the least
-    assert [TopK(ratio=0.1).count(n) for n in (1, 4, 100)] == [1, 1, 10]
+    assert [count(0.1, n) for n in (1, 4, 100)] == [1, 1, 10]
 
 
 def test_errors_of_names_that_rest_wait() -> None:
@@ -200,7 +211,7 @@ def test_a_bitmap_where_it_takes_fewer_bytes(numel: int, sent: int, bitmap: bool
 
 
 @pytest.mark.parametrize("compression", [TopK(ratio=0.02), TopKBoth(density_up=0.02)])
-def test_few_of_many_go_with_indices(compression: OfUpdates) -> None:
+def test_few_of_many_go_with_indices(compression: Compression) -> None:
     after = {"a": torch.zeros(10, 10)}
     after["a"][3, 7], after["a"][9, 9] = -2.0, 1.0
     wire, found, _ = there(compression, after, {"a": torch.zeros(10, 10)})
@@ -217,12 +228,12 @@ HALVES = TopKBoth(density_down=0.5, density_up=0.25)
 def test_top_k_down_by_hand() -> None:
     """One mask over all tensors: 3, -1, 2 and -2 go, in whatever order the names are given."""
     values = state(**SERVER)
-    wire = HALVES.down(values)
+    wire = down(HALVES, values)
     assert dtypes(wire) == {VECTOR: torch.float32, BITMAP + VECTOR: torch.uint8}
     assert wire[VECTOR].tolist() == [3, -1, 2, -2]
     assert wire[BITMAP + VECTOR].tolist() == [0b11010010]
     expected = dict(reversed(values.items()))
-    found = HALVES.received(unpack(*pack(wire)), expected)
+    found = HALVES.down.decode(unpack(*pack(wire)), expected)
     assert list(found) == list(expected)
     assert {name: value.tolist() for name, value in found.items()} == {
         "lora_A": [[3, -1], [0, 2]],
@@ -235,15 +246,15 @@ def test_of_equals_the_earlier_entry_goes_down() -> None:
     """In a first round B is zero: A and the head go, and B's first entry where there is room."""
     given = {"lora_A": [1.0, -1.0, 1.0], "lora_B": [0.0, 0.0, 0.0], "zhead": [1.0, 0.0]}
     for share, sent in ((0.25, 0b11000000), (0.5, 0b11100010), (0.625, 0b11110010)):
-        wire = TopKBoth(density_down=share).down(state(**given))
+        wire = down(TopKBoth(density_down=share), state(**given))
         assert wire[BITMAP + VECTOR].tolist() == [sent]
         assert len(wire[VECTOR]) == 8 * share
-    assert len(TopKBoth(density_down=0.01).down(state(**given))[VECTOR]) == 1
+    assert len(down(TopKBoth(density_down=0.01), state(**given))[VECTOR]) == 1
 
 
 def test_top_k_up_by_hand() -> None:
     """A quarter of eight entries, of the update and not of the state; the rest is not kept."""
-    start = HALVES.received(HALVES.down(state(**SERVER)), state(**SERVER))
+    start = HALVES.down.decode(down(HALVES, state(**SERVER)), state(**SERVER))
     after = {name: value.clone() for name, value in start.items()}
     after["lora_A"] += torch.tensor([[0.25, 0.0], [-0.5, 0.125]])
     after["lora_B"] += torch.tensor([0.0, 1.0])
@@ -265,17 +276,17 @@ def test_a_round_of_flasc_by_hand() -> None:
     server and 0 on the clients; what has no step stays as it was, sent or not.
     """
     values = state(**SERVER)
-    before = values | HALVES.received(HALVES.down(values), values)
+    before = values | HALVES.down.decode(down(HALVES, values), values)
     replies = []
     for update in ({"lora_A": [[0.0, 0.0], [-0.5, 0.0]]}, {"lora_A": [[1.0, 0.0], [0.0, 0.0]]}):
         after = {name: value.clone() for name, value in before.items()}
         after["lora_A"] += torch.tensor(update["lora_A"])
         after["lora_B"] += torch.tensor([0.0, 1.0])
-        wire, _ = HALVES.compress(after, before, {}, rng())
-        replies.append(HALVES.restore(wire, before))
+        replies.append(HALVES.up.decode(HALVES.up.encode(after, before, rng()), before))
     mean, weights = weighted_mean(replies, [0.75, 0.25]), [0.75, 0.25]
-    given = Replies(replies, weights, [1, 1], [{}, {}])
-    result = HALVES.kept(FedAdam().server(mean, before, given, {}), before, values)
+    given = Round(1, [At(1, 0), At(1, 1)], replies, weights, before, [1, 1], [{}, {}])
+    assert not HALVES.down.exact
+    result = stepped(FedAdam().server(mean, given, {}), before, values)
 
     def step(d: float) -> float:
         return 0.01 * 0.1 * d / (0.1 * abs(d) + 0.001)
@@ -292,25 +303,31 @@ def test_a_round_of_flasc_by_hand() -> None:
 
 
 def test_others_leave_the_server_what_the_strategy_says() -> None:
+    """What goes down is exact, so the server takes no step from a copy of its values."""
     after, other = state(a=[1.5]), state(a=[7.0])
     for compression in (Compression(), Float16(), BFloat16(), Int8(), TopK()):
-        assert compression.kept(after, other, other) is after
+        assert compression.down.exact
+        assert compression.down.encode(after, other, rng()) is after
+        assert compression.down.decode(after, other) is after
+    for lossy in (Float16(both=True), BFloat16(both=True), TopKBoth()):
+        assert not lossy.down.exact
 
 
 def test_steps_smaller_than_bfloat16_add_up() -> None:
     """Next to 1 it has steps of 2^-7 up: 2^-9 would be rounded off in every round."""
     both, values = BFloat16(both=True), state(a=[1.0])
     for _ in range(8):
-        before = both.received(both.down(values), values)
-        values = both.kept({"a": before["a"] + 2**-9}, before, values)
+        before = both.down.decode(down(both, values), values)
+        values = stepped({"a": before["a"] + 2**-9}, before, values)
     assert values["a"].item() == 1 + 2**-6
 
 
 def test_all_entries_are_the_state_itself() -> None:
     both, start = TopKBoth(density_down=1.0, density_up=1.0), drawn(0)
     after, _ = moved(start)
-    assert len(both.down(start)[VECTOR]) == 650 and len(both.down(start)[BITMAP + VECTOR]) == 82
-    received = both.received(both.down(start), start)
+    wire = down(both, start)
+    assert len(wire[VECTOR]) == 650 and len(wire[BITMAP + VECTOR]) == 82
+    received = both.down.decode(wire, start)
     _, found, _ = there(both, after, start)
     for name, value in start.items():
         assert torch.equal(received[name], value)
@@ -318,19 +335,19 @@ def test_all_entries_are_the_state_itself() -> None:
 
 
 def test_extras_go_whole_beside_the_vector() -> None:
-    start = {"a": torch.zeros(4), EXTRA + "a": torch.zeros(4)}
-    after = {"a": torch.tensor([4.0, 3.0, 2.0, 1.0]), EXTRA + "a": torch.full((4,), 99.0)}
+    start = {"a": torch.zeros(4), STRATEGY + "a": torch.zeros(4)}
+    after = {"a": torch.tensor([4.0, 3.0, 2.0, 1.0]), STRATEGY + "a": torch.full((4,), 99.0)}
     wire, found, _ = there(HALVES, after, start)
-    assert wire[VECTOR].tolist() == [4] and wire[EXTRA + "a"].tolist() == [99] * 4
-    assert found["a"].tolist() == [4, 0, 0, 0] and found[EXTRA + "a"].tolist() == [99] * 4
-    down = HALVES.down(after)
-    assert down[VECTOR].tolist() == [4, 3] and down[EXTRA + "a"].tolist() == [99] * 4
-    received = HALVES.received(unpack(*pack(down)), after)
-    assert received["a"].tolist() == [4, 3, 0, 0] and received[EXTRA + "a"].tolist() == [99] * 4
+    assert wire[VECTOR].tolist() == [4] and wire[STRATEGY + "a"].tolist() == [99] * 4
+    assert found["a"].tolist() == [4, 0, 0, 0] and found[STRATEGY + "a"].tolist() == [99] * 4
+    sent = down(HALVES, after)
+    assert sent[VECTOR].tolist() == [4, 3] and sent[STRATEGY + "a"].tolist() == [99] * 4
+    received = HALVES.down.decode(unpack(*pack(sent)), after)
+    assert received["a"].tolist() == [4, 3, 0, 0] and received[STRATEGY + "a"].tolist() == [99] * 4
 
 
 @by_class
-def test_nothing_to_send_and_nothing_that_moved(compression: OfUpdates) -> None:
+def test_nothing_to_send_and_nothing_that_moved(compression: Compression) -> None:
     assert there(compression, {}, {})[:2] == ({}, {})
     start = drawn(0)
     found = there(compression, start, start)[1]
@@ -338,7 +355,7 @@ def test_nothing_to_send_and_nothing_that_moved(compression: OfUpdates) -> None:
 
 
 @by_class
-def test_dtypes_of_parameters_are_kept(compression: OfUpdates) -> None:
+def test_dtypes_of_parameters_are_kept(compression: Compression) -> None:
     start = {"a": torch.ones(8, dtype=torch.bfloat16)}
     found = there(compression, {"a": start["a"] * 2}, start)[1]
     assert found["a"].dtype is torch.bfloat16 and found["a"].max() == 2
@@ -353,7 +370,7 @@ def bits(*bytes: int) -> Tensor:
     return torch.tensor(bytes, dtype=torch.uint8)
 
 
-BAD: list[tuple[OfUpdates, State, str]] = [
+BAD: list[tuple[Compression, State, str]] = [
     (Float16(), {"a": torch.zeros(2, 5)}, "a is torch.float32 .*, expected torch.float16"),
     (Float16(), {"a": torch.full((2, 5), float("inf")).half()}, "a holds .* not finite"),
     (Int8(), {"a": torch.zeros(2, 5, dtype=torch.int8)}, f"keys are missing, first {SCALES}"),
@@ -388,16 +405,16 @@ BAD: list[tuple[OfUpdates, State, str]] = [
     (TopKBoth(), {"a": torch.zeros(2, 5)}, f"2 keys are missing, first {BITMAP}{VECTOR}"),
     (
         TopKBoth(density_up=0.2),
-        {VECTOR: torch.ones(2), BITMAP + VECTOR: bits(3, 0), EXTRA + "a": torch.ones(2, 5)},
-        f"1 keys are unknown, first {EXTRA}a",
+        {VECTOR: torch.ones(2), BITMAP + VECTOR: bits(3, 0), STRATEGY + "a": torch.ones(2, 5)},
+        f"1 keys are unknown, first {STRATEGY}a",
     ),
 ]
 
 
 @pytest.mark.parametrize(("compression", "wire", "message"), BAD)
-def test_unusable_messages(compression: OfUpdates, wire: State, message: str) -> None:
+def test_unusable_messages(compression: Compression, wire: State, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        compression.restore(wire, START)
+        compression.up.decode(wire, START)
 
 
 # Of ten entries two are set: 3 and 9, the second byte's second bit. The rest of it is no entry.
@@ -407,14 +424,14 @@ BITMAPS = [((0x10, 0x00), 1, 0), ((0x18, 0x40), 3, 0), ((0x10, 0x20), 1, 1), ((0
 @pytest.mark.parametrize(("given", "within", "beyond"), BITMAPS)
 @pytest.mark.parametrize("compression", [TopK(ratio=0.2), TopKBoth(density_up=0.2)])
 def test_a_bitmap_has_as_many_bits_as_values(
-    compression: OfUpdates, given: tuple[int, int], within: int, beyond: int
+    compression: Compression, given: tuple[int, int], within: int, beyond: int
 ) -> None:
     name = "a" if isinstance(compression, TopK) else VECTOR
     values = {name: torch.tensor([1.0, 2.0])}
-    right = compression.restore(values | {BITMAP + name: bits(0x10, 0x40)}, START)
+    right = compression.up.decode(values | {BITMAP + name: bits(0x10, 0x40)}, START)
     assert right["a"].reshape(-1).tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 2]
     with pytest.raises(ValueError) as refused:
-        compression.restore(values | {BITMAP + name: bits(*given)}, START)
+        compression.up.decode(values | {BITMAP + name: bits(*given)}, START)
     assert str(refused.value) == (
         f"the bitmap of {name} must have 2 of its first 10 bits set and no bit beyond, "
         f"got {within} and {beyond}"
@@ -423,12 +440,12 @@ def test_a_bitmap_has_as_many_bits_as_values(
 
 @pytest.mark.parametrize("wrong", [[3, 100], [-1, 3], [3, 3], [4, 3]])
 @pytest.mark.parametrize("compression", [TopK(ratio=0.02), TopKBoth(density_up=0.02)])
-def test_indices_rise_within_the_tensor(compression: OfUpdates, wrong: list[int]) -> None:
+def test_indices_rise_within_the_tensor(compression: Compression, wrong: list[int]) -> None:
     """Two of a hundred: eight bytes of indices, thirteen of a bitmap."""
     name = "a" if isinstance(compression, TopK) else VECTOR
     wire = {name: torch.ones(2), INDICES + name: torch.tensor(wrong, dtype=torch.int32)}
     with pytest.raises(ValueError) as refused:
-        compression.restore(wire, {"a": torch.zeros(10, 10)})
+        compression.up.decode(wire, {"a": torch.zeros(10, 10)})
     assert str(refused.value) == f"indices of {name} must rise within 0..99, got {wrong}"
 
 
@@ -527,14 +544,16 @@ def test_down_goes_what_went_up_added_to_what_went_down(compression: str, run: R
     """The next round's state is the weighted mean of start + update, read off the messages."""
     run(f"compression={compression}", "strategy.weights=uniform", "evaluation.clients=never")
     first, second = (run.recorder.of("train", round) for round in (1, 2))
-    algorithm: dict[str, OfUpdates] = {
+    algorithm: dict[str, Compression] = {
         "float16": Float16(),
         "bfloat16": BFloat16(),
         "int8": Int8(),
         "topk": TopK(),
     }
     start = first[0].down_state()
-    updates = [algorithm[compression].decode(e.up_state(), start) for e in first]
+    codec = algorithm[compression].up
+    assert isinstance(codec, OfUpdate)
+    updates = [codec.inner.decode(e.up_state(), start) for e in first]
     for name, value in second[0].down_state().items():
         mean = torch.stack([update[name] for update in updates]).mean(dim=0)
         torch.testing.assert_close(value, start[name] + mean, rtol=1e-5, atol=1e-6)
@@ -547,7 +566,7 @@ def test_int8_of_two_runs_is_equal(run: Runner) -> None:
 
 
 @pytest.mark.parametrize("compression", ["float16", "bfloat16"])
-def test_both_ways(compression: str, run: Runner, opened: Callable[..., Session]) -> None:
+def test_both_ways(compression: str, run: Runner, opened: Callable[..., Engine]) -> None:
     given = [f"compression={compression}", "strategy=scaffold", "evaluation.clients=always"]
     single, both = run(*given)["bytes"], run(*given, "compression.both=true")["bytes"]
     for exchange in run.recorder.of("train") + run.recorder.of("evaluate"):
@@ -557,8 +576,8 @@ def test_both_ways(compression: str, run: Runner, opened: Callable[..., Session]
     assert both["uplink_payload_bytes"] == single["uplink_payload_bytes"]
     # the server adds the step from what the clients had to what it had itself
     first, second = (run.recorder.of("train", round) for round in (1, 2))
-    names = [name for name in first[0].down_state() if not name.startswith(EXTRA)]
-    initial = opened(*given).initial
+    names = [name for name in first[0].down_state() if not name.startswith(STRATEGY)]
+    initial = opened(*given).replica.initial
 
     def mean(name: str) -> Tensor:
         return torch.stack([e.up_state()[name].float() for e in first]).mean(dim=0)
@@ -571,14 +590,14 @@ def test_both_ways(compression: str, run: Runner, opened: Callable[..., Session]
 def test_what_top_k_left_out_comes_later(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client's error is kept between rounds, and is not taken for the strategy's controls."""
     calls: list[tuple[State, State]] = []
-    compress = TopK.compress
+    encode = OfUpdate.encode_with_error
 
-    def watch(self: TopK, state: State, start: State, error: State, rng: Any) -> Any:
-        wire, left = compress(self, state, start, error, rng)
+    def watch(self: OfUpdate, state: State, start: State, error: State, rng: Any) -> Any:
+        wire, left = encode(self, state, start, error, rng)
         calls.append((error, left))
         return wire, left
 
-    monkeypatch.setattr(TopK, "compress", watch)
+    monkeypatch.setattr(OfUpdate, "encode_with_error", watch)
     run("compression=topk", "strategy=scaffold", "method=fedsa_lora")
     assert len(calls) == 6
     for (before, left), (after, _) in zip(calls[:3], calls[3:], strict=True):
@@ -622,9 +641,9 @@ def mean_update(run: Runner, round: int) -> np.ndarray:
     return np.average([unmasked(e.up_state(), N) for e in sent], axis=0, weights=rows)
 
 
-def test_two_rounds_of_flasc_by_hand(run: Runner, opened: Callable[..., Session]) -> None:
+def test_two_rounds_of_flasc_by_hand(run: Runner, opened: Callable[..., Engine]) -> None:
     """Down goes the top of P, up the top of each update, and P takes Adam's step."""
-    start = vector(opened(*FLASC).initial)
+    start = vector(opened(*FLASC).replica.initial)
     assert len(start) == N
     ends = []
     for rounds in (1, 2):
@@ -656,17 +675,15 @@ def test_what_is_sent_up_is_the_top_of_what_was_trained(
 ) -> None:
     """Every entry trains, from the sparse start; B's zeros are not frozen."""
     seen: list[np.ndarray] = []
-    train_client = Session.train_client
+    train_client = Engine.train_client
 
-    def watch(session: Session, *args: Any) -> Any:
-        before = snapshot(session.model, session.trainable)
-        result = train_client(session, *args)
-        after = snapshot(session.model, session.trainable)
-        seen.append(vector(before))
-        seen.append(vector({name: after[name] - before[name] for name in after}))
+    def watch(engine: Engine, job: Job, round: int) -> Any:
+        result = train_client(engine, job, round)
+        seen.append(vector(job.start))
+        seen.append(vector({n: value - job.start[n] for n, value in result.after.items()}))
         return result
 
-    monkeypatch.setattr(Session, "train_client", watch)
+    monkeypatch.setattr(Engine, "train_client", watch)
     run(*FLASC)
     for exchange, start, update in zip(
         run.recorder.of("train"), seen[::2], seen[1::2], strict=True
@@ -705,27 +722,26 @@ def test_two_runs_of_flasc_are_equal(run: Runner) -> None:
 
 @pytest.mark.parametrize("method", ["fedsa_lora", "ffa_lora"])
 def test_what_stays_on_the_client_or_frozen_is_whole(
-    method: str, run: Runner, opened: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+    method: str, run: Runner, opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The vector holds what is sent; the rest is the initial value, or the client's own."""
-    session = opened(f"method={method}")
-    shared = session.shared(1)
+    shared = opened(f"method={method}").replica.shared(1)
     last: dict[int, State] = {}
-    train_client = Session.train_client
+    train_client = Engine.train_client
 
-    def watch(session: Session, client: int, *args: Any) -> Any:
-        names = [name for name, _ in session.model.named_parameters() if name not in shared]
-        before = snapshot(session.model, names)
+    def watch(engine: Engine, job: Job, round: int) -> Any:
+        model, initial = engine.replica.model, engine.replica.initial
+        frozen = [name for name, _ in model.named_parameters() if name not in initial]
+        before = snapshot(model, frozen) | {n: v for n, v in job.start.items() if n not in shared}
         for name, value in before.items():
-            expected = last.get(client, session.initial)
+            expected = last.get(job.client, initial)
             assert name not in expected or torch.equal(value, expected[name])
-        result = train_client(session, client, *args)
-        last[client] = snapshot(session.model, names)
-        frozen = [name for name in names if name not in session.trainable]
-        assert all(torch.equal(last[client][name], before[name]) for name in frozen)
+        result = train_client(engine, job, round)
+        last[job.client] = snapshot(model, frozen) | result.after
+        assert all(torch.equal(last[job.client][name], before[name]) for name in frozen)
         return result
 
-    monkeypatch.setattr(Session, "train_client", watch)
+    monkeypatch.setattr(Engine, "train_client", watch)
     assert run(f"method={method}", "compression=topk_both")["refused"] == {}
     numel = sum(value.numel() for value in shared.values())
     for exchange in run.recorder.of("train"):
@@ -759,8 +775,8 @@ def test_scaffold_with_top_k_both_ways(run: Runner) -> None:
         changes = []
         for exchange in run.recorder.of("train", round):
             down, up = exchange.down_state(), exchange.up_state()
-            names = [name for name in sorted(up) if name.startswith(EXTRA)]
-            assert names == [name for name in sorted(down) if name.startswith(EXTRA)]
+            names = [name for name in sorted(up) if name.startswith(STRATEGY)]
+            assert names == [name for name in sorted(down) if name.startswith(STRATEGY)]
             assert payload_bytes(down) == payload_bytes(up) == SPARSE + 4 * N
             sent = vector({name: down[name] for name in names})
             np.testing.assert_allclose(sent, control, rtol=1e-5, atol=1e-7)
@@ -793,7 +809,7 @@ def test_nothing_is_shared_and_nothing_sent(run: Runner) -> None:
     ("method", "name"), [("flexlora", "FlexLoRA"), ("hetlora", "HetLoRA"), ("slora", "SLoRA")]
 )
 def test_a_method_with_a_rule_of_its_own_is_refused(
-    method: str, name: str, opened: Callable[..., Session]
+    method: str, name: str, opened: Callable[..., Engine]
 ) -> None:
     opened(f"method={method}", "compression=int8")
     with pytest.raises(ValueError) as refused:
@@ -812,11 +828,11 @@ def test_a_method_with_a_rule_of_its_own_is_refused(
 
 
 def test_clients_with_blocks_are_refused(
-    opened: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened("compression=topk_both")
     monkeypatch.setattr(
-        LoRA, "block", lambda self, name, shape, client: (1, *shape[1:]) if client else shape
+        LoRA, "block", lambda self, name, shape, at: (1, *shape[1:]) if at.client else shape
     )
     opened("compression=topk")
     with pytest.raises(ValueError) as refused:

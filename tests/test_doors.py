@@ -21,7 +21,9 @@ METHODS = ("fedsa_lora", "fedtt_plus")  # one with personal parameters, one with
 
 def given(base: list[str], method: str, run_dir: Path) -> list[str]:
     rest = [o for o in base if not o.startswith(("method=", "runtime="))]
-    one_by_one = "runtime.cohort=1"  # as real machines train; together, sums are in another order
+    one_by_one = (
+        "runtime.clients_per_pass=1"  # as real machines train; together, sums are in another order
+    )
     return [
         *rest,
         f"method={method}",

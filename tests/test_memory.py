@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from fedpeft.models import precision as memory
+from fedpeft.engine import cpu as memory
 
 MIB = 2**20
 

@@ -14,16 +14,20 @@ from torch import Tensor, nn
 
 from fedpeft.config.load import CONF, load_config
 from fedpeft.config.optimization import Optimization
+from fedpeft.engine.cpu import checkpoint_blocks
+from fedpeft.engine.engine import Engine
 from fedpeft.engine.parameters import parameter_counts
 from fedpeft.engine.passes import Passes, train
-from fedpeft.engine.session import Session
-from fedpeft.methods.base import TRAINED, Method, Role
+from fedpeft.engine.plan import Job
+from fedpeft.engine.roles import Roles
+from fedpeft.methods.base import At, Method
 from fedpeft.models import hub
 from fedpeft.models import precision as memory
 from fedpeft.models.precision import halve_frozen, quantisation, train_in_float32
 from fedpeft.models.pretrained import Pretrained
 from fedpeft.models.sites import head_names, linear_weight, output_width
 from fedpeft.seeding import torch_seed
+from fedpeft.state import TRAINED, Role
 from tests.architectures import HIDDEN, WIDTH, Architecture, inputs, shrunk, table_of, trainable
 from tests.baselines import BASELINES, names_by_hand, refusal
 from tests.conftest import TINY, Runner
@@ -90,6 +94,8 @@ def tiny(name: str, **fields: Any) -> Pretrained:
 
 def built(model: Pretrained, task: str, method: Method | None = None) -> Any:
     found: Any = model.build(task, None if task == CAUSAL else 3, seed=0)
+    if model.gradient_checkpointing:
+        checkpoint_blocks(found)
     found.config.pad_token_id = 0
     if method is None:
         return found
@@ -187,8 +193,7 @@ def counts(name: str, method: str) -> dict[str, Any]:
     model = config.model.build_meta(task, None if task == CAUSAL else 2)
     size = sum(p.numel() for p in model.parameters())
     model = config.method.inject(model)
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    return parameter_counts(config.method.role, model, names, 24) | {"total": size}
+    return parameter_counts(Roles(config, model, 24), model) | {"total": size}
 
 
 def test_every_model_is_counted() -> None:
@@ -290,15 +295,16 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[str]]]:
     """(round, names of all that a client's training changed), in the order of training."""
     seen: list[tuple[int, set[str]]] = []
-    train_client = Session.train_client
+    train_client = Engine.train_client
 
-    def watch(session: Session, client: int, round: int, term: Any = None) -> Any:
-        before = tensors(session.model)
-        result = train_client(session, client, round, term)
-        seen.append((round, changed(before, tensors(session.model))))
+    def watch(session: Engine, job: Job, round: int) -> Any:
+        session.replica.load(job.start)
+        before = tensors(session.replica.model)
+        result = train_client(session, job, round)
+        seen.append((round, changed(before, tensors(session.replica.model))))
         return result
 
-    monkeypatch.setattr(Session, "train_client", watch)
+    monkeypatch.setattr(Engine, "train_client", watch)
     return seen
 
 
@@ -375,14 +381,14 @@ def check_two_rounds(name: str, task: str, method: str, a: Architecture) -> None
     chosen, names = method_of(method), trainable(model)
     for round in (1, 2):
         for path, parameter in model.named_parameters():
-            active = path in names and chosen.role(path, round) in TRAINED
+            active = path in names and chosen.role(path, At(round)) in TRAINED
             parameter.requires_grad_(active)
         before = tensors(model)
-        train(Passes(model, quadratic), [inputs(model)] * 2, Optimization(), lambda _: 1e-2)
+        train(Passes(model, quadratic), [[inputs(model)]] * 2, lambda _: 1e-2, Optimization())
         shared, personal = roles_by_hand(method, name, a, everything, round)
         assert changed(before, tensors(model)) == shared | personal
-        assert {n for n in names if chosen.role(n, round) is Role.SHARED} == shared
-        assert {n for n in names if chosen.role(n, round) is Role.PERSONAL} == personal
+        assert {n for n in names if chosen.role(n, At(round)) is Role.SHARED} == shared
+        assert {n for n in names if chosen.role(n, At(round)) is Role.PERSONAL} == personal
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -423,7 +429,7 @@ def test_a_bfloat16_base_trains_float32_parameters(name: str, method: str) -> No
         train_in_float32(method_of(method).inject(model))
     names, before = trainable(model), tensors(model)
     assert {p.dtype for n, p in model.named_parameters() if n in names} == {torch.float32}
-    train(Passes(model, quadratic, "bf16"), [inputs(model)] * 2, Optimization(), lambda _: 1e-2)
+    train(Passes(model, quadratic, "bf16"), [[inputs(model)]] * 2, lambda _: 1e-2, Optimization())
     assert changed(before, tensors(model)) == names
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert model.eval()(**inputs(model)).logits.isfinite().all()
@@ -514,7 +520,7 @@ def gradients(
     model.train()
     passes = Passes(model, quadratic, precision)
     with torch_seed(3, "dropout"):
-        passes.run(inputs(model))
+        passes.run([inputs(model)])
     return {n: p.grad for n, p in passes.flat.named.items() if p.grad is not None}, len(runs)
 
 
@@ -614,7 +620,7 @@ def test_lora_on_quantised_weights(
     dtypes = {p.dtype for n, p in found.named_parameters() if n.endswith("base_layer.weight")}
     assert dtypes == {torch.uint8 if load_in == "4bit" else torch.int8}
     names, before = trainable(found), tensors(found)
-    train(Passes(found, quadratic, "bf16"), [inputs(found)] * 2, Optimization(), lambda _: 1e-2)
+    train(Passes(found, quadratic, "bf16"), [[inputs(found)]] * 2, lambda _: 1e-2, Optimization())
     assert {n for n in names if not torch.equal(before[n], found.state_dict()[n])} == names
 
 

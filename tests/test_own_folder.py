@@ -9,7 +9,7 @@ from flwr.app import Context, Message
 
 from fedpeft.client.app import app as client_app
 from fedpeft.config.load import join
-from fedpeft.engine.session import open_session
+from fedpeft.engine.engine import open_engine
 from tests.conftest import TOPICS, sentences
 
 LABELS = f"data.labels=[{','.join(TOPICS)}]"
@@ -29,15 +29,15 @@ def ward(tmp_path: Path) -> Path:
 
 def test_labels_must_be_given(base: list[str], ward: Path) -> None:
     with pytest.raises(ValueError, match=r"own data-path needs data\.labels="):
-        open_session(join(base), str(ward))
+        open_engine(join(base), str(ward))
 
 
 def test_all_rows_are_the_clients_and_classes_keep_their_numbers(
     base: list[str], ward: Path
 ) -> None:
-    session = open_session(join([*base, LABELS]), str(ward))
+    engine = open_engine(join([*base, LABELS]), str(ward))
     for client in (0, 2):
-        own = session.client_examples(client)
+        own = engine.rows.client_examples(client)
         assert [len(own[split]) for split in ("train", "validation", "test")] == [24, 3, 3]
         used = {int(label) for examples in own.values() for label in examples.labels}
         assert used == {list(TOPICS).index("music"), list(TOPICS).index("weather")}

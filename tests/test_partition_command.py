@@ -12,7 +12,7 @@ import pytest
 from fedpeft import cli
 from fedpeft.data.partitions.base import Dirichlet
 from fedpeft.data.partitions.saved import Saved
-from fedpeft.engine.session import Session
+from fedpeft.engine.engine import Engine
 from fedpeft.reporting.figures import plot_partition
 from fedpeft.reporting.partition import Holdings, holding_cells
 
@@ -68,7 +68,7 @@ def test_json_writes_nothing_unless_told_where(partition: Command, tmp_path: Pat
 
 
 def test_a_saved_partition_replays_in_the_command_and_in_a_session(
-    partition: Command, tmp_path: Path, opened: Callable[..., Session]
+    partition: Command, tmp_path: Path, opened: Callable[..., Engine]
 ) -> None:
     partition("num_clients=4", "partition.alpha=0.3", "seed=5", "--out=first")
     file = tmp_path / "first/partition.json"
@@ -81,7 +81,7 @@ def test_a_saved_partition_replays_in_the_command_and_in_a_session(
     assert saved["partition"] == "Dirichlet(column=None, min_size=10, alpha=0.3)"
     assert saved["seed"] == 5
     session = opened(*replay, "seed=9")
-    assert [rows.tolist() for rows in session.client_rows] == saved["clients"]
+    assert [rows.tolist() for rows in session.rows.by_client] == saved["clients"]
 
 
 def test_another_column_than_the_labels(partition: Command, tmp_path: Path) -> None:

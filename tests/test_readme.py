@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from fedpeft.config.load import load_config
-from fedpeft.methods.base import TRAINED, Role
+from fedpeft.engine.roles import Roles
+from fedpeft.methods.base import At
+from fedpeft.state import TRAINED, Role
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,8 +48,8 @@ def test_example_settles_and_aggregates_exactly_from_there_on(
     method = load_config(fields).method
     assert type(method) is example.SettlingLoRA
     a, b = "x.lora_A.default.weight", "x.lora_B.default.weight"
-    assert [method.role(a, t) for t in (1, 2, 3)] == [Role.SHARED, Role.FROZEN, Role.FROZEN]
-    assert [method.role(b, t) for t in (1, 2, 3)] == [Role.SHARED] * 3
+    assert [method.role(a, At(t)) for t in (1, 2, 3)] == [Role.SHARED, Role.FROZEN, Role.FROZEN]
+    assert [method.role(b, At(t)) for t in (1, 2, 3)] == [Role.SHARED] * 3
     with pytest.raises(ValueError, match="settled_after must be >= 0, got -1"):
         example.SettlingLoRA(settled_after=-1)
     summary = run(*fields)
@@ -116,10 +118,8 @@ def test_its_roles_are_the_method_s(method: str) -> None:
     config = load_config(["model=bert_base", "data=sst2", f"method={method}"])
     task = config.data
     model = config.method.inject(config.model.build_meta(task.auto_class, task.num_labels))
-    role = {
-        name: config.method.role(name, 1) if parameter.requires_grad else Role.FROZEN
-        for name, parameter in model.named_parameters()
-    }
+    roles = Roles(config, model).by_name(1)
+    role = {name: roles.get(name, Role.FROZEN) for name, _ in model.named_parameters()}
     told: set[str] = set()
     for cell, expected in zip(ROLES[method], COLUMNS, strict=True):
         for word in re.split(r", (?!last)", cell) if cell else ():

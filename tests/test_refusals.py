@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from fedpeft.client.app import app as client_app
-from fedpeft.engine.session import Session
-from fedpeft.methods.base import State
+from fedpeft.engine.engine import Engine
+from fedpeft.engine.plan import Job
 from fedpeft.reporting.run_directory import read_metrics
-from fedpeft.server.nodes import CLIENTS
-from fedpeft.server.strategy import RoundFailed
-from fedpeft.simulation.launch import InProcessGrid
-from fedpeft.state import pack, wire_bytes
+from fedpeft.server.seen import RoundFailed
+from fedpeft.simulation.grid import InProcessGrid
+from fedpeft.state import State
+from fedpeft.wire import pack, wire_bytes
 from tests.conftest import Answer, Runner, state_of
 
 HEAD = "classifier.bias"
@@ -275,14 +275,16 @@ def test_a_line_that_was_cut_off_is_not_read(run: Runner) -> None:
 
 
 def test_a_client_whose_loss_is_not_finite(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_client = Session.train_client
+    train_client = Engine.train_client
 
-    def with_nan(session: Session, client: int, round: int, term: Any = None) -> Any:
-        if client == 2:
-            session.model.get_parameter("classifier.weight").data[0, 0] = float("nan")
-        return train_client(session, client, round, term)
+    def with_nan(engine: Engine, job: Job, round: int) -> Any:
+        if job.client == 2:
+            weight = job.start["classifier.weight"].clone()
+            weight[0, 0] = float("nan")
+            job = job._replace(start=job.start | {"classifier.weight": weight})
+        return train_client(engine, job, round)
 
-    monkeypatch.setattr(Session, "train_client", with_nan)
+    monkeypatch.setattr(Engine, "train_client", with_nan)
     summary = run("num_rounds=1")
     assert summary["refused"] == {
         "1": {"2": "training loss is nan: lower lr, or set precision=fp32"}
@@ -291,17 +293,17 @@ def test_a_client_whose_loss_is_not_finite(run: Runner, monkeypatch: pytest.Monk
 
 
 class Deaf(InProcessGrid):
-    """Never delivers what node 2 answers to messages of a kind."""
+    """Loses messages of a kind to node 2."""
 
     kind = "train"
 
-    def push_messages(self, messages: Any) -> list[str]:
-        ids = super().push_messages(messages)
-        for i in ids:
-            message = self._queue[i]
-            if message.metadata.message_type == self.kind and message.metadata.dst_node_id == 2:
-                del self._queue[i]
-        return ids
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        given = list(messages)
+        ids = iter(super().push_messages([m for m in given if not self._lost(m)]))
+        return [f"lost {i}" if self._lost(m) else next(ids) for i, m in enumerate(given)]
+
+    def _lost(self, message: Message) -> bool:
+        return message.metadata.message_type == self.kind and message.metadata.dst_node_id == 2
 
 
 def test_who_is_late_is_left_out(run: Runner) -> None:
@@ -328,21 +330,25 @@ def test_who_is_late_in_evaluation_is_named(run: Runner) -> None:
     assert refused["1"] == {"1": f"no training; {late}"}
 
 
-def test_only_a_simulation_names_clients_and_a_folder(run: Runner, tmp_path: Path) -> None:
-    """A machine's own node would write where the message says."""
+def test_only_a_node_names_its_folder(run: Runner, tmp_path: Path) -> None:
+    """Whatever a message says, a machine's own node writes nowhere else."""
     folder = tmp_path / "elsewhere"
+    expected = run("method=fedsa_lora")["shared_state_sha256"]
 
     def answer(message: Message, context: Context) -> Message:
+        assert "state-folder" not in context.node_config
         if message.metadata.message_type == "train":
-            named = ConfigRecord({"clients": [0, 1], "folder": str(folder)})
-            content = RecordDict({**message.content, CLIENTS: named})
+            named = {"clients": [0, 1], "folder": str(folder), "state-folder": str(folder)}
+            own = dict(message.content.config_records["config"])
+            content = RecordDict({**message.content, "clients": ConfigRecord({**named})})
+            content["config"] = ConfigRecord({**own, **named})
             given = Message(content, message.metadata.dst_node_id, "train")
             given.metadata.__dict__ |= message.metadata.__dict__
             return client_app(message=given, context=context)
         return client_app(message=message, context=context)
 
-    with pytest.raises(RoundFailed, match="names clients and a folder, which only a simulation"):
-        run("method=fedsa_lora", answer=answer)
+    summary = run("method=fedsa_lora", answer=answer)
+    assert summary["refused"] == {} and summary["shared_state_sha256"] == expected
     assert not folder.exists()
 
 
@@ -382,8 +388,13 @@ def test_traffic_of_a_refused_reply_is_counted(run: Runner) -> None:
     ],
 )
 def test_who_joins(configs: list[int | None], message: str, run: Runner) -> None:
-    def grid(app: Any, _: Any) -> InProcessGrid:
-        return InProcessGrid(app, [{} if i is None else {"partition-id": i} for i in configs])
+    class Named(InProcessGrid):
+        def node_config(self, node: int) -> dict[str, Any]:
+            partition = configs[node - 1]
+            return {} if partition is None else {"partition-id": partition}
+
+    def grid(_: int, answer_all: Any) -> InProcessGrid:
+        return Named(len(configs), answer_all)
 
     with pytest.raises((ValueError, TimeoutError), match=message):
         run("runtime.join_timeout=0.3", grid=grid)  # type: ignore[arg-type]

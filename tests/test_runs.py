@@ -14,12 +14,13 @@ from flwr.app import Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from torch import Tensor
 
-from fedpeft.config.load import CONF, load_config
-from fedpeft.engine.session import Session
-from fedpeft.methods.base import State
+from fedpeft.config.load import CONF
+from fedpeft.engine.engine import Engine
+from fedpeft.engine.plan import Job
 from fedpeft.server.app import serve
-from fedpeft.simulation.launch import InProcessGrid, launch
-from fedpeft.state import snapshot
+from fedpeft.simulation.grid import InProcessGrid, one_by_one
+from fedpeft.simulation.launch import run as run_here
+from fedpeft.state import State, snapshot
 from tests.conftest import COMMON, TOPICS, Recorder, Runner, quiet
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -157,18 +158,19 @@ def test_every_method_is_in_the_role_table() -> None:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, State, State]]:
     """(client, round, all tensors of the model before training, and after) of each training."""
     seen: list[tuple[int, int, State, State]] = []
-    train_client = Session.train_client
+    train_client = Engine.train_client
 
-    def everything(session: Session) -> State:
-        return {k: v.detach().clone() for k, v in session.model.state_dict().items()}
+    def everything(session: Engine) -> State:
+        return {k: v.detach().clone() for k, v in session.replica.model.state_dict().items()}
 
-    def watch(session: Session, client: int, round: int, term: Any = None) -> Any:
+    def watch(session: Engine, job: Job, round: int) -> Any:
+        session.replica.load(job.start)
         before = everything(session)
-        result = train_client(session, client, round, term)
-        seen.append((client, round, before, everything(session)))
+        result = train_client(session, job, round)
+        seen.append((job.client, round, before, everything(session)))
         return result
 
-    monkeypatch.setattr(Session, "train_client", watch)
+    monkeypatch.setattr(Engine, "train_client", watch)
     return seen
 
 
@@ -176,7 +178,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, State, Stat
 def test_two_rounds(
     method: str,
     run: Runner,
-    opened: Callable[..., Session],
+    opened: Callable[..., Engine],
     watched: list[tuple[int, int, State, State]],
 ) -> None:
     summary = run(f"method={method}", "compression=none")
@@ -184,16 +186,19 @@ def test_two_rounds(
 
     assert [line["round"] for line in lines] == [0, 1, 2]
     for round, (up_pattern, down_pattern) in enumerate(SENT[method], start=1):
-        up, down = names_of(session.model, up_pattern), names_of(session.model, down_pattern)
+        up, down = (
+            names_of(session.replica.model, up_pattern),
+            names_of(session.replica.model, down_pattern),
+        )
         exchanges = run.recorder.of("train", round)
         assert [e.client for e in exchanges] == [0, 1, 2] == lines[round]["cohort"]
         for exchange in exchanges:
             assert list(exchange.up_state()) == up
             assert list(exchange.down_state()) == down
-        sent = len(up), sum(session.initial[n].numel() for n in up)
+        sent = len(up), sum(session.replica.initial[n].numel() for n in up)
         assert sent == counts_of(method)[round - 1]
         payload = {
-            n: 4 * sum(session.initial[k].numel() for k in ns)
+            n: 4 * sum(session.replica.initial[k].numel() for k in ns)
             for n, ns in (("up", up), ("down", down))
         }
         for way, messages in (
@@ -210,7 +215,7 @@ def test_two_rounds(
     for _, round, before, after in watched:
         trained = SENT[method][round - 1][0] + "|" + PERSONAL.get(method, "^$")
         changed = [name for name in before if not torch.equal(before[name], after[name])]
-        assert sorted(changed) == sorted(names_of(session.model, trained))
+        assert sorted(changed) == sorted(names_of(session.replica.model, trained))
 
     assert summary == json.loads((run.run_dir / "summary.json").read_text())
     assert {key: type(value) for key, value in summary.items()} == SUMMARY
@@ -293,25 +298,25 @@ def test_evaluation_is_counted_apart(run: Runner) -> None:
 class Reversed(InProcessGrid):
     """Answers the newest message first."""
 
-    def pull_messages(self, message_ids: Any) -> list[Message]:
-        wanted = set(message_ids)
-        for message_id in reversed(list(self._queue)):
-            if message_id in wanted:
-                return [self._answer(self._queue.pop(message_id))]
-        return []
+    def _work(self) -> None:
+        self._queue.rotate(1)
+        super()._work()
 
 
 class Shuffled(InProcessGrid):
     """Answers in a random order, some messages at once, from nodes numbered the other way round."""
 
-    def __init__(self, app: Any, node_configs: list[dict[str, Any]]) -> None:
-        super().__init__(app, node_configs[::-1])
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self._rng = random.Random(11)
 
-    def pull_messages(self, message_ids: Any) -> list[Message]:
-        waiting = [i for i in self._queue if i in set(message_ids)]
-        self._rng.shuffle(waiting)
-        return [self._answer(self._queue.pop(i)) for i in waiting[: self._rng.randint(0, 2)]]
+    def node_config(self, node: int) -> dict[str, Any]:
+        return super().node_config(node) | {"partition-id": self.num_clients - node}
+
+    def _work(self) -> None:
+        for _ in range(self._rng.randint(0, 2)):
+            self._rng.shuffle(self._queue)
+            super()._work()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -345,18 +350,12 @@ def test_another_seed_another_run(run: Runner) -> None:
     assert first["data"] == second["data"]
 
 
-def test_launch_gives_the_same_as_the_grid(run: Runner, base: list[str], tmp_path: Path) -> None:
+def test_the_python_function_gives_the_same_as_the_grid(
+    run: Runner, base: list[str], tmp_path: Path
+) -> None:
     expected = run("method.rank=4")["shared_state_sha256"]
-    found: list[str] = []
-    launched = ["runtime.cohort=1", f"run_dir={tmp_path / 'launched'}"]
-    overrides = [*base, "method.rank=4", *launched]
-    config = load_config(overrides)
-    launch(
-        lambda grid, _: found.append(serve(grid, overrides, quiet(), True)["shared_state_sha256"]),
-        config.num_clients,
-        config.runtime,
-    )
-    assert found == [expected]
+    more = ["method.rank=4", "runtime.clients_per_pass=1", f"run_dir={tmp_path / 'launched'}"]
+    assert run_here([*base, *more], quiet())["shared_state_sha256"] == expected
 
 
 def test_cohorts(run: Runner) -> None:
@@ -430,31 +429,34 @@ def test_personal_tensors_stay_each_client_s_own(
     last: dict[int, State] = {}
     initial: State = {}
     checked: list[tuple[str, int, int]] = []
-    train_client, evaluate = Session.train_client, Session.evaluate
+    train_client, evaluate = Engine.train_client, Engine.evaluate
 
-    def personal(session: Session) -> State:
-        return snapshot(session.model, names_of(session.model, PERSONAL["fedsa_lora"]))
+    def personal(session: Engine) -> State:
+        return snapshot(
+            session.replica.model, names_of(session.replica.model, PERSONAL["fedsa_lora"])
+        )
 
-    def check(session: Session) -> None:
-        initial.update({name: session.initial[name] for name in personal(session)})
+    def check(session: Engine) -> None:
+        initial.update({name: session.replica.initial[name] for name in personal(session)})
         expected = last.get(run.recorder.client, initial)
         for name, value in personal(session).items():
             assert torch.equal(value, expected[name]), (run.recorder.client, name)
         checked.append((run.recorder.kind, run.recorder.round, run.recorder.client))
 
-    def train_and_check(session: Session, client: int, round: int, term: Any = None) -> Any:
-        assert client == run.recorder.client
+    def train_and_check(session: Engine, job: Job, round: int) -> Any:
+        assert job.client == run.recorder.client
+        session.replica.load(job.start)
         check(session)
-        result = train_client(session, client, round, term)
-        last[client] = personal(session)
+        result = train_client(session, job, round)
+        last[job.client] = personal(session)
         return result
 
-    def evaluate_and_check(session: Session, *args: Any, **more: Any) -> dict[str, float]:
+    def evaluate_and_check(session: Engine, *args: Any, **more: Any) -> dict[str, float]:
         check(session)
         return evaluate(session, *args, **more)
 
-    monkeypatch.setattr(Session, "train_client", train_and_check)
-    monkeypatch.setattr(Session, "evaluate", evaluate_and_check)
+    monkeypatch.setattr(Engine, "train_client", train_and_check)
+    monkeypatch.setattr(Engine, "evaluate", evaluate_and_check)
     summary = run("method=fedsa_lora", "clients_per_round=2", "num_rounds=4", "seed=2")
     assert summary["refused"] == {}  # where a check that fails in a client would show
 
@@ -494,7 +496,7 @@ def test_a_fresh_client_starts_from_zero_b_and_the_initial_head(
 
 
 def test_shared_head_of_fedsa_lora(run: Runner) -> None:
-    run("method=fedsa_lora", "method.head=shared", "num_rounds=1")
+    run("method=fedsa_lora", "personal=null", "num_rounds=1")
     for exchange in run.recorder.of("train"):
         assert {n for n in exchange.up_state() if ".lora_" not in n} == {
             "classifier.weight",
@@ -505,7 +507,7 @@ def test_shared_head_of_fedsa_lora(run: Runner) -> None:
 def test_runs_of_one_process_do_not_share_personal_values(base: list[str], tmp_path: Path) -> None:
     """``fedpeft compare`` serves several configurations to the same nodes in turn."""
     recorder = Recorder()
-    grid = InProcessGrid(recorder, [{"partition-id": i} for i in range(3)])  # type: ignore[arg-type]
+    grid = InProcessGrid(3, one_by_one(recorder))  # type: ignore[arg-type]
     shas = []
     for rank in (4, 2, 4):
         overrides = [*base, "method=fedsa_lora", f"method.rank={rank}", "num_rounds=1", "seed=9"]

@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 
 from fedpeft.config.load import load_config
 from fedpeft.data.batching import Examples
-from fedpeft.engine.session import Session
+from fedpeft.engine.engine import Engine
 from fedpeft.reporting.run_directory import RunDirectory
-from fedpeft.server.app import _Run
-from fedpeft.server.strategy import RoleStrategy
+from fedpeft.server.run import Run
+from fedpeft.server.strategy import FederatedPEFT
 from tests.conftest import Runner, quiet
 
 # By round: validation would choose round 1, test round 2, and the losses round 0.
@@ -22,25 +22,25 @@ TEST = (0.1, 0.3, 0.95)
 
 
 @pytest.fixture
-def selecting(opened: Callable[..., Session], tmp_path: Path) -> Callable[..., _Run]:
+def selecting(opened: Callable[..., Engine], tmp_path: Path) -> Callable[..., Run]:
     """A run whose lines a test gives by hand."""
 
-    def make(*overrides: str) -> _Run:
-        session = opened(*overrides)
+    def make(*overrides: str) -> Run:
         directory = RunDirectory(str(tmp_path / "run"), OmegaConf.create({}), "x")
-        return _Run(session, RoleStrategy(session, ""), directory, quiet())
+        display = quiet()
+        display.start("x", 5)
+        return Run(FederatedPEFT("", opened(*overrides)), directory, display)
 
     return make
 
 
-def select(run: _Run, lines: list[dict[str, Any]]) -> None:
+def select(run: Run, lines: list[dict[str, Any]]) -> None:
     for line in lines:
-        run.strategy.state = {"w": torch.tensor([float(line["round"])])}
-        run.lines.append(line)
-        run._select(line)
+        run.strategy.down.state = {"w": torch.tensor([float(line["round"])])}
+        run.round_done(line | {"seconds": 0.0})
 
 
-def test_validation_chooses(selecting: Callable[..., _Run]) -> None:
+def test_validation_chooses(selecting: Callable[..., Run]) -> None:
     run = selecting()
     assert run.selects == "validation_accuracy"
     select(
@@ -61,7 +61,7 @@ def test_validation_chooses(selecting: Callable[..., _Run]) -> None:
 
 
 def test_the_clients_validation_chooses_where_parameters_are_personal(
-    selecting: Callable[..., _Run],
+    selecting: Callable[..., Run],
 ) -> None:
     run = selecting("method=fedsa_lora")
     assert run.selects == "client_validation_accuracy"
@@ -80,7 +80,7 @@ def test_the_clients_validation_chooses_where_parameters_are_personal(
     assert run.best["round"] == 1 and run.best_state["w"].item() == 1.0
 
 
-def test_the_earlier_of_equals_and_rounds_without_a_value(selecting: Callable[..., _Run]) -> None:
+def test_the_earlier_of_equals_and_rounds_without_a_value(selecting: Callable[..., Run]) -> None:
     run = selecting()
     values = [None, 0.5, 0.7, None, 0.7, 0.6]
     select(
@@ -98,15 +98,15 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Accuracies by round and split in place of measured ones; notes which split is measured."""
     measured: list[str] = []
 
-    def evaluate(session: Session, examples: Examples, *_: Any, **__: Any) -> dict[str, float]:
+    def evaluate(engine: Engine, examples: Examples, *_: Any, **__: Any) -> dict[str, float]:
         # 40 rows each; the table's first test row stands only there
-        split = "test" if examples is session.examples("test") else "validation"
+        split = "test" if examples is engine.rows.examples("test") else "validation"
         measured.append(split)
         round = measured.count("validation") - 1
         script = VALIDATION if split == "validation" else TEST
         return {"accuracy": script[min(round, 2)], "loss": 1.0}
 
-    monkeypatch.setattr(Session, "evaluate", evaluate)
+    monkeypatch.setattr(Engine, "evaluate", evaluate)
     return measured
 
 
@@ -129,10 +129,10 @@ def test_a_run_tests_only_its_last_and_its_best_round(run: Runner, scripted: lis
 def test_the_best_state_s_test_numbers_are_those_of_that_state(run: Runner) -> None:
     """An unscripted run: the best round's state, loaded again, scores what the summary says."""
     summary = run("num_rounds=3", "lr=0.02", "local_steps=10", "seed=1")
-    session = Session(load_config([*run.base, "method.rank=4", "seed=1"]))
+    engine = Engine(load_config([*run.base, "method.rank=4", "seed=1"]))
     for name, key in (("best_shared_state", "best"), ("shared_state", "final")):
-        session.load(run.saved(name))
-        found = session.evaluate(session.examples("test"))
+        engine.replica.load(run.saved(name))
+        found = engine.evaluate(engine.rows.examples("test"))
         assert summary[key]["test_loss"] == found["loss"]
         assert summary[key]["test_accuracy"] == found["accuracy"]
     best = max(run.lines(), key=lambda line: line["validation_accuracy"])
@@ -140,18 +140,18 @@ def test_the_best_state_s_test_numbers_are_those_of_that_state(run: Runner) -> N
 
 
 def test_when_no_training_helps_the_initial_state_is_the_best(
-    run: Runner, opened: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+    run: Runner, opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
 
-    def evaluate(session: Session, examples: Examples, *_: Any, **__: Any) -> dict[str, float]:
+    def evaluate(engine: Engine, examples: Examples, *_: Any, **__: Any) -> dict[str, float]:
         calls.append(1)
         return {"accuracy": 1 / len(calls), "loss": 1.0}
 
-    monkeypatch.setattr(Session, "evaluate", evaluate)
+    monkeypatch.setattr(Engine, "evaluate", evaluate)
     summary = run("method.rank=4")
     assert summary["best"]["round"] == 0
-    initial = opened("method.rank=4").initial
+    initial = opened("method.rank=4").replica.initial
     best = run.saved("best_shared_state")
     assert best.keys() == initial.keys()
     assert all(torch.equal(best[name], initial[name]) for name in initial)
@@ -161,13 +161,13 @@ def test_personal_runs_choose_by_the_clients(run: Runner, monkeypatch: pytest.Mo
     """Clients measure validation and test in turn; the test rows would choose another round."""
     count = 0
 
-    def evaluate(session: Session, examples: Examples, *_: Any, **__: Any) -> dict[str, float]:
+    def evaluate(engine: Engine, examples: Examples, *_: Any, **__: Any) -> dict[str, float]:
         nonlocal count
         round, of_round = divmod(count, 6)  # three clients, two splits
         count += 1
         return {"accuracy": (VALIDATION, TEST)[of_round % 2][round], "loss": 1.0}
 
-    monkeypatch.setattr(Session, "evaluate", evaluate)
+    monkeypatch.setattr(Engine, "evaluate", evaluate)
     summary = run("method=fedsa_lora")
     assert count == 18
     assert summary["best"]["round"] == 1

@@ -1,30 +1,10 @@
-"""States on the wire and their hash."""
+"""States: the check of what arrives, their hash and size, and a model's values."""
 
-import json
-import zlib
-
-import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import nn
 
-from fedpeft.methods.base import Role, State
-from fedpeft.methods.fedtt import FedTTPlus
-from fedpeft.methods.lora import FedSALoRA, LoRA
-from fedpeft.state import (
-    check,
-    down_names,
-    load_state,
-    names_with,
-    pack,
-    payload_bytes,
-    roles,
-    sha256,
-    snapshot,
-    unpack,
-    wire_bytes,
-)
+from fedpeft.state import State, check, load_state, payload_bytes, sha256, snapshot
 
 
 def mixed() -> State:
@@ -39,78 +19,6 @@ def mixed() -> State:
         "half": torch.randn(2).half(),
         "extremes": torch.tensor([0.0, -0.0, 3.4e38, 1e-45]),
     }
-
-
-def equal(a: State, b: State) -> bool:
-    return list(a) == list(b) and all(
-        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and torch.equal(a[n], b[n]) for n in a
-    )
-
-
-def test_round_trip_bit_for_bit() -> None:
-    state = mixed()
-    arrays, index = pack(state)
-    back = unpack(arrays, index)
-    assert equal(back, state)
-    assert torch.signbit(back["extremes"]).tolist() == [False, True, False, False]
-
-
-def test_one_array_per_dtype() -> None:
-    arrays, _ = pack(mixed())
-    assert {name: (a.dtype, a.shape) for name, a in arrays.items()} == {
-        "float32": ("float32", (3 * 4 + 1 + 4,)),
-        "bfloat16": ("int16", (10,)),
-        "int64": ("int64", (2,)),
-        "float64": ("float64", (4,)),
-        "float16": ("float16", (2,)),
-    }
-
-
-def test_nothing_packs_to_nothing() -> None:
-    arrays, index = pack({})
-    assert len(arrays) == 0 and unpack(arrays, index) == {}
-
-
-def test_views_and_transposes_are_packed_by_value() -> None:
-    base = torch.arange(12.0).reshape(3, 4)
-    state = {"t": base.T, "row": base[1], "every": base[:, ::2]}
-    assert equal(unpack(*pack(state)), {n: v.contiguous() for n, v in state.items()})
-
-
-def test_unpacked_tensors_own_their_memory() -> None:
-    state = {"a": torch.zeros(2), "b": torch.zeros(2)}
-    arrays, index = pack(state)
-    first, second = unpack(arrays, index), unpack(arrays, index)
-    first["a"][0] = 5
-    assert second["a"][0] == 0 and first["b"][0] == 0 and state["a"][0] == 0
-
-
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        ([["w", "float32", [5]]], r"the array of float32 is too short for w \[5\]"),
-        ([["w", "float32", [3]], ["v", "float32", [2]]], "the array of float32 is too short for v"),
-        ([["w", "float64", [4]]], "the array of float64 is too short for w"),
-        ([["w", "float32", [3]]], "the array of float32 holds more than the index names"),
-        ([], "the array of float32 holds more than the index names"),
-    ],
-)
-def test_index_and_arrays_must_fit(index: list[object], message: str) -> None:
-    arrays = ArrayRecord({"float32": Array(np.zeros(4, np.float32))})
-    with pytest.raises(ValueError, match=message):
-        unpack(arrays, zlib.compress(json.dumps(index).encode()))
-
-
-def test_an_array_of_another_dtype_than_its_name() -> None:
-    arrays = ArrayRecord({"float32": Array(np.zeros(4, np.float64))})
-    with pytest.raises(ValueError, match="the array of float32 holds torch.float64"):
-        unpack(arrays, zlib.compress(b'[["w", "float32", [4]]]'))
-
-
-@pytest.mark.parametrize("index", [b"", b"junk", zlib.compress(b"{not json")])
-def test_an_index_that_cannot_be_read(index: bytes) -> None:
-    with pytest.raises(ValueError, match="the index of the arrays cannot be read"):
-        unpack(ArrayRecord(), index)
 
 
 # --- check --------------------------------------------------------------------------------------
@@ -195,27 +103,7 @@ def test_payload_bytes() -> None:
     assert payload_bytes({"a": torch.zeros(3, 5)}) * 2 == payload_bytes({"a": torch.zeros(6, 5)})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_wire_bytes_grow_as_the_payload_does(dtype: torch.dtype) -> None:
-    sizes = [
-        wire_bytes(RecordDict({"arrays": pack({"a": torch.zeros(n, 100, dtype=dtype)})[0]}))
-        for n in (1000, 2000, 4000)
-    ]
-    each = 100 * torch.zeros((), dtype=dtype).element_size()
-    assert abs(sizes[1] - sizes[0] - 1000 * each) <= 16
-    assert abs(sizes[2] - sizes[1] - 2000 * each) <= 16
-
-
-def test_wire_bytes_count_every_record() -> None:
-    arrays, index = pack({"a": torch.zeros(100)})
-    bare = wire_bytes(RecordDict({"arrays": arrays}))
-    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"index": index})})
-    assert 400 < bare < wire_bytes(content) - len(index)
-    with_metrics = RecordDict({**content, "metrics": MetricRecord({"loss": 1.0})})
-    assert wire_bytes(content) < wire_bytes(with_metrics)
-
-
-# --- models and roles ----------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 def test_snapshot_copies_and_load_state_is_in_place() -> None:
@@ -229,25 +117,3 @@ def test_snapshot_copies_and_load_state_is_in_place() -> None:
     assert torch.equal(taken["weight"], before)
     load_state(model, taken)
     assert torch.equal(model.weight, before)
-
-
-def test_roles_and_names() -> None:
-    names = ["l.lora_A.w", "l.lora_B.w", "classifier.bias"]
-    table = roles(FedSALoRA().role, names, 1)
-    assert names_with(table, Role.SHARED) == ["l.lora_A.w"]
-    assert names_with(table, Role.PERSONAL) == ["l.lora_B.w", "classifier.bias"]
-    assert names_with(table, Role.FROZEN) == []
-    assert down_names(FedSALoRA().role, names, 5) == ["l.lora_A.w"]
-    assert down_names(LoRA().role, names, 1) == names
-
-
-def test_down_names_gather_what_was_shared_so_far() -> None:
-    names = [f"up.factor_{j}_of_6" for j in range(1, 7)] + ["classifier.bias"]
-    numbers = [
-        [int(n[10]) for n in down_names(FedTTPlus().role, names, round)[:-1]]
-        for round in range(1, 6)
-    ]
-    # rounds train {1, m, 6} with m = 2 + t mod 4: 3, 4, 5, 2, 3
-    assert numbers == [[1, 3, 6], [1, 3, 4, 6], [1, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]] + [
-        [1, 2, 3, 4, 5, 6]
-    ]

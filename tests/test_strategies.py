@@ -18,9 +18,9 @@ from fedpeft.client.app import app as client_app
 from fedpeft.compression.base import Compression
 from fedpeft.config.load import load_config
 from fedpeft.config.schema import Config
-from fedpeft.engine.session import Session
-from fedpeft.methods.base import Role, State
+from fedpeft.engine.engine import Engine
 from fedpeft.methods.lora import LoRA
+from fedpeft.state import Role, State
 from tests.conftest import TINY, Runner
 from tests.pairs import (
     CLIENTS,
@@ -105,10 +105,10 @@ Paired = Callable[..., Pair]
 @pytest.fixture
 def pairs(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Paired]:
     """``pairs(method)`` gives ``pair(strategy, field=...)``, all of them on one model."""
-    served: list[Session] = []
+    served: list[Engine] = []
     # torch's own formats a stack for each kind of device that is not there: a fifth of a pair
     monkeypatch.setattr(torch, "manual_seed", torch.default_generator.manual_seed)
-    monkeypatch.setattr("fedpeft.client.client.open_session", lambda *_: served[-1])
+    monkeypatch.setattr("fedpeft.client.client.open_engine", lambda *_: served[-1])
 
     def of(method: str) -> Paired:
         session = small(with_method(tiny, method, TINY.get(method, [])))
@@ -120,7 +120,7 @@ def pairs(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pair
             }
             served.append(changed(session, **given | fields))
             for part in (served[-1].config.strategy, served[-1].config.compression):
-                part.check(served[-1]._setting())
+                part.check(served[-1].replica._setting())
             return Pair(served[-1], rounds)
 
         return pair
@@ -170,11 +170,11 @@ def test_every_pair(method: str, pairs: Callable[[str], Paired]) -> None:
 
 def check_messages(pair: Pair, method: str, strategy: str) -> None:
     """Who sends what, and what comes down is what the server has; controls only with SCAFFOLD."""
-    config, model, alone = pair.session.config, pair.session.model, strategy == "local_only"
+    config, model, alone = pair.session.config, pair.session.replica.model, strategy == "local_only"
     for start, trainings, patterns in zip(pair.values, pair.rounds, SENT[method], strict=False):
         up, down = ([] if alone else names_of(model, pattern) for pattern in patterns)
         if strategy == "centralized" and method in PERSONAL:
-            up = down = pair.session.trainable
+            up = down = pair.session.replica.roles.names
         assert len(trainings) == (1 if strategy == "centralized" else config.cohort_size())
         for training in trainings.values():
             assert list(training.sent) == up
@@ -185,14 +185,14 @@ def check_messages(pair: Pair, method: str, strategy: str) -> None:
             check_work(pair.session, training, strategy)
 
 
-def exact(session: Session) -> bool:
+def exact(session: Engine) -> bool:
     """Whether what is sent arrives as it was."""
     return session.config.compression == Compression()
 
 
-def check_work(session: Session, training: Training, strategy: str) -> None:
+def check_work(session: Engine, training: Training, strategy: str) -> None:
     """One step on its own rows; where all are in one place, as many as the cohort's together."""
-    rows = [len(session.client_examples(client)["train"]) for client in range(CLIENTS)]
+    rows = [len(session.rows.client_examples(client)["train"]) for client in range(CLIENTS)]
     assert len(set(rows)) == CLIENTS
     if strategy == "centralized":
         assert (training.rows, training.steps) == (sum(rows), COHORT)
@@ -213,7 +213,7 @@ def check_first_round(pair: Pair, plain: Pair, strategy: str) -> None:
 
 def check_kept(pair: Pair, method: str, strategy: str) -> None:
     """What is personal goes on where it ended: AdamW's first step is no longer than lr."""
-    own = names_of(pair.session.model, PERSONAL.get(method, "^$"))
+    own = names_of(pair.session.replica.model, PERSONAL.get(method, "^$"))
     if strategy == "centralized":
         own = []
     if strategy == "local_only":
@@ -244,7 +244,7 @@ def moved(training: Training) -> float:
 
 def check_values(pair: Pair, method: str, strategy: str) -> None:
     """What the server makes of it; of methods with a rule of their own, the head."""
-    names, first = pair.session.trainable, pair.values[0]
+    names, first = pair.session.replica.roles.names, pair.values[0]
     idle = equal(first, pair.values[-1])
     assert idle == (strategy == "local_only")
     moments = np.zeros((3, len(flat(first, names))))  # the first, the second, SCAFFOLD's c
@@ -265,7 +265,7 @@ def check_values(pair: Pair, method: str, strategy: str) -> None:
             moments[:, at] = given.m, given.v, control
 
 
-def given_to(session: Session, replies: list[Training], shared: list[str], moments: Array) -> Given:
+def given_to(session: Engine, replies: list[Training], shared: list[str], moments: Array) -> Given:
     """A round's at the server."""
     rows = np.array([reply.rows for reply in replies])
     states = np.stack([flat(reply.sent, shared) for reply in replies])
@@ -314,16 +314,16 @@ def test_every_compression(method: str, pairs: Callable[[str], Paired]) -> None:
 
 def test_nothing_shared(
     pairs: Callable[[str], Paired],
-    opened: Callable[..., Session],
+    opened: Callable[..., Engine],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(LoRA, "role", lambda self, name, round: Role.PERSONAL)
+    monkeypatch.setattr(LoRA, "role", lambda self, name, at: Role.PERSONAL)
     pair = pairs("lora")
     for strategy in STRATEGIES:
         with named("lora", strategy):
             if strategy == "centralized":  # one model has nothing personal
                 sent = pair(strategy).rounds[0][0].sent
-                assert list(sent) == pair(strategy).session.trainable
+                assert list(sent) == pair(strategy).session.replica.roles.names
                 continue
             if strategy not in OF_THE_MEAN:
                 assert all(training.sent == {} for training in pair(strategy).rounds[0].values())

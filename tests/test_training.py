@@ -1,7 +1,10 @@
 """One client's steps, by hand, and evaluation that does not depend on how it is cut up."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +12,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedpeft.config.load import load_config
 from fedpeft.config.optimization import Optimization
 from fedpeft.data.batching import Batch, Examples, within
-from fedpeft.engine.passes import Passes, evaluate, train
-from fedpeft.engine.session import Session
+from fedpeft.data.tasks.base import Task
+from fedpeft.data.tasks.instruction import InstructionTuning
+from fedpeft.data.tasks.language import LanguageModelling
+from fedpeft.engine.engine import Engine
+from fedpeft.engine.evaluate import evaluate
+from fedpeft.engine.passes import Passes, train
+from fedpeft.engine.plan import WEIGHT, plan
+from fedpeft.engine.together import Member, Together
+from fedpeft.methods.base import Phase
+from fedpeft.simulation.grid import InProcessGrid
+from fedpeft.simulation.launch import run as launched
+from fedpeft.state import State
 from tests.conftest import Runner
 
 
@@ -31,8 +45,14 @@ def squares(model: nn.Module, batch: Batch) -> Tensor:
     return ((model.w - batch["x"]) ** 2).sum(-1).mean() / 2
 
 
-def batches(*points: tuple[float, float]) -> list[Batch]:
-    return [{"x": torch.tensor([point])} for point in points]
+def steps(*points: tuple[float, float]) -> list[list[Batch]]:
+    """Steps of one batch, which is one point."""
+    return [[{"x": torch.tensor([point])}] for point in points]
+
+
+def at(rate: float) -> Callable[[int], float]:
+    """The same rate in every step."""
+    return lambda _: rate
 
 
 def sgd(**fields: Any) -> Optimization:
@@ -41,7 +61,7 @@ def sgd(**fields: Any) -> Optimization:
 
 def test_one_sgd_step() -> None:
     model = Weights()
-    loss = train(Passes(model, squares), batches((0.0, 1.0)), sgd(), lambda _: 0.1)
+    loss, _ = train(Passes(model, squares), steps((0.0, 1.0)), at(0.1), sgd())
     # gradient (1, -3): w = (1, -2) - 0.1 (1, -3)
     torch.testing.assert_close(model.w.data, torch.tensor([0.9, -1.7]))
     assert loss == 5.0  # (1 + 9) / 2, before the step
@@ -52,14 +72,14 @@ def test_one_sgd_step() -> None:
 def test_gradients_of_a_training_that_failed_are_forgotten() -> None:
     model = Weights()
     passes = Passes(model, squares)
-    passes.run(batches((5.0, 5.0))[0])  # and no step
-    train(passes, batches((0.0, 1.0)), sgd(), lambda _: 0.1)
+    passes.run(steps((5.0, 5.0))[0])  # and no step
+    train(passes, steps((0.0, 1.0)), at(0.1), sgd())
     torch.testing.assert_close(model.w.data, torch.tensor([0.9, -1.7]))
 
 
 def test_steps_are_taken_one_after_another_and_the_loss_is_their_mean() -> None:
     model = Weights()
-    loss = train(Passes(model, squares), batches((0.0, 0.0), (2.0, 0.0)), sgd(), lambda _: 0.5)
+    loss, _ = train(Passes(model, squares), steps((0.0, 0.0), (2.0, 0.0)), at(0.5), sgd())
     # w: (1, -2) -> (.5, -1) -> (.5 + .75, -.5)
     torch.testing.assert_close(model.w.data, torch.tensor([1.25, -0.5]))
     assert loss == pytest.approx((2.5 + (1.5**2 + 1) / 2) / 2)
@@ -69,27 +89,27 @@ def test_the_rate_is_that_of_the_step() -> None:
     model = Weights((1.0, 1.0))
     train(
         Passes(model, squares),
-        batches((0.0, 0.0), (0.0, 0.0)),
-        sgd(),
+        steps((0.0, 0.0), (0.0, 0.0)),
         lambda step: (0.5, 0.1)[step],
+        sgd(),
     )
     torch.testing.assert_close(model.w.data, torch.full((2,), 0.5 * 0.9))
 
 
 def test_momentum_and_weight_decay() -> None:
     model = Weights((1.0, 1.0))
-    train(Passes(model, squares), batches((0.0, 0.0), (0.0, 0.0)), sgd(momentum=0.5), lambda _: 0.1)
+    train(Passes(model, squares), steps((0.0, 0.0), (0.0, 0.0)), at(0.1), sgd(momentum=0.5))
     # velocity 1, then 0.5 + 0.9 = 1.4
     torch.testing.assert_close(model.w.data, torch.full((2,), 1 - 0.1 - 0.14))
     model = Weights((1.0, 1.0))
-    train(Passes(model, squares), batches((1.0, 1.0)), sgd(weight_decay=0.2), lambda _: 0.1)
+    train(Passes(model, squares), steps((1.0, 1.0)), at(0.1), sgd(weight_decay=0.2))
     torch.testing.assert_close(model.w.data, torch.full((2,), 1 - 0.1 * 0.2))
 
 
 def test_one_adamw_step() -> None:
     model = Weights()
     optimization = Optimization(weight_decay=0.1, max_grad_norm=None)
-    train(Passes(model, squares), batches((0.0, 1.0)), optimization, lambda _: 0.01)
+    train(Passes(model, squares), steps((0.0, 1.0)), at(0.01), optimization)
     # the first step of Adam is lr times the gradient's sign; decay is decoupled
     decayed = torch.tensor([1.0, -2.0]) * (1 - 0.01 * 0.1)
     torch.testing.assert_close(model.w.data, decayed - 0.01 * torch.tensor([1.0, -1.0]))
@@ -98,9 +118,10 @@ def test_one_adamw_step() -> None:
 def test_each_round_has_a_fresh_optimizer() -> None:
     once, twice = Weights((1.0, 1.0)), Weights((1.0, 1.0))
     point = (0.0, 0.0)
-    train(Passes(once, squares), batches(point, point), sgd(momentum=0.9), lambda _: 0.1)
+    train(Passes(once, squares), steps(point, point), at(0.1), sgd(momentum=0.9))
     for _ in range(2):
-        train(Passes(twice, squares), batches(point), sgd(momentum=0.9), lambda _: 0.1)
+        _, kept = train(Passes(twice, squares), steps(point), at(0.1), sgd(momentum=0.9))
+        assert kept == {}
     torch.testing.assert_close(twice.w.data, torch.full((2,), 0.81))
     torch.testing.assert_close(once.w.data, torch.full((2,), 1 - 0.1 - 0.1 * (0.9 + 0.9)))
 
@@ -111,7 +132,7 @@ def test_each_round_has_a_fresh_optimizer() -> None:
 def test_clipping(limit: float | None, shrunk: float) -> None:
     """The norm over all gradients together, here of (3, -4)."""
     model = Weights((0.0, 0.0))
-    train(Passes(model, squares), batches((-3.0, 4.0)), sgd(max_grad_norm=limit), lambda _: 1.0)
+    train(Passes(model, squares), steps((-3.0, 4.0)), at(1.0), sgd(max_grad_norm=limit))
     torch.testing.assert_close(
         model.w.data, -shrunk * torch.tensor([3.0, -4.0]), rtol=1e-5, atol=1e-6
     )
@@ -120,8 +141,8 @@ def test_clipping(limit: float | None, shrunk: float) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite(value: float) -> None:
     with pytest.raises(FloatingPointError, match=f"training loss is {value}: lower lr"):
-        given = batches((0.0, 0.0), (value, 0.0))
-        train(Passes(Weights(), squares), given, sgd(), lambda _: 0.1)
+        given = steps((0.0, 0.0), (value, 0.0))
+        train(Passes(Weights(), squares), given, at(0.1), sgd())
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation() -> None:
@@ -132,7 +153,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation() -> None:
         modes.append(net.training)
         return net(batch["x"]).sum()
 
-    train(Passes(model, loss), [{"x": torch.ones(1, 1)}], sgd(), lambda _: 0.1)
+    train(Passes(model, loss), [[{"x": torch.ones(1, 1)}]], at(0.1), sgd())
 
     def measure(net: nn.Module, batch: Batch) -> dict[str, Tensor]:
         modes.append(net.training)
@@ -141,6 +162,253 @@ def test_dropout_is_on_in_training_and_off_in_evaluation() -> None:
 
     evaluate(model, measure, examples([3, 2]), 2, 1000)
     assert modes == [True, False]
+
+
+# --- a batch in parts ----------------------------------------------------------------------------
+
+LLAMA = (
+    "{model_type:llama,hidden_size:16,intermediate_size:32,num_hidden_layers:1,"
+    "num_attention_heads:2,num_key_value_heads:2,vocab_size:200}"
+)
+DECODER = ["model.path=null", "model.random=true", f"model.architecture={LLAMA}"]
+QUESTION = "{{ label }} {{ text }}"
+TASKS: dict[str, Callable[[str], Task]] = {
+    "language": lambda path: LanguageModelling(path=path),
+    "instruction": lambda path: InstructionTuning(path=path, prompt=QUESTION, answer="text"),
+    "instruction, prompts too": lambda path: InstructionTuning(
+        path=path, prompt=QUESTION, answer="text", loss_on="all"
+    ),
+}
+
+
+def in_parts(engine: Engine, count: int) -> tuple[list[Batch], float, Tensor]:
+    """The first step of client 0 in so many parts: its loss and gradient, without dropout."""
+    task, config = engine.task, replace(engine.config, accumulate=count)
+    (parts, *_) = plan(config, *engine.rows.training(0), [1, 0], Phase()).steps
+    engine.replica.load()
+    engine.replica.set_trainable(set(engine.replica.roles.names))
+    passes = Passes(engine.replica.model, lambda m, batch: task.loss(task.forward(m, batch), batch))
+    engine.replica.model.eval()
+    loss = float(passes.run(parts))
+    assert passes.flat.vector.grad is not None
+    return parts, loss, passes.flat.vector.grad.clone()
+
+
+@pytest.mark.parametrize("task", ["classification", *TASKS])
+def test_parts_have_the_gradient_of_the_whole_batch(
+    task: str, base: list[str], table: Path, checkpoint: Path
+) -> None:
+    """Ten rows of unequal length in three parts: 4, 3 and 3."""
+    given = [*base, "method.rank=4", "batch_size=10", "bucketing=false"]
+    if task == "classification":
+        engine = Engine(load_config(given))
+    else:
+        config = load_config([*given, *DECODER, f"model.tokenizer_path={checkpoint}"])
+        engine = Engine(replace(config, data=TASKS[task](str(table))))
+    ((batch,), loss, whole), (parts, sum_, found) = in_parts(engine, 1), in_parts(engine, 3)
+    assert WEIGHT not in batch and [len(part["row"]) for part in parts] == [4, 3, 3]
+    assert torch.equal(torch.cat([part["row"] for part in parts]), batch["row"])
+    assert len({part["input_ids"].shape[1] for part in parts}) > 1
+    weights = [float(part[WEIGHT]) for part in parts]
+    assert sum(weights) == pytest.approx(1, rel=1e-6)
+    by_rows = weights == pytest.approx([0.4, 0.3, 0.3])
+    assert by_rows is (task == "classification")  # elsewhere by tokens
+    assert sum_ == pytest.approx(loss, rel=1e-6)
+    assert whole.abs().max() > 1e-2
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+
+
+def test_more_parts_than_rows_and_one_row(opened: Callable[..., Engine]) -> None:
+    engine = opened("batch_size=2", "accumulate=5")
+    parts, _, found = in_parts(engine, 5)
+    assert [len(part["row"]) for part in parts] == [1, 1]
+    torch.testing.assert_close(found, in_parts(engine, 1)[2], rtol=0, atol=1e-6)
+    engine = opened("batch_size=1")
+    (alone,), _, _ = in_parts(engine, 5)
+    assert WEIGHT not in alone
+
+
+def test_a_run_in_parts(run: Runner) -> None:
+    """Without dropout, which draws anew for each part, it is the run on whole batches."""
+    quiet = [f"model.settings.{kind}_dropout_prob=0" for kind in ("hidden", "attention_probs")]
+    given = [*quiet, "optimizer.name=sgd", "lr=0.1"]
+    run(*given)
+    whole = run.saved()
+    summary = run(*given, "accumulate=3")
+    assert summary["refused"] == {}
+    for name, value in run.saved().items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-6)
+
+
+# --- an optimizer that is kept from round to round -----------------------------------------------
+
+POINTS = ((0.0, 1.0), (3.0, -0.5))
+KEPT = {
+    "adamw": Optimization(weight_decay=0.1, max_grad_norm=None, keep_state=True),
+    "sgd": sgd(momentum=0.9, weight_decay=0.1, keep_state=True),
+}
+
+
+def in_rounds(model: nn.Module, optimization: Optimization, *rounds: Any) -> State:
+    """Train round by round, each with the moments that the last one kept; the last moments."""
+    moments: State = {}
+    for given in rounds:
+        _, moments = train(Passes(model, squares), given, at(0.01), optimization, (), moments)
+    return moments
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_two_rounds_with_kept_moments_are_two_steps_of_one_round(name: str) -> None:
+    optimization = KEPT[name]
+    once, twice, fresh, own = (Weights() for _ in range(4))
+    first, second = steps(POINTS[0]), steps(POINTS[1])
+    expected = in_rounds(once, optimization, steps(*POINTS))
+    found = in_rounds(twice, optimization, first, second)
+    assert torch.equal(twice.w, once.w)
+    assert found.keys() == expected.keys() != set()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    in_rounds(fresh, replace(optimization, keep_state=False), first, second)
+    assert not torch.allclose(fresh.w, once.w, rtol=0, atol=1e-4)
+    torch_s: Any = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}[name]
+    optimizer = torch_s([own.w], lr=0.01, weight_decay=0.1)
+    for point in POINTS:
+        optimizer.zero_grad()
+        squares(own, {"x": torch.tensor([point])}).backward()
+        optimizer.step()
+    torch.testing.assert_close(twice.w, own.w, rtol=1e-6, atol=1e-7)
+
+
+def test_kept_moments_are_by_name_and_shape() -> None:
+    found = in_rounds(Weights(), KEPT["adamw"], steps(*POINTS))
+    assert {key: tuple(value.shape) for key, value in found.items()} == {
+        "exp_avg:w": (2,),
+        "exp_avg_sq:w": (2,),
+        "step:w": (),
+    }
+    assert found["step:w"].item() == 2
+    found = in_rounds(Weights(), KEPT["sgd"], steps(*POINTS))
+    assert {key: tuple(value.shape) for key, value in found.items()} == {"momentum_buffer:w": (2,)}
+    assert in_rounds(Weights(), sgd(keep_state=True), steps(*POINTS)) == {}  # there is none
+
+
+class Three(nn.Module):
+    """Parameters that train in some rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (
+            nn.Parameter(torch.tensor(start)) for start in ([1.0, 2.0], [[-1.0], [0.5]], [3.0])
+        )
+
+
+def bowls(model: nn.Module, batch: Batch) -> Tensor:
+    """Each parameter is drawn to the point, the steeper the further."""
+    return sum(((p - batch["x"]) ** 4).sum() for p in model.parameters() if p.requires_grad)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_parameters_of_different_step_counts_have_their_own_correction(name: str) -> None:
+    """a and c train in rounds 1 and 3, b in rounds 2 and 3, c also in round 2."""
+    optimization, model, moments = KEPT[name], Three(), dict[str, Tensor]()
+    rounds = (("ac", 3), ("bc", 1), ("abc", 2))
+    xs = [0.3, -0.2, 0.1, 0.5, -0.4, 0.2]
+    seen: dict[str, list[float]] = {name: [] for name in "abc"}
+    for names, count in rounds:
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(key in names)
+        now, xs = xs[:count], xs[count:]
+        given = [[{"x": torch.tensor(x)}] for x in now]
+        _, kept = train(Passes(model, bowls), given, at(0.01), optimization, (), moments)
+        moments |= kept
+        for key in names:
+            seen[key] += now
+    if name == "adamw":
+        assert [moments[f"step:{key}"].item() for key in "abc"] == [5, 3, 6]
+    torch_s: Any = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}[name]
+    for key, parameter in Three().named_parameters():
+        optimizer = torch_s([parameter], lr=0.01, weight_decay=0.1)
+        for x in seen[key]:
+            optimizer.zero_grad()
+            ((parameter - x) ** 4).sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(model.get_parameter(key), parameter, rtol=1e-6, atol=1e-7)
+
+
+class Filed(InProcessGrid):
+    """Clients keep what is theirs in files, as in a simulation."""
+
+    folder: Path
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.state_folder = self.folder
+
+
+KEEPING = ["optimizer.keep_state=true", "local_steps=1"]
+
+
+@pytest.mark.parametrize("optimizer", [["optimizer.name=adamw"], ["optimizer.name=sgd", "lr=0.1"]])
+def test_a_run_that_keeps_moments(optimizer: list[str], run: Runner, tmp_path: Path) -> None:
+    """The first round is the same, the second is not; where they are kept makes no difference."""
+    given = [*optimizer, *(["optimizer.momentum=0.9"] if "lr=0.1" in optimizer else [])]
+    fresh, lines = run(*given, "local_steps=1"), run.lines()
+    kept = run(*given, *KEEPING)
+    assert kept["refused"] == {}
+    assert kept["shared_state_sha256"] != fresh["shared_state_sha256"]
+    payload = "uplink_payload_bytes"
+    assert kept["bytes"][payload] == fresh["bytes"][payload]  # moments stay on the client
+    norms = [[line["update_norm_mean"] for line in found[1:]] for found in (lines, run.lines())]
+    assert norms[0][0] == norms[1][0] and norms[0][1] != norms[1][1]
+    folder = tmp_path / "clients"
+    filed = run(*given, *KEEPING, grid=type("Here", (Filed,), {"folder": folder}))
+    assert filed["shared_state_sha256"] == kept["shared_state_sha256"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"client_{client}.safetensors" for client in range(3)
+    ]
+
+
+def test_a_run_that_keeps_moments_in_one_pass(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that train together have each its own moments: sums in another order differ."""
+    quiet = [f"model.settings.{kind}_dropout_prob=0" for kind in ("hidden", "attention_probs")]
+    given = [*quiet, *KEEPING, "optimizer.name=sgd", "optimizer.momentum=0.9", "lr=0.1"]
+    run(*given)
+    alone = run.saved()
+
+    class InOnePass(InProcessGrid):
+        def __init__(self, num_clients: int, _: Any) -> None:
+            super().__init__(num_clients)
+            self.passes = lambda clients: [clients]
+
+    members: list[int] = []
+    train_all = Together.train
+
+    def counted(self: Together, given: Sequence[Member]) -> None:
+        members.append(len(given))
+        train_all(self, given)
+
+    monkeypatch.setattr(Together, "train", counted)
+    run(*given, grid=InOnePass)
+    assert members == [3, 3]
+    together = run.saved()
+    run(*[o for o in given if "keep_state" not in o])
+    fresh = run.saved()
+    for name, value in together.items():
+        torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-5)
+    assert any(not torch.allclose(alone[n], fresh[n], rtol=1e-3, atol=1e-4) for n in alone)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_moments_are_kept_on_ray_too(base: list[str], tmp_path: Path) -> None:
+    given = [*base, "method.rank=4", *KEEPING]
+    shas = [
+        launched([*given, f"run_dir={tmp_path / kind}", *runtime])["shared_state_sha256"]
+        for kind, runtime in (
+            ("inprocess", ["runtime.clients_per_pass=1"]),
+            ("ray", ["runtime=ray", "runtime.total_cpus=2", "runtime.clients_per_pass=1"]),
+        )
+    ]
+    assert shas[0] == shas[1]
 
 
 # --- schedules ----------------------------------------------------------------------------------
@@ -225,27 +493,39 @@ def test_every_row_is_evaluated_once() -> None:
         assert len(rows) == -(-7 // size)
 
 
-def test_the_bits_do_not_depend_on_workers(opened: Callable[..., Session]) -> None:
-    session = opened("evaluation.batch_size=4")
-    rows = session.examples("test")
-    session.load()
-    one = evaluate(session.model, session.task.evaluate_batch, rows, 4, 1000)
+def measured(
+    engine: Engine, rows: Examples, size: int, workers: int = 1
+) -> list[dict[str, Tensor]]:
+    """What the task's score needs of every row, in batches of so many."""
+    task = engine.task
+
+    def measure(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return task.evaluate_batch(task.forward(model, batch), batch)
+
+    return evaluate(engine.replica.model, measure, rows, size, 1000, workers=workers)
+
+
+def test_the_bits_do_not_depend_on_workers(opened: Callable[..., Engine]) -> None:
+    engine = opened("evaluation.batch_size=4")
+    rows = engine.rows.examples("test")
+    engine.replica.load()
+    one = measured(engine, rows, 4)
     for workers in (2, 3, 8):
-        many = evaluate(session.model, session.task.evaluate_batch, rows, 4, 1000, workers=workers)
+        many = measured(engine, rows, 4, workers)
         assert len(many) == len(one) == 10
         for a, b in zip(one, many, strict=True):
             assert all(torch.equal(a[key], b[key]) for key in a)
-    assert session.evaluate(rows, 1) == session.evaluate(rows, 3)
+    assert engine.evaluate(rows, 1) == engine.evaluate(rows, 3)
 
 
-def test_metrics_do_not_depend_on_the_batches(opened: Callable[..., Session]) -> None:
-    session = opened()
-    rows = session.examples("test")
-    session.load()
+def test_metrics_do_not_depend_on_the_batches(opened: Callable[..., Engine]) -> None:
+    engine = opened()
+    rows = engine.rows.examples("test")
+    engine.replica.load()
     found = []
     for size in (1, 7, 16, 64):
-        parts = evaluate(session.model, session.task.evaluate_batch, rows, size, 1000)
-        found.append(session.task.score(parts, session.task.split_rows("test"), None))
+        parts = measured(engine, rows, size)
+        found.append(engine.task.score(parts, engine.task.split_rows("test"), None))
     for metrics in found[1:]:
         assert metrics["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
         assert metrics["accuracy"] == found[0]["accuracy"]
@@ -253,11 +533,11 @@ def test_metrics_do_not_depend_on_the_batches(opened: Callable[..., Session]) ->
     assert 0 < found[0]["accuracy"] < 1
 
 
-def test_evaluation_leaves_the_model_as_it_is(opened: Callable[..., Session]) -> None:
-    session = opened()
-    before = {k: v.clone() for k, v in session.model.state_dict().items()}
-    session.evaluate(session.examples("validation"))
-    assert all(torch.equal(v, before[k]) for k, v in session.model.state_dict().items())
+def test_evaluation_leaves_the_model_as_it_is(opened: Callable[..., Engine]) -> None:
+    engine = opened()
+    before = {k: v.clone() for k, v in engine.replica.model.state_dict().items()}
+    engine.evaluate(engine.rows.examples("validation"))
+    assert all(torch.equal(v, before[k]) for k, v in engine.replica.model.state_dict().items())
 
 
 # --- bf16 ---------------------------------------------------------------------------------------
@@ -274,7 +554,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_weights() -> None:
 
     batch = {"x": torch.ones(3, 4)}
     for precision in ("fp32", "bf16"):
-        train(Passes(model, loss, precision), [batch], sgd(), lambda _: 0.1)
+        train(Passes(model, loss, precision), [[batch]], at(0.1), sgd())
     assert seen == [torch.float32, torch.bfloat16]
     assert model.weight.dtype == torch.float32
 

@@ -1,17 +1,16 @@
-"""What a federated optimisation algorithm is, and FedAvg (https://arxiv.org/abs/1602.05629)."""
+"""The base of federated algorithms, which is FedAvg (https://arxiv.org/abs/1602.05629)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
-from fedpeft.methods.base import Method, Role, State
+from fedpeft.methods.base import Memory, Method, Round, Term
+from fedpeft.state import Role, State
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What an algorithm works with in one run.
+    """A run, as far as an algorithm or a compression may refuse it.
 
     Attributes:
         method: how the clients' states are averaged.
@@ -24,42 +23,6 @@ class Setting:
     shares: bool
     whole: bool
     cohort_size: int
-
-
-@dataclass(frozen=True)
-class Replies:
-    """What a round's clients sent, sorted by client.
-
-    Attributes:
-        states: shared parameters: equal keys and shapes.
-        weights: summing to 1.
-        steps: local steps that each client took.
-        extras: what each client's ``Term`` sent beside its parameters.
-        share: of all clients, those that these replies came from: |S| / N.
-    """
-
-    states: Sequence[State]
-    weights: Sequence[float]
-    steps: Sequence[int]
-    extras: Sequence[State]
-    share: float = 1.0
-
-
-class Term:
-    """One client's part of an algorithm in one round; this one does nothing."""
-
-    def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Changes the gradients of the parameters that train, before they are clipped."""
-
-    def finish(self, trained: State, steps: int, lr: float) -> tuple[State, State]:
-        """After the last step: what goes to the server beside the parameters, and what is kept.
-
-        Args:
-            trained: shared parameters.
-            steps: that were taken.
-            lr: mean over the steps.
-        """
-        return {}, {}
 
 
 @dataclass(frozen=True)
@@ -79,56 +42,55 @@ class FedAvg:
             raise ValueError(f"weights must be examples or uniform, got {self.weights}")
 
     def weigh(self, num_examples: Sequence[int]) -> list[float]:
-        """Weights that sum to 1."""
+        """Return weights that sum to 1."""
         if self.weights == "uniform":
             return [1 / len(num_examples)] * len(num_examples)
         return [n / sum(num_examples) for n in num_examples]
 
     def check(self, setting: Setting) -> None:
-        """Raises ValueError for a setting that the algorithm makes no sense in."""
+        """Raise ValueError for a setting that the algorithm makes no sense in."""
 
     def role(self, role: Role) -> Role:
-        """What becomes of a parameter's role by the method."""
+        """Return the role that the algorithm gives to a parameter of this role by the method."""
         return role
 
     def term(self, start: State, sent: State, kept: State) -> Term:
-        """A client's part of a round.
+        """Return a client's correction of its gradients.
 
         Args:
-            start: shared parameters, by name, as received.
+            start: shared parameters, full, as the client starts the round.
             sent: what ``down`` gave.
             kept: what ``Term.finish`` last kept on this client; empty the first time.
         """
         return Term()
 
-    def down(self, memory: dict[str, State], shared: State) -> State:
-        """What clients get beside the parameters; names, shapes and dtypes follow from ``shared``.
+    def down(self, memory: Memory, shared: State) -> State:
+        """Return what clients get beside the parameters.
 
         Args:
             memory: the server's own, from round to round; empty at the beginning.
-            shared: values of what is shared this round.
+            shared: values of what is shared this round, full. Names, shapes and dtypes of the
+                result must follow from it alone, because clients check them.
         """
         return {}
 
     def up(self, shared: State) -> State:
-        """What ``Term.finish`` sends beside the parameters: names, shapes and dtypes."""
+        """Return a state of the names, shapes and dtypes that ``Term.finish`` sends."""
         return {}
 
-    def server(
-        self, mean: State, before: State, replies: Replies, memory: dict[str, State]
-    ) -> State:
-        """New values, by name, of whatever changes; nothing where the replies are too few for it.
+    def server(self, mean: State, round: Round, memory: Memory) -> State:
+        """Return new values, by name, of whatever changes; nothing if the replies are too few.
 
         Args:
             mean: what the method's own aggregation gives.
-            before: values of all that can change, as the clients got them.
-            memory: the server's own, from round to round.
+            round: everything that the round's clients sent and received.
+            memory: the server's own, from round to round; empty at the beginning.
         """
         return mean
 
 
 def require_shared(algorithm: FedAvg, setting: Setting) -> None:
-    """Refuses a model of which nothing is shared: there is nothing to work on.
+    """Refuse a model of which nothing is shared, because there is nothing to work on.
 
     Raises:
         ValueError: as said.
@@ -141,7 +103,7 @@ def require_shared(algorithm: FedAvg, setting: Setting) -> None:
 
 
 def require_plain_mean(algorithm: FedAvg, setting: Setting) -> None:
-    """Refuses what an algorithm that replaces or corrects the plain mean cannot go with.
+    """Refuse what an algorithm that replaces or corrects the plain mean cannot go with.
 
     Raises:
         ValueError: nothing is shared, the method aggregates by a rule of its own, or clients

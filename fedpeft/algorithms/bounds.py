@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fedpeft.algorithms.base import FedAvg, Setting
-from fedpeft.methods.base import Role
+from fedpeft.state import Role
 
 
 @dataclass(frozen=True)

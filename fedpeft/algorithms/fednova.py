@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fedpeft.algorithms.base import FedAvg, Replies, Setting, require_plain_mean
-from fedpeft.methods.base import State
+from fedpeft.algorithms.base import FedAvg, Setting, require_plain_mean
+from fedpeft.methods.base import Memory, Round
+from fedpeft.state import State
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,15 @@ class FedNova(FedAvg):
         rho = self.local_momentum
         return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
 
-    def server(
-        self, mean: State, before: State, replies: Replies, memory: dict[str, State]
-    ) -> State:
-        norms = [self.norm(steps) for steps in replies.steps]
-        effective = sum(w * norm for w, norm in zip(replies.weights, norms, strict=True))
-        scales = [effective * w / norm for w, norm in zip(replies.weights, norms, strict=True)]
+    def server(self, mean: State, round: Round, memory: Memory) -> State:
+        norms = [self.norm(steps) for steps in round.steps]
+        effective = sum(w * norm for w, norm in zip(round.weights, norms, strict=True))
+        scales = [effective * w / norm for w, norm in zip(round.weights, norms, strict=True)]
         after: State = {}
         for name, value in mean.items():
-            start = before[name].double()
+            start = round.before[name].double()
             total = torch.zeros_like(start)
-            for state, scale in zip(replies.states, scales, strict=True):
+            for state, scale in zip(round.states, scales, strict=True):
                 total += scale * (state[name].double() - start)
             after[name] = (start + total).to(value.dtype)
         return after

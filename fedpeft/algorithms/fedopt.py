@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedpeft.algorithms.base import FedAvg, Replies, Setting, require_plain_mean
-from fedpeft.methods.base import State
+from fedpeft.algorithms.base import FedAvg, Setting, require_plain_mean
+from fedpeft.methods.base import Memory, Round
+from fedpeft.state import State
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,17 @@ class ServerOptimizer(FedAvg):
         """
         require_plain_mean(self, replace(setting, whole=True))
 
-    def server(
-        self, mean: State, before: State, replies: Replies, memory: dict[str, State]
-    ) -> State:
+    def server(self, mean: State, round: Round, memory: Memory) -> State:
         after: State = {}
         for name, value in mean.items():
-            start = before[name].double()
+            start = round.before[name].double()
             step = self.direction(name, value.double() - start, memory)
             after[name] = (start + self.server_lr * step).to(value.dtype)
         return after
 
     @abstractmethod
-    def direction(self, name: str, delta: Tensor, memory: dict[str, State]) -> Tensor:
-        """Where one parameter goes, and its moments brought up to date.
+    def direction(self, name: str, delta: Tensor, memory: Memory) -> Tensor:
+        """Return one parameter's direction, and bring its moments up to date.
 
         Args:
             delta: the mean's step, in float64.
@@ -75,7 +74,7 @@ class FedAvgM(ServerOptimizer):
         super().__post_init__()
         _below_one("server_momentum", self.server_momentum)
 
-    def direction(self, name: str, delta: Tensor, memory: dict[str, State]) -> Tensor:
+    def direction(self, name: str, delta: Tensor, memory: Memory) -> Tensor:
         moments = memory.setdefault("momentum", {})
         moments[name] = self.server_momentum * _moment(moments, name, delta) + delta
         return moments[name]
@@ -97,12 +96,12 @@ class Adaptive(ServerOptimizer):
         if not 0 < self.tau < float("inf"):
             raise ValueError(f"tau must be > 0, got {self.tau}")
 
-    def direction(self, name: str, delta: Tensor, memory: dict[str, State]) -> Tensor:
+    def direction(self, name: str, delta: Tensor, memory: Memory) -> Tensor:
         second = memory.setdefault("second_moment", {})
         second[name] = self.second(_moment(second, name, delta), delta.square())
         return self.first(name, delta, memory) / (second[name].sqrt() + self.tau)
 
-    def first(self, name: str, delta: Tensor, memory: dict[str, State]) -> Tensor:
+    def first(self, name: str, delta: Tensor, memory: Memory) -> Tensor:
         """m; here beta_1 = 0."""
         return delta
 
@@ -136,7 +135,7 @@ class FedAdam(Adaptive):
         _below_one("beta_1", self.beta_1)
         _below_one("beta_2", self.beta_2)
 
-    def first(self, name: str, delta: Tensor, memory: dict[str, State]) -> Tensor:
+    def first(self, name: str, delta: Tensor, memory: Memory) -> Tensor:
         moments = memory.setdefault("first_moment", {})
         old = _moment(moments, name, delta)
         moments[name] = self.beta_1 * old + (1 - self.beta_1) * delta

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedpeft.algorithms.base import FedAvg, Term
-from fedpeft.methods.base import State
+from fedpeft.algorithms.base import FedAvg
+from fedpeft.methods.base import Term
+from fedpeft.state import State
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedpeft.algorithms.base import FedAvg, Replies, Setting, require_plain_mean
-from fedpeft.methods.base import State, weighted_mean
+from fedpeft.algorithms.base import FedAvg, Setting, require_plain_mean
+from fedpeft.methods.base import Memory, Round
+from fedpeft.state import State, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,16 @@ class Coordinatewise(Robust):
                 f"weights must be uniform for {type(self).__name__}, got {self.weights}"
             )
 
-    def server(
-        self, mean: State, before: State, replies: Replies, memory: dict[str, State]
-    ) -> State:
+    def server(self, mean: State, round: Round, memory: Memory) -> State:
         after: State = {}
         for name, value in mean.items():
-            stacked = torch.stack([state[name].double() for state in replies.states])
+            stacked = torch.stack([state[name].double() for state in round.states])
             after[name] = self.middle(stacked.sort(dim=0).values).to(value.dtype)
         return after
 
     @abstractmethod
     def middle(self, values: Tensor) -> Tensor:
-        """Of (clients, ...) in rising order: (...)."""
+        """Return (...) of values (clients, ...) in rising order."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,10 @@ class TrimmedMean(Coordinatewise):
                 f"{setting.cohort_size} at each end: need beta x clients per round >= 1"
             )
 
-    def server(
-        self, mean: State, before: State, replies: Replies, memory: dict[str, State]
-    ) -> State:
-        if self.cut(len(replies.states)) == 0:
+    def server(self, mean: State, round: Round, memory: Memory) -> State:
+        if self.cut(len(round.states)) == 0:
             return {}
-        return super().server(mean, before, replies, memory)
+        return super().server(mean, round, memory)
 
     def middle(self, values: Tensor) -> Tensor:
         cut = self.cut(len(values))
@@ -159,15 +156,13 @@ class Krum(Robust):
         count = min(self.num_selected, len(states) - self.num_malicious)
         return scores.sort(stable=True).indices[:count].tolist()
 
-    def server(
-        self, mean: State, before: State, replies: Replies, memory: dict[str, State]
-    ) -> State:
-        if len(replies.states) < self.least:
+    def server(self, mean: State, round: Round, memory: Memory) -> State:
+        if len(round.states) < self.least:
             return {}
-        chosen = self.select(replies.states)
-        total = sum(replies.weights[i] for i in chosen)
-        weights = [replies.weights[i] / total for i in chosen]
-        return weighted_mean([replies.states[i] for i in chosen], weights)
+        chosen = self.select(round.states)
+        total = sum(round.weights[i] for i in chosen)
+        weights = [round.weights[i] / total for i in chosen]
+        return weighted_mean([round.states[i] for i in chosen], weights)
 
 
 @dataclass(frozen=True)
@@ -185,17 +180,15 @@ class NormClipping(Robust):
         if self.max_norm is not None and not 0 < self.max_norm < float("inf"):
             raise ValueError(f"max_norm must be > 0 or null, got {self.max_norm}")
 
-    def server(
-        self, mean: State, before: State, replies: Replies, memory: dict[str, State]
-    ) -> State:
-        start = {name: before[name] for name in replies.states[0]}
-        norms = (_flat(replies.states) - _flat([start])).norm(dim=1)
+    def server(self, mean: State, round: Round, memory: Memory) -> State:
+        start = {name: round.before[name] for name in round.states[0]}
+        norms = (_flat(round.states) - _flat([start])).norm(dim=1)
         limit = float(norms.quantile(0.5)) if self.max_norm is None else self.max_norm
         scales = [min(1.0, limit / norm) if norm > 0 else 1.0 for norm in norms.tolist()]
         after: State = {}
         for name, value in start.items():
             total = value.double()
-            for state, weight, scale in zip(replies.states, replies.weights, scales, strict=True):
+            for state, weight, scale in zip(round.states, round.weights, scales, strict=True):
                 total = total + weight * scale * (state[name].double() - value.double())
             after[name] = total.to(value.dtype)
         return after

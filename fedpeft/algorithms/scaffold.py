@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedpeft.algorithms.base import FedAvg, Replies, Setting, Term, require_plain_mean
-from fedpeft.methods.base import State, weighted_mean
+from fedpeft.algorithms.base import FedAvg, Setting, require_plain_mean
+from fedpeft.methods.base import Memory, Round, Term
+from fedpeft.state import State, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Scaffold(FedAvg):
     def term(self, start: State, sent: State, kept: State) -> Term:
         return ControlTerm(start, sent, kept)
 
-    def down(self, memory: dict[str, State], shared: State) -> State:
+    def down(self, memory: Memory, shared: State) -> State:
         """c, zero where no client has said anything yet."""
         control = memory.get("control", {})
         return {n: control[n] if n in control else torch.zeros_like(v) for n, v in shared.items()}
@@ -50,16 +51,16 @@ class Scaffold(FedAvg):
     def up(self, shared: State) -> State:
         return shared
 
-    def server(
-        self, mean: State, before: State, replies: Replies, memory: dict[str, State]
-    ) -> State:
+    def server(self, mean: State, round: Round, memory: Memory) -> State:
         """theta + eta_g (mean - theta), and c + |S|/N mean(c_i+ - c_i)."""
         control = memory.setdefault("control", {})
-        for name, change in weighted_mean(replies.extras, replies.weights).items():
+        for name, change in weighted_mean(round.extras, round.weights).items():
             old = control[name] if name in control else torch.zeros_like(change)
-            control[name] = (old.double() + replies.share * change.double()).to(change.dtype)
+            control[name] = (old.double() + round.share * change.double()).to(change.dtype)
         return {
-            name: torch.lerp(before[name].double(), value.double(), self.server_lr).to(value.dtype)
+            name: torch.lerp(round.before[name].double(), value.double(), self.server_lr).to(
+                value.dtype
+            )
             for name, value in mean.items()
         }
 

@@ -1,39 +1,55 @@
-"""The Flower ClientApp: its three verbs. What they take to import comes with the first message."""
+"""The Flower ClientApp: its three verbs.
+
+Imports stand inside of functions, because a process that only registers the app, such as the one
+that starts Ray, would wait seconds for torch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-app = ClientApp()
 
-
-def ready() -> None:
-    """Imports what the first message would."""
-    import fedpeft.client.client  # noqa: F401
-
-
-@app.query()
 def query(message: Message, context: Context) -> Message:
-    """Says which partition this node holds; in simulation, gets ready for what comes."""
-    from fedpeft.client.client import partition_of, prepare
-
-    if "config" in message.content.config_records:
-        prepare(message)
-        return Message(RecordDict(), reply_to=message)
-    metrics = MetricRecord({"partition-id": partition_of(context)})
+    """Say which partition this node holds."""
+    if "partition-id" not in context.node_config:
+        raise ValueError("this node has no partition-id: give --node-config partition-id=N")
+    metrics = MetricRecord({"partition-id": int(context.node_config["partition-id"])})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
-@app.train()
 def train(message: Message, context: Context) -> Message:
-    """Loads initial, received and personal values, trains, sends what is shared."""
-    from fedpeft.client.client import answered, trained
-
-    return answered(message, context, trained)
+    """Load initial, received and personal values, train, and send what is shared."""
+    return _answer(message, context)
 
 
-@app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Measures a client's model on its own validation and test rows."""
-    from fedpeft.client.client import answered, evaluated
+    """Measure the client's model on its own validation and test rows."""
+    return _answer(message, context)
 
-    return answered(message, context, evaluated)
+
+def _answer(message: Message, context: Context) -> Message:
+    from fedpeft.client.client import answer_all
+
+    (answer,) = answer_all([message], [context])
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def client_app(mods: Sequence[Any] = ()) -> ClientApp:
+    """Return a ClientApp with these verbs, for example to put Flower's mods around them."""
+    app = ClientApp(mods=list(mods))
+    app.query()(query)
+    app.train()(train)
+    app.evaluate()(evaluate)
+    return app
+
+
+def ready() -> None:
+    """Import what the first message would."""
+    import fedpeft.client.client  # noqa: F401
+
+
+app = client_app()

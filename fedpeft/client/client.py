@@ -1,88 +1,133 @@
-"""One client's side of every method, by roles alone."""
+"""One client's side of every method, by roles alone.
 
-import hashlib
+A round of a client: the message gives what the server has, the store what the client keeps, the
+engine trains, the store keeps what is personal, and the reply carries what is shared.
+"""
+
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 
-from fedpeft.compression.base import ERROR
-from fedpeft.engine.plan import Trained, Work
-from fedpeft.engine.session import Session, open_session
-from fedpeft.methods.base import Role, State
-from fedpeft.models.precision import give_back
+from fedpeft.client.store import Store
+from fedpeft.compression.base import ERROR, OfUpdate
+from fedpeft.engine.cpu import give_back
+from fedpeft.engine.engine import Engine, Result, open_engine
+from fedpeft.engine.plan import Job
+from fedpeft.methods.base import At, Term
 from fedpeft.seeding import generator
-from fedpeft.server.nodes import clients_of, folder_of, joined
-from fedpeft.simulation.launch import SIMULATED
-from fedpeft.state import names_with, pack, split_extras, unpack, with_extras, zeros
+from fedpeft.state import (
+    METHOD,
+    STRATEGY,
+    Role,
+    State,
+    check,
+    names_with,
+    prefixed,
+    split_prefixed,
+    zeros,
+)
+from fedpeft.wire import pack, unpack
 
-Answer = RecordDict | Exception
+OPTIMIZER = "optimizer:"  # prefix of the optimizer's moments in what a client keeps
 T = TypeVar("T")
 
 
-def partition_of(context: Context) -> int:
-    """Which partition a node holds.
+class Kept(NamedTuple):
+    """The kept state of a client, by kind; every part may be empty.
 
-    Raises:
-        ValueError: it was not told.
+    Attributes:
+        personal: parameters that never leave the client, full.
+        strategy: of the strategy's term, full.
+        method: of the method's term.
+        error: updates that sparse compression did not send, block.
+        moments: the optimizer's.
     """
-    if "partition-id" not in context.node_config:
-        raise ValueError("this node has no partition-id: give --node-config partition-id=N")
-    return int(context.node_config["partition-id"])
+
+    personal: State
+    strategy: State
+    method: State
+    error: State
+    moments: State
+
+    @classmethod
+    def parted(cls, state: State) -> "Kept":
+        """Part what the store holds."""
+        parts = []
+        for prefix in (STRATEGY, METHOD, ERROR, OPTIMIZER):
+            state, part = split_prefixed(state, prefix)
+            parts.append(part)
+        return cls(state, *parts)
+
+    def joined(self) -> State:
+        """Join the parts for the store."""
+        state = dict(self.personal)
+        for prefix, part in zip((STRATEGY, METHOD, ERROR, OPTIMIZER), self[1:], strict=True):
+            state |= prefixed(part, prefix)
+        return state
 
 
-def prepare(message: Message) -> None:
-    """Loads model and rows; what is wrong with them, the server says."""
-    with suppress(Exception):
-        session = open_session(str(message.content.config_records["config"]["overrides"]), None)
-        session.client_rows  # noqa: B018  # computed here
-        session.examples("train")
+class Begun(NamedTuple):
+    """A client between its message and its reply.
+
+    Attributes:
+        kept: from earlier rounds.
+        before: shared parameters as training starts from them, full.
+        terms: corrections of gradients by the method and by the strategy.
+    """
+
+    job: Job
+    kept: Kept
+    before: State
+    terms: tuple[Term, Term]
 
 
-def answered(
-    message: Message, context: Context, answer: "Callable[[Sequence[Client]], list[Answer]]"
-) -> Message:
-    """The answers of the clients that a message is for, each as if it were alone."""
-    config = message.content.config_records["config"]
-    path = context.node_config.get("data-path")
-    session = open_session(str(config["overrides"]), None if path is None else str(path))
-    if folder_of(message) is None:
-        (own,) = answer([Client(message, context, session, partition_of(context))])
-        give_back()
-        if isinstance(own, Exception):
-            raise own
-        return Message(own, reply_to=message)
-    if SIMULATED not in context.node_config:
-        raise ValueError("the message names clients and a folder, which only a simulation may")
-    numbers = clients_of(message)
-    answers = answer([Client(message, context, session, number) for number in numbers])
+def answer_all(
+    messages: Sequence[Message], contexts: Sequence[Context]
+) -> list[Message | Exception]:
+    """Answer messages of one kind, round and configuration, each for a client of its own.
+
+    Args:
+        messages: to train or to evaluate. Clients whose messages come together train in one pass
+            a step where the model allows it.
+        contexts: of the clients' nodes.
+
+    Returns:
+        In each message's place its reply, or the error that ended this client's work.
+    """
+    overrides = str(messages[0].content.config_records["config"]["overrides"])
+    path = contexts[0].node_config.get("data-path")
+    engine = open_engine(overrides, None if path is None else str(path))
+    clients = [Client(m, c, engine) for m, c in zip(messages, contexts, strict=True)]
+    if messages[0].metadata.message_type == MessageType.EVALUATE:
+        answers = [_tried(client.evaluate) for client in clients]
+    else:
+        answers = _trained(clients, engine)
     give_back()
-    return Message(joined(dict(zip(numbers, answers, strict=True))), reply_to=message)
+    return [
+        answer if isinstance(answer, Exception) else Message(answer, reply_to=message)
+        for message, answer in zip(messages, answers, strict=True)
+    ]
 
 
-def trained(clients: "Sequence[Client]") -> list[Answer]:
-    """What each client sends after training, or why it sends nothing."""
-    works = [_tried(client.begin) for client in clients]
-    begun = [work for work in works if isinstance(work, Work)]
-    found = iter(clients[0].session.train(begun, clients[0].round) if begun else ())
-    answers: list[Answer] = []
-    for client, work in zip(clients, works, strict=True):
-        result = next(found) if isinstance(work, Work) else work
-        if not isinstance(result, Exception):
-            result = _tried(lambda c=client, r=result: c.finish(*r))
-        answers.append(result)
+def _trained(clients: "Sequence[Client]", engine: Engine) -> list[RecordDict | Exception]:
+    """Train clients; one client's failure leaves the others alone."""
+    begun = [_tried(client.begin) for client in clients]
+    jobs = [start.job for start in begun if isinstance(start, Begun)]
+    results = iter(engine.train(jobs, clients[0].round) if jobs else ())
+    answers: list[RecordDict | Exception] = []
+    for client, start in zip(clients, begun, strict=True):
+        result = next(results) if isinstance(start, Begun) else start
+        if isinstance(start, Begun) and isinstance(result, Result):
+            answers.append(_tried(lambda c=client, s=start, r=result: c.finish(s, r)))
+        else:
+            assert isinstance(result, Exception)
+            answers.append(result)
     return answers
 
 
-def evaluated(clients: "Sequence[Client]") -> list[Answer]:
-    """Each client's metrics."""
-    return [_tried(client.evaluate) for client in clients]
-
-
 def _tried(function: Callable[[], T]) -> T | Exception:
-    """A client's failure is its own: the others of its message go on."""
+    """Return a function's result or the error that it raised."""
     try:
         return function()
     except Exception as error:
@@ -90,36 +135,51 @@ def _tried(function: Callable[[], T]) -> T | Exception:
 
 
 class Client:
-    """One client and the message to it."""
+    """One client and the message to it.
 
-    def __init__(self, message: Message, context: Context, session: Session, number: int) -> None:
-        self.message, self.context, self.session, self.number = message, context, session, number
-        self.round = int(message.content.config_records["config"]["round"])  # type: ignore[arg-type]
+    Args:
+        message: carries the round, what the server has, and the configuration.
+        context: of the client's node.
+        engine: of this process.
+    """
 
-    def begin(self) -> Work:
-        """Initial, received and personal values, and the strategy's part."""
-        session, client = self.session, self.number
-        received, extras = self._received()
-        self.personal, kept = self._kept()
-        kept, self.error = split_extras(kept, ERROR)
-        start = session.values(received, self.personal, client=client)
-        self.roles = session.roles(self.round)
-        self.before = {n: start[n] for n in names_with(self.roles, Role.SHARED)}
-        self.term = session.config.strategy.term(self.before, extras, kept)
-        return Work(client, start, self.term)
+    def __init__(self, message: Message, context: Context, engine: Engine) -> None:
+        config = message.content.config_records["config"]
+        self.message, self.engine, self.config = message, engine, engine.config
+        self.number = int(context.node_config["partition-id"])
+        self.round: int = config["round"]  # type: ignore[assignment]
+        # The server evaluates what the next round would start from, so its last message to
+        # evaluate carries the round after the last one.
+        self.last = self.round > engine.config.num_rounds
+        self.store = Store(context, self.number, str(config["overrides"]))
 
-    def finish(self, trained: Trained, after: State) -> RecordDict:
-        """What is sent; what is personal stays."""
-        session, config, client = self.session, self.session.config, self.number
-        shared = {name: after[name] for name in self.before}
-        more, kept = self.term.finish(shared, trained.steps, trained.lr)
-        state = with_extras(session.blocks(shared, client), more)
-        start = with_extras(session.blocks(self.before, client), zeros(more))
-        rng = generator(config.seed, "compression", self.round, client)
-        wire, error = config.compression.compress(state, start, self.error, rng)
-        # Also what rests in this round: where roles change, it trained in an earlier one.
-        own = self.personal | {n: after[n] for n in names_with(self.roles, Role.PERSONAL)}
-        self._keep(with_extras(own, with_extras(kept, error, ERROR)))
+    def begin(self) -> Begun:
+        """Load initial, received and kept values, in this order, and the corrections."""
+        replica = self.engine.replica
+        kept = Kept.parted(self.store.load())
+        at, received, extras = self._received()
+        start = replica.values(received, kept.personal, at=at)
+        before = {name: start[name] for name in replica.roles.shared(self.round)}
+        terms = (
+            self.config.method.term(at, start, kept.method),
+            self.config.strategy.term(before, extras, kept.strategy),
+        )
+        return Begun(Job(at, start, terms, kept.moments), kept, before, terms)
+
+    def finish(self, begun: Begun, result: Result) -> RecordDict:
+        """Keep what is personal and return what is shared, encoded."""
+        trained, replica, kept = result.trained, self.engine.replica, begun.kept
+        shared = {name: result.after[name] for name in begun.before}
+        _, method = begun.terms[0].finish(shared, trained.steps, trained.lr)
+        extras, strategy = begun.terms[1].finish(shared, trained.steps, trained.lr)
+        at = begun.job.at
+        state = replica.blocks(shared, at) | prefixed(extras, STRATEGY)
+        reference = replica.blocks(begun.before, at) | prefixed(zeros(extras), STRATEGY)
+        wire, error = self._encoded(state, reference, kept.error)
+        # Personal parameters that rest in this round stay kept, because roles change by round.
+        names = names_with(replica.roles.by_name(self.round), Role.PERSONAL)
+        personal = kept.personal | {name: result.after[name] for name in names}
+        self.store.keep(Kept(personal, strategy, method, error, result.moments).joined())
         arrays, index = pack(wire)
         metrics = {
             "num-examples": trained.num_examples,
@@ -129,72 +189,47 @@ class Client:
         config = ConfigRecord({"index": index})
         return RecordDict({"metrics": MetricRecord(metrics), "arrays": arrays, "config": config})
 
+    def _encoded(self, state: State, reference: State, error: State) -> tuple[State, State]:
+        """Return the wire form of what is shared, and the error to keep."""
+        draws = generator(self.config.seed, "compression", self.round, self.number)
+        codec = self.config.compression.up
+        if self.config.compression.feedback:
+            assert isinstance(codec, OfUpdate)
+            return codec.encode_with_error(state, reference, error, draws)
+        return codec.encode(state, reference, draws), error
+
     def evaluate(self) -> RecordDict:
-        """Measures the client's model on its own validation and test rows."""
-        session, client = self.session, self.number
-        received, _ = self._received()
-        personal, _ = self._kept()
-        session.load(received, personal, client=client)
-        last = self.round > session.config.num_rounds  # the message is the next round's
-        own = session.client_examples(client)
+        """Measure the client's model on its own validation and test rows."""
+        engine = self.engine
+        at, received, _ = self._received()
+        engine.replica.load(received, Kept.parted(self.store.load()).personal, at=at)
+        own = engine.rows.client_examples(self.number)
         metrics: dict[str, Any] = {}
         for split in ("validation", "test"):
             metrics[f"{split}-num-examples"] = len(own[split])
-            for name, value in session.evaluate(own[split], last=last).items():
+            for name, value in engine.evaluate(own[split], last=self.last).items():
                 metrics[f"{split}_{name}"] = value
-            if (baseline := session.baseline(own["train"], own[split])) is not None:
+            if (baseline := engine.baseline(own["train"], own[split])) is not None:
                 metrics[f"{split}_baseline"] = baseline
         return RecordDict({"metrics": MetricRecord(metrics)})
 
-    def _received(self) -> tuple[State, State]:
-        """Shared parameters and the strategy's extras."""
-        session, content = self.session, self.message.content
+    def _received(self) -> tuple[At, State, State]:
+        """Return where the client is, its parameters (block), and the strategy's extras.
+
+        Raises:
+            ValueError: the message does not hold what this round's roles say.
+        """
+        content, replica, method = self.message.content, self.engine.replica, self.config.method
         index = content.config_records["config"]["index"]
         assert isinstance(index, bytes)
-        expected = {name: session.initial[name] for name in session.down(self.round)}
-        expected = session.blocks(expected, self.number)
-        if self.message.metadata.message_type == MessageType.TRAIN:  # extras are for training alone
-            extras = session.config.strategy.down({}, session.shared(self.round))
-            expected = with_extras(expected, extras)
-        state = unpack(content.array_records["arrays"], index)
-        return split_extras(session.config.compression.received(state, expected))
-
-    # --- what a client keeps from round to round: with its node or, simulated, in a file ---------
-
-    @property
-    def _file(self) -> Path | None:
-        folder = folder_of(self.message)
-        return None if folder is None else Path(folder) / f"client_{self.number}.safetensors"
-
-    @property
-    def _key(self) -> str:
-        """A context may serve several configurations in turn; personal values belong to one."""
-        overrides = str(self.message.content.config_records["config"]["overrides"])
-        return "personal-" + hashlib.sha256(overrides.encode()).hexdigest()[:16]
-
-    def _kept(self) -> tuple[State, State]:
-        """Personal parameters, and what the strategy's term kept."""
-        if self._file is not None:
-            from safetensors.torch import load_file
-
-            return split_extras(load_file(self._file) if self._file.exists() else {})
-        state, key = self.context.state, self._key
-        if key not in state.array_records:
-            return {}, {}
-        index = state.config_records[key + "-index"]["index"]
-        assert isinstance(index, bytes)
-        return split_extras(unpack(state.array_records[key], index))
-
-    def _keep(self, state: State) -> None:
-        if not state:
-            return
-        if (file := self._file) is not None:
-            from safetensors.torch import save_file
-
-            file.parent.mkdir(parents=True, exist_ok=True)
-            draft = file.with_suffix(".part")
-            save_file({name: value.contiguous() for name, value in state.items()}, draft)
-            draft.replace(file)
-            return
-        self.context.state[self._key], index = pack(state)
-        self.context.state[self._key + "-index"] = ConfigRecord({"index": index})
+        state, memory = split_prefixed(unpack(content.array_records["arrays"], index), METHOD)
+        at = replica.roles.at(self.round, self.number)
+        check(memory, method.down({}, at))
+        at = at._replace(memory=memory)
+        down = {name: replica.initial[name] for name in replica.roles.down(self.round)}
+        expected = replica.blocks(down, at)
+        if self.message.metadata.message_type == MessageType.TRAIN:  # only training needs extras
+            extras = self.config.strategy.down({}, replica.shared(self.round))
+            expected |= prefixed(extras, STRATEGY)
+        decoded = self.config.compression.down.decode(state, expected)
+        return at, *split_prefixed(decoded, STRATEGY)

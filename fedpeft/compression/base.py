@@ -1,195 +1,134 @@
-"""What goes on the wire in place of a state, and the state again: the ``compression`` group.
+"""Codecs of states on the wire, one for each direction.
 
-A client compresses its update, what it sends minus what it started from, which is far smaller than
-the parameters and so loses far less; the server, which knows the start, adds it. A strategy's
-extras start from zero. The start is exact on both sides, so a run has one meaning of every number.
+A client compresses its update, its parameters minus what it started from, because an update is far
+smaller than the parameters and so loses far less. The server knows the start and adds it. A
+strategy's extras start from zero.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedpeft.algorithms.base import Setting
-from fedpeft.methods.base import State
-from fedpeft.state import check
+from fedpeft.state import State, check
 
-ERROR = "error:"  # what a client keeps of what it did not send
-SCALES = "compression:scales"
+ERROR = "error:"  # prefix of what a client keeps because it was not sent
+
+
+class Codec(ABC):
+    """Turns a state into its form on the wire and back."""
+
+    exact: ClassVar[bool] = False  # whether ``decode`` gives what ``encode`` got, bit for bit
+
+    @abstractmethod
+    def encode(self, state: State, reference: State, rng: np.random.Generator) -> State:
+        """Return the wire form of a state.
+
+        Args:
+            state: block or full, of the names and shapes of ``reference``.
+            reference: a state that both sides know.
+            rng: for stochastic rounding.
+        """
+
+    @abstractmethod
+    def decode(self, wire: State, reference: Mapping[str, Tensor]) -> State:
+        """Return the state in the names, shapes and dtypes of ``reference``.
+
+        Raises:
+            ValueError: the wire holds something that ``encode`` never gives.
+        """
+
+
+class Exact(Codec):
+    """Sends a state as it is."""
+
+    exact = True
+
+    def encode(self, state: State, reference: State, rng: np.random.Generator) -> State:
+        return state
+
+    def decode(self, wire: State, reference: Mapping[str, Tensor]) -> State:
+        check(wire, reference)
+        return wire
+
+
+class OfUpdate(Codec):
+    """Sends state - reference through another codec.
+
+    Args:
+        inner: codes the difference, in float32.
+    """
+
+    def __init__(self, inner: Codec) -> None:
+        self.inner = inner
+
+    def encode(self, state: State, reference: State, rng: np.random.Generator) -> State:
+        return self.inner.encode(update(state, reference), reference, rng)
+
+    def decode(self, wire: State, reference: Mapping[str, Tensor]) -> State:
+        change = self.inner.decode(wire, {n: v.float() for n, v in reference.items()})
+        return {n: (v.float() + change[n]).to(v.dtype) for n, v in reference.items()}
+
+    def encode_with_error(
+        self, state: State, reference: State, error: State, rng: np.random.Generator
+    ) -> tuple[State, State]:
+        """Encode with error feedback (https://arxiv.org/abs/1809.07599).
+
+        Args:
+            state: block or full.
+            reference: of the same names and shapes.
+            error: what earlier rounds left out, by name; added to this round's update.
+            rng: for stochastic rounding.
+
+        Returns:
+            The wire form, and every error to keep: this round's, and older ones of other names.
+        """
+        change = {n: v + error[n] if n in error else v for n, v in update(state, reference).items()}
+        wire = self.inner.encode(change, reference, rng)
+        sent = self.inner.decode(wire, change)
+        return wire, error | {name: value - sent[name] for name, value in change.items()}
+
+
+def update(state: State, reference: Mapping[str, Tensor]) -> State:
+    """Return state - reference in float32."""
+    return {name: value.float() - reference[name].float() for name, value in state.items()}
+
+
+def stepped(after: State, before: State, values: State) -> State:
+    """Add the step from ``before`` to ``after`` to the exact ``values``.
+
+    The server does this if clients received a lossy copy ``before`` of ``values``, so that small
+    steps are not lost to rounding.
+    """
+    return {
+        name: (values[name].double() + value.double() - before[name].double()).to(value.dtype)
+        for name, value in after.items()
+    }
 
 
 @dataclass(frozen=True)
 class Compression:
     """Everything is sent as it is."""
 
+    feedback: ClassVar[bool] = False  # a client adds what it did not send to its next update
+
+    @property
+    def up(self) -> Codec:
+        """The codec of what clients send; its reference is what they started from."""
+        return Exact()
+
+    @property
+    def down(self) -> Codec:
+        """The codec of what the server sends.
+
+        Its reference is used for names, shapes and dtypes alone, because a client that keeps
+        nothing between rounds knows no older values.
+        """
+        return Exact()
+
     def check(self, setting: Setting) -> None:
-        """Raises ValueError for a setting that the compression makes no sense in."""
-
-    def compress(
-        self, state: State, start: State, error: State, rng: np.random.Generator
-    ) -> tuple[State, State]:
-        """What a client sends, and what it keeps of the rest.
-
-        Args:
-            state: what is to arrive.
-            start: the same names, as both sides know them.
-            error: what was kept in an earlier round, by name.
-            rng: for rounding.
-        """
-        return state, error
-
-    def restore(self, wire: State, start: State) -> State:
-        """What arrived, on the server.
-
-        Raises:
-            ValueError: it is nothing that ``compress`` gives.
-        """
-        return wire
-
-    def down(self, state: State) -> State:
-        """What the server sends."""
-        return state
-
-    def received(self, wire: State, expected: Mapping[str, Tensor]) -> State:
-        """What arrived, on a client, in the names, shapes and dtypes of ``expected``.
-
-        Raises:
-            ValueError: it is nothing that ``down`` gives.
-        """
-        check(wire, expected)
-        return wire
-
-    def kept(self, after: State, before: State, values: State) -> State:
-        """What a round's result makes of the server's own values, by name.
-
-        Args:
-            after: the result, as the strategy reckoned it from ``before``.
-            before: what the clients got, in place of ``values``.
-            values: what the server had.
-        """
-        return after
-
-
-@dataclass(frozen=True)
-class OfUpdates(Compression):
-    """Compresses theta - theta_start."""
-
-    feedback: ClassVar[bool] = False  # what is not sent is added to the next update
-
-    def compress(
-        self, state: State, start: State, error: State, rng: np.random.Generator
-    ) -> tuple[State, State]:
-        update = {name: value.float() - start[name].float() for name, value in state.items()}
-        if not self.feedback:
-            return self.encode(update, rng), error
-        update = {n: v + error[n] if n in error else v for n, v in update.items()}
-        wire = self.encode(update, rng)
-        sent = self.decode(wire, update)
-        return wire, error | {name: value - sent[name] for name, value in update.items()}
-
-    def restore(self, wire: State, start: State) -> State:
-        update = self.decode(wire, start)
-        return {n: (v.float() + update[n]).to(v.dtype) for n, v in start.items()}
-
-    @abstractmethod
-    def encode(self, update: State, rng: np.random.Generator) -> State:
-        """The update on the wire."""
-
-    @abstractmethod
-    def decode(self, wire: State, like: State) -> State:
-        """The update in float32, of the names and shapes of ``like``."""
-
-
-@dataclass(frozen=True)
-class Half(OfUpdates):
-    """Two bytes a number, rounded to the nearest.
-
-    Args:
-        both: also what the server sends; there it is the parameters themselves that are rounded,
-            and the clients' start, from which they and the server reckon updates, with them. The
-            server adds a round's step to its own, unrounded values, so that small ones add up.
-    """
-
-    both: bool = False
-
-    dtype: ClassVar[torch.dtype]
-
-    def encode(self, update: State, rng: np.random.Generator) -> State:
-        return {name: self._half(name, value) for name, value in update.items()}
-
-    def decode(self, wire: State, like: State) -> State:
-        check(wire, {name: value.to(self.dtype) for name, value in like.items()})
-        return {name: wire[name].float() for name in like}
-
-    def down(self, state: State) -> State:
-        return {n: self._half(n, v) for n, v in state.items()} if self.both else state
-
-    def received(self, wire: State, expected: Mapping[str, Tensor]) -> State:
-        if not self.both:
-            return super().received(wire, expected)
-        check(wire, {name: value.to(self.dtype) for name, value in expected.items()})
-        return {name: value.to(expected[name].dtype) for name, value in wire.items()}
-
-    def kept(self, after: State, before: State, values: State) -> State:
-        return stepped(after, before, values) if self.both else after
-
-    def _half(self, name: str, value: Tensor) -> Tensor:
-        half = value.to(self.dtype)
-        if not torch.isfinite(half).all():
-            raise ValueError(
-                f"{name} reaches {float(value.abs().max()):g}, but {self.dtype} ends at "
-                f"{torch.finfo(self.dtype).max:g}: lower lr, or use another compression"
-            )
-        return half
-
-
-@dataclass(frozen=True)
-class Float16(Half):
-    """11 significant bits: |error| <= 2^-11 |update|, or 2^-25 where that is more."""
-
-    dtype = torch.float16
-
-
-@dataclass(frozen=True)
-class BFloat16(Half):
-    """8 significant bits, float32's range: |error| <= 2^-8 |update|."""
-
-    dtype = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Int8(OfUpdates):
-    """round(update / scale) in -127..127, scale = max |update| / 127 of each tensor.
-
-    Rounded up with the probability of the fraction, so that the mean of what arrives is what was
-    sent (QSGD, https://arxiv.org/abs/1610.02132); |error| < scale. One float32 a tensor goes along.
-    Up only: there is no start from which clients that keep nothing could reckon one down.
-    """
-
-    def encode(self, update: State, rng: np.random.Generator) -> State:
-        scales = [value.abs().max() / 127 for value in update.values()]
-        wire: State = {}
-        for (name, value), scale in zip(update.items(), scales, strict=True):
-            chance = torch.from_numpy(rng.random(tuple(value.shape), dtype=np.float32))
-            levels = value / scale if scale > 0 else torch.zeros_like(value)
-            wire[name] = (levels + chance).floor().clamp(-127, 127).to(torch.int8)
-        return wire | ({SCALES: torch.stack(scales)} if scales else {})
-
-    def decode(self, wire: State, like: State) -> State:
-        expected = {name: value.to(torch.int8) for name, value in like.items()}
-        check(wire, expected | ({SCALES: torch.zeros(len(like))} if like else {}))
-        names = [name for name in wire if name != SCALES]  # in the sender's order
-        scales = wire[SCALES] if like else ()
-        return {n: wire[n].float() * scale for n, scale in zip(names, scales, strict=True)}
-
-
-def stepped(after: State, before: State, values: State) -> State:
-    """``values`` and the step from ``before`` to ``after``."""
-    return {
-        name: (values[name].double() + value.double() - before[name].double()).to(value.dtype)
-        for name, value in after.items()
-    }
+        """Raise ValueError for a setting that the compression makes no sense in."""

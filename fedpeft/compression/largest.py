@@ -4,33 +4,29 @@ The places are a bitmap, one bit an entry, where that takes fewer bytes than an 
 sent. Which it is follows from the two numbers alone, so that both sides know.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft.methods.base import State
-from fedpeft.state import check, split_extras, with_extras
+from fedpeft.state import State
 
 BITMAP = "compression:bitmap:"
 INDICES = "compression:indices:"
-VECTOR = "compression:vector"  # of all parameters
 
 
 def check_share(name: str, share: float) -> None:
-    """Raises ValueError for what is no share of a vector's entries."""
+    """Raise ValueError for what is no share of a vector's entries."""
     if not 0 < share <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {share}")
 
 
 def count(share: float, numel: int) -> int:
-    """Entries sent of so many: the nearest to the share, one at the least."""
+    """Return how many of so many entries are sent: the nearest to the share, one at least."""
     return min(numel, max(1, round(share * numel)))
 
 
 def as_bitmap(numel: int, sent: int) -> bool:
-    """Whether a bitmap tells the places of so many entries sent."""
+    """Tell whether a bitmap of places takes fewer bytes than indices."""
     return _bytes(numel) < 4 * sent or numel > 2**31  # which int32 cannot number
 
 
@@ -39,12 +35,12 @@ def _bytes(numel: int) -> int:
 
 
 def largest_of(flat: Tensor, sent: int) -> Tensor:
-    """Places of the entries of largest magnitude, rising; of equals, the earlier entry goes."""
+    """Return the places of the largest magnitudes, rising; of equals, the earlier entry goes."""
     return flat.abs().sort(descending=True, stable=True).indices[:sent].sort().values
 
 
 def encoded(name: str, flat: Tensor, sent: int) -> State:
-    """The largest entries of a vector (n,).
+    """Encode the largest entries of a vector (n,).
 
     Returns:
         Values (sent,) in its dtype, and a uint8 bitmap (n/8 rounded up,) or int32 indices (sent,).
@@ -58,7 +54,7 @@ def encoded(name: str, flat: Tensor, sent: int) -> State:
 
 
 def expected(name: str, numel: int, sent: int) -> State:
-    """Names, shapes and dtypes of what ``encoded`` gives."""
+    """Return the names, shapes and dtypes that ``encoded`` gives."""
     values = {name: torch.zeros(sent)}
     if as_bitmap(numel, sent):
         return values | {BITMAP + name: torch.zeros(_bytes(numel), dtype=torch.uint8)}
@@ -66,7 +62,7 @@ def expected(name: str, numel: int, sent: int) -> State:
 
 
 def decoded(name: str, wire: State, numel: int) -> Tensor:
-    """The vector (numel,), float32: zeros but for what was sent.
+    """Return the vector (numel,), float32: zeros but for what was sent.
 
     Args:
         wire: holds what ``expected`` says.
@@ -101,36 +97,3 @@ def _of_indices(name: str, indices: Tensor, numel: int) -> Tensor:
             f"indices of {name} must rise within 0..{numel - 1}, got {indices.tolist()[:5]}"
         )
     return indices
-
-
-def joined(state: State, share: float) -> State:
-    """The largest entries of all parameters as one vector, in the order of names; extras whole."""
-    parameters, extras = split_extras({name: value.float() for name, value in state.items()})
-    wire = with_extras({}, extras)
-    if parameters:
-        flat = torch.cat([parameters[name].reshape(-1) for name in sorted(parameters)])
-        wire |= encoded(VECTOR, flat, count(share, flat.numel()))
-    return wire
-
-
-def parted(wire: State, like: Mapping[str, Tensor], share: float) -> State:
-    """What was joined, in float32, zeros where nothing was sent.
-
-    Args:
-        like: its names and shapes.
-
-    Raises:
-        ValueError: the wire holds what ``joined`` never gives.
-    """
-    parameters, extras = split_extras(dict(like))
-    sizes = {name: parameters[name].numel() for name in sorted(parameters)}
-    numel = sum(sizes.values())
-    wanted = with_extras({}, {name: value.float() for name, value in extras.items()})
-    if parameters:
-        wanted |= expected(VECTOR, numel, count(share, numel))
-    check(wire, wanted)
-    found = {name: value for name, value in wire.items() if name in like}
-    if parameters:
-        parts = decoded(VECTOR, wire, numel).split(list(sizes.values()))
-        found |= {n: p.reshape(like[n].shape) for n, p in zip(sizes, parts, strict=True)}
-    return found

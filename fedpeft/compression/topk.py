@@ -4,23 +4,90 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedpeft.algorithms.base import Setting
 from fedpeft.compression import largest
-from fedpeft.compression.base import OfUpdates, stepped
-from fedpeft.methods.base import State
-from fedpeft.state import check
+from fedpeft.compression.base import Codec, Compression, OfUpdate
+from fedpeft.state import STRATEGY, State, check, prefixed, split_prefixed
+
+VECTOR = "compression:vector"  # all parameters in one
+
+
+class Largest(Codec):
+    """The entries of largest magnitude of each tensor, as values and their places.
+
+    Args:
+        share: of a tensor's entries, in (0, 1]; one entry at least.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def encode(self, state: State, reference: State, rng: np.random.Generator) -> State:
+        wire: State = {}
+        for name, value in state.items():
+            count = largest.count(self.share, value.numel())
+            wire |= largest.encoded(name, value.reshape(-1), count)
+        return wire
+
+    def decode(self, wire: State, reference: Mapping[str, Tensor]) -> State:
+        expected: State = {}
+        for name, value in reference.items():
+            count = largest.count(self.share, value.numel())
+            expected |= largest.expected(name, value.numel(), count)
+        check(wire, expected)
+        return {
+            name: largest.decoded(name, wire, value.numel()).reshape(value.shape)
+            for name, value in reference.items()
+        }
+
+
+class LargestOfAll(Codec):
+    """The entries of largest magnitude of all parameters as one vector, in the order of names.
+
+    A strategy's extras go whole: on another scale, they or the parameters would take all places.
+
+    Args:
+        share: of the vector's entries, in (0, 1]; one entry at least.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def encode(self, state: State, reference: State, rng: np.random.Generator) -> State:
+        floats = {name: value.float() for name, value in state.items()}
+        parameters, extras = split_prefixed(floats)
+        wire = prefixed(extras, STRATEGY)
+        if parameters:
+            flat = torch.cat([parameters[name].reshape(-1) for name in sorted(parameters)])
+            wire |= largest.encoded(VECTOR, flat, largest.count(self.share, flat.numel()))
+        return wire
+
+    def decode(self, wire: State, reference: Mapping[str, Tensor]) -> State:
+        parameters, extras = split_prefixed(dict(reference))
+        sizes = {name: parameters[name].numel() for name in sorted(parameters)}
+        numel = sum(sizes.values())
+        wanted = prefixed({name: value.float() for name, value in extras.items()}, STRATEGY)
+        if parameters:
+            wanted |= largest.expected(VECTOR, numel, largest.count(self.share, numel))
+        check(wire, wanted)
+        found = {name: value for name, value in wire.items() if name in reference}
+        if parameters:
+            parts = largest.decoded(VECTOR, wire, numel).split(list(sizes.values()))
+            found |= {n: p.reshape(reference[n].shape) for n, p in zip(sizes, parts, strict=True)}
+        return {name: found[name].to(value.dtype) for name, value in reference.items()}
 
 
 @dataclass(frozen=True)
-class TopK(OfUpdates):
-    """The entries of largest magnitude of each tensor, as values and their places.
+class TopK(Compression):
+    """The entries of largest magnitude of each tensor of a client's update.
 
-    What is left out is kept on the client and added to its next update (error feedback,
-    https://arxiv.org/abs/1809.07599). Of equals, the earlier entry goes. A client whose reply is
-    lost has kept the error as if it had arrived. Up only, and only for methods whose server takes
-    the mean: where it sets factors anew, what was kept would be added to other factors.
+    The client keeps what is left out and adds it to its next update (error feedback). A client
+    whose reply is lost has kept the error as if it had arrived. Clients alone compress, and only
+    for methods whose server takes the mean: where it sets factors anew, what was kept would be
+    added to other factors.
 
     Args:
         ratio: share of a tensor's entries that is sent, in (0, 1]; one at least. Each takes 4
@@ -35,6 +102,10 @@ class TopK(OfUpdates):
     def __post_init__(self) -> None:
         largest.check_share("ratio", self.ratio)
 
+    @property
+    def up(self) -> Codec:
+        return OfUpdate(Largest(self.ratio))
+
     def check(self, setting: Setting) -> None:
         if not setting.method.averages:
             raise ValueError(
@@ -43,26 +114,9 @@ class TopK(OfUpdates):
                 "its own: use compression=int8 or none"
             )
 
-    def count(self, numel: int) -> int:
-        """Entries sent of so many."""
-        return largest.count(self.ratio, numel)
-
-    def encode(self, update: State, rng: np.random.Generator) -> State:
-        wire: State = {}
-        for name, value in update.items():
-            wire |= largest.encoded(name, value.reshape(-1), self.count(value.numel()))
-        return wire
-
-    def decode(self, wire: State, like: State) -> State:
-        expected: State = {}
-        for name, value in like.items():
-            expected |= largest.expected(name, value.numel(), self.count(value.numel()))
-        check(wire, expected)
-        return {n: largest.decoded(n, wire, v.numel()).reshape(v.shape) for n, v in like.items()}
-
 
 @dataclass(frozen=True)
-class TopKBoth(OfUpdates):
+class TopKBoth(Compression):
     """The entries of largest magnitude of all that is sent, both ways: FLASC's communication.
 
     https://arxiv.org/abs/2406.05233. The server keeps dense parameters P and sends their k largest
@@ -94,6 +148,14 @@ class TopKBoth(OfUpdates):
         largest.check_share("density_down", self.density_down)
         largest.check_share("density_up", self.density_up)
 
+    @property
+    def up(self) -> Codec:
+        return OfUpdate(LargestOfAll(self.density_up))
+
+    @property
+    def down(self) -> Codec:
+        return LargestOfAll(self.density_down)
+
     def check(self, setting: Setting) -> None:
         name, method = type(self).__name__, type(setting.method).__name__
         if not setting.method.averages:
@@ -106,19 +168,3 @@ class TopKBoth(OfUpdates):
                 f"compression {name} takes the same vector for every client, but with method "
                 f"{method} some train only a block: use equal ranks, or compression=topk or none"
             )
-
-    def encode(self, update: State, rng: np.random.Generator) -> State:
-        return largest.joined(update, self.density_up)
-
-    def decode(self, wire: State, like: State) -> State:
-        return largest.parted(wire, like, self.density_up)
-
-    def down(self, state: State) -> State:
-        return largest.joined(state, self.density_down)
-
-    def received(self, wire: State, expected: Mapping[str, Tensor]) -> State:
-        found = largest.parted(wire, expected, self.density_down)
-        return {name: found[name].to(value.dtype) for name, value in expected.items()}
-
-    def kept(self, after: State, before: State, values: State) -> State:
-        return stepped(after, before, values)

@@ -30,7 +30,7 @@ GROUPS = {  # each with its base class, by name: torch is imported when a group 
     "strategy": "fedpeft.algorithms.base.FedAvg",
     "compression": "fedpeft.compression.base.Compression",
 }
-_FIELD = re.compile(rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation)\.[\w.]+|lr)=")
+_FIELD = re.compile(rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation)\.[\w.]+|lr|personal)=")
 _lock = Lock()  # Hydra's compose is not thread-safe; a launch composes in a thread too
 
 
@@ -51,6 +51,11 @@ def join(overrides: Sequence[str]) -> str:
     return shlex.join(overrides)
 
 
+def sent(overrides: Sequence[str]) -> str:
+    """Return what clients get: where results go is the server's own affair."""
+    return join([o for o in overrides if not o.startswith("run_dir=")])
+
+
 def addable(override: str) -> str:
     """Lets ``group.field=value`` name any field of the group's class, listed in its YAML or not.
 
@@ -59,7 +64,18 @@ def addable(override: str) -> str:
     return "++" + override if _FIELD.match(override) else override
 
 
+# Keys of earlier versions, and what to write now.
+_OLD = {
+    "runtime.cohort": "is now runtime.clients_per_pass",
+    "method.head": "is now personal=head, or personal=null, for every method",
+    "unpadding": "is gone: buckets of rows of like length save nearly as much",
+}
+
+
 def _override(text: str) -> str:
+    key = text.lstrip("+~").partition("=")[0]
+    if key in _OLD:
+        raise ConfigError(f"{key} {_OLD[key]}")
     if "=" not in text and not text.startswith("~"):
         raise ConfigError(f"{text} is no override: write key=value")
     return addable(text)

@@ -1,4 +1,7 @@
-"""How a client steps: optimizer, clipping, schedules. The configuration's, so torch comes late."""
+"""A client's optimizer, clipping and schedules.
+
+The configuration is read before torch is imported, so torch comes inside of functions.
+"""
 
 import math
 from dataclasses import dataclass
@@ -18,16 +21,18 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Optimization:
-    """How a client steps.
+    """A client's optimizer and schedules.
 
     Args:
-        name: ``adamw`` or ``sgd``; its state is fresh each round.
+        name: ``adamw`` or ``sgd``; see ``keep_state``.
         weight_decay: decoupled for AdamW.
         momentum: SGD's; AdamW has its own.
         max_grad_norm: clips the norm of all gradients together; null for none.
         schedule: of the learning rate within a round: constant, linear or cosine to 0.
         warmup: share of a round's steps in which the rate climbs from 0, in [0, 1).
         round_schedule: of the learning rate across rounds: constant, linear or cosine to 0.
+        keep_state: the client keeps the optimizer's moments from round to round. Without it they
+            are fresh each round, so that AdamW with one local step moves by the gradient's sign.
     """
 
     name: str = "adamw"
@@ -37,6 +42,7 @@ class Optimization:
     schedule: str = "constant"
     warmup: float = 0.0
     round_schedule: str = "constant"
+    keep_state: bool = False
 
     def __post_init__(self) -> None:
         _one_of("optimizer.name", self.name, ("adamw", "sgd"))

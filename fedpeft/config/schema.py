@@ -1,4 +1,4 @@
-"""What a run's configuration holds: typed, each value checked where it is set."""
+"""The typed configuration of a run; each value is checked where it is set."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where clients run.
+    """The place where clients run.
 
     Args:
         kind: ``ray`` (worker processes) or ``inprocess`` (same apps and messages, one process).
@@ -22,8 +22,8 @@ class Runtime:
         threads: torch's threads in every process. Results are equal bit for bit only for equal
             numbers of threads, so it does not follow from the machine.
         device: ``auto`` (a GPU where one is given), ``cpu`` or ``cuda``.
-        cohort: clients that train in one forward and backward pass, each as if alone (the sums'
-            order apart); null chooses by the tokens of a step.
+        clients_per_pass: clients that train in one forward and backward pass, each as if alone
+            (the sums' order apart); null chooses by the tokens of a step.
         round_timeout: seconds to wait for a round's replies; who is late is left out.
         join_timeout: seconds to wait until all clients are there.
     """
@@ -34,7 +34,7 @@ class Runtime:
     total_cpus: int | None = None
     threads: int = 1
     device: str = "auto"
-    cohort: int | None = None
+    clients_per_pass: int | None = None
     round_timeout: float = 3600
     join_timeout: float = 120
 
@@ -50,8 +50,10 @@ class Runtime:
             )
         if self.total_cpus is not None and self.total_cpus < 1:
             raise ValueError(f"runtime.total_cpus must be >= 1 or null, got {self.total_cpus}")
-        if self.cohort is not None and self.cohort < 1:
-            raise ValueError(f"runtime.cohort must be >= 1 or null, got {self.cohort}")
+        if self.clients_per_pass is not None and self.clients_per_pass < 1:
+            raise ValueError(
+                f"runtime.clients_per_pass must be >= 1 or null, got {self.clients_per_pass}"
+            )
         if self.round_timeout <= 0 or self.join_timeout <= 0:
             raise ValueError(
                 "runtime.round_timeout and runtime.join_timeout must be > 0, got "
@@ -61,7 +63,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured, and when.
+    """Times and sizes of evaluations.
 
     Args:
         every: rounds between evaluations; the last round is always evaluated.
@@ -97,9 +99,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Settings:
-    """A run's numbers. ``clients_per_round`` is a count (int), a share (float) or null for all.
+    """A run's numbers.
 
     A round is ``local_steps`` batches or, if that is null, ``local_epochs`` passes.
+
+    Args:
+        clients_per_round: a count (int), a share (float) or null for all.
+        accumulate: parts in which a batch is computed, for batches that a card cannot hold. The
+            gradient is that of the whole batch, dropout's draws apart.
+        personal: ``head`` or shell patterns of parameter names: shared parameters that match stay
+            on the client.
+        frozen: the same for parameters that do not train at all.
+        layers: blocks that the method changes: ``all``, ``first:N``, ``last:N``, or a list of
+            numbers from 0, where -1 is the last block.
     """
 
     runtime: Runtime = field(default_factory=Runtime)
@@ -113,12 +125,16 @@ class Settings:
     local_epochs: int | None = None
     lr: float = 1e-3
     batch_size: int = 16
+    accumulate: int = 1
+    personal: Any = None
+    frozen: Any = None
+    layers: Any = "all"
     bucketing: bool = True
     precision: str = "fp32"
     run_dir: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("num_clients", "num_rounds", "batch_size"):
+        for key in ("num_clients", "num_rounds", "batch_size", "accumulate"):
             _at_least_one(key, getattr(self, key))
         for key in ("local_steps", "local_epochs"):
             if getattr(self, key) is not None:
@@ -132,10 +148,19 @@ class Settings:
             raise ConfigError(f"lr must be > 0, got {self.lr}")
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision must be fp32 or bf16, got {self.precision}")
+        for key in ("personal", "frozen"):
+            _check_patterns(key, getattr(self, key))
+        _check_layers(self.layers)
+        if self.accumulate > 1 and (self.runtime.clients_per_pass or 1) > 1:
+            raise ConfigError(
+                f"accumulate={self.accumulate} computes a client's batch in parts, but "
+                f"runtime.clients_per_pass={self.runtime.clients_per_pass} puts several clients' "
+                "batches into one pass: set one of them to 1"
+            )
         self.cohort_size()
 
     def evaluates(self, round: int) -> bool:
-        """Whether a round ends with an evaluation."""
+        """Tell whether a round ends with an evaluation."""
         return round % self.evaluation.every == 0 or round == self.num_rounds
 
     def cohort_size(self) -> int:
@@ -172,3 +197,22 @@ class Config(Settings):
 def _at_least_one(key: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{key} must be >= 1, got {value}")
+
+
+def _check_patterns(key: str, value: Any) -> None:
+    patterns = [value] if isinstance(value, str) else value
+    if patterns is None or (
+        isinstance(patterns, list) and all(isinstance(p, str) for p in patterns)
+    ):
+        return
+    raise ConfigError(
+        f"{key} must be head, a pattern of names, a list of them or null, got {value}"
+    )
+
+
+def _check_layers(value: Any) -> None:
+    numbers = isinstance(value, list) and value and all(type(n) is int for n in value)
+    if not (numbers or isinstance(value, str)):
+        raise ConfigError(
+            f"layers must be all, first:N, last:N or a list of block numbers, got {value}"
+        )

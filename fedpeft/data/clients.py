@@ -1,4 +1,4 @@
-"""Who holds which encoded rows: read once in a process, whoever asks."""
+"""The encoded rows of a run, whole and by client; read once in a process."""
 
 import math
 from functools import cached_property, lru_cache
@@ -11,7 +11,7 @@ from fedpeft.data.batching import Examples
 from fedpeft.data.partitions.base import own_splits
 
 
-class Holdings:
+class ClientRows:
     """The encoded rows of a configuration, whole and by client.
 
     Args:
@@ -22,7 +22,7 @@ class Holdings:
     def __init__(self, config: Config, processor: Any, owns_all_rows: bool) -> None:
         self.config, self.task, self.processor = config, config.data, processor
         self.owns_all_rows = owns_all_rows
-        # Of the object, not of the class, which would keep every one of them alive.
+        # The caches belong to the object: those of the class would keep every object alive.
         self.examples = lru_cache(maxsize=None)(self._examples)
         self.client_examples = lru_cache(maxsize=256)(self._client_examples)
 

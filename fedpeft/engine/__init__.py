@@ -1,1 +1,1 @@
-"""How training steps and evaluations are computed; every trick on torch stands here."""
+"""Training steps and evaluations; every trick on torch stands here."""

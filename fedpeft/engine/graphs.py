@@ -5,10 +5,10 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Graphs:
         pad_id: a token that the model does not attend to.
     """
 
-    failed: ClassVar[bool] = False  # a capture of this process did
+    failed: ClassVar[bool] = False  # a capture of this process failed; no other would be safe
 
     def __init__(
         self, backward: Callable[[Batch], Tensor], device: torch.device, pad_id: int
@@ -105,14 +105,29 @@ def _say(reason: str) -> None:
 
 
 def rehearsed(backward: Callable[[Batch], Tensor], batch: Batch) -> tuple[Tensor, str | None]:
-    """A pass's loss, and its first operation that needs values of the device, or null.
+    """Run a pass and find the first operation in it that needs values of the device.
 
-    Libraries that ask are told that a capture is under way: transformers then leaves out the looks
-    at values that it can do without.
+    Returns:
+        The loss, and the operation's name or null.
     """
-    with patch("torch.cuda.is_current_stream_capturing", return_value=True), Waits() as waits:
+    with _as_if_capturing(), Waits() as waits:
         loss = backward(batch)
     return loss, waits.first
+
+
+@contextmanager
+def _as_if_capturing() -> Iterator[None]:
+    """Tell libraries that ask that a capture is under way.
+
+    Transformers then leaves out the looks at values that it can do without, as it will in the
+    capture itself. PyTorch has no other way to say so.
+    """
+    asked = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = asked
 
 
 class Waits(TorchDispatchMode):

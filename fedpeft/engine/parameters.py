@@ -1,21 +1,19 @@
-"""What a method trains and sends, counted."""
+"""Counts what a method trains and sends."""
 
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedpeft.config.schema import Config
-from fedpeft.methods.base import TRAINED, Role
+from fedpeft.engine.replica import injected
+from fedpeft.engine.roles import Roles
 from fedpeft.models.precision import train_in_float32
-from fedpeft.state import RoleOf, down_names, roles
 
 
-def parameter_counts(
-    role: RoleOf, model: nn.Module, trainable: Iterable[str], num_rounds: int
-) -> dict[str, Any]:
-    """Numbers of parameters, each [least, most] over the rounds 1..num_rounds.
+def parameter_counts(roles: Roles, model: nn.Module) -> dict[str, Any]:
+    """Count parameters, each [least, most] over the rounds that ``roles`` is asked for.
 
     ``sent_down`` counts what a client that keeps nothing between rounds needs, ``bytes_up`` and
     ``bytes_down`` the arrays of what is sent, without compression and a strategy's extras;
@@ -23,13 +21,10 @@ def parameter_counts(
     """
     parameters = dict(model.named_parameters())
     sizes = {name: p.numel() for name, p in parameters.items()}
-    names = list(trainable)
     seen: dict[str, list[int]] = defaultdict(list)
-    for round in range(1, num_rounds + 1):
-        by_name = roles(role, names, round)
-        up = [name for name in names if by_name[name] is Role.SHARED]
-        seen["trained"].append(sum(sizes[n] for n in names if by_name[n] in TRAINED))
-        for way, sent in (("up", up), ("down", down_names(role, names, round))):
+    for round in range(1, roles.rounds + 1):
+        seen["trained"].append(sum(sizes[n] for n in roles.trained(round)))
+        for way, sent in (("up", roles.shared(round)), ("down", roles.down(round))):
             seen[f"sent_{way}"].append(sum(sizes[n] for n in sent))
             seen[f"bytes_{way}"].append(sum(sizes[n] * parameters[n].element_size() for n in sent))
     counts: dict[str, Any] = {key: [min(v), max(v)] for key, v in seen.items()}
@@ -37,16 +32,20 @@ def parameter_counts(
 
 
 def count_on_meta(config: Config, rounds: int = 24) -> dict[str, Any]:
-    """``parameter_counts`` of the real architecture without its weights; ``total`` is its own.
+    """Count the real architecture's parameters without its weights.
 
     Args:
+        config: the run.
         rounds: enough for every factor of FedTT+ to have its turn.
+
+    Returns:
+        ``parameter_counts``, whose ``total`` is the model's own, and ``trained_percent``.
     """
     task = config.data
     model = config.model.build_meta(task.auto_class, task.num_labels)
     base = sum(p.numel() for p in model.parameters())
-    model = config.method.inject(model)
+    with torch.device("meta"):
+        model = injected(config, model)
     train_in_float32(model)
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    counts = parameter_counts(config.method.role, model, trainable, rounds)
+    counts = parameter_counts(Roles(config, model, rounds), model)
     return counts | {"total": base, "trained_percent": 100 * counts["trained"][1] / base}

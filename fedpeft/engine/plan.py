@@ -1,66 +1,117 @@
-"""What a client does in a round: a function of (seed, round, client)."""
+"""A client's batches and learning rates in a round: a function of (seed, round, client, phase)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fedpeft.algorithms.base import Term
+import numpy as np
+import torch
+
 from fedpeft.config.schema import Config
 from fedpeft.data.batching import Batch, Examples, training_batches
-from fedpeft.methods.base import State
+from fedpeft.methods.base import At, Phase, Term
 from fedpeft.seeding import generator
+from fedpeft.state import State
+
+WEIGHT = "weight"  # in a batch that is a part of a step: its share of the step's loss
 
 
 class Trained(NamedTuple):
-    """What a client's training was."""
+    """Counts and means of one client's training.
+
+    Attributes:
+        num_examples: rows that the client has.
+        loss: mean over all steps of all phases.
+        steps: of the phases that train what is shared.
+        lr: mean over these steps.
+    """
 
     num_examples: int
-    loss: float  # mean over the steps
+    loss: float
     steps: int
-    lr: float  # mean over the steps
+    lr: float
 
 
-class Work(NamedTuple):
+class Job(NamedTuple):
     """One client's part of a round.
 
     Attributes:
-        start: values of all parameters that can change.
+        at: the round and the client.
+        start: all parameters that can change, full.
+        terms: corrections of gradients, in order.
+        moments: the optimizer's state of earlier rounds; empty for a fresh one.
     """
 
-    client: int
+    at: At
     start: State
-    term: Term
+    terms: Sequence[Term] = ()
+    moments: State = {}  # noqa: RUF012
+
+    @property
+    def client(self) -> int:
+        """The client's number."""
+        assert self.at.client is not None
+        return self.at.client
 
 
 class Plan(NamedTuple):
-    """What a client does in a round: as many examples as it has, batches, and each step's rate."""
+    """One phase of one client in one round.
+
+    Attributes:
+        num_examples: rows that the client has.
+        steps: of each step its batch, or the parts of it.
+        rate: learning rate of a step.
+    """
 
     num_examples: int
-    batches: list[Batch]
+    steps: list[list[Batch]]
     rate: Callable[[int], float]
 
-    def done(self, loss: float) -> Trained:
-        """It was done, with that mean loss."""
-        steps = len(self.batches)
-        return Trained(self.num_examples, loss, steps, sum(map(self.rate, range(steps))) / steps)
 
-
-def plan(config: Config, examples: Examples, steps: int | None, client: int, round: int) -> Plan:
-    """A client's batches and rates of a round.
+def plan(
+    config: Config, examples: Examples, steps: int | None, path: Sequence[int], phase: Phase
+) -> Plan:
+    """Draw the batches of a phase.
 
     Args:
-        steps: null for ``local_epochs`` passes.
+        config: batch size, epochs, learning rate and schedule.
+        examples: the client's training rows.
+        steps: of the round; null for ``local_epochs`` passes over the rows.
+        path: round, client and, after the first one, the phase's number: the place of the draws.
+        phase: multiples of steps and rate.
     """
+    count, epochs = _count(config, len(examples), steps, phase.steps)
+    draws = generator(config.seed, "batches", *path)
     rows = training_batches(
-        examples.lengths,
-        config.batch_size,
-        steps,
-        config.local_epochs,
-        generator(config.seed, "batches", round, client),
-        config.bucketing,
+        examples.lengths, config.batch_size, count, epochs, draws, config.bucketing
     )
-    batches = [examples.batch(r) for r in rows]
+    batches = [_parts(config, examples, chosen) for chosen in rows]
 
     def rate(step: int) -> float:
-        return config.optimizer.rate(config.lr, round, config.num_rounds, step, len(batches))
+        lr = config.optimizer.rate(config.lr, path[0], config.num_rounds, step, len(batches))
+        return phase.lr * lr
 
     return Plan(len(examples), batches, rate)
+
+
+def _count(
+    config: Config, rows: int, steps: int | None, multiple: float
+) -> tuple[int | None, int | None]:
+    """Return steps, or null and whole epochs."""
+    if multiple == 1.0:
+        return steps, config.local_epochs
+    if steps is None:
+        steps = -(-rows // config.batch_size) * (config.local_epochs or 1)
+    return max(1, round(steps * multiple)), None
+
+
+def _parts(config: Config, examples: Examples, rows: np.ndarray) -> list[Batch]:
+    """Return the batch of a step, or its parts with their shares of the loss."""
+    if config.accumulate == 1 or len(rows) == 1:
+        return [examples.batch(rows)]
+    cut = np.array_split(rows, min(config.accumulate, len(rows)))
+    batches = [examples.batch(part) for part in cut]
+    terms = [config.data.terms(batch) for batch in batches]
+    return [
+        batch | {WEIGHT: torch.tensor(count / sum(terms))}
+        for batch, count in zip(batches, terms, strict=True)
+    ]

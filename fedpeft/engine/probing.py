@@ -1,17 +1,17 @@
-"""Whether a model can train in other ways than its own, tried before any client does."""
+"""Tries whether a model can train several clients in one pass, before any client does."""
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpeft.config.schema import Config
 from fedpeft.data.batching import Batch, Examples
 from fedpeft.data.tasks.base import Task
 from fedpeft.engine.passes import autocast, to_device
+from fedpeft.engine.replica import Replica
 from fedpeft.engine.stacked import Draws, Unsupported, owners
 from fedpeft.engine.together import size_of
 from fedpeft.seeding import rng_state
@@ -19,40 +19,58 @@ from fedpeft.seeding import rng_state
 log = logging.getLogger(__name__)
 
 
-def together(config: Config, model: nn.Module, names: list[str], rows: Examples) -> str | None:
-    """How clients can train in one pass: ``alike``, or ``random`` where the model draws.
+class Vectorised(NamedTuple):
+    """The way in which clients can train in one pass.
 
-    Null if they cannot: then the log says why.
+    Attributes:
+        random: the model draws at random while it trains.
+    """
+
+    random: bool
+
+
+def vectorised(replica: Replica, rows: Examples) -> Vectorised | None:
+    """Try how clients can train in one pass.
 
     Args:
-        names: of the parameters that train in some round.
+        replica: the model, its method and the names that train in some round.
+        rows: of the training split; one and two of them are tried.
+
+    Returns:
+        Null if clients must train one by one; the log then says why.
     """
+    config, model = replica.config, replica.model
     model.train()
     try:
         if config.model.gradient_checkpointing:
             raise Unsupported("gradient checkpointing draws anew in the backward pass")
         batches = [rows.select(rows.rows[:count]).batch(np.arange(count)) for count in (1, 2)]
-        random = [probe(model, config.data, names, b, config.precision) for b in batches]
+        names, precision = replica.roles.names, config.precision
+        random = [probe(model, config.data, names, batch, precision) for batch in batches]
     except Unsupported as reason:
         name = type(config.method).__name__
         log.warning("%s: clients train one by one, for %s", name, reason)
         return None
-    return "random" if any(random) else "alike"
+    return Vectorised(any(random))
 
 
 def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, precision: str) -> bool:
-    """Tries whether copies of parameters can be told apart, in a forward pass without gradients.
+    """Try whether copies of parameters can be told apart, in a forward pass without gradients.
 
     Args:
+        model: in training mode.
+        task: says how the model is called.
         names: of the parameters that train in some round.
+        batch: one or more rows.
+        precision: ``fp32`` or ``bf16``.
+
+    Returns:
+        Whether the model drew at random.
 
     Raises:
-        Unsupported: a module that holds some does not make one tensor of one with an entry a
-            sequence, or a parameter has a hook, which its copies would not run.
+        Unsupported: a module that holds some of the parameters does not turn one tensor with an
+            entry a sequence into another.
     """
-    for name, parameter in model.named_parameters():
-        if name in names and parameter._backward_hooks:
-            raise Unsupported(f"{name} has a hook on its gradient")
     rows, called = size_of(batch)[0], set()
     device = next(model.parameters()).device
 
@@ -66,7 +84,7 @@ def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, prec
     hooks = [model.get_submodule(p).register_forward_hook(note, with_kwargs=True) for p in paths]
     draws = Draws([rng_state(device)], [size_of(batch)], device)
     with torch.no_grad(), autocast(device, precision), draws:
-        task.logits(model, to_device(batch, device))
+        task.forward(model, to_device(batch, device))
     for hook in hooks:
         hook.remove()
     for path in paths:

@@ -140,7 +140,7 @@ class Draws(TorchFunctionMode):
         tokens: Sequence[int],
         *given: tuple[Tensor | None, Sequence[int]],
     ) -> Tensor:
-        """Of each member's part, under its own state; filled up with zeros again.
+        """Apply a function to each member's part under its own generator, and fill up with zeros.
 
         Args:
             tokens: where the result's tokens stand.
@@ -178,7 +178,7 @@ def cut(tensor: Tensor, excess: int, dims: Sequence[int]) -> Tensor:
 
 
 def _filled(tensor: Tensor, excess: int, dims: Sequence[int]) -> Tensor:
-    """What ``_cut`` left, with zeros in place of what it took."""
+    """Put zeros in the place of the tokens that ``cut`` took."""
     for dim in dims if excess else ():
         tensor = F.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim) + [0, excess])
     return tensor

@@ -1,93 +1,203 @@
-"""The seam: what a federated fine-tuning method is."""
+"""The seam: what a federated fine-tuning method is.
+
+A method answers questions about parameters by name: which role one has, which block of it a client
+trains. Where a question is asked stands in an ``At``; what an aggregation may look at stands in a
+``Round``. A later need is a new field of one of them and changes no method.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from enum import Enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
-State = dict[str, Tensor]
+from fedpeft.state import Role, State, weighted_mean
+
+Memory = dict[str, State]  # what the server keeps for a method or strategy from round to round
 
 
-class Role(Enum):
-    """What happens to a parameter in one round."""
+class At(NamedTuple):
+    """The place of a question: round, client and what both know.
 
-    SHARED = "shared"  # trained, sent, aggregated
-    PERSONAL = "personal"  # trained, never leaves the client
-    RECEIVED = "received"  # changed by the server, sent down, not trained
-    FROZEN = "frozen"  # neither trained nor sent this round
+    Attributes:
+        round: 1, 2, ...; 0 is before the first round, where ``Method.start`` sets parameters.
+        client: null asks for any client that trains whole parameters.
+        rounds: how many rounds the run has; null where nobody knows.
+        memory: what ``Method.down`` gave this client.
+    """
+
+    round: int
+    client: int | None = None
+    rounds: int | None = None
+    memory: Mapping[str, Tensor] = MappingProxyType({})
 
 
-TRAINED = (Role.SHARED, Role.PERSONAL)
+class ServerModel(Protocol):
+    """The server's resident model, for steps of a server that need data."""
+
+    model: nn.Module
+    task: Any  # fedpeft.data.tasks.base.Task
+
+    def load(self, *states: State) -> None:
+        """Set every parameter that can change; later states win, the rest is initial."""
+        ...
+
+    def batches(self, size: int, purpose: str, *path: int) -> Iterator[Any]:
+        """Yield batches of the server's validation rows without end, in a seeded order."""
+        ...
+
+    def gradients(self, names: Sequence[str], batch: Any) -> tuple[float, State]:
+        """Return the loss of the loaded model on a batch and its gradients, on the CPU.
+
+        Names may be of any parameter, also of one that never trains.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Round:
+    """Everything an aggregation may look at.
+
+    Attributes:
+        number: 1, 2, ....
+        ats: one a client whose reply is used, sorted by client; the rows of what follows.
+        states: shared parameters, equal names and full shapes; filled with zeros where a client
+            trains a block.
+        weights: of the clients, summing to 1.
+        before: all that can change, as the clients received it.
+        steps: local steps of each client.
+        extras: what each client's strategy term sent beside its parameters.
+        share: clients of this round / all clients.
+        server: the resident model; null only in tests.
+        memory: the method's own, from round to round; empty at the beginning.
+    """
+
+    number: int
+    ats: Sequence[At]
+    states: Sequence[State]
+    weights: Sequence[float]
+    before: State
+    steps: Sequence[int] = ()
+    extras: Sequence[State] = ()
+    share: float = 1.0
+    server: ServerModel | None = None
+    memory: Memory | None = None
+
+
+class Term:
+    """One client's correction of its training in one round; this one does nothing."""
+
+    def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Change the gradients of the parameters that train, before they are clipped."""
+
+    def finish(self, trained: State, steps: int, lr: float) -> tuple[State, State]:
+        """Return what goes to the server beside the parameters, and what the client keeps.
+
+        Args:
+            trained: shared parameters after the last step.
+            steps: how many were taken.
+            lr: mean over the steps.
+        """
+        return {}, {}
+
+
+def every(name: str) -> bool:
+    """Select every parameter."""
+    return True
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a client's training in a round, with a fresh optimizer and batches of its own.
+
+    Args:
+        trains: selects, by name, from the parameters whose role trains this round.
+        setting: passed to ``Method.arrange`` before the phase begins.
+        steps: multiple of the round's steps, > 0.
+        lr: multiple of the learning rate, > 0.
+    """
+
+    trains: Callable[[str], bool] = every
+    setting: str = ""
+    steps: float = 1.0
+    lr: float = 1.0
 
 
 class Method(ABC):
     """A method is a frozen dataclass whose fields are its hyperparameters."""
 
+    starts: ClassVar[bool] = False  # whether ``start`` sets parameters before round 1
+
     def check(self, num_rounds: int) -> None:  # noqa: B027
-        """Raises ValueError for a number of rounds that the method makes no sense in."""
+        """Raise ValueError for a number of rounds that the method makes no sense in."""
 
     @abstractmethod
     def inject(self, model: nn.Module) -> nn.Module:
-        """Adds the method's parameters to a transformers model and freezes the rest.
+        """Add the method's parameters to a transformers model and freeze the rest.
 
         Exactly the parameters that train in some round, or that the server changes, leave with
         ``requires_grad``. All draws come from torch's global generator, which the caller seeds: a
         frozen random part is then the same on every client.
         """
 
-    def role(self, name: str, round: int) -> Role:
-        """Role of a parameter that left ``inject`` with a gradient; rounds start at 1."""
+    def role(self, name: str, at: At) -> Role:
+        """Return the role of a parameter that left ``inject`` with a gradient."""
         return Role.SHARED
 
-    def block(self, name: str, shape: Sequence[int], client: int) -> Sequence[int]:
-        """Shape of the leading block of a parameter that a client trains and sends.
+    def block(self, name: str, shape: Sequence[int], at: At) -> Sequence[int]:
+        """Return the shape of the leading block of a parameter that a client trains and sends.
 
-        Where ranks differ by client; the rest of the parameter is zero there.
+        The rest of the parameter is zero on that client.
         """
         return shape
 
-    def aggregate(
-        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
-    ) -> State:
-        """New values, by name, of what was shared, and of anything else that the server changes.
+    def phases(self, at: At) -> Sequence[Phase]:
+        """Return the parts of a client's training, in order; one that trains everything if not."""
+        return (Phase(),)
+
+    def arrange(self, model: nn.Module, setting: str) -> None:  # noqa: B027
+        """Prepare the model for a phase; ``""`` is how the model is evaluated."""
+
+    def term(self, at: At, start: State, kept: State) -> Term:
+        """Return a correction of the client's gradients.
 
         Args:
-            states: the clients' shared parameters: equal keys, blocks filled up with zeros.
-            weights: of the clients, summing to 1.
-            before: values at the round's beginning of all that can change.
-            round: from 1.
+            at: the round and the client.
+            start: every parameter that can change, full, as the client starts the round.
+            kept: what ``Term.finish`` last kept on this client; empty the first time. What it
+                sends is for strategies: a method that sends more has a parameter for it.
         """
-        return weighted_mean(states, weights)
+        return Term()
+
+    def start(self, server: ServerModel) -> State:
+        """Return values to set before round 1; only called where ``starts`` is true.
+
+        The role of these parameters at round 0 is RECEIVED, so clients get them from round 1 on.
+        """
+        return {}
+
+    def down(self, memory: Memory, at: At) -> State:
+        """Return what a client gets beside its parameters, as ``At.memory``.
+
+        Names, shapes and dtypes must not depend on ``memory``: the client checks them against an
+        empty one.
+        """
+        return {}
+
+    def aggregate(self, round: Round) -> State:
+        """Return new values, by name, of what was shared, and of anything else that changes."""
+        return weighted_mean(round.states, round.weights)
 
     @property
     def averages(self) -> bool:
-        """Whether ``aggregate`` is the weighted mean and nothing else; strategies may ask."""
+        """True if ``aggregate`` is the weighted mean and nothing else; strategies may ask."""
         return type(self).aggregate is Method.aggregate
 
     def effective(self, module: nn.Module) -> Tensor | None:
-        """The dense matrix a module's trained factors stand for, or None if it has no factors.
+        """Return the dense matrix that a module's trained factors stand for, or None.
 
         Read by the interference diagnostic: B A alpha/r, W2' C, a TT's product.
         """
         return None
-
-
-def weighted_mean(states: Sequence[State], weights: Sequence[float]) -> State:
-    """Sum of w_i theta_i by name, accumulated in float64, in each parameter's own dtype.
-
-    Raises:
-        ValueError: no states, as many weights as states are not given, or unequal keys.
-    """
-    if not states or len(states) != len(weights):
-        raise ValueError(f"need one weight per state, got {len(states)} and {len(weights)}")
-    if any(state.keys() != states[0].keys() for state in states):
-        raise ValueError("states must have equal keys to be averaged")
-    mean: State = {}
-    for name, first in states[0].items():
-        total = torch.zeros(first.shape, dtype=torch.float64)
-        for state, weight in zip(states, weights, strict=True):
-            total.add_(state[name], alpha=weight)  # in float64, without a copy in it
-        mean[name] = total.to(first.dtype)
-    return mean

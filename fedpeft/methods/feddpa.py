@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedpeft.methods.base import Role
+from fedpeft.methods.base import At
 from fedpeft.methods.lora import LoRA
 from fedpeft.models.sites import add_by_peft
+from fedpeft.state import Role
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class FedDPA(LoRA):
                 module.set_adapter(list(shares))
         return model
 
-    def role(self, name: str, round: int) -> Role:
+    def role(self, name: str, at: At) -> Role:
         return Role.PERSONAL if ".own." in name else Role.SHARED
 
     def effective(self, module: nn.Module) -> Tensor | None:

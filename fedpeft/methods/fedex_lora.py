@@ -1,10 +1,10 @@
 """FedEx-LoRA: the mean's error goes into the base weight (https://arxiv.org/abs/2410.09432)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedpeft.methods.base import State, weighted_mean
+from fedpeft.methods.base import Round
 from fedpeft.methods.parts.products import BASE, BaseChangingLoRA, factors, stacked
+from fedpeft.state import State, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,10 @@ class FedExLoRA(BaseChangingLoRA):
     the number of clients; here the base weight goes down whole, see ``BaseChangingLoRA``.
     """
 
-    def aggregate(
-        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
-    ) -> State:
-        after = weighted_mean(states, weights)
-        stacks = stacked(states, weights)
+    def aggregate(self, round: Round) -> State:
+        after = weighted_mean(round.states, round.weights)
+        stacks = stacked(round.states, round.weights)
         for site, (b, a) in factors(after).items():
             wide, tall = stacks[site]
-            after[site + BASE] = self.grown(before, site, wide @ tall - b @ a)
+            after[site + BASE] = self.grown(round, site, wide @ tall - b @ a)
         return after

@@ -1,14 +1,14 @@
 """FedRot-LoRA: the clients' factors are rotated into line (https://arxiv.org/abs/2602.23638)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedpeft.methods.base import State, weighted_mean
+from fedpeft.methods.base import Round
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.parts.products import A, B, factors
+from fedpeft.state import State, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,17 @@ class FedRotLoRA(LoRA):
         if self.align not in ("both", "A", "B"):
             raise ValueError(f"align must be both, A or B, got {self.align}")
 
-    def aggregate(
-        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
-    ) -> State:
+    def aggregate(self, round: Round) -> State:
         turned: list[State] = []
-        references = factors(before)
-        for state in states:
+        references = factors(round.before)
+        for state in round.states:
             new = dict(state)
             for site, (b, a) in factors(state).items():
                 r = self._rotation(b, a, *references[site])
                 new[site + B] = (b @ r).to(state[site + B].dtype)
                 new[site + A] = (r.T @ a).to(state[site + A].dtype)
             turned.append(new)
-        return weighted_mean(turned, weights)
+        return weighted_mean(turned, round.weights)
 
     def _rotation(self, b: Tensor, a: Tensor, b_before: Tensor, a_before: Tensor) -> Tensor:
         """R = U V^T of the SVD of B_c^T B + A_c A^T; the identity where that is zero."""

@@ -1,11 +1,11 @@
 """FedSVD: clients train B, the server turns A by an SVD (https://arxiv.org/abs/2505.12805)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedpeft.methods.base import Role, State, weighted_mean
+from fedpeft.methods.base import At, Round
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.parts.products import A, B, factors, truncated
+from fedpeft.state import Role, State, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,14 @@ class FedSVD(LoRA):
         if self.every < 1:
             raise ValueError(f"every must be >= 1, got {self.every}")
 
-    def role(self, name: str, round: int) -> Role:
+    def role(self, name: str, at: At) -> Role:
         return Role.RECEIVED if ".lora_A." in name else Role.SHARED
 
-    def aggregate(
-        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
-    ) -> State:
-        after = weighted_mean(states, weights)
-        if round % self.every or not states[0]:  # nothing came
+    def aggregate(self, round: Round) -> State:
+        after = weighted_mean(round.states, round.weights)
+        if round.number % self.every or not round.states[0]:  # nothing came
             return after
-        values = {n: v for n, v in (before | after).items() if n.endswith((A, B))}
+        values = {n: v for n, v in (round.before | after).items() if n.endswith((A, B))}
         for site, (b, a) in factors(values).items():
             for end, factor in zip((B, A), truncated(b, a, self.rank), strict=True):
                 after[site + end] = factor.to(values[site + end].dtype)

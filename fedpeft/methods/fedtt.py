@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from fedpeft.methods.base import Method, Role, State, weighted_mean
+from fedpeft.methods.base import At, Method, Round
 from fedpeft.methods.parts.ranks import Ranks, check_ranks, mean_of_holders, rank_of
 from fedpeft.models.sites import (
     ATTENTION_OUTPUT,
@@ -19,6 +19,7 @@ from fedpeft.models.sites import (
 )
 from fedpeft.nn.tensor_train import AdaptedOutput, TensorTrain, TTAdapter, TTLinear, tt_shape
 from fedpeft.seeding import derive
+from fedpeft.state import Role, State, weighted_mean
 
 FACTOR = re.compile(r"\.factor_(\d+)_of_(\d+)$")
 # The dense layer before the output layer: RoBERTa's, BERT's and DeBERTa's.
@@ -87,22 +88,19 @@ class FedTT(Method):
                 shape = tt_shape(i, o, self.shapes)
                 replace(model, name, TTLinear(i, o, shape, self.tt_rank, module.weight.device))
 
-    def block(self, name: str, shape: Sequence[int], client: int) -> Sequence[int]:
+    def block(self, name: str, shape: Sequence[int], at: At) -> Sequence[int]:
         factor = FACTOR.search(name)
         if factor is None:
             return shape
-        rank = rank_of(self.tt_ranks, client, self.tt_rank)
+        rank = rank_of(self.tt_ranks, at, self.tt_rank)
         number, count = map(int, factor.groups())
         return (1 if number == 1 else rank, shape[1], 1 if number == count else rank)
 
-    def aggregate(
-        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
-    ) -> State:
-        mean = weighted_mean(states, weights)
+    def aggregate(self, round: Round) -> State:
+        mean = weighted_mean(round.states, round.weights)
         if not self.tt_ranks:
             return mean
-        trains = [{n: v for n, v in state.items() if FACTOR.search(n)} for state in states]
-        return mean | mean_of_holders(trains, weights, before)
+        return mean | mean_of_holders(self, round, [n for n in mean if FACTOR.search(n)])
 
     @property
     def averages(self) -> bool:
@@ -153,9 +151,9 @@ class FedTTPlus(FedTT):
             return {1 + turn % count}
         return {1, 2 + turn % (count - 2), count}
 
-    def role(self, name: str, round: int) -> Role:
+    def role(self, name: str, at: At) -> Role:
         factor = FACTOR.search(name)
         if factor is None:
             return Role.SHARED
         number, count = map(int, factor.groups())
-        return Role.SHARED if number in self.active_factors(count, round) else Role.FROZEN
+        return Role.SHARED if number in self.active_factors(count, at.round) else Role.FROZEN

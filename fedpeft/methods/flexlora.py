@@ -1,11 +1,11 @@
 """FlexLoRA: the mean product, cut to each client's rank (https://arxiv.org/abs/2402.11505)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedpeft.methods.base import State, weighted_mean
+from fedpeft.methods.base import Round
 from fedpeft.methods.parts.products import A, B, stacked, truncated
 from fedpeft.methods.parts.ranks import RankedLoRA
+from fedpeft.state import State, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,9 @@ class FlexLoRA(RankedLoRA):
     min(in, out) or the sum of the clients' ranks.
     """
 
-    def aggregate(
-        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
-    ) -> State:
-        after = weighted_mean(states, weights)
-        for site, (wide, tall) in stacked(states, weights).items():
+    def aggregate(self, round: Round) -> State:
+        after = weighted_mean(round.states, round.weights)
+        for site, (wide, tall) in stacked(round.states, round.weights).items():
             for end, factor in zip((B, A), truncated(wide, tall, self.rank), strict=True):
                 after[site + end] = factor.to(after[site + end].dtype)
         return after

@@ -1,15 +1,15 @@
 """FLoRA: the clients' stacked LoRAs go into the base weight (https://arxiv.org/abs/2409.05976)."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fedpeft.methods.base import State, weighted_mean
+from fedpeft.methods.base import Round
 from fedpeft.methods.parts.products import BASE, A, B, BaseChangingLoRA, stacked
 from fedpeft.methods.parts.ranks import RankedLoRA
 from fedpeft.seeding import derive
+from fedpeft.state import State, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,11 @@ class FLoRA(RankedLoRA, BaseChangingLoRA):
 
     fresh_seed: int = 0
 
-    def aggregate(
-        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
-    ) -> State:
-        after = weighted_mean(states, weights)
-        draws = torch.Generator().manual_seed(derive(self.fresh_seed, "fresh", round))
-        for site, (wide, tall) in stacked(states, weights).items():
-            after[site + BASE] = self.grown(before, site, wide @ tall)
+    def aggregate(self, round: Round) -> State:
+        after = weighted_mean(round.states, round.weights)
+        draws = torch.Generator().manual_seed(derive(self.fresh_seed, "fresh", round.number))
+        for site, (wide, tall) in stacked(round.states, round.weights).items():
+            after[site + BASE] = self.grown(round, site, wide @ tall)
             a = after[site + A]
             fresh = torch.rand(a.shape, generator=draws) * 2 - 1
             after[site + A] = (fresh / math.sqrt(a.shape[1])).to(a.dtype)

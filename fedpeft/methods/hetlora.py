@@ -3,14 +3,14 @@
 https://research.google/pubs/heterogeneous-lora-for-federated-fine-tuning-of-on-device-foundation-models/
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedpeft.methods.base import State, weighted_mean
+from fedpeft.methods.base import Round
 from fedpeft.methods.parts.products import A, B, factors
 from fedpeft.methods.parts.ranks import RankedLoRA
+from fedpeft.state import State, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,15 @@ class HetLoRA(RankedLoRA):
         if self.weighting not in ("norm", "examples"):
             raise ValueError(f"weighting must be norm or examples, got {self.weighting}")
 
-    def aggregate(
-        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
-    ) -> State:
-        after = weighted_mean(states, weights)
+    def aggregate(self, round: Round) -> State:
+        after = weighted_mean(round.states, round.weights)
         if self.weighting == "examples":
             return after
-        clients = [factors(state) for state in states]
+        clients = [factors(state) for state in round.states]
         for site in clients[0]:
             norms = [_norm(*client[site]) for client in clients]
             if (total := sum(norms)) > 0:
-                pairs = [{end: state[site + end] for end in (A, B)} for state in states]
+                pairs = [{end: state[site + end] for end in (A, B)} for state in round.states]
                 mean = weighted_mean(pairs, [norm / total for norm in norms])
                 after |= {site + end: value for end, value in mean.items()}
         return after

@@ -3,7 +3,7 @@
 - ``LoRA``: FedAvg of A, B and the head (FedIT, https://arxiv.org/abs/2305.05644).
 - ``FFALoRA``: A stays at its random start, so averaging B is exact
   (https://arxiv.org/abs/2403.12313).
-- ``FedSALoRA``: only A is shared; B and the head are personal (https://arxiv.org/abs/2410.01463).
+- ``FedSALoRA``: A is shared, B is personal (https://arxiv.org/abs/2410.01463).
 """
 
 from dataclasses import dataclass, field
@@ -13,8 +13,9 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedpeft.methods.base import Method, Role
+from fedpeft.methods.base import At, Method
 from fedpeft.models.sites import add_by_peft, attention_projections
+from fedpeft.state import Role
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,9 @@ class FFALoRA(LoRA):
 class FedSALoRA(LoRA):
     """LoRA that shares A and keeps B on the client.
 
-    Args:
-        head: ``personal`` as in the official code, or ``shared``.
+    The official code keeps the head on the client too: ``personal=head``, which the method's YAML
+    sets.
     """
 
-    head: str = "personal"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.head not in ("personal", "shared"):
-            raise ValueError(f"head must be personal or shared, got {self.head}")
-
-    def role(self, name: str, round: int) -> Role:
-        if ".lora_A." in name:
-            return Role.SHARED
-        if ".lora_B." in name or self.head == "personal":
-            return Role.PERSONAL
-        return Role.SHARED
+    def role(self, name: str, at: At) -> Role:
+        return Role.PERSONAL if ".lora_B." in name else Role.SHARED

@@ -1,13 +1,13 @@
 """Ravan: several heads s_i B_i H_i A_i, of which s_i and H_i train (https://arxiv.org/abs/2506.05568)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from fedpeft.methods.base import State, weighted_mean
+from fedpeft.methods.base import Round
 from fedpeft.methods.parts.cores import Cores
+from fedpeft.state import State, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,13 @@ class Ravan(Cores):
     def num_heads(self) -> int:
         return self.heads
 
-    def aggregate(
-        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
-    ) -> State:
-        sites = [n.removesuffix(".scales") for n in states[0] if n.endswith(".scales")]
-        products = [dict(state) for state in states]
+    def aggregate(self, round: Round) -> State:
+        sites = [n.removesuffix(".scales") for n in round.states[0] if n.endswith(".scales")]
+        products = [dict(state) for state in round.states]
         for product in products:
             for site in sites:
                 scales = product[f"{site}.scales"].double()
                 product[f"{site}.core"] = scales[:, None, None] * product[f"{site}.core"].double()
                 product[f"{site}.scales"] = torch.ones_like(product[f"{site}.scales"])
-        mean = weighted_mean(products, weights)
-        return {name: value.to(states[0][name].dtype) for name, value in mean.items()}
+        mean = weighted_mean(products, round.weights)
+        return {name: value.to(round.states[0][name].dtype) for name, value in mean.items()}

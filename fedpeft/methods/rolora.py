@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from fedpeft.methods.base import Role
+from fedpeft.methods.base import At
 from fedpeft.methods.lora import LoRA
+from fedpeft.state import Role
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,6 @@ class RoLoRA(LoRA):
     Which comes first is open in the paper: B does, since A has no gradient while B is zero.
     """
 
-    def role(self, name: str, round: int) -> Role:
-        frozen = ".lora_A." if round % 2 else ".lora_B."
+    def role(self, name: str, at: At) -> Role:
+        frozen = ".lora_A." if at.round % 2 else ".lora_B."
         return Role.FROZEN if frozen in name else Role.SHARED

@@ -1,19 +1,19 @@
 """SLoRA: sparse rounds first, then LoRA from their SVD (https://arxiv.org/abs/2308.06522)."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedpeft.methods.base import Role, State, weighted_mean
+from fedpeft.methods.base import At, Round
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.parts.products import A, B
 from fedpeft.models.sites import linear_weight
 from fedpeft.nn.sparse import SparseDelta, scattered
 from fedpeft.seeding import generator
+from fedpeft.state import Role, State, weighted_mean
 
 VALUES = ".base_layer.values"
 FACTOR = re.compile(r"\.lora_[AB]\.")
@@ -74,19 +74,17 @@ class SLoRA(LoRA):
         flat = torch.from_numpy(draws.choice(size, count, replace=False, shuffle=False))
         return torch.stack([flat // shape[1], flat % shape[1]])
 
-    def role(self, name: str, round: int) -> Role:
-        sparse = round <= self.sparse_rounds
+    def role(self, name: str, at: At) -> Role:
+        sparse = at.round <= self.sparse_rounds
         if name.endswith(VALUES):
             return Role.SHARED if sparse else Role.FROZEN
         return Role.FROZEN if sparse and FACTOR.search(name) else Role.SHARED
 
-    def aggregate(
-        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
-    ) -> State:
-        after = weighted_mean(states, weights)
-        if round == self.sparse_rounds:
+    def aggregate(self, round: Round) -> State:
+        after = weighted_mean(round.states, round.weights)
+        if round.number == self.sparse_rounds:
             for name in [name for name in after if name.endswith(VALUES)]:
-                after |= self._dense_start(name.removesuffix(VALUES), after[name], before)
+                after |= self._dense_start(name.removesuffix(VALUES), after[name], round.before)
         return after
 
     def _dense_start(self, site: str, values: Tensor, before: State) -> State:

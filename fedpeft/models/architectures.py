@@ -1,4 +1,4 @@
-"""Which architectures fit which task; transformers builds some that make no sense."""
+"""Checks that an architecture fits a task; transformers builds some that make no sense."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where weights come from: the hub's reach, its errors as one sentence each, files' hashes."""
+"""The hub: whether it can be reached, its errors as one sentence each, files' hashes."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ PATIENCE = 5.0  # seconds; transformers' own retries take over 20 a file
 
 @cache
 def reachable() -> bool:
-    """Whether the hub answers at all, asked once a process; at once no with HF_HUB_OFFLINE=1."""
+    """Ask once a process whether the hub answers; with HF_HUB_OFFLINE=1 the answer is no."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 

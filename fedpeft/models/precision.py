@@ -1,25 +1,17 @@
-"""What saves memory: few bits for what is frozen, checkpoints, freed pages given back."""
+"""Few bits for frozen weights, float32 for trained ones."""
 
-import ctypes
-import sys
-import time
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
-from fedpeft.engine.cpu import OnCPU
 from fedpeft.models.sites import head_names
-
-GIVE_BACK_EVERY = 3.0  # seconds; pages that return cost about .07 s, 2 % of that
-_given_back = -GIVE_BACK_EVERY
 
 
 def has_gpu() -> bool:
-    """Whether torch sees a GPU in this process."""
+    """Tell whether torch sees a GPU in this process."""
     return torch.cuda.is_available()
 
 
@@ -56,24 +48,6 @@ def quantisation(load_in: str, model: nn.Module) -> Any:
     )
 
 
-def checkpoint_blocks(model: nn.Module) -> None:
-    """While it trains, every block keeps its inputs alone and is computed again for the gradient.
-
-    The cache of keys and values, of no use in training, is switched off: it excludes this.
-    """
-    from transformers import PreTrainedModel
-
-    inner = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
-    inner.activation_checkpointing_enable({"use_reentrant": False, "context_fn": _contexts})
-    if hasattr(inner.config, "use_cache"):
-        inner.config.use_cache = False
-
-
-def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Of a block's first pass, which autocast's covers, and of the second, which it must equal."""
-    return nullcontext(), OnCPU()
-
-
 def halve_frozen(model: nn.Module) -> nn.Module:
     """Holds frozen linear layers in bfloat16, for a model that computes under autocast.
 
@@ -100,18 +74,3 @@ def train_in_float32(model: nn.Module) -> nn.Module:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
-
-
-def give_back() -> None:
-    """Gives the system the pages that training freed and glibc keeps, but not at every call.
-
-    Without it a worker that trains MiniLM keeps about 200 MiB of activations of past batches.
-    """
-    global _given_back
-    now = time.monotonic()
-    if sys.platform != "linux" or now - _given_back < GIVE_BACK_EVERY:
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-    if trim is not None:
-        trim(0)
-        _given_back = now

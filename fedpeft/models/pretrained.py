@@ -13,7 +13,7 @@ from fedpeft.models.architectures import check_fits, check_modality
 from fedpeft.models.chat import set_template
 from fedpeft.models.hub import fetching, one_sentence, weights_sha256
 from fedpeft.models.pooling import MeanPooledClassifier
-from fedpeft.models.precision import checkpoint_blocks, quantisation
+from fedpeft.models.precision import quantisation
 from fedpeft.models.sites import head_names
 from fedpeft.seeding import torch_seed
 
@@ -160,8 +160,6 @@ class Pretrained:
             model = self._built(auto_class, config, load)
         for name in head_names(model):
             model.get_submodule(name).float()
-        if self.gradient_checkpointing:
-            checkpoint_blocks(model)
         return model
 
     def _at_random(self, config: Any) -> Callable[[Any], nn.Module]:
@@ -236,7 +234,7 @@ class Pretrained:
         return ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
 
     def _processor(self, auto: Any, what: str, **settings: Any) -> Any:
-        """What turns texts or images into the model's inputs, from ``tokenizer_path`` or source."""
+        """Load the tokenizer or image processor from ``tokenizer_path`` or the model's source."""
         check_modality(what, self.config(None), self._name())
         if self.tokenizer_path is not None:
             source, revision = _checked(self.tokenizer_path, "model.tokenizer_path"), None

@@ -1,8 +1,9 @@
-"""Where in a transformers model the methods put their parameters."""
+"""Finds the places in a transformers model where methods put their parameters."""
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig, inject_adapter_in_model
@@ -50,6 +51,98 @@ def head_names(model: nn.Module) -> list[str]:
         and not hasattr(child, "base_model_prefix")  # SigLIP's and CLIP's vision_model
         and any(True for _ in child.parameters())
     ]
+
+
+def head_parameters(model: nn.Module) -> set[str]:
+    """Return names of the task head's parameters, also inside of a wrapper such as ``Prompted``."""
+    inner = getattr(model, "inner", None)
+    prefix, owner = ("inner.", inner) if isinstance(inner, nn.Module) else ("", model)
+    return {
+        f"{prefix}{head}.{name}"
+        for head in head_names(owner)
+        for name, _ in owner.get_submodule(head).named_parameters()
+    }
+
+
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return the lists of a transformer's blocks by name: those with attention in every entry."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not _inside(name, found):
+            names = [
+                [f"{i}.{n}" for n, _ in block.named_modules()] for i, block in enumerate(module)
+            ]
+            if all(any(ATTENTION_OUTPUT.search(n) for n in own) for own in names):
+                found[name] = module
+    return found
+
+
+def _has_attention(block: nn.Module) -> bool:
+    return any(ATTENTION_OUTPUT.search(f"0.{name}") for name, _ in block.named_modules())
+
+
+def _inside(name: str, found: Iterable[str]) -> bool:
+    return any(name.startswith(f"{other}.") for other in found)
+
+
+def chosen_blocks(layers: str | Sequence[int], count: int) -> list[int]:
+    """Return the numbers, from 0, of the blocks that ``layers`` means.
+
+    Args:
+        layers: ``all``, ``first:N``, ``last:N``, or a list of numbers, where -1 is the last block.
+        count: how many blocks the model has.
+
+    Raises:
+        ValueError: no such block, or another text.
+    """
+    if layers == "all":
+        return list(range(count))
+    if isinstance(layers, str):
+        way, _, number = layers.partition(":")
+        if way not in ("first", "last") or not number.isdigit() or not 1 <= int(number) <= count:
+            raise ValueError(
+                f"layers must be all, first:N, last:N with N from 1 to {count}, or a list of "
+                f"numbers, got {layers}"
+            )
+        wanted = range(int(number)) if way == "first" else range(count - int(number), count)
+        return list(wanted)
+    for layer in layers:
+        if not -count <= layer < count:
+            raise ValueError(f"layers must be from {-count} to {count - 1} here, got {layer}")
+    return sorted({layer % count for layer in layers})
+
+
+@contextmanager
+def hidden_blocks(model: nn.Module, layers: str | Sequence[int]) -> Iterator[list[str]]:
+    """Hide the blocks that ``layers`` does not choose, so that a method cannot touch them.
+
+    Inside the context empty modules stand in their places. Afterwards they are back and frozen.
+
+    Yields:
+        Names of the chosen blocks.
+
+    Raises:
+        ValueError: the architecture's blocks are not known here, or ``layers`` means none of them.
+    """
+    lists = block_lists(model)
+    if not lists:
+        raise ValueError(
+            f"{type(model).__name__} has no blocks that are known here: set layers=all"
+        )
+    hidden: list[tuple[nn.ModuleList, int, nn.Module]] = []
+    chosen: list[str] = []
+    for name, blocks in lists.items():
+        wanted = chosen_blocks(layers, len(blocks))
+        chosen += [f"{name}.{i}" for i in wanted]
+        hidden += [(blocks, i, blocks[i]) for i in range(len(blocks)) if i not in wanted]
+    for blocks, i, _ in hidden:
+        blocks[i] = nn.Identity()
+    try:
+        yield chosen
+    finally:
+        for blocks, i, block in hidden:
+            block.requires_grad_(False)
+            blocks[i] = block
 
 
 def freeze_all_but_head(model: nn.Module) -> None:

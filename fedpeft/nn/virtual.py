@@ -30,7 +30,7 @@ class PromptedEmbedding(nn.Module):
 
 
 class _Around(nn.Module):
-    """What is common: the model inside, and what others ask of it."""
+    """The common part: the model inside, and the attributes that transformers asks for."""
 
     base_model_prefix = "inner"
 
@@ -42,17 +42,17 @@ class _Around(nn.Module):
 
     @property
     def config(self) -> Any:
-        """Of the model inside."""
+        """The inner model's."""
         return self.inner.config
 
     @property
     def device(self) -> torch.device:
-        """Of the model inside."""
+        """The inner model's."""
         return next(self.inner.parameters()).device
 
     @property
     def generation_config(self) -> Any:
-        """Of the model inside."""
+        """The inner model's."""
         return self.inner.generation_config
 
     @generation_config.setter

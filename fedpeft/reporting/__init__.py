@@ -1,1 +1,1 @@
-"""What a run writes and what a person sees of it."""
+"""The files of a run, and everything that a person sees of it."""

@@ -48,7 +48,7 @@ class Holdings:
 
     @property
     def kind(self) -> str:
-        """What the labels are."""
+        """The labels' kind, for titles and axes."""
         return self.config.partition.column or "label"
 
     def as_json(self) -> str:

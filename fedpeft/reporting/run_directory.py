@@ -8,12 +8,9 @@ from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-
-if TYPE_CHECKING:  # torch, which who only reads a run does not need
-    from fedpeft.methods.base import State
 
 PACKAGES = ("fedpeft", "flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy")
 
@@ -38,14 +35,6 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
-    def save_state(self, name: str, state: "State") -> None:
-        """Saves shared parameters as safetensors, atomically."""
-        from safetensors.torch import save_file
-
-        draft = self.path / f".{name}.part"
-        save_file({key: value.contiguous() for key, value in state.items()}, draft)
-        draft.replace(self.path / f"{name}.safetensors")
-
     def save_samples(self, samples: Sequence[Mapping[str, str]], most: int = 100) -> None:
         """Generated texts beside their references, to be read: ``samples.jsonl``."""
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples[:most]]
@@ -62,7 +51,7 @@ class RunDirectory:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that decide the numbers, those that are installed."""
+    """Return the versions of Python and of the installed packages that decide the numbers."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):  # a run in one process does without ray

@@ -1,4 +1,4 @@
-"""What the field asks for and rarely reports: interference, client drift, initial error."""
+"""Diagnostics that few systems report: interference, client drift, initial error."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpeft.methods.base import Method, State
-from fedpeft.state import load_state
+from fedpeft.methods.base import Method
+from fedpeft.state import State, load_state
 
 BLOCK = 1 << 17
-"""How many numbers of each client's update are held in float64 at a time."""
+"""Numbers of each client's update that are held in float64 at a time."""
 
 
 @torch.no_grad()

@@ -1,20 +1,30 @@
-"""What clients send back, read and checked: whatever it is, it must not end the run."""
+"""Reads and checks what clients send back; whatever it is, it must not end the run."""
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flwr.app import Message
 
-from fedpeft.compression.base import Compression
-from fedpeft.methods.base import State
-from fedpeft.state import check, split_extras, unpack
+from fedpeft.compression.base import Codec
+from fedpeft.state import State, check, split_prefixed
+from fedpeft.wire import unpack
 
-OWN_SPLITS = ("validation", "test")  # what a client measures itself on
+OWN_SPLITS = ("validation", "test")  # a client measures itself on both
 
 
 class Reply(NamedTuple):
-    """One client's training: what it sent, and the parameters and a strategy's extras in it."""
+    """One client's training.
+
+    Attributes:
+        sent: as it came, wire.
+        state: shared parameters, block.
+        extras: of the strategy's term, block.
+        num_examples: rows that the client has.
+        steps: that it took.
+        loss: mean over its steps.
+    """
 
     sent: State
     state: State
@@ -24,15 +34,16 @@ class Reply(NamedTuple):
     loss: float
 
 
-def read(reply: Message, start: State, compression: Compression) -> Reply:
-    """A reply to training, or an error that says what is wrong.
+def read(reply: Message, reference: State, codec: Codec) -> Reply:
+    """Read and check a reply to training.
 
     Args:
-        start: the parameters, as the client got them, and zeros for a strategy's extras.
-        compression: of what was sent.
+        reply: from one client.
+        reference: the parameters (block) as the client got them, and zeros for a strategy's extras.
+        codec: of what clients send.
 
     Raises:
-        ValueError: it is an error, or lacks or holds something that it should not.
+        ValueError: the reply is an error, or lacks or holds something that it should not.
     """
     if reply.has_error():
         raise ValueError(reason(reply))
@@ -51,14 +62,14 @@ def read(reply: Message, start: State, compression: Compression) -> Reply:
         raise ValueError(f"loss must be a finite number, got {loss}")
     index: Any = content.config_records["config"].get("index", b"")
     sent = unpack(content.array_records["arrays"], index)
-    restored = compression.restore(sent, start)
-    check(restored, start)
-    state, extras = split_extras(restored)
+    decoded = codec.decode(sent, reference)
+    check(decoded, reference)
+    state, extras = split_prefixed(decoded)
     return Reply(sent, state, extras, counts[0], counts[1], loss)
 
 
 def measured(reply: Message) -> dict[str, float]:
-    """A client's metrics, or an error that says what is wrong."""
+    """Read and check a client's metrics; ValueError says what is wrong."""
     if reply.has_error():
         raise ValueError(reason(reply))
     metrics: dict[str, Any] = dict(reply.content.metric_records["metrics"])
@@ -70,8 +81,31 @@ def measured(reply: Message) -> dict[str, float]:
     return metrics
 
 
+def client_means(replies: Mapping[int, Message]) -> tuple[dict[str, float], dict[int, str]]:
+    """Average the clients' measures, weighted by rows, e.g. ``client_validation_accuracy``.
+
+    Returns:
+        The means, and the clients whose reply cannot be used, with the reason.
+    """
+    totals: dict[str, float] = {}
+    rows: dict[str, int] = {}
+    refused: dict[int, str] = {}
+    for client in sorted(replies):
+        try:
+            metrics = measured(replies[client])
+        except (ValueError, KeyError) as error:
+            refused[client] = str(error)
+            continue
+        for key, value in metrics.items():
+            if not key.endswith("-num-examples"):
+                number = int(metrics[f"{key.partition('_')[0]}-num-examples"])
+                totals[key] = totals.get(key, 0.0) + number * value
+                rows[key] = rows.get(key, 0) + number
+    return {f"client_{key}": totals[key] / rows[key] for key in sorted(totals)}, refused
+
+
 def reason(reply: Message) -> str:
-    """The client's own sentence out of Flower's wrapping."""
+    """Take the client's own sentence out of Flower's wrapping."""
     text = reply.error.reason or f"error code {reply.error.code}"
     wrapped = re.search(r"Message: (.*?)(?:'>)?$", text, re.DOTALL)
     return (wrapped.group(1) if wrapped else text).strip()

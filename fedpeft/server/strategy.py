@@ -1,259 +1,269 @@
-"""The Flower strategy: every method's rounds, read off the roles alone."""
+"""``FederatedPEFT``: the Flower strategy that runs every method.
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+A round: the server draws the clients, encodes what they need once, and sends one message to each.
+Each trains and replies with what is shared. The server checks every reply, leaves out what it
+cannot use, lets the method aggregate the rest, and lets the algorithm step from the mean.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 
-from fedpeft.algorithms.base import Replies
-from fedpeft.engine.session import Session
-from fedpeft.methods.base import Role, State
+from fedpeft.config import load as configuration
+from fedpeft.data.rows.source import SPLITS
+from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.seeding import generator
-from fedpeft.server.diagnostics import drift, interference
-from fedpeft.server.nodes import Hosts
-from fedpeft.server.replies import Reply, measured, read
-from fedpeft.state import (
-    filled,
-    pack,
-    payload_bytes,
-    split_extras,
-    unpack,
-    wire_bytes,
-    with_extras,
-    zeros,
-)
-
-MOST_MESSAGES = 64  # of an evaluation; each costs some milliseconds, whatever it holds
+from fedpeft.server.aggregation import Aggregator
+from fedpeft.server.broadcast import Broadcaster
+from fedpeft.server.nodes import Nodes, exchange
+from fedpeft.server.replies import client_means
+from fedpeft.server.seen import Line, Observer, Seen
+from fedpeft.state import State
+from fedpeft.wire import named_arrays, wire_bytes
 
 
-class RoundFailed(RuntimeError):
-    """A round in which no client's reply could be used; the message gives the first reason."""
-
-
-@dataclass
-class Round:
-    """What the server saw of one round."""
-
-    cohort: list[int] = field(default_factory=list)
-    refused: dict[int, str] = field(default_factory=dict)
-    traffic: dict[str, int] = field(default_factory=dict)
-    metrics: dict[str, float | None] = field(default_factory=dict)
-
-    def count(self, key: str, amount: int) -> None:
-        """Adds to the round's traffic."""
-        self.traffic[key] = self.traffic.get(key, 0) + amount
-
-
-class RoleStrategy(Strategy):
-    """Sends what was shared so far, takes what is shared this round, and aggregates it.
+class FederatedPEFT(Strategy):
+    """Runs a configuration's method, algorithm and compression as a Flower strategy.
 
     Args:
-        session: the server's own model and configuration.
-        overrides: the configuration as the clients get it.
-        folder: in simulation, where clients keep what is theirs.
+        overrides: the configuration, as on the command line; the clients get it with each message.
+        engine: of this process; opened by the overrides if null.
+
+    Attributes:
+        down: the server's values, and what goes down.
+        up: reads replies and aggregates.
+        nodes: of the clients.
+        observer: is told how the rounds go on.
+        seen: of the last round.
     """
 
-    def __init__(self, session: Session, overrides: str, folder: str | None = None) -> None:
-        self.session = session
-        config = session.config
-        self.hosts = Hosts(config.num_clients, config.runtime.join_timeout, folder)
-        self.overrides = overrides
-        self.state: State = {}  # every parameter that the server has set so far
-        self.memory: dict[str, State] = {}  # the algorithm's own
-        self.round = Round()
+    def __init__(self, overrides: str | Sequence[str], engine: Engine | None = None) -> None:
+        self.overrides = configuration.join(configuration.split(overrides))
+        self.engine = engine or open_engine(self.overrides, None)
+        self.config, self.replica = self.engine.config, self.engine.replica
+        self.roles = self.replica.roles
+        self.nodes = Nodes(self.config.num_clients, self.config.runtime.join_timeout)
+        self.observer = Observer()
+        self.down = Broadcaster(self.engine, self.overrides)
+        self.up = Aggregator(self.down)
+        self.seen = Seen()
+        self._sent: dict[int, Message] = {}  # the last messages, by client
 
-    def cohort(self, round: int) -> list[int]:
-        """The clients of a round, sorted; drawn from (seed, round)."""
-        config = self.session.config
-        if config.strategy.pooled:
-            return [0]
-        drawn = generator(config.seed, "cohort", round).permutation(config.num_clients)
-        return sorted(int(client) for client in drawn[: config.cohort_size()])
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int | None = None,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run all rounds; clients also measure round 0, and replies are read as they arrive.
 
-    # --- messages ----------------------------------------------------------------------------
+        Flower's own ``Strategy.start`` gives the same state.
+
+        Args:
+            grid: reaches the clients' nodes.
+            initial_arrays: values to start from, by name; null for the seeded ones.
+            num_rounds: null for the configuration's.
+            timeout: seconds to wait for a round's replies; null for ``runtime.round_timeout``.
+            train_config: not sent, because clients take the configuration from the overrides.
+            evaluate_config: likewise.
+            evaluate_fn: measures the arrays after each round.
+
+        Raises:
+            RoundFailed: a round had no usable reply.
+        """
+        if initial_arrays is not None:
+            self.down.load(initial_arrays)
+        self._timeout = timeout or self.config.runtime.round_timeout
+        result = Result()
+        for round in range((num_rounds or self.config.num_rounds) + 1):
+            line = self._run_round(grid, round)
+            clients = {k: v for k, v in line.items() if k.startswith("client_")}
+            result.evaluate_metrics_clientapp[round] = _record(clients)
+            if round:
+                result.train_metrics_clientapp[round] = _record(self.seen.metrics)
+            if evaluate_fn is not None:
+                found = evaluate_fn(round, self.arrays())
+                if found is not None:
+                    result.evaluate_metrics_serverapp[round] = found
+        result.arrays = self.arrays()
+        return result
+
+    def _run_round(self, grid: Grid, round: int) -> Line:
+        """Train (not in round 0), evaluate when it is time, and report the line."""
+        begun = time.perf_counter()
+        line: Line = {"round": round}
+        self.nodes.join(grid)
+        if round:
+            messages = self._train_messages(round)
+            self.observer.phase("train", len(messages))
+            self.up.aggregate(round, self._exchange(grid, messages), self.seen, self._late())
+            line |= {"cohort": self.seen.cohort} | self.seen.metrics
+        if self.config.evaluates(round):
+            line |= self._evaluate(grid, round)
+        line |= self.seen.traffic
+        if self.seen.refused:
+            line["refused"] = {str(c): reason for c, reason in self.seen.refused.items()}
+        line["seconds"] = float(f"{time.perf_counter() - begun:.3f}")
+        self.observer.round_done(line)
+        return line
+
+    def _exchange(
+        self, grid: Grid, messages: Mapping[int, Message]
+    ) -> Iterable[tuple[int, Message]]:
+        """Send messages and yield client and reply as they arrive."""
+        return exchange(grid, messages, self._timeout, self.observer.clients_done)
+
+    @property
+    def state(self) -> State:
+        """Every parameter that the server has set so far, full."""
+        return self.down.state
 
     @property
     def values(self) -> State:
-        """All that can change, as it now is."""
-        return self.session.initial | self.state
+        """All that can change, full, as it now is."""
+        return self.down.values
 
-    def before(self, round: int) -> State:
-        """All that can change, as a round's clients get it."""
-        values, compression = self.values, self.session.config.compression
-        given = {name: values[name] for name in self.session.down(round)}
-        return values | compression.received(compression.down(given), given)
+    def arrays(self) -> ArrayRecord:
+        """Return what the server has set so far, one array a parameter."""
+        return named_arrays(self.down.state)
 
-    def packed(self, round: int) -> tuple[ArrayRecord, ConfigRecord]:
-        """What a client of full rank receives to train, and the configuration along with it."""
-        values, session = self.values, self.session
-        shared = {name: values[name] for name in session.shared(round)}
-        extras = session.config.strategy.down(self.memory, shared)
-        state = with_extras({name: values[name] for name in session.down(round)}, extras)
-        return self._record(session.config.compression.down(state), round)
+    def initial_arrays(self) -> ArrayRecord:
+        """Return initial values of what round 1 sends, one array a parameter."""
+        return named_arrays({name: self.values[name] for name in self.roles.down(1)})
 
-    def _record(self, state: State, round: int) -> tuple[ArrayRecord, ConfigRecord]:
-        arrays, index = pack(state)
-        config = {"overrides": self.overrides, "round": round, "index": index}
-        return arrays, ConfigRecord(config)  # type: ignore[arg-type]
+    def cohort(self, round: int) -> list[int]:
+        """Draw the clients of a round from (seed, round), sorted."""
+        if self.config.strategy.pooled:
+            return [0]
+        draws = generator(self.config.seed, "cohort", round)
+        drawn = draws.permutation(self.config.num_clients)
+        return sorted(int(client) for client in drawn[: self.config.cohort_size()])
 
-    def _messages(
-        self, kind: str, clients: Sequence[int], arrays: ArrayRecord, config: ConfigRecord
-    ) -> list[Message]:
-        """One content for all clients that train the same blocks."""
-        state = unpack(arrays, config["index"])  # type: ignore[arg-type]
-        parameters, extras = split_extras(state)
-        if kind == MessageType.EVALUATE:
-            extras = {}
-        alike: dict[tuple[Any, ...], tuple[State, list[int]]] = {}
-        for client in clients:
-            own = with_extras(self.session.blocks(parameters, client), extras)
-            shapes = tuple(value.shape for value in own.values())
-            alike.setdefault(shapes, (own, []))[1].append(client)
-        messages: list[Message] = []
-        prefix = "" if kind == MessageType.TRAIN else "evaluation_"
-        for own, group in alike.values():
-            given = self._record(own, int(config["round"]))  # type: ignore[arg-type]
-            content = RecordDict({"arrays": given[0], "config": given[1]})
-            self.round.count(prefix + "downlink_bytes", len(group) * wire_bytes(content))
-            self.round.count(prefix + "downlink_payload_bytes", len(group) * payload_bytes(own))
-            messages += self.hosts.messages(kind, content, self._groups(kind, group))
-        return messages
+    def _train_messages(self, round: int) -> dict[int, Message]:
+        self.seen = Seen(cohort=self.cohort(round))
+        return self._messages(MessageType.TRAIN, round, self.seen.cohort)
 
-    def _groups(self, kind: str, clients: list[int]) -> list[list[int]]:
-        """Clients by message: in simulation a cohort each, the longest work first."""
-        if not self.hosts.folder:
-            return [[client] for client in clients]
-        if kind == MessageType.EVALUATE:
-            size = -(-len(clients) // MOST_MESSAGES)
-        else:
-            size = self.session.together()
-            clients = sorted(clients, key=self.session.work, reverse=True)
-        count = -(-len(clients) // size)
-        return [[int(c) for c in part] for part in np.array_split(clients, count)]
+    def _messages(self, kind: str, round: int, clients: Iterable[int]) -> dict[int, Message]:
+        nodes = {client: self.nodes.of[client] for client in clients}
+        self._sent = self.down.messages(kind, round, nodes, self.seen)
+        return self._sent
 
-    # --- the four verbs ----------------------------------------------------------------------
+    # --- Flower's verbs ------------------------------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
-        """The same message for every client of the round's cohort, in their order."""
-        self.round = Round(cohort=self.cohort(server_round))
-        return self._messages(MessageType.TRAIN, self.round.cohort, arrays, config)
+    ) -> Iterable[Message]:
+        """Return one message for each client of the round's cohort.
+
+        Args:
+            server_round: 1, 2, ....
+            arrays: parameters to go on from, by name.
+            config: not used.
+            grid: asked once for the clients' nodes.
+        """
+        self.down.load(arrays)
+        self.nodes.join(grid)
+        return list(self._train_messages(server_round).values())
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Checks each reply, leaves out with its reason what cannot be used, aggregates the rest.
-
-        Raises:
-            RoundFailed: nothing is left.
-        """
-        usable = self._usable(server_round, replies)
-        session, before = self.session, self.before(server_round)
-        strategy, method = session.config.strategy, session.config.method
-        weights = strategy.weigh([reply.num_examples for reply in usable])
-        states = [filled(reply.state, before) for reply in usable]
-        steps, extras = [r.steps for r in usable], [r.extras for r in usable]
-        given = Replies(states, weights, steps, extras, len(usable) / session.config.num_clients)
-        mean = method.aggregate(states, weights, before, server_round)
-        after = strategy.server(mean, before, given, self.memory)
-        metrics = self.round.metrics
-        metrics["train_loss"] = sum(w * r.loss for w, r in zip(weights, usable, strict=True))
-        metrics |= drift(before, states)
-        if session.config.evaluation.interference and session.config.evaluates(server_round):
-            found = self._interference(server_round, before, states, weights, mean)
-            metrics["interference"] = found
-        if mean and not after:
-            metrics["unchanged"] = 1.0  # the strategy found too few replies to go by
-        after = session.config.compression.kept(after, before, self.values)
-        self.state.update(after)
-        return pack(after)[0], MetricRecord({k: v for k, v in metrics.items() if v is not None})
-
-    def _usable(self, round: int, replies: Iterable[Message]) -> list[Reply]:
-        """In the order of clients; each is read as it arrives, while others still train."""
-        before, extras = self.before(round), self.session.config.strategy.up
-        shared = {name: before[name] for name in self.session.shared(round)}
-        usable: dict[int, Reply] = {}
-        silent = dict.fromkeys(self.round.cohort)
-        for reply in replies:
-            client = self.hosts.client_of(reply)
-            silent.pop(client, None)
-            try:
-                start = self.session.blocks(shared, client)
-                usable[client] = self._counted(reply, with_extras(start, zeros(extras(start))))
-            except Exception as error:  # whatever a client sends, it must not end the run
-                self._refuse(client, str(error) if isinstance(error, ValueError) else repr(error))
-        for client in silent:
-            self._refuse(client, self._late())
-        self.round.refused = dict(sorted(self.round.refused.items()))
-        if not usable:
-            client, reason = next(iter(self.round.refused.items()))
-            raise RoundFailed(f"no client's reply was usable; client {client}: {reason}")
-        return [usable[client] for client in sorted(usable)]
-
-    def _late(self) -> str:
-        limit = self.session.config.runtime.round_timeout
-        return f"no reply within runtime.round_timeout={limit:g} s"
-
-    def _refuse(self, client: int, reason: str) -> None:
-        """Notes why a client's reply was left out, after what was wrong with an earlier one."""
-        refused = self.round.refused
-        refused[client] = f"{refused[client]}; {reason}" if client in refused else reason
-
-    def _counted(self, reply: Message, start: State) -> Reply:
-        if not reply.has_error():
-            self.round.count("uplink_bytes", wire_bytes(reply.content))
-        found = read(reply, start, self.session.config.compression)
-        self.round.count("uplink_payload_bytes", payload_bytes(found.sent))
-        return found
-
-    def _interference(
-        self, round: int, before: State, states: list[State], weights: list[float], mean: State
-    ) -> float | None:
-        """None also where a factor stays on the client: the server cannot know the product."""
-        session = self.session
-        if Role.PERSONAL in session.roles(round).values():
-            return None
-        method = session.config.method
-        return interference(session.model, method, before, states, weights, mean)
+        """Aggregate the replies that can be used; see ``RoundFailed``."""
+        self.up.aggregate(server_round, self._by_client(replies), self.seen, self._late())
+        return self.arrays(), _record(self.seen.metrics)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
-        """The same message for every client."""
-        clients = range(self.session.config.num_clients)
-        return self._messages(MessageType.EVALUATE, clients, arrays, config)
+    ) -> Iterable[Message]:
+        """Return one message for each client, if clients measure in this round; else none."""
+        self._sent = {}
+        if self.config.evaluates(server_round) and self.clients_measure:
+            return list(self._evaluate_messages(server_round).values())
+        return []
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Means over the clients' own splits, weighted by rows: ``client_validation_accuracy``."""
-        totals: dict[str, float] = {}
-        rows: dict[str, int] = {}
-        silent = dict.fromkeys(range(self.session.config.num_clients))
-        for reply in sorted(replies, key=self.hosts.client_of):
-            client = self.hosts.client_of(reply)
-            silent.pop(client, None)
-            try:
-                metrics = measured(reply)
-            except (ValueError, KeyError) as error:
-                self._refuse(client, f"evaluation: {error}")
-                continue
-            self.round.count("evaluation_uplink_bytes", wire_bytes(reply.content))
-            for key, value in metrics.items():
-                if not key.endswith("-num-examples"):
-                    number = int(metrics[f"{key.partition('_')[0]}-num-examples"])
-                    totals[key] = totals.get(key, 0.0) + number * value
-                    rows[key] = rows.get(key, 0) + number
-        for client in silent:
-            self._refuse(client, f"evaluation: {self._late()}")
-        if not totals:
-            return None
-        return MetricRecord({f"client_{key}": totals[key] / rows[key] for key in sorted(totals)})
+        """Return means over the clients' own splits, weighted by rows."""
+        return _record(self._measures(self._by_client(replies))) if self._sent else None
 
     def summary(self) -> None:
-        """Nothing to log: the run's directory holds the configuration."""
+        """Log nothing, because a run's directory holds the configuration."""
+
+    def _by_client(self, replies: Iterable[Message]) -> Iterable[tuple[int, Message]]:
+        """Say whose each reply is; ids are there once the messages were pushed."""
+        clients = {m.metadata.message_id: client for client, m in self._sent.items()}
+        return [(clients[reply.metadata.reply_to_message_id], reply) for reply in replies]
+
+    def _late(self) -> str:
+        limit = self.config.runtime.round_timeout
+        return f"no reply within runtime.round_timeout={limit:g} s"
+
+    # --- evaluation ----------------------------------------------------------------------------
+
+    @property
+    def clients_measure(self) -> bool:
+        """True if clients measure the model on their own rows."""
+        choice = self.config.evaluation.clients
+        return choice == "always" or (choice == "auto" and self.roles.has_personal)
+
+    def _evaluate(self, grid: Grid, round: int) -> Line:
+        """Measure the server's model where there is one, and each client's own where asked."""
+        line: Line = {}
+        if not self.roles.has_personal:
+            line |= self.measure("validation", self.down.state)
+        if self.clients_measure:
+            messages = self._evaluate_messages(round)
+            self.observer.phase("evaluate", len(messages))
+            line |= self._measures(self._exchange(grid, messages))
+        return line
+
+    def _evaluate_messages(self, round: int) -> dict[int, Message]:
+        """Return messages of what the next round would start from.
+
+        The server may have changed parameters that are first sent down in the next round.
+        """
+        return self._messages(MessageType.EVALUATE, round + 1, range(self.config.num_clients))
+
+    def measure(self, split: str, state: State, last: bool = False) -> dict[str, float]:
+        """Measure the model that clients would get.
+
+        Args:
+            split: validation, test, or an extra test.
+            state: what the server has set, full.
+            last: the run's last evaluation, in which tasks may also measure generated text.
+        """
+        codec = self.config.compression.down
+        draws = generator(self.config.seed, "compression down", 0)
+        self.replica.load(codec.decode(codec.encode(state, state, draws), state))
+        examples = self.engine.rows.examples(split)
+        metrics = self.engine.evaluate(examples, os.cpu_count() or 1, last)
+        prefix = split if split in SPLITS else f"test_{split}"
+        return {f"{prefix}_{key}": value for key, value in metrics.items()}
+
+    def _measures(self, replies: Iterable[tuple[int, Message]]) -> dict[str, float]:
+        """Return the clients' means weighted by rows, and note who measured nothing."""
+        by_client = dict(replies)
+        for reply in by_client.values():
+            if not reply.has_error():
+                self.seen.count("evaluation_uplink_bytes", wire_bytes(reply.content))
+        late = {client: self._late() for client in self._sent if client not in by_client}
+        means, refused = client_means(by_client)
+        for client, reason in (refused | late).items():
+            self.seen.refuse(client, f"evaluation: {reason}")
+        return means
+
+
+def _record(metrics: Mapping[str, float | None]) -> MetricRecord:
+    """Return metrics as Flower's record, which holds no nulls."""
+    found: Any = {key: value for key, value in metrics.items() if value is not None}
+    return MetricRecord(found)

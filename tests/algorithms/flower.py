@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg as FlowerStrategy
 
-from fedpeft.algorithms.base import FedAvg, Replies
-from fedpeft.methods.base import State, weighted_mean
-from fedpeft.simulation.launch import InProcessGrid
+from fedpeft.algorithms.base import FedAvg
+from fedpeft.methods.base import At, Round
+from fedpeft.state import State, weighted_mean
+from fedpeft.wire import identify
 
 NUMBERS = [10, 30, 20, 40, 25]  # training rows of five clients
 SHAPES = {"a": (2, 3), "b": (4,)}
@@ -31,7 +31,7 @@ def record(state: State) -> ArrayRecord:
 
 def flowers(strategy: FlowerStrategy, states: Sequence[State], round: int = 1) -> State:
     """What a strategy of Flower's makes of a round."""
-    InProcessGrid(ClientApp(), [])  # messages can be made in a run only
+    identify()  # messages can be made in a run only
     messages = [
         Message(
             RecordDict({"arrays": record(s), "metrics": MetricRecord({"num-examples": n})}),
@@ -54,6 +54,7 @@ def ours(
 ) -> State:
     """What one of ours makes of it."""
     weights = algorithm.weigh(NUMBERS[: len(states)])
-    replies = Replies(states, weights, steps or [1] * len(states), [{}] * len(states))
+    ats = [At(1, client) for client in range(len(states))]
+    round = Round(1, ats, states, weights, before, steps or [1] * len(states), [{}] * len(states))
     mean = weighted_mean(states, weights)
-    return algorithm.server(mean, before, replies, {} if memory is None else memory)
+    return algorithm.server(mean, round, {} if memory is None else memory)

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from fedpeft.algorithms.fedprox import FedProx
-from fedpeft.engine.plan import Trained
-from fedpeft.engine.session import Session
-from fedpeft.methods.base import State
-from fedpeft.state import snapshot
+from fedpeft.engine.engine import Engine, Result
+from fedpeft.engine.plan import Job
+from fedpeft.state import State
 from tests.conftest import Runner
 
 
@@ -19,15 +18,14 @@ from tests.conftest import Runner
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, State, State]]:
     """(client, round, trainable values before, and after) of each training."""
     seen: list[tuple[int, int, State, State]] = []
-    train_client = Session.train_client
+    train_client = Engine.train_client
 
-    def watch(session: Session, client: int, round: int, term: Any = None) -> Trained:
-        before = snapshot(session.model, session.trainable)
-        result = train_client(session, client, round, term)
-        seen.append((client, round, before, snapshot(session.model, session.trainable)))
+    def watch(session: Engine, job: Job, round: int) -> Result:
+        result = train_client(session, job, round)
+        seen.append((job.client, round, dict(job.start), result.after))
         return result
 
-    monkeypatch.setattr(Session, "train_client", watch)
+    monkeypatch.setattr(Engine, "train_client", watch)
     return seen
 
 
@@ -59,7 +57,7 @@ def test_centralized_trains_one_model_on_all_rows(
 ) -> None:
     summary = run("strategy=centralized", "evaluation.clients=always", "clients_per_round=2")
     session = opened("strategy=centralized")
-    own = [session.client_examples(client) for client in range(3)]
+    own = [session.rows.client_examples(client) for client in range(3)]
     rows = np.concatenate([examples["train"].rows for examples in own])
     assert len(np.unique(rows)) == len(rows)
     sent = run.recorder.of("train")
@@ -87,7 +85,7 @@ def test_centralized_has_nothing_personal(
     given += ["clients_per_round=1", "local_steps=null", f"local_epochs={epochs}"]
     summary = run(*given)
     session = opened(*given)
-    assert not session.has_personal
+    assert not session.replica.roles.has_personal
     rows = len(session.rows.training(0)[0])
     for exchange in run.recorder.of("train"):
         steps = exchange.up.content.metric_records["metrics"]["num-steps"]
@@ -95,10 +93,10 @@ def test_centralized_has_nothing_personal(
     assert summary["final"]["client_test_loss"] == pytest.approx(client_loss(session, run.saved()))
 
 
-def client_loss(session: Session, state: State) -> float:
+def client_loss(session: Engine, state: State) -> float:
     """Of one model on the clients' test rows."""
-    session.load(state)
-    own = [session.client_examples(client)["test"] for client in range(3)]
+    session.replica.load(state)
+    own = [session.rows.client_examples(client)["test"] for client in range(3)]
     losses = [session.evaluate(examples)["loss"] for examples in own]
     return float(np.average(losses, weights=[len(examples) for examples in own]))
 

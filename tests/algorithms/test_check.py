@@ -13,7 +13,8 @@ from fedpeft.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fedpeft.algorithms.fedprox import FedProx
 from fedpeft.algorithms.robust import Krum, Median, NormClipping, TrimmedMean
 from fedpeft.algorithms.scaffold import Scaffold
-from fedpeft.methods.base import Method, State, weighted_mean
+from fedpeft.methods.base import Method
+from fedpeft.state import State, weighted_mean
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,16 @@ import pytest
 import torch
 from flwr.serverapp import strategy as flower
 
-from fedpeft.algorithms.base import FedAvg, Replies
+from fedpeft.algorithms.base import FedAvg
 from fedpeft.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi, ServerOptimizer
-from fedpeft.methods.base import State
+from fedpeft.methods.base import Round
+from fedpeft.state import State
 from tests.algorithms.flower import drawn, flowers, ours, record
 
-NO_REPLIES = Replies([], [], [], [])
+
+def given_before(before: State) -> Round:
+    """Return a round of which only what clients received counts."""
+    return Round(1, [], [], [], before)
 
 
 def after(
@@ -19,7 +23,7 @@ def after(
 ) -> float:
     """One round of one number."""
     given = [{"a": torch.tensor([value], dtype=torch.float64)} for value in (mean, before)]
-    return algorithm.server(given[0], given[1], NO_REPLIES, memory)["a"].item()
+    return algorithm.server(given[0], given_before(given[1]), memory)["a"].item()
 
 
 def test_momentum_by_hand() -> None:
@@ -62,14 +66,14 @@ def test_a_round_without_a_name_leaves_its_moments(algorithm: ServerOptimizer) -
     both: dict[str, State] = {}
     alone: dict[str, State] = {}
     for mean in (first, other, first):
-        found = algorithm.server(mean, before, NO_REPLIES, both)
+        found = algorithm.server(mean, given_before(before), both)
         assert found.keys() == mean.keys()
         if mean is first:
-            expected = algorithm.server(mean, before, NO_REPLIES, alone)
+            expected = algorithm.server(mean, given_before(before), alone)
             assert torch.equal(found["a"], expected["a"])
     assert all(set(moments) == {"a", "b"} for moments in both.values())
-    fresh = algorithm.server(other, before, NO_REPLIES, {})
-    again = algorithm.server(other, before, NO_REPLIES, both)
+    fresh = algorithm.server(other, given_before(before), {})
+    again = algorithm.server(other, given_before(before), both)
     assert not torch.equal(again["b"], fresh["b"])
 
 
@@ -79,7 +83,7 @@ def test_dtypes_are_kept_and_nothing_is_changed(
     algorithm: ServerOptimizer, dtype: torch.dtype
 ) -> None:
     mean, before = {"a": torch.ones(2, dtype=dtype)}, {"a": torch.zeros(2, dtype=dtype)}
-    after = algorithm.server(mean, before, NO_REPLIES, {})
+    after = algorithm.server(mean, given_before(before), {})
     assert after["a"].dtype is dtype and after["a"].all()
     assert mean["a"].tolist() == [1, 1] and before["a"].tolist() == [0, 0]
 

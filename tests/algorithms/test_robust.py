@@ -6,7 +6,7 @@ from flwr.serverapp import strategy as flower
 
 from fedpeft.algorithms.base import FedAvg
 from fedpeft.algorithms.robust import Krum, Median, NormClipping, TrimmedMean
-from fedpeft.methods.base import State
+from fedpeft.state import State
 from tests.algorithms.flower import drawn, flowers, ours
 
 ZERO = {"a": torch.zeros(1)}

@@ -5,11 +5,11 @@ import torch
 from flwr.app import Context, Message
 from torch import nn
 
-from fedpeft.algorithms.base import Replies, Term
 from fedpeft.algorithms.scaffold import ControlTerm, Scaffold
 from fedpeft.client.app import app as client_app
-from fedpeft.methods.base import State, weighted_mean
-from fedpeft.state import pack, split_extras
+from fedpeft.methods.base import At, Round, Term
+from fedpeft.state import State, split_prefixed, weighted_mean
+from fedpeft.wire import pack
 from tests.conftest import Answer, Runner, state_of
 
 LR, STEPS = 0.1, 2
@@ -49,9 +49,11 @@ class Clients:
             extras.append(more)
         weights = [1 / len(cohort)] * len(cohort)
         share = len(cohort) / len(self.targets)
-        replies = Replies(states, weights, [STEPS] * len(cohort), extras, share)
+        ats = [At(1, client) for client in cohort]
+        steps = [STEPS] * len(cohort)
+        round = Round(1, ats, states, weights, self.state, steps, extras, share)
         mean = weighted_mean(states, weights)
-        self.state = self.algorithm.server(mean, self.state, replies, self.memory)
+        self.state = self.algorithm.server(mean, round, self.memory)
         return [state["a"].item() for state in states]
 
     def controls(self) -> list[float]:
@@ -105,8 +107,8 @@ def test_controls_of_names_that_rest_are_kept() -> None:
     assert change["a"].item() == pytest.approx(-0.5 + 1 / 0.5)
     assert set(kept) == {"a", "b"} and torch.equal(kept["b"], torch.ones(2))
     memory = {"control": {"b": torch.ones(2)}}
-    replies = Replies([one(0.0)], [1.0], [2], [change])
-    Scaffold().server(one(0.0), one(1.0), replies, memory)
+    round = Round(1, [At(1, 0)], [one(0.0)], [1.0], one(1.0), [2], [change])
+    Scaffold().server(one(0.0), round, memory)
     assert set(memory["control"]) == {"a", "b"}
     assert Scaffold().down(memory, {"b": torch.zeros(2)}).keys() == {"b"}
 
@@ -131,13 +133,13 @@ def test_the_control_is_the_mean_of_all_clients_controls(method: str, run: Runne
         sent = run.recorder.of("train", round)
         assert len(sent) == 2
         for exchange in sent:
-            state, control = split_extras(exchange.down_state())
-            assert control.keys() == split_extras(exchange.up_state())[0].keys() <= state.keys()
+            state, control = split_prefixed(exchange.down_state())
+            assert control.keys() == split_prefixed(exchange.up_state())[0].keys() <= state.keys()
             for name, value in control.items():
                 expected = total.get(name, torch.zeros_like(value)) / 3
                 torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
         for exchange in sent:
-            _, change = split_extras(exchange.up_state())
+            _, change = split_prefixed(exchange.up_state())
             total |= {n: total.get(n, torch.zeros_like(v)) + v for n, v in change.items()}
     assert any(value.abs().max() > 1e-4 for value in total.values())
 
@@ -154,7 +156,7 @@ def test_the_first_round_is_fedavg_s_and_the_second_is_not(run: Runner) -> None:
 def test_evaluation_carries_no_controls(run: Runner) -> None:
     run("strategy=scaffold", "evaluation.clients=always", "local_steps=1")
     for exchange in run.recorder.of("evaluate"):
-        assert split_extras(exchange.down_state())[1] == {}
+        assert split_prefixed(exchange.down_state())[1] == {}
 
 
 NAME = "strategy:classifier.bias"

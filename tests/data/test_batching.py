@@ -17,8 +17,10 @@ from fedpeft.data.batching import (
     training_batches,
     within,
 )
-from fedpeft.engine.session import Session
+from fedpeft.engine.engine import Engine
 from fedpeft.seeding import generator
+from fedpeft.state import State
+from tests.conftest import job_of
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, size=53)
 
@@ -196,17 +198,21 @@ def test_evaluation_counts_every_sequence() -> None:
     assert [b.tolist() for b in within(lengths, 8, 351, sequences)] == [[0], [2], [1]]
 
 
-def test_padding_does_not_change_the_logits(opened: Callable[..., Session]) -> None:
+def test_padding_does_not_change_the_logits(opened: Callable[..., Engine]) -> None:
     session = opened()
-    rows = session.examples("test")
-    session.load()
+    rows = session.rows.examples("test")
+    session.replica.load()
     shortest, longest = int(rows.lengths.argmin()), int(rows.lengths.argmax())
     assert rows.lengths[longest] > rows.lengths[shortest] + 5
 
     def loss(batch: Batch) -> float:
-        session.model.eval()
+        session.replica.model.eval()
         with torch.no_grad():
-            return float(session.task.evaluate_batch(session.model, batch)["loss"][0])
+            return float(
+                session.task.evaluate_batch(
+                    session.task.forward(session.replica.model, batch), batch
+                )["loss"][0]
+            )
 
     alone = loss(rows.batch(np.array([shortest])))
     beside = loss(rows.batch(np.array([shortest, longest])))
@@ -221,11 +227,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     """The batches that training gets."""
     batches: list[Batch] = []
 
-    def record(_: object, given: list[Batch], *rest: object) -> float:
-        batches[:] = given
-        return 0.0
+    def record(_: object, steps: list[list[Batch]], *rest: object) -> tuple[float, State]:
+        batches[:] = [batch for parts in steps for batch in parts]
+        return 0.0, {}
 
-    monkeypatch.setattr("fedpeft.engine.session.train", record)
+    monkeypatch.setattr("fedpeft.engine.engine.train", record)
     return batches
 
 
@@ -233,37 +239,39 @@ def tokens(batches: list[Batch]) -> list[list[list[int]]]:
     return [batch["input_ids"].tolist() for batch in batches]
 
 
-def test_a_client_s_batches_by_round(opened: Callable[..., Session], seen: list[Batch]) -> None:
+def test_a_client_s_batches_by_round(opened: Callable[..., Engine], seen: list[Batch]) -> None:
     """Bug 10, as the client app trains."""
     session, other = opened("local_steps=3"), opened("local_steps=3", "seed=1")
     found: dict[tuple[int, int], list[list[list[int]]]] = {}
     for client in (0, 1):
         for round in (1, 2):
-            number = session.train_client(client, round).num_examples
+            number = session.train_client(
+                job_of(session, client, round), round
+            ).trained.num_examples
             found[client, round] = tokens(seen)
-            assert number == len(session.client_examples(client)["train"])
+            assert number == len(session.rows.client_examples(client)["train"])
             assert [len(batch) for batch in found[client, round]] == [8, 8, 8]
     assert all(found[a] != found[b] for a in found for b in found if a != b)
-    session.train_client(0, 1)
+    session.train_client(job_of(session, 0, 1), 1)
     assert tokens(seen) == found[0, 1]
-    other.train_client(0, 1)
+    other.train_client(job_of(other, 0, 1), 1)
     assert tokens(seen) != found[0, 1]
 
 
-def test_local_epochs(opened: Callable[..., Session], seen: list[Batch]) -> None:
+def test_local_epochs(opened: Callable[..., Engine], seen: list[Batch]) -> None:
     session = opened("local_steps=null", "local_epochs=2")
-    number = session.train_client(1, 1).num_examples
-    own = session.client_examples(1)["train"]
+    number = session.train_client(job_of(session, 1, 1), 1).trained.num_examples
+    own = session.rows.client_examples(1)["train"]
     assert number == len(own)
     assert sum(len(batch["labels"]) for batch in seen) == 2 * number
     assert sum(int(batch["attention_mask"].sum()) for batch in seen) == 2 * own.lengths.sum()
 
 
-def test_batches_are_a_client_s_own_rows(opened: Callable[..., Session], seen: list[Batch]) -> None:
+def test_batches_are_a_client_s_own_rows(opened: Callable[..., Engine], seen: list[Batch]) -> None:
     session = opened("local_steps=null", "local_epochs=1")
     for client in range(3):
-        session.train_client(client, 1)
-        own = session.client_examples(client)["train"]
+        session.train_client(job_of(session, client, 1), 1)
+        own = session.rows.client_examples(client)["train"]
         tokens, offsets = own.arrays["tokens"], own.arrays["offsets"]
         expected = sorted(tokens[offsets[row] : offsets[row + 1]].tolist() for row in own.rows)
         given = sorted(

@@ -11,7 +11,7 @@ import torch
 
 from fedpeft.data.rows.tables import values
 from fedpeft.data.tasks.choice import MultipleChoice
-from fedpeft.engine.session import Session
+from fedpeft.engine.engine import Engine
 from tests.conftest import Runner
 from tests.data.made import Logits, Rows, composed, write
 
@@ -28,7 +28,7 @@ RECORD: Rows = [
     | {"entities": ["goal", "team"], "answers": ["team"]},
 ]
 NO_ROW = "mend it, or leave such rows out with data.bad_rows=skip"
-Make = Callable[..., Session]
+Make = Callable[..., Engine]
 
 
 def several(rows: Rows, times: int = 12) -> Rows:
@@ -39,21 +39,21 @@ def several(rows: Rows, times: int = 12) -> Rows:
 def session(base: list[str], decoder: Path, tmp_path: Path) -> Make:
     """A session of these rows on the tiny BERT or, by likelihood, on the tiny Llama."""
 
-    def make(data: str, rows: Rows, likelihood: bool = False, **fields: Any) -> Session:
+    def make(data: str, rows: Rows, likelihood: bool = False, **fields: Any) -> Engine:
         path = write(tmp_path / data, train=several(rows), validation=rows)
         model = [f"model.path={decoder}"] if likelihood else []
         scoring = "likelihood" if likelihood else "head"
         task = replace(composed(f"data={data}").data, path=path, scoring=scoring, **fields)
-        return Session(replace(composed(*base, *model, "method.rank=4"), data=task))
+        return Engine(replace(composed(*base, *model, "method.rank=4"), data=task))
 
     return make
 
 
-def sequences(session: Session, split: str = "test") -> list[list[str]]:
-    examples = session.examples(split)
+def sequences(session: Engine, split: str = "test") -> list[list[str]]:
+    examples = session.rows.examples(split)
     ids, cuts = examples.arrays["tokens"].tolist(), examples.arrays["offsets"].tolist()
     pairs = zip(cuts, cuts[1:], strict=False)
-    return [session.processor.convert_ids_to_tokens(ids[a:b]) for a, b in pairs]
+    return [session.replica.processor.convert_ids_to_tokens(ids[a:b]) for a, b in pairs]
 
 
 # --- encoding -----------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def test_pairs_for_an_encoder(session: Make) -> None:
         ["[CLS]", "rain", "and", "wind", so, "[SEP]", "the", "storm", "[SEP]"],
         ["[CLS]", "rain", "and", "wind", so, "[SEP]", "old", "plate", "[SEP]"],
     ]
-    arrays = own.examples("test").arrays
+    arrays = own.rows.examples("test").arrays
     assert arrays["groups"].tolist() == [0, 2, 4]
     assert arrays["right"].tolist() == [False, True, True, False]
     assert own.task.num_labels == 1 and own.task.auto_class.endswith("SequenceClassification")
@@ -81,7 +81,7 @@ def test_continuations_for_a_decoder(session: Make) -> None:
         ["<s>", "rain", "and", "wind", "so", "the", "storm"],
         ["<s>", "rain", "and", "wind", "so", "old", "plate"],
     ]
-    assert own.examples("test").arrays["prompts"].tolist() == [5, 5]
+    assert own.rows.examples("test").arrays["prompts"].tolist() == [5, 5]
     assert own.task.num_labels is None and own.task.auto_class == "AutoModelForCausalLM"
 
 
@@ -96,7 +96,7 @@ def test_entities_that_fill_the_gap(session: Make) -> None:
         ["<s>", "goal", "and", "team", "goal"],
         ["<s>", "goal", "and", "team", "team"],
     ]
-    arrays = own.examples("test").arrays
+    arrays = own.rows.examples("test").arrays
     assert arrays["groups"].tolist() == [0, 3, 5]
     assert arrays["right"].tolist() == [True, False, True, False, True]
     assert arrays["prompts"].tolist() == [5, 5, 5, 4, 4]
@@ -106,7 +106,7 @@ def test_entities_that_fill_the_gap(session: Make) -> None:
 
 def test_cuts_are_counted_by_row(session: Make) -> None:
     """At most 7 tokens: one of a prompt of 5 goes, one of an answer of 4; row 1 is shorter."""
-    arrays = session("record", RECORD, likelihood=True, max_length=7).examples("test").arrays
+    arrays = session("record", RECORD, likelihood=True, max_length=7).rows.examples("test").arrays
     assert arrays["cut_prompt"].tolist() == [True, False]
     assert arrays["cut_answer"].tolist() == [True, False]
     assert np.diff(arrays["offsets"]).tolist() == [7, 7, 7, 5, 5]
@@ -133,12 +133,16 @@ LOSSES = [
 def test_losses_by_hand() -> None:
     task, model = MultipleChoice(), Logits(SCORES)
     inf = float("-inf")
-    assert task.scores(model, BATCH).tolist() == [[0, 2, inf], [1, 3, 2], [1, 0, inf]]
-    found = task.evaluate_batch(model, BATCH)
+    assert task.scores(task.forward(model, BATCH), BATCH).tolist() == [
+        [0, 2, inf],
+        [1, 3, 2],
+        [1, 0, inf],
+    ]
+    found = task.evaluate_batch(task.forward(model, BATCH), BATCH)
     assert found["loss"].tolist() == pytest.approx(LOSSES)
     assert found["prediction"].tolist() == [1, 1, 0]
     assert found["hit"].tolist() == [False, False, True]
-    assert float(task.loss(model, BATCH)) == pytest.approx(np.mean(LOSSES))
+    assert float(task.loss(task.forward(model, BATCH), BATCH)) == pytest.approx(np.mean(LOSSES))
 
 
 def test_scores_by_hand(tmp_path: Path) -> None:
@@ -158,7 +162,9 @@ def test_scores_by_hand(tmp_path: Path) -> None:
         metrics=["accuracy", "token_f1", "exact_match"],
     )
     found = task.score(
-        [task.evaluate_batch(Logits(SCORES), BATCH) | {"row": BATCH["row"]}], task.train_rows, None
+        [task.evaluate_batch(task.forward(Logits(SCORES), BATCH), BATCH) | {"row": BATCH["row"]}],
+        task.train_rows,
+        None,
     )
     assert set(found) == {"loss", "accuracy", "token_f1", "exact_match"}
     assert found["loss"] == pytest.approx(np.mean(LOSSES))
@@ -172,8 +178,8 @@ def test_scores_of_a_model(session: Make, likelihood: bool) -> None:
     """Of a batch with padding, as of each candidate alone; by hand where it is a likelihood."""
     rows = RECORD if likelihood else COPA
     own = session("record" if likelihood else "copa", rows, likelihood=likelihood)
-    own.model.eval()
-    examples = own.examples("test")
+    own.replica.model.eval()
+    examples = own.rows.examples("test")
     expected: list[list[float]] = []
     for row in range(2):
         alone = examples.batch(np.array([row]))
@@ -181,7 +187,9 @@ def test_scores_of_a_model(session: Make, likelihood: bool) -> None:
         for ids, mask in zip(alone["input_ids"], alone["attention_mask"], strict=True):
             with torch.no_grad():
                 given = ids[: int(mask.sum())][None]
-                logits = own.model(input_ids=given, attention_mask=torch.ones_like(given)).logits[0]
+                logits = own.replica.model(
+                    input_ids=given, attention_mask=torch.ones_like(given)
+                ).logits[0]
             if likelihood:
                 prompt = int(alone["prompts"][0])
                 logp = logits.log_softmax(-1)
@@ -191,7 +199,10 @@ def test_scores_of_a_model(session: Make, likelihood: bool) -> None:
                 scores.append(float(logits[0]))
         expected.append(scores)
     with torch.no_grad():
-        found = own.task.scores(own.model, examples.batch(np.arange(2))).tolist()
+        found = own.task.scores(
+            own.task.forward(own.replica.model, examples.batch(np.arange(2))),
+            examples.batch(np.arange(2)),
+        ).tolist()
     for got, scores in zip(found, expected, strict=True):
         assert got[: len(scores)] == pytest.approx(scores, abs=1e-5)
         assert set(got[len(scores) :]) <= {float("-inf")}

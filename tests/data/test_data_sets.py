@@ -11,8 +11,8 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from fedpeft.config.load import CONF
 from fedpeft.data.rows.tables import values
 from fedpeft.data.rows.templates import rendered
-from fedpeft.engine.session import Session
-from tests.conftest import TOPICS
+from fedpeft.engine.engine import Engine
+from tests.conftest import TOPICS, job_of
 from tests.data.made import composed, image
 
 NAMES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
@@ -221,10 +221,10 @@ def read(tmp_path: Path) -> Callable[[str], Any]:
 
 
 @pytest.fixture
-def opened(base: list[str], decoder: Path, read: Callable[[str], Any]) -> Callable[[str], Session]:
+def opened(base: list[str], decoder: Path, read: Callable[[str], Any]) -> Callable[[str], Engine]:
     """A session of a data set's small tables, with a tiny model of its kind."""
 
-    def make(name: str) -> Session:
+    def make(name: str) -> Engine:
         kind, *_ = EXPECTED[name]
         model = []
         if kind == "ImageClassification":
@@ -233,7 +233,7 @@ def opened(base: list[str], decoder: Path, read: Callable[[str], Any]) -> Callab
         elif kind in ("InstructionTuning", "QuestionAnswering") or name == "record":
             model = [f"model.path={decoder}"]
         settings = ["method.rank=4", "num_clients=1", "partition=iid"]
-        return Session(replace(composed(*base, *model, *settings), data=read(name)))
+        return Engine(replace(composed(*base, *model, *settings), data=read(name)))
 
     return make
 
@@ -244,7 +244,7 @@ CASES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in EX
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_small_tables(opened: Callable[[str], Session], name: str) -> None:
+def test_small_tables(opened: Callable[[str], Engine], name: str) -> None:
     """Sizes of the splits, classes, groups, and which measures the test rows get."""
     session = opened(name)
     task, (_, fraction, _, metrics, classes) = session.task, EXPECTED[name]
@@ -252,7 +252,7 @@ def test_small_tables(opened: Callable[[str], Session], name: str) -> None:
     rows = task.fingerprint()["rows"]
     assert (rows["train"], rows["validation"], rows["test"]) == expected
     assert getattr(task, "label_names", None) == classes
-    found = session.evaluate(session.examples("test"), last=True)
+    found = session.evaluate(session.rows.examples("test"), last=True)
     named = set(metrics)
     if EXPECTED[name][0] in ("InstructionTuning", "QuestionAnswering"):
         forms = ("teacher_forced", "generated")
@@ -260,7 +260,7 @@ def test_small_tables(opened: Callable[[str], Session], name: str) -> None:
         assert len(session.samples) == expected[2]
     assert set(found) == {"loss", *named}
     assert all(value == value for value in found.values())  # no NaN
-    trained = session.train_client(0, 1)
+    trained = session.train_client(job_of(session, 0), 1).trained
     assert trained.num_examples > 0 and trained.loss > 0
 
 

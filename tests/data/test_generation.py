@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.data.tasks.instruction import IGNORED, InstructionTuning, QuestionAnswering
-from fedpeft.engine.session import Session
+from fedpeft.engine.engine import Engine
 from tests.conftest import TOPICS, Runner
 from tests.data.conftest import tokenizer_of_words
 from tests.data.made import Rows, composed, write
@@ -53,10 +53,10 @@ def settings(decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[st
 
 
 @pytest.fixture
-def session(base: list[str], settings: list[str]) -> Callable[..., Session]:
-    def make(*given: str, **fields: Any) -> Session:
+def session(base: list[str], settings: list[str]) -> Callable[..., Engine]:
+    def make(*given: str, **fields: Any) -> Engine:
         config = composed(*base, *settings, "data.generate=always", "lr=0.01", *given)
-        return Session(replace(config, data=replace(config.data, **fields)))
+        return Engine(replace(config, data=replace(config.data, **fields)))
 
     return make
 
@@ -74,37 +74,41 @@ def greedy(model: nn.Module, ids: list[int], room: int, end: int) -> list[int]:
     return found
 
 
-def test_a_batch_generates_what_each_row_does_alone(session: Callable[..., Session]) -> None:
+def test_a_batch_generates_what_each_row_does_alone(session: Callable[..., Engine]) -> None:
     own = session()
-    own.model.eval()
-    rows, tokenizer = own.examples("test"), own.processor
+    own.replica.model.eval()
+    rows, tokenizer = own.rows.examples("test"), own.replica.processor
     batch = rows.batch(np.arange(len(rows)))
     assert len(set(batch["prompts"].tolist())) > 8  # so most are padded
-    config: Any = own.model.generation_config
+    config: Any = own.replica.model.generation_config
     config.repetition_penalty = 9.0  # as some models' files say
-    whole = own.task.generate_batch(own.model, batch, tokenizer)["generated"]
+    whole = own.task.generate_batch(own.replica.model, batch, tokenizer)["generated"]
     assert whole.shape == (24, ROOM)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(whole[0, 3]))  # one that comes
-    found = own.task.generate_batch(own.model, batch, tokenizer)["generated"]
+    found = own.task.generate_batch(own.replica.model, batch, tokenizer)["generated"]
     lengths = []
     for row, generated in enumerate(found):
         prompt = batch["input_ids"][row, : int(batch["prompts"][row])].tolist()
-        assert whole[row].tolist() == greedy(own.model, prompt, ROOM, -1)
-        expected = greedy(own.model, prompt, ROOM, tokenizer.eos_token_id)
+        assert whole[row].tolist() == greedy(own.replica.model, prompt, ROOM, -1)
+        expected = greedy(own.replica.model, prompt, ROOM, tokenizer.eos_token_id)
         assert generated[generated != IGNORED].tolist() == expected
         assert (generated[len(expected) :] == IGNORED).all()
         lengths.append(len(expected))
     assert lengths[0] <= 3 and max(lengths) == ROOM  # some stop early, some do not
-    alone = own.task.generate_batch(own.model, rows.batch(np.array([0])), tokenizer)["generated"]
+    alone = own.task.generate_batch(own.replica.model, rows.batch(np.array([0])), tokenizer)[
+        "generated"
+    ]
     assert alone.shape[1] == lengths[0] + 1  # nothing is computed after the end
 
 
-def test_settings_of_generation(session: Callable[..., Session]) -> None:
+def test_settings_of_generation(session: Callable[..., Engine]) -> None:
     def of(**fields: Any) -> list[list[int]]:
         own = session(**fields)
-        own.model.eval()
-        batch = own.examples("test").batch(np.arange(24))
-        return own.task.generate_batch(own.model, batch, own.processor)["generated"].tolist()
+        own.replica.model.eval()
+        batch = own.rows.examples("test").batch(np.arange(24))
+        return own.task.generate_batch(own.replica.model, batch, own.replica.processor)[
+            "generated"
+        ].tolist()
 
     plain = of()
     assert {len(row) for row in plain} == {ROOM}
@@ -112,9 +116,9 @@ def test_settings_of_generation(session: Callable[..., Session]) -> None:
     assert of(generation={"num_beams": 3}) != plain
 
 
-def test_threads_change_nothing(session: Callable[..., Session]) -> None:
+def test_threads_change_nothing(session: Callable[..., Engine]) -> None:
     own = session("evaluation.batch_size=3")
-    rows = own.examples("test")
+    rows = own.rows.examples("test")
     assert own.samples == []
     one = own.evaluate(rows)
     samples = own.samples
@@ -223,23 +227,25 @@ def test_clients_generate_with_their_own_parameters(run: Runner, settings: list[
 
 
 def test_generation_leaves_room_in_max_length(
-    session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+    session: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt beside a short answer may be longer; what is generated must fit all the same."""
     made = session(max_length=16)
-    task, examples = made.task, made.examples("test")
+    task, examples = made.task, made.rows.examples("test")
     seen: list[Tensor] = []
-    generate = made.model.generate
+    generate = made.replica.model.generate
     assert callable(generate)
 
     def watch(**given: Any) -> Any:
         seen.append(given["input_ids"][given["attention_mask"].bool()])
         return generate(**given)
 
-    monkeypatch.setattr(made.model, "generate", watch)
+    monkeypatch.setattr(made.replica.model, "generate", watch)
     rows = np.arange(len(examples))
     for row in rows:
-        task.generate_batch(made.model, examples.batch(rows[row : row + 1]), made.processor)
+        task.generate_batch(
+            made.replica.model, examples.batch(rows[row : row + 1]), made.replica.processor
+        )
     prompts = [examples.batch(rows[i : i + 1]) for i in rows]
     given = [b["input_ids"][0, : int(b["prompts"][0])].tolist() for b in prompts]
     assert max(map(len, given)) > 16 - ROOM

@@ -236,7 +236,7 @@ def test_pixels_are_the_processor_s(
             self.logits = torch.zeros(3, 2)
             return self
 
-    task.logits(Model(), batch)
+    task.forward(Model(), batch)
     pictures = [Image.open(io.BytesIO(encoded[i])).convert("RGB") for i in (2, 0, 1)]
     expected = given(pictures, return_tensors="pt")["pixel_values"]
     assert seen[0].shape == expected.shape and seen[0].dtype == expected.dtype == torch.float32

@@ -15,7 +15,7 @@ from torch import nn
 from fedpeft.data.batching import Examples
 from fedpeft.data.rows.templates import keep_ends, prompt_tokens, rendered, template_columns
 from fedpeft.data.tasks.instruction import InstructionTuning, QuestionAnswering, sequences
-from fedpeft.engine.session import Session
+from fedpeft.engine.engine import Engine
 from tests.conftest import Runner
 from tests.data.conftest import tokenizer_of_words
 from tests.data.made import Logits, Rows, composed, said, write
@@ -85,16 +85,16 @@ def test_a_prompt_without_a_beginning() -> None:
 
 
 @pytest.fixture
-def chat(base: list[str], decoder: Path, tmp_path: Path) -> Callable[..., Session]:
+def chat(base: list[str], decoder: Path, tmp_path: Path) -> Callable[..., Engine]:
     """A session of the tiny Llama on these rows, which are also those that validate and test."""
 
-    def make(rows: Rows, template: str | None = None, **fields: Any) -> Session:
+    def make(rows: Rows, template: str | None = None, **fields: Any) -> Engine:
         path = write(tmp_path / "chat", train=rows, validation=rows, test=rows)
         given: dict[str, Any] = {"validation_split": "validation", "test_split": "test"} | fields
         task = InstructionTuning(path=path, label=None, **given)
         config = composed(*base, f"model.path={decoder}", "method.rank=4")
         model = replace(config.model, chat_template=template)
-        return Session(replace(config, data=task, model=model))
+        return Engine(replace(config, data=task, model=model))
 
     return make
 
@@ -105,19 +105,19 @@ PAIR: Rows = [
 ]
 
 
-def words(session: Session, split: str = "test") -> list[tuple[list[str], list[str]]]:
+def words(session: Engine, split: str = "test") -> list[tuple[list[str], list[str]]]:
     """Prompt and answer of each row, as tokens."""
-    examples = session.examples(split)
+    examples = session.rows.examples(split)
     found = []
     for row in range(len(examples)):
         batch = examples.batch(np.array([row]))
-        tokens = session.processor.convert_ids_to_tokens(batch["input_ids"][0].tolist())
+        tokens = session.replica.processor.convert_ids_to_tokens(batch["input_ids"][0].tolist())
         given = int(batch["prompts"][0])
         found.append((tokens[:given], tokens[given:]))
     return found
 
 
-def test_rows_through_the_plain_template(chat: Callable[..., Session]) -> None:
+def test_rows_through_the_plain_template(chat: Callable[..., Engine]) -> None:
     head, tail = ["<s>", "###", "Instruction:"], ["###", "Response:"]
     found = words(chat(PAIR, prompt=OPTIONAL))
     assert found == [
@@ -126,7 +126,7 @@ def test_rows_through_the_plain_template(chat: Callable[..., Session]) -> None:
     ]
 
 
-def test_rows_through_a_given_template(chat: Callable[..., Session]) -> None:
+def test_rows_through_a_given_template(chat: Callable[..., Engine]) -> None:
     template = "{{ bos_token }}{% for m in messages %} {{ m.role }} , {{ m.content }}{% endfor %}"
     ending = " {% if add_generation_prompt %}because{% endif %}"
     found = words(chat(PAIR, template + ending))
@@ -155,19 +155,24 @@ def by_hand(model: nn.Module, rows: Examples, answers_only: bool) -> list[list[f
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "all"])
-def test_the_loss_is_of_the_answers_tokens(chat: Callable[..., Session], loss_on: str) -> None:
+def test_the_loss_is_of_the_answers_tokens(chat: Callable[..., Engine], loss_on: str) -> None:
     session = chat(PAIR, loss_on=loss_on)
-    rows, task = session.examples("train"), session.task
-    session.model.eval()
-    losses = by_hand(session.model, rows, loss_on == "answer")
+    rows, task = session.rows.examples("train"), session.task
+    session.replica.model.eval()
+    losses = by_hand(session.replica.model, rows, loss_on == "answer")
     # answers with their ends; or all but the first: <s> ### Instruction: ... ### Response:
     expected = [3, 2] if loss_on == "answer" else [8 - 1 + 3, 6 - 1 + 2]
     assert [len(row) for row in losses] == expected
     mean = np.mean(sum(losses, []))
     with torch.no_grad():
-        assert float(task.loss(session.model, rows.batch(np.arange(2)))) == pytest.approx(mean)
+        assert float(
+            task.loss(
+                task.forward(session.replica.model, rows.batch(np.arange(2))),
+                rows.batch(np.arange(2)),
+            )
+        ) == pytest.approx(mean)
     metrics = session.evaluate(rows)  # of the answers, whatever trains
-    of_answers = by_hand(session.model, rows, True)
+    of_answers = by_hand(session.replica.model, rows, True)
     assert metrics["loss"] == pytest.approx(np.mean(sum(of_answers, [])))
     assert task.selects == ("loss", -1)
 
@@ -244,7 +249,7 @@ def test_teacher_forced_metrics_by_hand() -> None:
     ids = torch.tensor([[1, goal, rain, end], [1, rain, end, 0]])
     prompts = torch.tensor([1, 1])
     batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "prompts": prompts}
-    found = task.evaluate_batch(model, batch) | {"row": torch.tensor([0, 1])}
+    found = task.evaluate_batch(task.forward(model, batch), batch) | {"row": torch.tensor([0, 1])}
     assert found["count"].tolist() == [3, 2] and found["correct"].tolist() == [2, 1]
     metrics = task.score([found], Dataset.from_dict({}), tokenizer)
     assert set(metrics) == {"loss", "token_accuracy", "rouge_l_teacher_forced"}

@@ -12,7 +12,7 @@ from scipy.stats import entropy
 from fedpeft.data.partitions import base as module
 from fedpeft.data.partitions.base import IID, Dirichlet, Partition, Rows, draws, own_splits
 from fedpeft.data.partitions.skew import EqualSize, Pathological, Quantity
-from fedpeft.engine.session import Session
+from fedpeft.engine.engine import Engine
 
 LABELS = np.arange(400) % 4
 
@@ -280,31 +280,31 @@ def test_too_few_rows_for_own_splits(rows: int) -> None:
 # --- in a session --------------------------------------------------------------------------------
 
 
-def test_clients_of_a_session_hold_all_rows_once(opened: Callable[..., Session]) -> None:
+def test_clients_of_a_session_hold_all_rows_once(opened: Callable[..., Engine]) -> None:
     session = opened("num_clients=4")
-    assert sorted(np.concatenate(session.client_rows).tolist()) == list(range(240))
-    sizes = [{k: len(v) for k, v in session.client_examples(c).items()} for c in range(4)]
+    assert sorted(np.concatenate(session.rows.by_client).tolist()) == list(range(240))
+    sizes = [{k: len(v) for k, v in session.rows.client_examples(c).items()} for c in range(4)]
     assert sum(sum(s.values()) for s in sizes) == 240
-    assert [sum(s.values()) for s in sizes] == [len(rows) for rows in session.client_rows]
+    assert [sum(s.values()) for s in sizes] == [len(rows) for rows in session.rows.by_client]
     for client in (-1, 4):
         with pytest.raises(
             ValueError, match=f"partition-id must be from 0 to num_clients - 1 = 3, got {client}"
         ):
-            session.client_examples(client)
+            session.rows.client_examples(client)
 
 
-def test_partition_does_not_depend_on_the_method(opened: Callable[..., Session]) -> None:
-    rows = [opened(f"method={m}").client_rows for m in ("lora", "scl")]
+def test_partition_does_not_depend_on_the_method(opened: Callable[..., Engine]) -> None:
+    rows = [opened(f"method={m}").rows.by_client for m in ("lora", "scl")]
     assert same(rows[0], rows[1])
-    assert not same(rows[0], opened("seed=1").client_rows)
+    assert not same(rows[0], opened("seed=1").rows.by_client)
 
 
 def test_max_client_rows_limits_what_is_measured_not_what_is_trained(
-    opened: Callable[..., Session],
+    opened: Callable[..., Engine],
 ) -> None:
     full, limited = opened(), opened("evaluation.max_client_rows=2")
     for client in range(3):
-        all_rows, few = full.client_examples(client), limited.client_examples(client)
+        all_rows, few = full.rows.client_examples(client), limited.rows.client_examples(client)
         assert len(few["train"]) == len(all_rows["train"])
         for split in ("validation", "test"):
             assert len(few[split]) == min(2, len(all_rows[split]))

@@ -12,7 +12,7 @@ from fedpeft.data.tasks.base import Task
 from fedpeft.data.tasks.instruction import InstructionTuning
 from fedpeft.data.tasks.language import LanguageModelling
 from fedpeft.data.tasks.text import Regression, TextClassification
-from fedpeft.engine.session import Session
+from fedpeft.engine.engine import Engine
 from tests.conftest import Runner
 from tests.data.made import Rows, said, write
 
@@ -116,12 +116,12 @@ def test_limits(tmp_path: Path) -> None:
     assert texts(task, "train") != texts(whole, "train")[:5]
 
 
-def test_clients_and_server_agree_on_the_splits(opened: Callable[..., Session]) -> None:
+def test_clients_and_server_agree_on_the_splits(opened: Callable[..., Engine]) -> None:
     """Their seeds divide training rows alone: no validation row reaches a client."""
     given = ["data.validation_split=null", "data.validation_fraction=0.2"]
     a, b = opened(*given, "seed=0"), opened(*given, "seed=1")
     assert a.task.fingerprint() == b.task.fingerprint()
-    assert sum(map(len, a.client_rows)) == 192 and len(a.examples("validation")) == 48
+    assert sum(map(len, a.rows.by_client)) == 192 and len(a.rows.examples("validation")) == 48
 
 
 def test_fingerprint_sees_every_text_and_label(tmp_path: Path) -> None:

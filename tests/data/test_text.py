@@ -13,7 +13,7 @@ from torch import Tensor
 from fedpeft.config.load import load_config
 from fedpeft.data.tasks.language import LanguageModelling
 from fedpeft.data.tasks.text import Regression, TextClassification
-from fedpeft.engine.session import Session
+from fedpeft.engine.engine import Engine
 from tests.conftest import Runner
 from tests.data.made import Logits, Rows, write
 
@@ -161,9 +161,9 @@ def test_a_task_that_needs_its_label() -> None:
 # --- encoding -----------------------------------------------------------------------------------
 
 
-def test_encode_truncates(opened: Callable[..., Session]) -> None:
+def test_encode_truncates(opened: Callable[..., Engine]) -> None:
     session = opened("data.max_length=6")
-    examples, tokenizer = session.examples("test"), session.processor
+    examples, tokenizer = session.rows.examples("test"), session.replica.processor
     assert examples.lengths.max() == 6 and examples.lengths.min() >= 3
     first = session.task.split_rows("test")["text"][0].split()[:4]
     ids = examples.arrays["tokens"][: examples.arrays["offsets"][1]].tolist()
@@ -193,7 +193,7 @@ def test_classification_metrics_by_hand() -> None:
     batch = batch_of([0, 0, 1, 2])
     # predicts 0, 1, 1, 0 with probability 1/2 against 1/4 and 1/4
     model = Logits(torch.log(torch.tensor([[2.0, 1, 1], [1, 2, 1], [1, 2, 1], [2, 1, 1]])))
-    found = task.evaluate_batch(model, batch)
+    found = task.evaluate_batch(task.forward(model, batch), batch)
     assert found["prediction"].tolist() == [0, 1, 1, 0]
     loss = (2 * np.log(2) + 2 * np.log(4)) / 4
     parts = [{k: v[:3] for k, v in found.items()}, {k: v[3:] for k, v in found.items()}]
@@ -203,14 +203,15 @@ def test_classification_metrics_by_hand() -> None:
     assert metrics["accuracy"] == 0.5
     # F1: a 1/2 (precision 1/2, recall 1/2), b 2/3 (1/2, 1), c 0
     assert metrics["f1_macro"] == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
-    assert float(task.loss(model, batch)) == pytest.approx(loss, rel=1e-6)
+    assert float(task.loss(task.forward(model, batch), batch)) == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_task_s_own_metrics_by_hand() -> None:
     """MRPC's and CoLA's: 2 hits, 1 false alarm, 1 miss, 1 right rejection."""
     task = TextClassification(labels=["no", "yes"], metrics=["matthews", "f1"])
     batch = batch_of([1, 1, 0, 1, 0])
-    found = task.evaluate_batch(Logits([[0.0, 1], [0, 1], [0, 1], [1, 0], [1, 0]]), batch)
+    model = Logits([[0.0, 1], [0, 1], [0, 1], [1, 0], [1, 0]])
+    found = task.evaluate_batch(task.forward(model, batch), batch)
     metrics = task.score([found], NOTHING, None)
     assert set(metrics) == {"loss", "matthews", "f1"} and task.selects == ("matthews", 1)
     assert metrics["f1"] == pytest.approx(2 / 3)  # precision 2/3, recall 2/3
@@ -230,7 +231,7 @@ def test_regression_by_hand(tmp_path: Path) -> None:
     assert task.headline == "spearman" and task.baseline(np.zeros(2), np.ones(2)) is None
     batch = batch_of([0.0, 2.5, 5.0])
     model = Logits([[1.0], [2.0], [9.0]])
-    found = task.evaluate_batch(model, batch)
+    found = task.evaluate_batch(task.forward(model, batch), batch)
     assert found["prediction"].tolist() == [1, 2, 9]  # the numbers, not where the highest is
     metrics = task.score([found], task.train_rows, None)
     assert set(metrics) == {"loss", "spearman", "pearson"}
@@ -238,7 +239,7 @@ def test_regression_by_hand(tmp_path: Path) -> None:
     assert metrics["spearman"] == pytest.approx(1)  # the same order
     # deviations (-2.5, 0, 2.5) and (-3, -2, 5): 20 / sqrt(12.5 * 38)
     assert metrics["pearson"] == pytest.approx(20 / np.sqrt(12.5 * 38))
-    assert float(task.loss(model, batch)) == pytest.approx(metrics["loss"])
+    assert float(task.loss(task.forward(model, batch), batch)) == pytest.approx(metrics["loss"])
     with pytest.raises(ValueError) as error:
         Regression(metrics=["accuracy"])
     assert str(error.value) == (
@@ -279,11 +280,13 @@ def test_language_modelling_by_hand() -> None:
     batch = batch_of([0, 0], [[3, 1, 2], [3, 1, 0]])
     right, wrong = [0.0, 9.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]
     model = Logits([[right, wrong, wrong], [right, wrong, right]])
-    found = task.evaluate_batch(model, batch)
+    found = task.evaluate_batch(task.forward(model, batch), batch)
     assert found["count"].tolist() == [2, 1] and found["correct"].tolist() == [1, 1]
     low, high = np.log(np.exp(9) + 3) - 9, np.log(np.exp(9) + 3)
     parts = [{k: v[i : i + 1] for k, v in found.items()} for i in (0, 1)]
     metrics = task.score(parts, NOTHING, None)
     assert metrics["loss"] == pytest.approx((2 * low + high) / 3, rel=1e-5)
     assert metrics["token_accuracy"] == pytest.approx(2 / 3)
-    assert float(task.loss(model, batch)) == pytest.approx(metrics["loss"], rel=1e-5)
+    assert float(task.loss(task.forward(model, batch), batch)) == pytest.approx(
+        metrics["loss"], rel=1e-5
+    )

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedpeft.methods.base import Method, Role, State, weighted_mean
+from fedpeft.methods.base import At, Method
 from fedpeft.methods.fed_sb import FedSB
 from fedpeft.methods.federa import FeDeRA
 from fedpeft.methods.fedex_lora import FedExLoRA
@@ -28,8 +28,9 @@ from fedpeft.nn.scl import CompressedProjection
 from fedpeft.nn.tensor_train import TensorTrain
 from fedpeft.seeding import torch_seed
 from fedpeft.server.diagnostics import interference
-from fedpeft.state import load_state, snapshot
+from fedpeft.state import Role, State, load_state, snapshot, weighted_mean
 from tests.architectures import tiny
+from tests.methods.rounds import aggregated
 
 WEIGHTS = [0.5, 0.3, 0.2]
 LAYERS = (LoraLayer, CompressedProjection, TensorTrain, CoreAdapter)
@@ -99,7 +100,7 @@ def test_states_that_cannot_be_averaged(
 
 
 @dataclass
-class Round:
+class Aggregation:
     """One aggregation: the model, the state before, the clients' updates and their aggregate."""
 
     method: Method
@@ -154,7 +155,7 @@ def features(layer: nn.Module) -> int:
     return layer.in_features
 
 
-def one_round(method: Method, name: str, round: int = 1, noise: float = 0.2) -> Round:
+def one_round(method: Method, name: str, round: int = 1, noise: float = 0.2) -> Aggregation:
     """Three clients move what they share by noise; B does not stand at zero any more."""
     with torch_seed(0, "method"):
         model = method.inject(tiny(name)).eval()
@@ -166,9 +167,10 @@ def one_round(method: Method, name: str, round: int = 1, noise: float = 0.2) -> 
         return value + noise * torch.randn(value.shape, generator=generator)
 
     before = {n: moved(v) if ".lora_B." in n else v for n, v in before.items()}
-    sent = [n for n in names if method.role(n, round) is Role.SHARED]
+    sent = [n for n in names if method.role(n, At(round)) is Role.SHARED]
     states = [{n: moved(before[n]) for n in sent} for _ in WEIGHTS]
-    return Round(method, model, before, states, method.aggregate(states, WEIGHTS, before, 1))
+    after = aggregated(method, states, WEIGHTS, before, model=model)
+    return Aggregation(method, model, before, states, after)
 
 
 # nn.Linear and GPT-2's Conv1D, square and not (Llama's v 48 -> 24, GPT-2's c_attn 48 -> 144).
@@ -233,12 +235,12 @@ def test_fewer_factors_interfere_less() -> None:
     weights = [1 / 20] * 20
     found = []
     for method in (FedTT(), FedTTPlus(), FedTTPlus(active="one")):
-        sent = [n for n in before if method.role(n, 3) is Role.SHARED]
+        sent = [n for n in before if method.role(n, At(3)) is Role.SHARED]
         states = [
             {n: before[n] + 0.2 * before[n].std() * torch.randn_like(before[n]) for n in sent}
             for _ in weights
         ]
-        after = method.aggregate(states, weights, {}, 1)
+        after = aggregated(method, states, weights)
         found.append(interference(model, method, before, states, weights, after))
     assert found == pytest.approx([0.265, 0.193, 0.0], abs=0.04)
 
@@ -252,7 +254,7 @@ def test_interference_by_hand() -> None:
         return {name: torch.tensor([[float(value)]]) for name, value in values.items()}
 
     states = [state(2, 3), state(4, 5)]
-    after = SCL().aggregate(states, [0.25, 0.75], {}, 1)
+    after = aggregated(SCL(), states, [0.25, 0.75])
     # avg w avg c = 3.5 * 4.5 = 15.75; avg w c = 1.5 + 15 = 16.5; start 1.
     found = interference(model, SCL(), state(1, 1), states, [0.25, 0.75], after)
     assert found == pytest.approx(0.75 / 15.5, rel=1e-6)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from fedpeft.config.load import load_config
+from fedpeft.engine.cpu import checkpoint_blocks
 from fedpeft.methods.adapter import Adapter
-from fedpeft.methods.base import Method, Role
+from fedpeft.methods.base import At, Method
 from fedpeft.methods.bitfit import BitFit
 from fedpeft.methods.feddpa import FedDPA
 from fedpeft.methods.federa import FeDeRA
@@ -23,10 +24,11 @@ from fedpeft.methods.p_tuning import PTuning
 from fedpeft.methods.prefix import Prefix
 from fedpeft.methods.prompt import Prompt
 from fedpeft.methods.rolora import RoLoRA
-from fedpeft.models.precision import checkpoint_blocks, train_in_float32
+from fedpeft.models.precision import train_in_float32
 from fedpeft.nn.adapters import BottleneckAdapter
 from fedpeft.nn.virtual import Prefixed, Prompted
 from fedpeft.seeding import torch_seed
+from fedpeft.state import Role
 from tests.architectures import ARCHITECTURES, HIDDEN, LAYERS, inputs, logits, tiny, trainable
 from tests.baselines import BASELINES, PROMPTS, names_by_hand, refusal
 from tests.conftest import Runner
@@ -68,8 +70,8 @@ def test_roles(method: str, name: str) -> None:
     ever: set[str] = set()
     for round in range(1, 5):
         shared, personal = names_by_hand(method, name, a, everything, round)
-        assert {n for n in names if chosen.role(n, round) is Role.SHARED} == shared
-        assert {n for n in names if chosen.role(n, round) is Role.PERSONAL} == personal
+        assert {n for n in names if chosen.role(n, At(round)) is Role.SHARED} == shared
+        assert {n for n in names if chosen.role(n, At(round)) is Role.PERSONAL} == personal
         ever |= shared | personal
     assert names == ever
 
@@ -132,9 +134,13 @@ def test_hyperparameters_are_checked(
 
 def test_rolora_alternates() -> None:
     a, b = "x.lora_A.default.weight", "x.lora_B.default.weight"
-    assert [RoLoRA().role(a, t) for t in (1, 2, 3)] == [Role.FROZEN, Role.SHARED, Role.FROZEN]
-    assert [RoLoRA().role(b, t) for t in (1, 2, 3)] == [Role.SHARED, Role.FROZEN, Role.SHARED]
-    assert RoLoRA().role("classifier.weight", 1) is RoLoRA().role("score.weight", 2) is Role.SHARED
+    assert [RoLoRA().role(a, At(t)) for t in (1, 2, 3)] == [Role.FROZEN, Role.SHARED, Role.FROZEN]
+    assert [RoLoRA().role(b, At(t)) for t in (1, 2, 3)] == [Role.SHARED, Role.FROZEN, Role.SHARED]
+    assert (
+        RoLoRA().role("classifier.weight", At(1))
+        is RoLoRA().role("score.weight", At(2))
+        is Role.SHARED
+    )
 
 
 def test_full_trains_float32_on_a_bfloat16_base() -> None:

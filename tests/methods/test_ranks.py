@@ -1,5 +1,7 @@
 """Ranks that differ by client: what each trains and sends, and what becomes of it."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -7,16 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.config.load import load_config
-from fedpeft.engine.session import Session
-from fedpeft.methods.base import Method, State
+from fedpeft.engine.engine import Engine, Result
+from fedpeft.engine.plan import Job
+from fedpeft.methods.base import At, Method, Round
 from fedpeft.methods.fedtt import FACTOR, FedTT, FedTTPlus
 from fedpeft.methods.flexlora import FlexLoRA
 from fedpeft.methods.flora import FLoRA
 from fedpeft.methods.hetlora import HetLoRA
 from fedpeft.methods.parts.ranks import mean_of_holders, rank_of
 from fedpeft.nn.tensor_train import TTLinear
-from fedpeft.state import blocks, filled, load_state, payload_bytes, snapshot
+from fedpeft.state import State, filled, leading, load_state, payload_bytes, snapshot
 from tests.conftest import Runner
+from tests.methods.rounds import aggregated
 
 RANKS = [2, 4, 1]  # of clients 0, 1, 2
 HEAD = 32 * 4 + 4
@@ -24,35 +28,43 @@ LORA = ("hetlora", "flexlora", "flora")
 
 
 def test_rank_of_a_client() -> None:
-    assert [rank_of([2, 4, 1], c, 8) for c in range(5)] == [2, 4, 1, 2, 4]
-    assert [rank_of({1: 3}, c, 8) for c in range(3)] == [8, 3, 8]
-    assert rank_of(None, 7, 8) == rank_of([], 7, 8) == 8
+    assert [rank_of([2, 4, 1], At(1, c), 8) for c in range(5)] == [2, 4, 1, 2, 4]
+    assert [rank_of({1: 3}, At(1, c), 8) for c in range(3)] == [8, 3, 8]
+    assert rank_of(None, At(1, 7), 8) == rank_of([], At(1, 7), 8) == 8
+    assert rank_of([2, 4, 1], At(1), 8) == 8  # a client of whole parameters
 
 
 @pytest.mark.parametrize("cls", [HetLoRA, FlexLoRA, FLoRA])
 def test_blocks_of_lora(cls: type[Any]) -> None:
     method = cls(rank=4, ranks=RANKS)
     a, b = "x.lora_A.default.weight", "x.lora_B.default.weight"
-    assert [method.block(a, (4, 30), c) for c in range(4)] == [(r, 30) for r in (2, 4, 1, 2)]
-    assert [method.block(b, (20, 4), c) for c in range(4)] == [(20, r) for r in (2, 4, 1, 2)]
+    assert [method.block(a, (4, 30), At(1, c)) for c in range(4)] == [(r, 30) for r in (2, 4, 1, 2)]
+    assert [method.block(b, (20, 4), At(1, c)) for c in range(4)] == [(20, r) for r in (2, 4, 1, 2)]
     for name, shape in (("classifier.weight", (4, 30)), ("x.base_layer.weight", (20, 30))):
-        assert method.block(name, shape, 2) == shape
+        assert method.block(name, shape, At(1, 2)) == shape
 
 
 def test_blocks_of_a_train() -> None:
     method = FedTT(tt_rank=5, tt_ranks={1: 2})
     shapes = {1: (1, 4, 5), 2: (5, 8, 5), 3: (5, 8, 1)}
     for client, r in ((0, 5), (1, 2)):
-        found = [method.block(f"x.factor_{j}_of_3", shape, client) for j, shape in shapes.items()]
+        found = [
+            method.block(f"x.factor_{j}_of_3", shape, At(1, client)) for j, shape in shapes.items()
+        ]
         assert found == [(1, 4, r), (r, 8, r), (r, 8, 1)]
-    assert method.block("x.down.bias", (64,), 1) == (64,)
+    assert method.block("x.down.bias", (64,), At(1, 1)) == (64,)
+
+
+def blocks(method: Method, state: State, client: int) -> State:
+    """What a client of round 1 trains of a full state."""
+    at = At(1, client)
+    return {n: leading(v, method.block(n, v.shape, at)) for n, v in state.items()}
 
 
 def tail(method: Method, state: State, client: int) -> list[Tensor]:
     """What lies outside a client's blocks."""
-    inside = filled(
-        blocks(method, {n: torch.ones_like(v) for n, v in state.items()}, client), state
-    )
+    ones = {name: torch.ones_like(value) for name, value in state.items()}
+    inside = filled(blocks(method, ones, client), state)
     return [value[inside[name] == 0] for name, value in state.items()]
 
 
@@ -60,21 +72,21 @@ def tail(method: Method, state: State, client: int) -> list[Tensor]:
 def tails(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool, bool]]:
     """(client, whether its model has a tail, whether it is zero) before and after each training."""
     seen: list[tuple[int, bool, bool]] = []
-    train_client = Session.train_client
+    train_client = Engine.train_client
 
-    def look(session: Session, client: int) -> None:
-        method = session.config.method
-        state = snapshot(session.model, session.trainable)
-        outside = torch.cat(tail(method, state, client))
+    def look(engine: Engine, client: int, state: State) -> None:
+        outside = torch.cat(tail(engine.config.method, state, client))
         seen.append((client, len(outside) > 0, not outside.any()))
 
-    def watch(session: Session, client: int, round: int, term: Any = None) -> Any:
-        look(session, client)
-        result = train_client(session, client, round, term)
-        look(session, client)
+    def watch(engine: Engine, job: Job, round: int) -> Result:
+        look(engine, job.client, job.start)
+        result = train_client(engine, job, round)
+        assert result.after.keys() == job.start.keys() == set(engine.replica.roles.names)
+        after = snapshot(engine.replica.model, engine.replica.roles.names)
+        look(engine, job.client, after)
         return result
 
-    monkeypatch.setattr(Session, "train_client", watch)
+    monkeypatch.setattr(Engine, "train_client", watch)
     return seen
 
 
@@ -115,7 +127,25 @@ def test_a_client_of_tensor_rank_r_sends_r_squared(
 
 def test_ranks_by_client_in_a_configuration() -> None:
     found = load_config(["method=hetlora", "method.ranks={1: 2, 3: 4}"]).method
-    assert [rank_of(found.ranks, c, found.rank) for c in range(5)] == [8, 2, 8, 4, 8]
+    assert [rank_of(found.ranks, At(1, c), found.rank) for c in range(5)] == [8, 2, 8, 4, 8]
+
+
+@dataclass(frozen=True)
+class Held(Method):
+    """Every client trains a block of its own.
+
+    Args:
+        shapes: of the blocks, by client.
+    """
+
+    shapes: Sequence[tuple[int, ...]]
+
+    def inject(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def block(self, name: str, shape: Sequence[int], at: At) -> Sequence[int]:
+        assert at.client is not None
+        return self.shapes[at.client]
 
 
 def test_the_mean_of_those_that_hold_an_entry() -> None:
@@ -123,7 +153,10 @@ def test_the_mean_of_those_that_hold_an_entry() -> None:
         {"x": torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 0.0], [0.0, 0.0, 0.0]])},
         {"x": torch.tensor([[5.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])},
     ]
-    mean = mean_of_holders(states, [0.25, 0.75], {"x": torch.full((3, 3), 9.0)})
+    before = {"x": torch.full((3, 3), 9.0)}
+    held = Held([(2, 2), (1, 1)])
+    round = Round(1, [At(1, 0), At(1, 1)], states, [0.25, 0.75], before)
+    mean = mean_of_holders(held, round, ["x"])
     # (0.25 + 3.75) / 1 where both have a number; the first alone has three more; the rest stays.
     assert mean["x"].tolist() == [[4, 2, 9], [3, 4, 9], [9, 9, 9]]
     assert mean["x"].dtype == torch.float32
@@ -138,10 +171,10 @@ def test_trains_of_unequal_rank_are_averaged_by_their_holders() -> None:
         {name: torch.full((3, 2, 3), 8.0), "h": torch.ones(1)},
         {name: low, "h": torch.ones(1)},
     ]
-    after = method.aggregate(states, [0.5, 0.5], before, 1)
+    after = aggregated(method, states, [0.5, 0.5], before)
     assert after[name][0, :, 0].tolist() == [6, 6] and after["h"].item() == 1
     assert after[name].sum() == 2 * 6 + 16 * 8
-    plain = FedTT(tt_rank=3).aggregate(states, [0.5, 0.5], before, 1)
+    plain = aggregated(FedTT(tt_rank=3), states, [0.5, 0.5], before)
     assert plain[name].sum() == 2 * 6 + 16 * 4
 
 

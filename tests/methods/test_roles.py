@@ -1,6 +1,7 @@
 """The role table: what each method trains, sends and keeps, on every architecture."""
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -8,7 +9,10 @@ import torch
 import transformers as hf
 from torch import nn
 
-from fedpeft.methods.base import Method, Role
+from fedpeft.config.load import load_config
+from fedpeft.config.schema import Config
+from fedpeft.engine.roles import Roles
+from fedpeft.methods.base import At, Method
 from fedpeft.methods.fed_sb import FedSB
 from fedpeft.methods.fedex_lora import FedExLoRA
 from fedpeft.methods.fedftg import FedFTG
@@ -26,6 +30,7 @@ from fedpeft.models.sites import attention_projections, head_names, linear_weigh
 from fedpeft.nn.scl import CompressedProjection
 from fedpeft.nn.tensor_train import AdaptedOutput, TensorTrain, TTAdapter
 from fedpeft.seeding import torch_seed
+from fedpeft.state import Role, names_with
 from tests.architectures import (
     ARCHITECTURES,
     HIDDEN,
@@ -105,7 +110,7 @@ def output_head(a: Architecture) -> set[str]:
 
 
 def with_role(method: Method, names: Iterable[str], round: int, role: Role) -> set[str]:
-    return {name for name in names if method.role(name, round) is role}
+    return {name for name in names if method.role(name, At(round)) is role}
 
 
 def injected(method: Method, name: str) -> nn.Module:
@@ -237,21 +242,39 @@ def test_slora_needs_rounds_for_its_lora() -> None:
         SLoRA(sparse_rounds=3).check(3)
 
 
+@cache
+def fedsa_lora(*overrides: str) -> Config:
+    return load_config(["method=fedsa_lora", *overrides])
+
+
 @every_architecture
-@pytest.mark.parametrize("head", ["personal", "shared"])
-def test_fedsa_lora_keeps_b_on_the_client(name: str, head: str) -> None:
+def test_fedsa_lora_shares_a_and_head_and_keeps_b_on_the_client(name: str) -> None:
     a = ARCHITECTURES[name]
-    on_client = set(a.head) if head == "personal" else set()
-    check_roles(
-        FedSALoRA(head=head),
-        name,
-        shared=lora_names(a, "A") | (set(a.head) - on_client),
-        personal=lora_names(a, "B") | on_client,
-    )
+    shared = lora_names(a, "A") | set(a.head)
+    check_roles(FedSALoRA(), name, shared=shared, personal=lora_names(a, "B"))
 
 
-def test_fedsa_lora_s_head_is_personal_by_default() -> None:
-    assert FedSALoRA().role("classifier.weight", 1) is Role.PERSONAL
+@every_architecture
+@pytest.mark.parametrize("overrides", [(), ("personal=head",), ("personal=null",)])
+def test_a_run_of_fedsa_lora_keeps_the_head_on_the_client_too(
+    name: str, overrides: tuple[str, ...]
+) -> None:
+    """By default, as in the official code; ``personal=null`` shares it."""
+    a, config = ARCHITECTURES[name], fedsa_lora(*overrides)
+    on_client = set() if overrides == ("personal=null",) else set(a.head)
+    shared = lora_names(a, "A") | (set(a.head) - on_client)
+    personal = lora_names(a, "B") | on_client
+    roles = Roles(config, injected(config.method, name))
+    assert set(roles.names) == shared | personal
+    for round in ROUNDS:
+        assert set(names_with(roles.by_name(round), Role.SHARED)) == shared
+        assert set(names_with(roles.by_name(round), Role.PERSONAL)) == personal
+
+
+def test_a_pattern_of_personal_parameters_that_matches_none_is_named() -> None:
+    config = fedsa_lora("personal=nonsense")
+    with pytest.raises(ValueError, match="personal=nonsense matches no trained parameter"):
+        Roles(config, injected(config.method, "bert"))
 
 
 @every_architecture
@@ -365,9 +388,9 @@ def test_random_schedule_with_one_factor_reaches_all() -> None:
 
 def test_factor_numbers_are_read_off_names() -> None:
     method = FedTTPlus()
-    assert method.role("a.down.factor_2_of_12", 9) is Role.FROZEN
-    assert method.role("a.down.factor_11_of_12", 9) is Role.SHARED  # 2 + 9 mod 10
-    assert method.role("a.down.factor_12_of_12", 9) is Role.SHARED
+    assert method.role("a.down.factor_2_of_12", At(9)) is Role.FROZEN
+    assert method.role("a.down.factor_11_of_12", At(9)) is Role.SHARED  # 2 + 9 mod 10
+    assert method.role("a.down.factor_12_of_12", At(9)) is Role.SHARED
     assert FACTOR.search("a.factor_2_of_12.weight") is None
 
 
@@ -543,7 +566,6 @@ def test_a_width_without_small_factors_is_named() -> None:
         (LoRA, {"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
         (LoRA, {"alpha": 0.0}, "alpha must be > 0, got 0.0"),
         (FedSALoRA, {"rank": 0}, "rank must be >= 1, got 0"),
-        (FedSALoRA, {"head": "nonsense"}, "head must be personal or shared, got nonsense"),
         (SCL, {"rank": 0}, "rank must be >= 1, got 0"),
         (SCL, {"init": "nonsense"}, "init must be one of random_pinv, .* got nonsense"),
         (FedTT, {"tt_rank": 0}, "tt_rank must be >= 1, got 0"),

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from fedpeft.methods.base import State
+from fedpeft.methods.base import Method
 from fedpeft.methods.fed_sb import FedSB
 from fedpeft.methods.fedex_lora import FedExLoRA
 from fedpeft.methods.fedrot_lora import FedRotLoRA
@@ -19,7 +21,9 @@ from fedpeft.methods.ravan import Ravan
 from fedpeft.methods.slora import SLoRA
 from fedpeft.nn.cores import CoreAdapter
 from fedpeft.nn.sparse import SparseDelta
+from fedpeft.state import State
 from tests.architectures import tiny
+from tests.methods.rounds import aggregated
 
 A, B, BASE = (f"x.{n}.weight" for n in ("lora_A.default", "lora_B.default", "base_layer"))
 WEIGHTS = [0.25, 0.75]
@@ -49,8 +53,15 @@ def mean_product(states: list[State]) -> Tensor:
     return products[0] + products[1]
 
 
+def adapted(*names: str, rank: int = 1, out: int = 3, inner: int = 2, kind: Any = None) -> Any:
+    """A model of linear layers of equal shapes with LoRA on them, as ``inject`` leaves it."""
+    layers = {name: kind(out, inner) if kind else nn.Linear(inner, out) for name in names}
+    config = LoraConfig(r=rank, target_modules=list(names), fan_in_fan_out=kind is not None)
+    return inject_adapter_in_model(config, nn.ModuleDict(layers))
+
+
 def test_fedex_lora_puts_the_residual_into_the_base_weight() -> None:
-    after = FedExLoRA(**ONE).aggregate(CLIENTS, WEIGHTS, BEFORE, 1)
+    after = aggregated(FedExLoRA(**ONE), CLIENTS, WEIGHTS, BEFORE, model=adapted("x"))
     close(after[B], [[0.5], [1.5], [0.0]])
     close(after[A], [[0.25, 1.5]])
     # 1 + 3 (mean product - [[.125, .75], [.375, 2.25], [0, 0]])
@@ -60,28 +71,45 @@ def test_fedex_lora_puts_the_residual_into_the_base_weight() -> None:
 
 def test_flora_puts_the_stack_into_the_base_weight_and_starts_anew() -> None:
     method = FLoRA(**ONE)
-    after = method.aggregate(CLIENTS, WEIGHTS, BEFORE, 1)
+    after = aggregated(method, CLIENTS, WEIGHTS, BEFORE, model=adapted("x"))
     close(after[BASE], [[2.5, 1.0], [1.0, 10.0], [1.0, 1.0]])
     assert not after[B].any() and after[A].any()
-    again = FLoRA(**ONE).aggregate(CLIENTS[::-1], WEIGHTS[::-1], BEFORE, 1)
+    again = aggregated(FLoRA(**ONE), CLIENTS[::-1], WEIGHTS[::-1], BEFORE, model=adapted("x"))
     assert torch.equal(after[A], again[A])
-    others = [method.aggregate(CLIENTS, WEIGHTS, BEFORE, 2)]
-    others.append(FLoRA(**ONE, fresh_seed=1).aggregate(CLIENTS, WEIGHTS, BEFORE, 1))
+    others = [aggregated(method, CLIENTS, WEIGHTS, BEFORE, 2, model=adapted("x"))]
+    others.append(
+        aggregated(FLoRA(**ONE, fresh_seed=1), CLIENTS, WEIGHTS, BEFORE, model=adapted("x"))
+    )
     assert not any(torch.equal(after[A], other[A]) for other in others)
     wide = {A: torch.zeros(8, 400), B: torch.zeros(3, 8)}
-    fresh = FLoRA().aggregate([wide], [1.0], {BASE: torch.zeros(3, 400)}, 1)[A]
+    before = {BASE: torch.zeros(3, 400)}
+    fresh = aggregated(FLoRA(), [wide], [1.0], before, model=adapted("x", rank=8, inner=400))[A]
     assert 0.049 < fresh.max() <= 0.05 and -0.05 <= fresh.min() < -0.049  # 1/sqrt(400)
 
 
 def test_flora_s_modules_draw_apart() -> None:
     twice = {n.replace("x.", f"{m}."): v for m in ("x", "y") for n, v in CLIENTS[0].items()}
     before = {n.replace("x.", f"{m}."): v for m in ("x", "y") for n, v in BEFORE.items()}
-    after = FLoRA(**ONE).aggregate([twice], [1.0], before, 1)
+    after = aggregated(FLoRA(**ONE), [twice], [1.0], before, model=adapted("x", "y"))
     assert not torch.equal(after[A], after[A.replace("x.", "y.")])
 
 
+@pytest.mark.parametrize("method", [FedExLoRA(**ONE), FLoRA(**ONE)], ids=lambda m: type(m).__name__)
+def test_the_change_of_a_transposed_base_weight_is_transposed(method: Method) -> None:
+    """GPT-2's Conv1D holds (in, out); where it is square, only the server's model tells."""
+    clients = [state([[2], [0]], [[1, 0]]), state([[0], [2]], [[3, 0]])]
+    before = {BASE: torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    plain, turned = (
+        aggregated(method, clients, WEIGHTS, before, model=adapted("x", out=2, kind=kind))[BASE]
+        for kind in (None, Conv1D)
+    )
+    change = plain - before[BASE]
+    assert not torch.allclose(change, change.T)
+    torch.testing.assert_close(turned - before[BASE], change.T)
+
+
 def test_flexlora_keeps_the_largest_singular_values() -> None:
-    after = FlexLoRA(**ONE).aggregate(CLIENTS, WEIGHTS, BEFORE, 1)
+    after = aggregated(FlexLoRA(**ONE), CLIENTS, WEIGHTS, BEFORE)
     close(after[B] @ after[A], [[0.0, 0.0], [0.0, 3.0], [0.0, 0.0]])
     assert after[A].norm() == pytest.approx(1) and after[B].norm() == pytest.approx(3)
     close(after["head"], [1.0])
@@ -104,28 +132,28 @@ def test_truncated_is_the_svd_s_best(rank: int) -> None:
 def test_hetlora_weighs_by_the_norms_of_the_products() -> None:
     """Norms 2 and 4 give 1/3 and 2/3; the head goes by examples."""
     states = [CLIENTS[0] | {"head": torch.zeros(1)}, CLIENTS[1]]
-    after = HetLoRA(**ONE).aggregate(states, WEIGHTS, BEFORE, 1)
+    after = aggregated(HetLoRA(**ONE), states, WEIGHTS, BEFORE)
     close(after[B], [[2 / 3], [4 / 3], [0.0]])
     close(after[A], [[1 / 3, 4 / 3]])
     close(after["head"], [0.75])
-    plain = HetLoRA(**ONE, weighting="examples").aggregate(states, WEIGHTS, BEFORE, 1)
+    plain = aggregated(HetLoRA(**ONE, weighting="examples"), states, WEIGHTS, BEFORE)
     close(plain[B], [[0.5], [1.5], [0.0]])
     zero = [{**s, B: torch.zeros(3, 1)} for s in states]  # no product, no norm
-    close(HetLoRA(**ONE).aggregate(zero, WEIGHTS, BEFORE, 1)[A], [[0.25, 1.5]])
+    close(aggregated(HetLoRA(**ONE), zero, WEIGHTS, BEFORE)[A], [[0.25, 1.5]])
 
 
 def test_fedsvd_turns_the_factors_and_keeps_their_product() -> None:
     states = random_states(3)
     before = {A: states[0][A], B: torch.zeros(5, 3)}
     sent = [{B: s[B]} for s in states]
-    after = FedSVD(rank=3).aggregate(sent, WEIGHTS, before, 1)
+    after = aggregated(FedSVD(rank=3), sent, WEIGHTS, before)
     mean = 0.25 * states[0][B] + 0.75 * states[1][B]
     torch.testing.assert_close(after[B] @ after[A], mean @ before[A])
     torch.testing.assert_close(after[A] @ after[A].T, torch.eye(3))
     assert not torch.allclose(after[A], before[A])
     every = FedSVD(rank=3, every=2)
-    assert list(every.aggregate(sent, WEIGHTS, before, 1)) == [B]
-    assert set(every.aggregate(sent, WEIGHTS, before, 2)) == {A, B}
+    assert list(aggregated(every, sent, WEIGHTS, before)) == [B]
+    assert set(aggregated(every, sent, WEIGHTS, before, 2)) == {A, B}
 
 
 def test_fedrot_lora_undoes_rotations() -> None:
@@ -135,13 +163,13 @@ def test_fedrot_lora_undoes_rotations() -> None:
     turns = [torch.linalg.qr(torch.randn(3, 3))[0] for _ in WEIGHTS]
     states = [{B: start[B] @ q, A: q.T @ start[A]} for q in turns]
     for align in ("both", "A", "B"):
-        after = FedRotLoRA(rank=3, align=align).aggregate(states, WEIGHTS, start, 1)
+        after = aggregated(FedRotLoRA(rank=3, align=align), states, WEIGHTS, start)
         torch.testing.assert_close(after[B], start[B], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(after[A], start[A], rtol=1e-4, atol=1e-5)
-    one = FedRotLoRA(rank=3).aggregate([random_states(3)[1]], [1.0], start, 1)
+    one = aggregated(FedRotLoRA(rank=3), [random_states(3)[1]], [1.0], start)
     torch.testing.assert_close(one[B] @ one[A], mean_product([random_states(3)[1]] * 2))
     zero = {**start, B: torch.zeros(5, 3)}
-    kept = FedRotLoRA(rank=3, align="B").aggregate([states[0]], [1.0], zero, 1)
+    kept = aggregated(FedRotLoRA(rank=3, align="B"), [states[0]], [1.0], zero)
     torch.testing.assert_close(kept[B], states[0][B])
 
 
@@ -149,7 +177,7 @@ def test_ravan_averages_what_scales_and_heads_stand_for() -> None:
     def client(scale: float, head: float) -> State:
         return {"x.scales": torch.tensor([scale]), "x.core": torch.tensor([[[head]]])}
 
-    after = Ravan(rank=1, heads=1).aggregate([client(2.0, 3.0), client(4.0, 5.0)], WEIGHTS, {}, 1)
+    after = aggregated(Ravan(rank=1, heads=1), [client(2.0, 3.0), client(4.0, 5.0)], WEIGHTS)
     close(after["x.core"], [[[0.25 * 6 + 0.75 * 20]]])
     close(after["x.scales"], [1.0])
     assert {v.dtype for v in after.values()} == {torch.float32}
@@ -226,10 +254,10 @@ def test_slora_starts_lora_from_the_accumulated_change(rank: int) -> None:
     index = method.places("x", (5, 7))
     states = [{values: torch.randn(18)} for _ in WEIGHTS]
     mean = 0.25 * states[0][values] + 0.75 * states[1][values]
-    first = method.aggregate(states, WEIGHTS, before, 1)
+    first = aggregated(method, states, WEIGHTS, before)
     assert list(first) == [values]
     torch.testing.assert_close(first[values], mean)
-    after = method.aggregate(states, WEIGHTS, before, 2)
+    after = aggregated(method, states, WEIGHTS, before, 2)
     change = torch.zeros(5, 7)
     change[index[0], index[1]] = mean
     u, s, v = torch.linalg.svd(change)
@@ -237,7 +265,7 @@ def test_slora_starts_lora_from_the_accumulated_change(rank: int) -> None:
     torch.testing.assert_close(3.0 / rank * after[B] @ after[A], best, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(after[A] @ after[A].T, after[B].T @ after[B], rtol=1e-4, atol=1e-4)
     assert not after[values].any()
-    assert list(method.aggregate([before], [1.0], before, 3)) == [A, B]
+    assert list(aggregated(method, [before], [1.0], before, 3)) == [A, B]
 
 
 def test_slora_s_places() -> None:

@@ -21,7 +21,7 @@ FORMAT = "1"  # of the arrays; raise it when an encoder gives other arrays for t
 
 
 def cache_folder() -> Path:
-    """Where built data sets stand: $FEDPEFT_CACHE, else ~/.cache/fedpeft."""
+    """Return the folder of built data sets: $FEDPEFT_CACHE, else ~/.cache/fedpeft."""
     return Path(os.environ.get("FEDPEFT_CACHE") or Path.home() / ".cache" / "fedpeft")
 
 
@@ -45,7 +45,7 @@ def _bytes(value: Any) -> bytes:
 
 
 def recipe(processor: Any) -> str:
-    """What a tokenizer or image processor would do."""
+    """Describe everything that decides what a tokenizer or image processor does."""
     backend = getattr(processor, "backend_tokenizer", None)
     if backend is None:
         return json.dumps(processor.to_dict(), sort_keys=True, default=str)

@@ -130,7 +130,7 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 def is_sentence(text: str) -> bool:
-    """Whether a text has the length, the words and only the characters that a row may have."""
+    """Tell whether a text has the length, words and characters that a row may have."""
     words = sum(word.strip(string.punctuation).isalpha() for word in text.split())
     # Unprintable are control characters and lone surrogates, which parquet cannot hold.
     return len(text) in LENGTH and words >= MIN_WORDS and text.isprintable()

@@ -1,4 +1,4 @@
-"""Where a task's rows come from: tables, checked, in splits, and the groups in them."""
+"""The rows of a task: tables, checked and in splits, and the groups in them."""
 
 import hashlib
 import math
@@ -84,7 +84,7 @@ class Source(ABC):
     # --- rows --------------------------------------------------------------------------------
 
     def folder(self) -> str:
-        """What is read: ``path``.
+        """Return the path that is read.
 
         Raises:
             ValueError: no path is set.
@@ -246,7 +246,7 @@ class Source(ABC):
         return numbers, [names[v] if names else str(v) for v in found]
 
     def group_numbers(self, column: str | None) -> np.ndarray:
-        """Those of ``grouped``, without reading tables again that have not changed."""
+        """Return ``grouped``'s numbers without reading unchanged tables again."""
         if self._identity is None:
             return self.grouped(column)[0]
         key = ["groups", self._identity, column]

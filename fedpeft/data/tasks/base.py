@@ -48,16 +48,20 @@ class Task(Source):
         """Rows encoded as the arrays of ``Examples``."""
 
     @abstractmethod
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The model's output in float32, (sequences, ...): all that ``loss`` asks of it."""
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the model's outputs in float32, (sequences, ...) or (sequences, L, V)."""
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean loss of a batch, a scalar."""
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch, a scalar."""
+
+    def terms(self, batch: Batch) -> int:
+        """Return over how many terms ``loss`` takes the mean: rows, if no task says otherwise."""
+        return len(batch["row"])
 
     @abstractmethod
-    def evaluate_batch(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """What ``score`` needs of each row, (B, ...)."""
+    def evaluate_batch(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return what ``score`` needs of each row, (B, ...)."""
 
     @abstractmethod
     def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:

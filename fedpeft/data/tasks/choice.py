@@ -124,20 +124,20 @@ class MultipleChoice(Task):
         given = prompt_tokens(prompts, tokenizer)
         return sequences(given, answers, self.max_length, self.max_length // 2)
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return model_logits(model, batch)
 
-    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(B, most candidates of a row), -inf where a row has fewer."""
+    def scores(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return (B, most candidates of a row), -inf where a row has fewer."""
         if self.scoring == "head":
-            flat_scores = model_logits(model, batch).squeeze(-1)
+            flat_scores = outputs.squeeze(-1)
         else:
-            sums = token_sums(*next_tokens(model, batch))
+            sums = token_sums(*next_tokens(outputs, batch))
             flat_scores = -sums["loss"] / sums["count"]
         return _by_row(flat_scores, batch["choices"], float("-inf"))
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self._losses(self.scores(model, batch), batch).mean()
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return self._losses(self.scores(outputs, batch), batch).mean()
 
     def _losses(self, scores: Tensor, batch: Batch) -> Tensor:
         """-log of the right candidates' share of the softmax, (B,)."""
@@ -145,9 +145,9 @@ class MultipleChoice(Task):
         wanted = scores.masked_fill(~right, float("-inf"))
         return scores.logsumexp(-1) - wanted.logsumexp(-1)
 
-    def evaluate_batch(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """loss, prediction (number of the candidate) and whether it is right, each (B,)."""
-        scores = self.scores(model, batch)
+    def evaluate_batch(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return loss, prediction (number of the candidate) and whether it is right, each (B,)."""
+        scores = self.scores(outputs, batch)
         prediction = scores.argmax(-1)
         right = _by_row(batch["right"], batch["choices"], False)
         hit = right.gather(1, prediction.unsqueeze(1)).squeeze(1)

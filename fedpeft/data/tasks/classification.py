@@ -99,15 +99,14 @@ class Classification(Task):
             return self.class_numbers(self.train_rows), self.label_names
         return super().grouped(column)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(self.logits(model, batch), batch["labels"])
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch["labels"])
 
-    def evaluate_batch(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """loss, prediction and label, each (B,)."""
-        logits = self.logits(model, batch)
+    def evaluate_batch(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return loss, prediction and label, each (B,)."""
         return {
-            "loss": nn.functional.cross_entropy(logits, batch["labels"], reduction="none"),
-            "prediction": logits.argmax(-1),
+            "loss": nn.functional.cross_entropy(outputs, batch["labels"], reduction="none"),
+            "prediction": outputs.argmax(-1),
             "label": batch["labels"],
         }
 

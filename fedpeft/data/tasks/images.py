@@ -110,7 +110,7 @@ class ImageClassification(Classification):
             for name, value in normalisation.items()
         }
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         scale, shift = (batch[name][:, :, None, None] for name in ("scale", "shift"))
         return model(pixel_values=batch["pixels"] * scale + shift).logits.float()
 

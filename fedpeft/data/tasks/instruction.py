@@ -17,7 +17,13 @@ from fedpeft.data.rows.templates import (
     template_columns,
 )
 from fedpeft.data.tasks.base import Outputs, Task
-from fedpeft.data.tasks.language import next_token_loss, next_tokens, token_means, token_sums
+from fedpeft.data.tasks.language import (
+    next_token_loss,
+    next_tokens,
+    targets_of,
+    token_means,
+    token_sums,
+)
 from fedpeft.data.tasks.text import model_logits
 from fedpeft.metrics import TEXTS, measure
 
@@ -126,17 +132,25 @@ class InstructionTuning(Task):
         answers = [[*ids, *end] for ids in processor(texts, add_special_tokens=False)["input_ids"]]
         return sequences(prompts, answers, self.max_length, self.answer_room)
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return model_logits(model, batch)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        if self.loss_on == "all":
-            batch = {key: value for key, value in batch.items() if key != "prompts"}
-        return next_token_loss(model, batch)
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return next_token_loss(outputs, self._learnt(batch))
 
-    def evaluate_batch(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Of the answers: loss, correct and count (B,), predicted and target ids (B, L-1)."""
-        logits, targets = next_tokens(model, batch)
+    def terms(self, batch: Batch) -> int:
+        """Return the number of predicted tokens that ``loss_on`` counts."""
+        return int((targets_of(self._learnt(batch)) != IGNORED).sum())
+
+    def _learnt(self, batch: Batch) -> Batch:
+        """Return the batch, without its prompts' lengths if prompts are predicted too."""
+        if self.loss_on == "answer":
+            return batch
+        return {key: value for key, value in batch.items() if key != "prompts"}
+
+    def evaluate_batch(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return of the answers loss, correct, count (B,), predicted and target ids (B, L-1)."""
+        logits, targets = next_tokens(outputs, batch)
         predicted = logits.argmax(-1).masked_fill(targets == IGNORED, IGNORED)
         return token_sums(logits, targets) | {"predicted": predicted, "targets": targets}
 

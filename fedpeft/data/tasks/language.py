@@ -8,25 +8,34 @@ from torch import Tensor, nn
 
 from fedpeft.data.batching import Batch
 from fedpeft.data.tasks.base import Outputs
-from fedpeft.data.tasks.text import Texts, docstrings_folder, model_logits
+from fedpeft.data.tasks.text import Texts, docstrings_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def next_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits (B, L-1, V) and their targets (B, L-1): -100 on padding and on prompts."""
-    logits = model_logits(model, batch)[:, :-1]
+def next_tokens(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return logits (B, L-1, V) and their targets (B, L-1): -100 on padding and on prompts.
+
+    Args:
+        logits: of all tokens, (B, L, V).
+        batch: ``input_ids`` and ``attention_mask`` (B, L), perhaps ``prompts`` (B,).
+    """
+    return logits[:, :-1], targets_of(batch)
+
+
+def targets_of(batch: Batch) -> Tensor:
+    """Return the tokens to predict, (B, L-1): -100 on padding and on prompts."""
     ignored = batch["attention_mask"] == 0
     if "prompts" in batch:
         place = ignored.new_ones(ignored.shape).cumsum(-1)  # 1, 2, ... in every row
         ignored = ignored | (place <= batch["prompts"].unsqueeze(-1))
-    return logits, batch["input_ids"].masked_fill(ignored, -100)[:, 1:]
+    return batch["input_ids"].masked_fill(ignored, -100)[:, 1:]
 
 
-def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the batch's predicted tokens, a scalar."""
-    logits, targets = next_tokens(model, batch)
+def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy over the batch's predicted tokens, a scalar."""
+    logits, targets = next_tokens(logits, batch)
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
@@ -64,12 +73,16 @@ class LanguageModelling(Texts):
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
         return self.tokenised(rows, processor)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return next_token_loss(model, batch)
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return next_token_loss(outputs, batch)
 
-    def evaluate_batch(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the tokens of each row: loss, correct, count (B,)."""
-        return token_sums(*next_tokens(model, batch))
+    def terms(self, batch: Batch) -> int:
+        """Return the number of predicted tokens."""
+        return int((targets_of(batch) != -100).sum())
+
+    def evaluate_batch(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return sums over the tokens of each row: loss, correct, count (B,)."""
+        return token_sums(*next_tokens(outputs, batch))
 
     def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
         """Mean loss and share of right next tokens (teacher-forced) over all tokens."""

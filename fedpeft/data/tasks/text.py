@@ -51,7 +51,7 @@ class Texts(Task):
         found = tokenizer(*texts, truncation=True, max_length=self.max_length)
         return flat(found["input_ids"])
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return model_logits(model, batch)
 
 
@@ -95,12 +95,12 @@ class Regression(Texts):
         labels = np.asarray(values(rows, self.target), np.float32)
         return self.tokenised(rows, processor) | {"labels": labels}
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return nn.functional.mse_loss(model_logits(model, batch).squeeze(-1), batch["labels"])
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return nn.functional.mse_loss(outputs.squeeze(-1), batch["labels"])
 
-    def evaluate_batch(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """loss, prediction and label, each (B,)."""
-        predicted = model_logits(model, batch).squeeze(-1)
+    def evaluate_batch(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return loss, prediction and label, each (B,)."""
+        predicted = outputs.squeeze(-1)
         loss = (predicted - batch["labels"]) ** 2
         return {"loss": loss, "prediction": predicted, "label": batch["labels"]}
 

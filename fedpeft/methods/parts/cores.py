@@ -40,7 +40,7 @@ class Cores(Method):
             raise ValueError(f"init must be one of {', '.join(BASES)}, got {self.init}")
 
     def num_heads(self) -> int:
-        """How many r x r matrices a module has."""
+        """Return the number of r x r matrices of a module."""
         return 1
 
     def inject(self, model: nn.Module) -> nn.Module:

@@ -1,16 +1,17 @@
-"""What servers do with products B A of low rank: read, cut off, put into the base weight."""
+"""Products B A of low rank on the server: read, truncated, added to the base weight."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedpeft.methods.base import Role, State
+from fedpeft.methods.base import At, Round
 from fedpeft.methods.lora import LoRA
 from fedpeft.models.sites import linear_weight
+from fedpeft.state import Role, State
 
 A, B, BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer.weight"
 
@@ -57,28 +58,28 @@ class BaseChangingLoRA(LoRA):
     that kept what it got would need no more than the factors of the change.
     """
 
-    @cached_property
-    def _transposed(self) -> set[str]:
-        """Modules whose weight is (in, out), as ``inject`` met them: a state does not tell."""
-        return set()
-
     def inject(self, model: nn.Module) -> nn.Module:
         super().inject(model)
-        for site, module in model.named_modules():
+        for module in model.modules():
             if isinstance(module, LoraLayer):
-                weight, _, transposed = linear_weight(module.get_base_layer())
+                weight, _, _ = linear_weight(module.get_base_layer())
                 weight.requires_grad_(True)
-                (self._transposed.add if transposed else self._transposed.discard)(site)
         return model
 
-    def role(self, name: str, round: int) -> Role:
-        return Role.RECEIVED if name.endswith(BASE) else super().role(name, round)
+    def role(self, name: str, at: At) -> Role:
+        return Role.RECEIVED if name.endswith(BASE) else super().role(name, at)
 
-    def grown(self, before: State, site: str, product: Tensor) -> Tensor:
-        """A base weight plus alpha/r times a product (out, in)."""
-        weight = before[site + BASE]
+    def grown(self, round: Round, site: str, product: Tensor) -> Tensor:
+        """Return a base weight plus alpha/r times a product (out, in).
+
+        The server's model says whether the weight stands transposed, because its shape does not.
+        """
+        assert round.server is not None
+        layer: Any = round.server.model.get_submodule(site)
+        transposed = linear_weight(layer.get_base_layer())[2]
+        weight = round.before[site + BASE]
         change = self.alpha / self.rank * product
-        change = change.T if site in self._transposed else change
+        change = change.T if transposed else change
         return (weight.double() + change).to(weight.dtype)
 
     def effective(self, module: nn.Module) -> Tensor | None:

@@ -1,14 +1,14 @@
 """Ranks that differ by client: a client of low rank trains the leading block of every factor."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fedpeft.methods.base import State
+from fedpeft.methods.base import At, Method, Round
 from fedpeft.methods.lora import LoRA
+from fedpeft.state import State, leading
 
 # A list, gone through again and again by client number, or a mapping from client numbers; a client
 # that it lacks has the largest rank; None: all have. A configuration has no unions of containers.
@@ -28,11 +28,13 @@ def check_ranks(name: str, ranks: Ranks, largest: int) -> None:
             raise ValueError(f"{name} must be from 1 to the largest, {largest}, got {rank}")
 
 
-def rank_of(ranks: Ranks, client: int, largest: int) -> int:
-    """A client's rank; the largest where none are given."""
+def rank_of(ranks: Ranks, at: At, largest: int) -> int:
+    """Return a client's rank; the largest where none are given or no client is asked for."""
+    if not ranks or at.client is None:
+        return largest
     if isinstance(ranks, Mapping):
-        return ranks.get(client, largest)
-    return ranks[client % len(ranks)] if ranks else largest
+        return ranks.get(at.client, largest)
+    return ranks[at.client % len(ranks)]
 
 
 @dataclass(frozen=True)
@@ -52,35 +54,32 @@ class RankedLoRA(LoRA):
         super().__post_init__()
         check_ranks("ranks", self.ranks, self.rank)
 
-    def block(self, name: str, shape: Sequence[int], client: int) -> Sequence[int]:
-        rank = rank_of(self.ranks, client, self.rank)
+    def block(self, name: str, shape: Sequence[int], at: At) -> Sequence[int]:
+        rank = rank_of(self.ranks, at, self.rank)
         if ".lora_A." in name:
             return (rank, shape[1])
         return (shape[0], rank) if ".lora_B." in name else shape
 
 
-def mean_of_holders(states: Sequence[State], weights: Sequence[float], before: State) -> State:
-    """Mean of every entry over those clients whose block holds it, by their weights.
+def mean_of_holders(method: Method, round: Round, names: Iterable[str]) -> State:
+    """Average every entry over those clients whose block holds it, by their weights.
 
     A mean with the others' zeros would shrink what few clients hold, in every round again. An
-    entry that none holds stays. A client's block is the smallest leading one with all its numbers
-    that are not zero.
+    entry that none holds stays as it was before the round.
+
+    Args:
+        method: says, by ``block``, what each client holds.
+        round: what the clients sent.
+        names: of the parameters to average.
     """
     mean: State = {}
-    for name, first in states[0].items():
+    for name in names:
+        first = round.states[0][name]
         total, mass = (torch.zeros(first.shape, dtype=torch.float64) for _ in range(2))
-        for state, weight in zip(states, weights, strict=True):
-            block = _leading_block(state[name])
-            total[block] += weight * state[name][block].double()
-            mass[block] += weight
-        kept = before[name].double() if name in before else torch.zeros_like(total)
-        mean[name] = torch.where(mass > 0, total / mass.clamp(min=1e-30), kept).to(first.dtype)
+        for state, weight, at in zip(round.states, round.weights, round.ats, strict=True):
+            block = method.block(name, first.shape, at)
+            leading(total, block).add_(weight * leading(state[name], block).double())
+            leading(mass, block).add_(weight)
+        before = round.before[name].double() if name in round.before else torch.zeros_like(total)
+        mean[name] = torch.where(mass > 0, total / mass.clamp(min=1e-30), before).to(first.dtype)
     return mean
-
-
-def _leading_block(value: Tensor) -> tuple[slice, ...]:
-    """All of a tensor of zeros, which tells nothing."""
-    places = value.nonzero()
-    if len(places) == 0:
-        return tuple(slice(n) for n in value.shape)
-    return tuple(slice(int(last) + 1) for last in places.max(dim=0).values)

@@ -1,7 +1,7 @@
 """Several clients in one pass train as each would alone."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,79 +12,104 @@ import torch
 
 from fedpeft.algorithms.fedprox import ProximalTerm
 from fedpeft.data.batching import Batch, lengthened
-from fedpeft.engine.plan import Trained, Work
-from fedpeft.engine.probing import probe
-from fedpeft.engine.session import Session
+from fedpeft.engine.engine import Engine, Result
+from fedpeft.engine.plan import Job, plan
+from fedpeft.engine.probing import Vectorised, probe
 from fedpeft.engine.stacked import Unsupported
-from fedpeft.methods.base import TRAINED
-from fedpeft.state import State
-from tests.test_runs import METHODS
+from fedpeft.methods.base import Phase
+from tests.pairs import names_in
 
-Opened = Callable[..., Session]
+Opened = Callable[..., Engine]
 # Their parameters stand where no row of the batch passes; each says so in the log.
-ONE_BY_ONE = {"full", "prompt", "fedprompt", "p_tuning", "prefix", "fedftg"}
+ONE_BY_ONE = {"full", "prompt", "fedprompt", "p_tuning", "prefix"}
 STEPS = ("num_clients=4", "local_steps=3", "batch_size=2", "lr=1e-2")
 
 
-def works(session: Session, round: int = 1, mu: float = 0.0) -> list[Work]:
+def jobs(engine: Engine, round: int = 1, mu: float = 0.0) -> list[Job]:
     """Each client begins elsewhere, as one with personal parameters does."""
-    found = []
-    trained = [name for name, role in session.roles(round).items() if role in TRAINED]
+    found, roles = [], engine.replica.roles
     for client in range(3):
         draws = torch.Generator().manual_seed(client)
         start = {
             name: value + 0.05 * torch.randn(value.shape, generator=draws)
-            for name, value in session.initial.items()
+            for name, value in engine.replica.initial.items()
         }
-        found.append(Work(client, start, ProximalTerm(mu, {n: start[n] for n in trained})))
+        term = ProximalTerm(mu, {name: start[name] for name in roles.trained(round)})
+        found.append(Job(roles.at(round, client), start, (term,)))
     return found
 
 
-def alone(session: Session, given: list[Work], round: int = 1) -> list[tuple[Trained, State]]:
-    return [result for work in given for result in session.train([work], round)]  # type: ignore[misc]
+def trained(engine: Engine, given: Sequence[Job], round: int = 1) -> list[Result]:
+    """The results of clients that train in one pass, none of which fails."""
+    results = engine.train(given, round)
+    assert len(results) == len(given)
+    for result in results:
+        assert isinstance(result, Result), result
+    return list(results)  # type: ignore[arg-type]
+
+
+def alone(engine: Engine, given: Sequence[Job], round: int = 1) -> list[Result]:
+    return [result for job in given for result in trained(engine, [job], round)]
+
+
+def steps_of(engine: Engine, client: int) -> list[list[Batch]]:
+    """What a client sees in round 1."""
+    rows, steps = engine.rows.training(client)
+    return plan(engine.config, rows, steps, [1, client], Phase()).steps
 
 
 def assert_equal(
-    session: Session, round: int = 1, mu: float = 0.0, rtol: float = 2e-3, loss: float = 1e-5
+    engine: Engine, round: int = 1, mu: float = 0.0, rtol: float = 2e-3, loss: float = 1e-5
 ) -> None:
     """SGD, whose step is the gradient: AdamW's first step is its sign, and hides its size."""
-    given = works(session, round, mu)
-    expected, found = alone(session, given, round), session.train(given, round)
-    for (ours, state), (theirs, right), work in zip(found, expected, given, strict=True):  # type: ignore[misc]
+    given = jobs(engine, round, mu)
+    expected, found = alone(engine, given, round), trained(engine, given, round)
+    assert engine.vectorised  # no error had them train one by one
+    for (ours, state, own), (theirs, right, kept), job in zip(found, expected, given, strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=loss)
         assert (ours.num_examples, ours.steps, ours.lr) == theirs[:1] + theirs[2:]
         assert state.keys() == right.keys()
         for name, value in state.items():
-            moved = float((right[name] - work.start[name]).abs().max())
+            moved = float((right[name] - job.start[name]).abs().max())
             assert float((value - right[name]).abs().max()) <= rtol * moved + 1e-7, name
+        assert own.keys() == kept.keys()
+        for name, value in own.items():
+            most = float(kept[name].abs().max())
+            assert float((value - kept[name]).abs().max()) <= rtol * most + 1e-7, name
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - ONE_BY_ONE))
+def assert_same(found: Sequence[Result], expected: Sequence[Result]) -> None:
+    """Bit for bit."""
+    for (_, state, _), (_, right, _) in zip(found, expected, strict=True):
+        assert all(torch.equal(state[name], right[name]) for name in right)
+
+
+@pytest.mark.parametrize("method", sorted(set(names_in("method")) - ONE_BY_ONE))
 def test_together_as_alone(opened: Opened, method: str) -> None:
-    session = opened(f"method={method}", *STEPS, "optimizer.name=sgd", "lr=0.1")
-    assert session._together
+    engine = opened(f"method={method}", *STEPS, "optimizer.name=sgd", "lr=0.1")
+    assert engine.vectorised
     for round in (1, 2):  # alternating methods train something else in round 2
-        assert_equal(session, round)
+        assert_equal(engine, round)
 
 
 @pytest.mark.parametrize("method", sorted(ONE_BY_ONE))
 def test_a_method_that_cannot_says_so_and_trains_alone(
     opened: Opened, method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    session = opened(f"method={method}", *STEPS)
+    engine = opened(f"method={method}", *STEPS)
     with caplog.at_level(logging.WARNING):
-        given = works(session)
-        found = session.train(given, 1)
+        given = jobs(engine)
+        found = trained(engine, given)
     (said,) = [r.message for r in caplog.records if r.name == "fedpeft.engine.probing"]
     assert "clients train one by one, for " in said
-    for (_, state), (_, right) in zip(found, alone(session, given), strict=True):  # type: ignore[misc]
-        assert all(torch.equal(state[name], right[name]) for name in right)
+    assert_same(found, alone(engine, given))
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         ("optimizer.momentum=0.9", "optimizer.weight_decay=0.1"),
+        ("optimizer.momentum=0.9", "optimizer.keep_state=true"),
         ("optimizer.name=adamw", "optimizer.schedule=linear", "optimizer.warmup=0.4", "lr=1e-2"),
         ("optimizer.max_grad_norm=0.05",),
         ("local_steps=null", "local_epochs=2", "partition.alpha=0.3"),
@@ -92,27 +117,27 @@ def test_a_method_that_cannot_says_so_and_trains_alone(
     ],
 )
 def test_each_keeps_its_own_optimiser(opened: Opened, overrides: tuple[str, ...]) -> None:
-    session = opened("method=lora", *STEPS, "optimizer.name=sgd", "lr=0.1", *overrides)
+    engine = opened("method=lora", *STEPS, "optimizer.name=sgd", "lr=0.1", *overrides)
     if "local_epochs=2" in overrides:
-        steps = {len(session._plan(client, 1).batches) for client in range(3)}
+        steps = {len(steps_of(engine, client)) for client in range(3)}
         assert len(steps) > 1  # some leave early
     if "precision=bf16" in overrides:  # eight bits: sums in another order differ in the last
-        assert_equal(session, mu=0.5, rtol=0.1, loss=1e-2)
+        assert_equal(engine, mu=0.5, rtol=0.1, loss=1e-2)
     else:
-        assert_equal(session, mu=0.5, rtol=5e-3)
+        assert_equal(engine, mu=0.5, rtol=5e-3)
 
 
 def test_dropout_draws_as_alone(opened: Opened) -> None:
     """The first step's loss has nothing but rounding to differ by: one other draw would show."""
-    session = opened("method=lora", *STEPS, "local_steps=1", "batch_size=3")
-    session.model.config.hidden_dropout_prob = 0.0  # type: ignore[union-attr]
-    rates = {m.p for m in session.model.modules() if isinstance(m, torch.nn.Dropout)}
+    engine = opened("method=lora", *STEPS, "local_steps=1", "batch_size=3")
+    engine.replica.model.config.hidden_dropout_prob = 0.0  # type: ignore[union-attr]
+    rates = {m.p for m in engine.replica.model.modules() if isinstance(m, torch.nn.Dropout)}
     assert max(rates) > 0
-    lengths = {session._plan(client, 1).batches[0]["input_ids"].shape[1] for client in range(3)}
+    lengths = {steps_of(engine, client)[0][0]["input_ids"].shape[1] for client in range(3)}
     assert len(lengths) > 1  # unequal: a mask as long as the longest would be another
-    given = works(session)
-    for (ours, _), (theirs, _) in zip(session.train(given, 1), alone(session, given), strict=True):  # type: ignore[misc]
-        assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+    given = jobs(engine)
+    for ours, theirs in zip(trained(engine, given), alone(engine, given), strict=True):
+        assert ours.trained.loss == pytest.approx(theirs.trained.loss, rel=1e-6)
 
 
 class Replayed:
@@ -136,12 +161,13 @@ def test_passes_as_they_are_captured(
     opened: Opened, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of all members are filled up to one length, and gradients stay in place."""
-    session = opened(f"method={method}", *STEPS, "optimizer.name=sgd", "lr=0.1", QUIET)
-    assert session._together == "alike"
+    engine = opened(f"method={method}", *STEPS, "optimizer.name=sgd", "lr=0.1", QUIET)
+    assert engine.vectorised == Vectorised(random=False)
     monkeypatch.setattr("fedpeft.engine.together.Graphs", Replayed)
-    session._cohort(1).captures = True
-    assert_equal(session)
-    (lane,) = session._cohort(1).lanes.values()
+    together = engine._stacked(engine.replica.roles.trained(1), "")
+    together.captures = True
+    assert_equal(engine)
+    (lane,) = together.lanes.values()
     assert isinstance(lane.graphs, Replayed)
     assert len(lane.graphs.lengths) == 3 and all(n % 8 == 0 for n in lane.graphs.lengths)
 
@@ -166,9 +192,9 @@ def test_a_module_that_gets_more_than_its_rows_is_not_split(
     small = f"{{{widths},num_attention_heads:4,num_hidden_layers:1,{rates}}}"
     model = ("model=deberta_base", "model.path=null", "model.random=true")
     given = (*model, f"model.tokenizer_path={checkpoint}", f"model.settings={small}")
-    session = opened("method=bitfit", *STEPS, *given)
+    engine = opened("method=bitfit", *STEPS, *given)
     with caplog.at_level(logging.WARNING):
-        assert session._together is None
+        assert engine.vectorised is None
     assert reason in caplog.text
 
 
@@ -184,7 +210,7 @@ class Beside(torch.nn.Module):
 
 
 def test_a_module_of_two_tensors_is_not_split() -> None:
-    task: Any = SimpleNamespace(logits=lambda model, batch: model(batch["input_ids"].float()))
+    task: Any = SimpleNamespace(forward=lambda model, batch: model(batch["input_ids"].float()))
     with pytest.raises(Unsupported, match="layer is not called with one entry a sequence"):
         probe(Beside(), task, ["layer.weight"], {"input_ids": torch.ones(2, 3).long()}, "fp32")
 
@@ -192,49 +218,49 @@ def test_a_module_of_two_tensors_is_not_split() -> None:
 def test_an_error_in_one_pass_is_no_error_alone(
     opened: Opened, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    session = opened("method=lora", *STEPS)
-    given = works(session)
+    engine = opened("method=lora", *STEPS)
+    given = jobs(engine)
 
     def fails(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("fedpeft.engine.session.Cohort.train", fails)
+    monkeypatch.setattr("fedpeft.engine.engine.Together.train", fails)
     with caplog.at_level(logging.WARNING):
-        found = session.train(given, 1)
+        found = trained(engine, given)
     assert "clients train one by one from here on" in caplog.text
     assert "RuntimeError('out of memory')" in caplog.text
-    for (_, state), (_, right) in zip(found, alone(session, given), strict=True):  # type: ignore[misc]
-        assert all(torch.equal(state[name], right[name]) for name in right)
+    assert_same(found, alone(engine, given))
 
 
 def test_a_model_that_draws_is_known(opened: Opened) -> None:
-    assert opened("method=lora")._together == "random"
-    assert opened("method=prompt")._together is None
+    assert opened("method=lora").vectorised == Vectorised(random=True)
+    assert opened("method=prompt").vectorised is None
 
 
 def test_a_loss_that_is_not_finite_is_its_own_clients(opened: Opened) -> None:
-    session = opened("method=lora", *STEPS)
-    given = works(session)
+    engine = opened("method=lora", *STEPS)
+    given = jobs(engine)
     name = next(n for n in given[1].start if "lora_A" in n)
     given[1].start[name].fill_(float("nan"))
-    good, bad, also = session.train(given, 1)
+    good, bad, also = engine.train(given, 1)
     assert isinstance(bad, FloatingPointError)
-    for result, work in ((good, given[0]), (also, given[2])):
-        assert not isinstance(result, Exception)
-        (expected,) = session.train([work], 1)
-        assert result[0].loss == pytest.approx(expected[0].loss, rel=1e-5)  # type: ignore[index]
+    for result, job in ((good, given[0]), (also, given[2])):
+        assert isinstance(result, Result)
+        (expected,) = trained(engine, [job])
+        assert result.trained.loss == pytest.approx(expected.trained.loss, rel=1e-5)
 
 
-def test_the_cohort_follows_from_the_tokens_of_a_step(opened: Opened) -> None:
+def test_the_clients_in_a_pass_follow_from_the_tokens_of_a_step(opened: Opened) -> None:
     found = {}
     for size in (1, 2, 8, 64):
-        session = opened("method=lora", f"batch_size={size}")
-        tokens = float(np.mean(session.examples("train").lengths))
-        found[size] = session.together()
+        engine = opened("method=lora", f"batch_size={size}")
+        tokens = float(np.mean(engine.rows.examples("train").lengths))
+        found[size] = engine.clients_per_pass()
         assert 10 < tokens < 28
         assert found[size] == (min(16, int(384 / (size * tokens))) if size < 8 else 1)
     assert found[1] > found[2] > found[8] == 1
-    assert opened("method=lora", "runtime.cohort=3").together() == 3
+    assert opened("method=lora", "runtime.clients_per_pass=3").clients_per_pass() == 3
+    assert opened("method=lora", "batch_size=1", "accumulate=2").clients_per_pass() == 1
 
 
 def test_a_decoder_reads_its_last_token_also_beside_longer_ones(
@@ -247,9 +273,9 @@ def test_a_decoder_reads_its_last_token_also_beside_longer_ones(
     )
     architecture = f"model.architecture={llama}"
     random = ("model.path=null", "model.random=true", f"model.tokenizer_path={checkpoint}")
-    session = opened("method=lora", *STEPS, *random, architecture, "optimizer.name=sgd", "lr=0.1")
-    session.processor.pad_token = "[MASK]"  # another than 0
-    pad_id = session.processor.pad_token_id
-    session.model.config.pad_token_id = pad_id  # type: ignore[union-attr]
-    assert session.examples("train").pad_id == pad_id > 0
-    assert_equal(session)
+    engine = opened("method=lora", *STEPS, *random, architecture, "optimizer.name=sgd", "lr=0.1")
+    engine.replica.processor.pad_token = "[MASK]"  # another than 0
+    pad_id = engine.replica.processor.pad_token_id
+    engine.replica.model.config.pad_token_id = pad_id  # type: ignore[union-attr]
+    assert engine.rows.examples("train").pad_id == pad_id > 0
+    assert_equal(engine)

@@ -9,8 +9,8 @@ import ray
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedpeft.config.schema import Runtime
-from fedpeft.simulation.launch import start_ray
 from fedpeft.simulation.ray import RayGrid
+from fedpeft.simulation.start_ray import start_ray
 
 # Ray leaves files of its processes open, which Python tells when it collects them.
 OPEN = "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -26,15 +26,17 @@ def two_cores() -> Iterator[None]:
     gc.collect()
 
 
-def asked(node: int, **config: str) -> Message:
-    content = RecordDict({"config": ConfigRecord({**config})} if config else {})
-    return Message(content, node, MessageType.QUERY)
+def asked(node: int, kind: str = MessageType.TRAIN) -> Message:
+    """A message that no client can answer, because its configuration names no method."""
+    content = RecordDict({"config": ConfigRecord({"overrides": "method=none", "round": 1})})
+    return Message(content, node, kind)
 
 
-def test_there_are_as_many_nodes_as_have_room_and_are_wanted() -> None:
-    for most, num_cpus, expected in ((9, 1, 2), (9, 0.5, 4), (1, 1, 1), (9, 2, 1)):
-        with RayGrid(most, num_cpus, 0) as grid:
-            assert list(grid.get_node_ids()) == list(range(1, expected + 1))
+def test_every_client_is_a_node_and_workers_are_as_many_as_have_room() -> None:
+    for clients, num_cpus, expected in ((9, 1, 2), (9, 0.5, 4), (1, 1, 1), (9, 2, 1)):
+        with RayGrid(clients, num_cpus, 0) as grid:
+            assert list(grid.get_node_ids()) == list(range(1, clients + 1))
+            assert len(grid._workers) == expected
         assert ray.get(grid._started) == [True] * expected  # before they were killed
     reason = "^Ray has no machine with runtime.num_cpus=3 cores and runtime.num_gpus=0 GPUs$"
     with pytest.raises(ValueError, match=reason):
@@ -44,41 +46,43 @@ def test_there_are_as_many_nodes_as_have_room_and_are_wanted() -> None:
 
 
 def test_each_message_has_its_reply_and_errors_come_as_such() -> None:
-    with RayGrid(2, 1, 0) as grid:
-        messages = [asked(1 + i % 2, **({"overrides": "x=1"} if i % 3 else {})) for i in range(7)]
+    with RayGrid(7, 1, 0) as grid:
+        kinds = [MessageType.TRAIN if i % 3 == 0 else MessageType.QUERY for i in range(7)]
+        messages = [asked(1 + i, kind) for i, kind in enumerate(kinds)]
         replies = grid.send_and_receive(messages)
         assert list(grid.pull_messages(["1"])) == []
     by_number = {int(r.metadata.reply_to_message_id): r for r in replies}
     assert sorted(by_number) == list(range(1, 8))
     for number, reply in by_number.items():
-        assert reply.metadata.src_node_id == 1 + (number - 1) % 2
+        assert reply.metadata.src_node_id == number
         assert reply.has_error() is ((number - 1) % 3 == 0)
         if reply.has_error():
-            assert str(reply.error.reason).startswith("this node has no partition-id")
+            assert str(reply.error.reason).startswith("method must be one of")
 
 
-def test_a_worker_that_dies_fails_one_message_and_is_replaced() -> None:
+def test_a_worker_that_dies_fails_one_pass_and_is_replaced() -> None:
     with RayGrid(1, 1, 0) as grid:
         (dead,) = grid._workers
         ray.get(grid._started)
-        ids = grid.push_messages([asked(1, overrides="x=1") for _ in range(4)])
+        ids = grid.push_messages([asked(1) for _ in range(4)])
         ray.kill(dead)  # while it still imports
         replies: dict[str, Message] = {}
         while len(replies) < 4:
             replies |= {r.metadata.reply_to_message_id: r for r in grid.pull_messages(ids)}
-    assert [replies[i].has_error() for i in ids] == [True, False, False, False]
-    assert "the worker that was at it died" in str(replies[ids[0]].error.reason)
+    reasons = [str(replies[i].error.reason) for i in ids]
+    assert "the worker that was at it died" in reasons[0]
+    assert all(reason.startswith("method must be one of") for reason in reasons[1:])
 
 
 def test_late_messages_are_neither_begun_nor_kept() -> None:
     with RayGrid(1, 1, 0) as grid:
-        late = [asked(1, overrides="x=1") for _ in range(5)]
+        late = [asked(1) for _ in range(5)]
         for message in late:
             message.metadata.ttl = 0.01
         grid.push_messages(late)  # the worker starts, and two of them are at it
         time.sleep(0.02)
-        (new,) = grid.push_messages([asked(1, overrides="x=1")])
-        assert list(grid._queue) == [new]
+        (new,) = grid.push_messages([asked(1)])
+        assert [group[0].metadata.message_id for group in grid._queue] == [new]
         while not list(grid.pull_messages([new])):
             pass
         assert len(grid._replies) == 2

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from fedpeft.data.batching import Batch
+from fedpeft.engine.engine import Engine
 from fedpeft.engine.graphs import rehearsed
 from fedpeft.engine.passes import Passes
-from fedpeft.engine.session import Session
+from fedpeft.engine.plan import plan
+from fedpeft.methods.base import Phase
 
-Opened = Callable[..., Session]
+Opened = Callable[..., Engine]
 X = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
 
 
@@ -33,10 +35,14 @@ def test_what_needs_values(function: Callable[[Tensor], Tensor], first: str | No
     torch.testing.assert_close(loss, function(X))
 
 
-def passes_of(session: Session) -> tuple[Passes, Batch]:
-    session.set_trainable(1)
-    session.model.train()
-    return Passes(session.model, session.task.loss), session._plan(0, 1).batches[0]
+def passes_of(engine: Engine) -> tuple[Passes, Batch]:
+    """Over what trains in round 1, and the first batch of client 0."""
+    task, replica = engine.task, engine.replica
+    replica.set_trainable(set(replica.roles.trained(1)))
+    replica.model.train()
+    passes = Passes(replica.model, lambda m, batch: task.loss(task.forward(m, batch), batch))
+    ((batch,), *_) = plan(engine.config, *engine.rows.training(0), [1, 0], Phase()).steps
+    return passes, batch
 
 
 @pytest.mark.parametrize("method", ["lora", "scl", "fedtt", "bitfit", "full", "ia3", "prompt"])
@@ -49,10 +55,10 @@ def test_steps_of_a_classifier_can_be_captured(opened: Opened, method: str) -> N
 
 
 def test_gradients_of_a_rehearsal_are_those_of_any_pass(opened: Opened) -> None:
-    session = opened("method=lora", "model.settings={hidden_dropout_prob:0}")
-    session.model.config.attention_probs_dropout_prob = 0.0  # type: ignore[union-attr]
-    passes, batch = passes_of(session)
-    session.model.eval()
+    engine = opened("method=lora", "model.settings={hidden_dropout_prob:0}")
+    engine.replica.model.config.attention_probs_dropout_prob = 0.0  # type: ignore[union-attr]
+    passes, batch = passes_of(engine)
+    engine.replica.model.eval()
     expected = passes.backward(batch)
     gradients = passes.flat.vector.grad
     assert gradients is not None and gradients.any()

@@ -1,0 +1,145 @@
+"""The one model that a process keeps, with a method in it, for one configuration."""
+
+import logging
+
+import torch
+from torch import nn
+
+from fedpeft.algorithms.base import Setting
+from fedpeft.config.schema import Config
+from fedpeft.engine.cpu import checkpoint_blocks
+from fedpeft.engine.roles import Roles
+from fedpeft.methods.base import At, Method
+from fedpeft.models.precision import halve_frozen, train_in_float32
+from fedpeft.models.sites import hidden_blocks
+from fedpeft.seeding import torch_seed
+from fedpeft.state import State, filled, leading, load_state, snapshot
+
+log = logging.getLogger(__name__)
+
+
+class Replica:
+    """A configuration's injected model, its tokenizer or image processor, and its roles.
+
+    The model is one for all clients of a process, so every use begins with ``load``, which sets
+    every parameter that can change: nothing of the client before is left.
+
+    Args:
+        config: the run.
+
+    Attributes:
+        initial: seeded values of all parameters that can change, full, on the CPU.
+    """
+
+    def __init__(self, config: Config) -> None:
+        torch.set_num_threads(config.runtime.threads)
+        config.method.check(config.num_rounds)
+        config.model.check_precision(config.precision)
+        self.config, self.task = config, config.data
+        self.processor = getattr(config.model, self.task.needs)()
+        with torch_seed(config.seed, "method"):
+            model = injected(config, self.base_model())
+        train_in_float32(model)
+        if config.precision == "bf16":
+            halve_frozen(model)
+        self.model: nn.Module = model.to(_device(config.runtime.device))
+        self.device = next(self.model.parameters()).device
+        self.roles = Roles(config, self.model)
+        self.initial = snapshot(self.model, self.roles.names)
+        setting = self._setting()
+        config.strategy.check(setting)
+        config.compression.check(setting)
+
+    def base_model(self) -> nn.Module:
+        """Return the model before the method touches it."""
+        model = self.config.model.build(
+            self.task.auto_class, self.task.num_labels, self.config.seed
+        )
+        if self.config.model.gradient_checkpointing:
+            checkpoint_blocks(model)
+        if self.task.needs == "tokenizer":
+            model.config.pad_token_id = self.processor.pad_token_id
+        return model
+
+    def _setting(self) -> Setting:
+        """Return what a strategy or compression may refuse this run for."""
+        config, rounds = self.config, range(1, self.config.num_rounds + 1)
+        shares = any(self.roles.shared(round) for round in rounds)
+        return Setting(config.method, shares, self._whole(), config.cohort_size())
+
+    def _whole(self) -> bool:
+        """Tell whether every client trains whole parameters, in the first and the last round."""
+        config = self.config
+        if type(config.method).block is Method.block:
+            return True
+        shapes = {name: tuple(value.shape) for name, value in self.initial.items()}
+        return all(
+            tuple(config.method.block(name, shape, self.roles.at(round, client))) == shape
+            for round in {1, config.num_rounds}
+            for client in range(config.num_clients)
+            for name, shape in shapes.items()
+        )
+
+    def shared(self, round: int) -> State:
+        """Return initial values of what is shared in a round: the names, shapes and dtypes."""
+        return {name: self.initial[name] for name in self.roles.shared(round)}
+
+    def blocks(self, state: State, at: At) -> State:
+        """Cut a full state to the blocks that one client trains."""
+        if type(self.config.method).block is Method.block:
+            return dict(state)
+        return {
+            name: leading(value, self.config.method.block(name, value.shape, at))
+            for name, value in state.items()
+        }
+
+    def values(self, *states: State, at: At | None = None) -> State:
+        """Return every parameter that can change, full.
+
+        Args:
+            states: full or block; the last one that has a name wins, else it is initial.
+            at: whose blocks they are, the rest being zero; null for whole parameters.
+        """
+        initial = self.initial
+        if at is not None:
+            initial = filled(self.blocks(initial, at), initial)
+        for state in states:
+            initial = initial | filled(state, self.initial)
+        return initial
+
+    def load(self, *states: State, at: At | None = None) -> None:
+        """Set every parameter that can change to ``values``, and arrange the model to measure."""
+        load_state(self.model, self.values(*states, at=at))
+        self.config.method.arrange(self.model, "")
+
+    def set_trainable(self, names: set[str]) -> None:
+        """Let exactly these parameters require gradients."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in names)
+
+
+def injected(config: Config, model: nn.Module) -> nn.Module:
+    """Put the method into the blocks of a model that ``layers`` chooses.
+
+    Raises:
+        ValueError: ``layers`` leaves blocks out, but the method trains nothing inside of blocks.
+    """
+    if config.layers == "all":
+        return config.method.inject(model)
+    with hidden_blocks(model, config.layers) as chosen:
+        model = config.method.inject(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if not any(f"{block}." in name for name in trained for block in chosen):
+        raise ValueError(
+            f"layers={config.layers} chooses blocks, but method {type(config.method).__name__} "
+            "trains nothing inside of blocks: set layers=all"
+        )
+    return model
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("runtime.device=cuda, but torch sees no GPU in this process")
+    return torch.device(name)

@@ -1,0 +1,133 @@
+"""The server's values, and what goes down to the clients in a round."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+
+from fedpeft.engine.engine import Engine
+from fedpeft.engine.server_model import EngineModel
+from fedpeft.methods.base import At, Memory
+from fedpeft.seeding import generator
+from fedpeft.server.seen import Seen
+from fedpeft.state import METHOD, STRATEGY, State, payload_bytes, prefixed, split_prefixed
+from fedpeft.wire import from_named_arrays, pack, wire_bytes
+
+
+class Broadcast(NamedTuple):
+    """Everything that goes down in one round, encoded once.
+
+    Attributes:
+        wire: parameters as they are sent, wire.
+        received: all that can change, full, as clients of whole parameters have it.
+        extras: the strategy's for messages to train, wire.
+    """
+
+    wire: State
+    received: State
+    extras: State
+
+
+class Broadcaster:
+    """Holds what the server knows from round to round, and encodes what goes down.
+
+    Args:
+        engine: of the server's process.
+        overrides: the configuration as the clients get it.
+
+    Attributes:
+        state: every parameter that the server has set so far, full.
+        memory: the strategy's own.
+        method_memory: the method's own.
+    """
+
+    def __init__(self, engine: Engine, overrides: str) -> None:
+        self.engine, self.overrides = engine, overrides
+        self.config, self.replica, self.roles = engine.config, engine.replica, engine.replica.roles
+        self.state: State = {}
+        self.memory: Memory = {}
+        self.method_memory: Memory = {}
+        self._broadcasts: dict[int, Broadcast] = {}  # the last one, by its round
+        self._begun = False
+
+    def update(self, after: State) -> None:
+        """Take over new values, full."""
+        self.state.update(after)
+        self._broadcasts.clear()
+
+    def load(self, arrays: ArrayRecord) -> None:
+        """Take over parameters that somebody else has set, by name.
+
+        Raises:
+            ValueError: one is no parameter of the method, or has another shape.
+        """
+        given = from_named_arrays(arrays)
+        for name, value in given.items():
+            initial = self.replica.initial.get(name)
+            if initial is None or initial.shape != value.shape:
+                raise ValueError(f"{name} {tuple(value.shape)} is no parameter of this method")
+        self.update(given)
+
+    @property
+    def values(self) -> State:
+        """All that can change, full, as it now is."""
+        if self.config.method.starts and not self._begun:
+            self._begun = True
+            self.state = self.config.method.start(EngineModel(self.engine)) | self.state
+        return self.replica.initial | self.state
+
+    def broadcast(self, round: int) -> Broadcast:
+        """Encode what goes down in a round, once."""
+        if round not in self._broadcasts:
+            values, codec = self.values, self.config.compression.down
+            given = {name: values[name] for name in self.roles.down(round)}
+            shared = {name: values[name] for name in self.roles.shared(round)}
+            extras = prefixed(self.config.strategy.down(self.memory, shared), STRATEGY)
+            whole, draws = given | extras, generator(self.config.seed, "compression down", round)
+            wire, extras = split_prefixed(codec.encode(whole, whole, draws), STRATEGY)
+            received = values | codec.decode(wire, given)
+            self._broadcasts = {round: Broadcast(wire, received, extras)}
+        return self._broadcasts[round]
+
+    def at(self, round: int, client: int) -> At:
+        """Return where a client is, with what the method sends it."""
+        at = self.roles.at(round, client)
+        return at._replace(memory=self.config.method.down(self.method_memory, at))
+
+    def messages(
+        self, kind: str, round: int, nodes: Mapping[int, int], seen: Seen
+    ) -> dict[int, Message]:
+        """Return a message for each client; one content for all that train the same blocks.
+
+        Args:
+            kind: Flower's train or evaluate.
+            round: that the message belongs to.
+            nodes: node id by client.
+            seen: takes the bytes.
+        """
+        broadcast = self.broadcast(round)
+        extras = broadcast.extras if kind == MessageType.TRAIN else {}
+        contents: dict[object, tuple[str, RecordDict, int, int]] = {}
+        messages: dict[int, Message] = {}
+        prefix = "" if kind == MessageType.TRAIN else "evaluation_"
+        for client, node in nodes.items():
+            at = self.at(round, client)
+            state = self.replica.blocks(broadcast.wire, at)
+            key = self._key(state, at)
+            if key not in contents:
+                whole = state | prefixed(extras, STRATEGY) | prefixed(dict(at.memory), METHOD)
+                arrays, index = pack(whole)
+                config: Any = {"overrides": self.overrides, "round": round, "index": index}
+                content = RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
+                group = f"{kind}/{round}/{len(contents)}"  # they may train in one pass
+                contents[key] = (group, content, wire_bytes(content), payload_bytes(whole))
+            group, content, size, payload = contents[key]
+            seen.count(prefix + "downlink_bytes", size)
+            seen.count(prefix + "downlink_payload_bytes", payload)
+            messages[client] = Message(content, node, kind, group_id=group)
+        return messages
+
+    def _key(self, state: State, at: At) -> object:
+        """Return what is equal for clients that get the same content."""
+        memory = tuple((name, tuple(value.flatten().tolist())) for name, value in at.memory.items())
+        return tuple(value.shape for value in state.values()), memory

@@ -1,0 +1,168 @@
+"""One run from its first round to its summary: selects the best round, writes the directory."""
+
+import time
+from typing import Any
+
+import torch
+from flwr.serverapp import Grid
+from torch import nn
+
+from fedpeft.data.batching import REPORTED
+from fedpeft.data.rows.source import SPLITS
+from fedpeft.engine.parameters import parameter_counts
+from fedpeft.engine.passes import autocast
+from fedpeft.models.hub import weights_sha256
+from fedpeft.reporting.progress import Display
+from fedpeft.reporting.run_directory import RunDirectory, versions
+from fedpeft.server.diagnostics import initial_error
+from fedpeft.server.seen import Line, Observer
+from fedpeft.server.strategy import FederatedPEFT
+from fedpeft.state import State, save, sha256
+
+
+class Run(Observer):
+    """Observes a strategy's rounds, and tests and sums up at the end.
+
+    Args:
+        strategy: runs the rounds.
+        directory: takes the lines, the states and the summary.
+        display: shows them.
+    """
+
+    def __init__(self, strategy: FederatedPEFT, directory: RunDirectory, display: Display) -> None:
+        self.strategy, self.engine = strategy, strategy.engine
+        self.directory, self.display = directory, display
+        self.lines: list[Line] = []
+        self.started = time.perf_counter()
+        self.has_personal = strategy.roles.has_personal
+        metric, self.sign = self.engine.task.selects
+        whose = "client_validation" if self.has_personal else "validation"
+        self.selects = f"{whose}_{metric}"
+        self.best_state: State = {}
+        self.best: Line = {}
+
+    def serve(self, grid: Grid) -> dict[str, Any]:
+        """Run all rounds and return the summary."""
+        self.strategy.observer = self
+        self.strategy.start(grid)
+        return self.summarize()
+
+    def phase(self, name: str, clients: int) -> None:
+        self.display.phase(name, clients)
+
+    def clients_done(self, count: int) -> None:
+        self.display.clients_done(count)
+
+    def round_done(self, line: Line) -> None:
+        """Write and show a round's line, and keep the best round.
+
+        Validation rows select, test rows never; the earlier of equal rounds stays.
+        """
+        self.lines.append(line)
+        self.directory.append(line)
+        self.display.round_done(line)
+        value, best = line.get(self.selects), self.best.get(self.selects)
+        if value is not None and (best is None or self.sign * (value - best) > 0):
+            self.best, self.best_state = line, dict(self.strategy.state)
+
+    def summarize(self) -> dict[str, Any]:
+        """Test the final and the best state, and write the summary."""
+        engine, state = self.engine, self.strategy.state
+        save(self.directory.path / "shared_state.safetensors", state)
+        if not self.best:  # nothing that selects was measured: the last round stands for the best
+            self.best, self.best_state = self.lines[-1], state
+        best_state = {n: self.best_state.get(n, engine.replica.initial[n]) for n in state}
+        save(self.directory.path / "best_shared_state.safetensors", best_state)
+        final = self._tested(self.lines[-1], state)
+        if engine.samples and not self.has_personal:
+            self.directory.save_samples(engine.samples)
+        last_is_best = self.best is self.lines[-1]
+        summary = {
+            "method": type(engine.config.method).__name__,
+            "selected_by": self.selects,
+            "final": final,
+            "best": final if last_is_best else self._tested(self.best, self.best_state),
+            "initial": _measures(self.lines[0]),
+            "baseline": self._baseline(),
+            "parameters": parameter_counts(engine.replica.roles, engine.replica.model),
+            "bytes": self._bytes(),
+            "interference": [line.get("interference") for line in self.lines[1:]],
+            "initial_error": self._initial_error(),
+            "refused": {
+                str(line["round"]): line["refused"] for line in self.lines if "refused" in line
+            },
+            "seconds": elapsed(self.started),
+            "shared_state_sha256": sha256(state),
+            "weights_sha256": self._weights_hash(),
+            "weights": "RANDOM" if engine.config.model.random else "pretrained",
+            "data": engine.task.fingerprint() | {"cut": self._cut()},
+            "seed": engine.config.seed,
+            "versions": versions(),
+            "run_dir": str(self.directory.path),
+        }
+        self.directory.finish(summary)
+        return summary
+
+    def _cut(self) -> dict[str, dict[str, int]]:
+        """Count rows whose prompt or answer was longer than its room, by split."""
+        found: dict[str, dict[str, int]] = {}
+        for split in (*SPLITS, *self.engine.task.extra_tests):
+            arrays = self.engine.rows.examples(split).arrays
+            counts = {n: int(arrays[n].sum()) for n in REPORTED if n in arrays}
+            found |= {split: counts} if counts else {}
+        return found
+
+    def _weights_hash(self) -> str | None:
+        model = self.engine.config.model
+        return None if model.random else weights_sha256(model.source())
+
+    def _tested(self, line: dict[str, Any], state: State) -> dict[str, Any]:
+        """Return a round's measures, with the server's model on the test rows where it has one."""
+        measures = {"round": line["round"]} | _measures(line)
+        if not self.has_personal:
+            # test comes last: its generated texts stay as the samples
+            for split in (*self.engine.task.extra_tests, "test"):
+                measures |= self.strategy.measure(split, state, last=True)
+        return measures
+
+    def _baseline(self) -> dict[str, float]:
+        """Measure the commonest label as the only answer, on test rows and on the clients' own."""
+        engine = self.engine
+        found = {k: v for k, v in self.lines[-1].items() if k.endswith("_baseline")}
+        baseline = engine.baseline(engine.rows.examples("train"), engine.rows.examples("test"))
+        return found if baseline is None else found | {"test_baseline": baseline}
+
+    def _bytes(self) -> dict[str, int]:
+        """Sum up the rounds' bytes by direction; those of evaluation stand apart."""
+        keys = sorted({k for line in self.lines for k in line if k.endswith("_bytes")})
+        return {key: sum(line.get(key, 0) for line in self.lines) for key in keys}
+
+    def _initial_error(self) -> dict[str, float]:
+        """Measure how far each replaced module starts from the original, on one batch."""
+        engine = self.engine
+        examples = engine.rows.examples("validation")
+        device = engine.replica.device
+        batch = examples.batch(torch.arange(min(32, len(examples))).numpy())
+        batch = {key: value.to(device) for key, value in batch.items()}
+        engine.replica.load()
+
+        def forward(model: nn.Module) -> None:
+            with autocast(device, engine.config.precision):
+                engine.task.forward(model, batch)
+
+        return initial_error(
+            engine.replica.base_model().to(device),
+            engine.replica.model,
+            forward,
+        )
+
+
+def _measures(line: Line) -> dict[str, Any]:
+    """Return what a line measured."""
+    wanted = ("validation_", "client_", "train_loss")
+    return {k: v for k, v in line.items() if k.startswith(wanted)}
+
+
+def elapsed(begun: float) -> float:
+    """Return the seconds since, to the millisecond."""
+    return float(f"{time.perf_counter() - begun:.3f}")

@@ -1,0 +1,49 @@
+"""The server's view of a round, and the observer that is told of it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Line = dict[str, Any]  # a round in metrics.jsonl
+
+
+class RoundFailed(RuntimeError):
+    """A round in which no client's reply could be used; the message gives the first reason."""
+
+
+@dataclass
+class Seen:
+    """The server's view of one round.
+
+    Attributes:
+        cohort: the clients of the round, sorted.
+        refused: clients whose reply was left out, and why.
+        traffic: bytes by direction.
+        metrics: of training.
+    """
+
+    cohort: list[int] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+    traffic: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+    def count(self, key: str, amount: int) -> None:
+        """Add to the round's traffic."""
+        self.traffic[key] = self.traffic.get(key, 0) + amount
+
+    def refuse(self, client: int, reason: str) -> None:
+        """Note why a client was left out, after what was wrong with an earlier reply of it."""
+        earlier = self.refused.get(client)
+        self.refused[client] = f"{earlier}; {reason}" if earlier else reason
+
+
+class Observer:
+    """Is told how a run goes on; this one does nothing."""
+
+    def phase(self, name: str, clients: int) -> None:
+        """The server begins to wait for clients."""
+
+    def clients_done(self, count: int) -> None:
+        """So many clients replied."""
+
+    def round_done(self, line: Line) -> None:
+        """A round ended."""

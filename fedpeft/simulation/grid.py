@@ -1,0 +1,208 @@
+"""A Flower grid of this machine, on which every client is a node."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fedpeft.client.app import app
+from fedpeft.wire import empty_run, identify, number
+
+AnswerAll = Callable[[Sequence[Message], Sequence[Context]], Sequence[Message | Exception]]
+Passes = Callable[[Sequence[int]], Sequence[Sequence[int]]]
+MOST_EVALUATIONS = 64  # calls of an evaluation; each costs milliseconds, whatever it holds
+POLL_SECONDS = 0.01
+
+
+class LocalGrid(Grid):
+    """Nodes 1 to ``num_clients``, each of which holds one partition.
+
+    Messages of one Flower ``group_id`` may be answered together, so the grid hands them to workers
+    in passes. Subclasses say who works.
+
+    Args:
+        num_clients: one node each.
+
+    Attributes:
+        num_clients: may be set anew between two runs.
+        state_folder: where clients keep what is theirs; null keeps it in the nodes' contexts.
+        passes: parts clients that may train together into passes, in the order in which workers
+            take them.
+    """
+
+    def __init__(self, num_clients: int) -> None:
+        identify()
+        self._run = empty_run()
+        self.num_clients, self._sent = num_clients, 0
+        self._contexts: dict[int, Context] = {}
+        self._queue: deque[list[Message]] = deque()
+        self._replies: dict[str, Message] = {}
+        self.state_folder: Path | None = None
+        self.passes: Passes = lambda clients: [[client] for client in clients]
+
+    def set_run(self, run: Any) -> None:
+        """Set the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        """The run."""
+        return self._run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Make a message; its constructor does the same."""
+        return Message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return all nodes."""
+        return list(range(1, self.num_clients + 1))
+
+    def prepare(self, overrides: str) -> None:
+        """Let workers load model and rows of a configuration, while the server loads its own."""
+
+    def node_config(self, node: int) -> dict[str, Any]:
+        """Return a node's configuration."""
+        given = {"partition-id": node - 1, "num-partitions": self.num_clients}
+        return given | ({"state-folder": str(self.state_folder)} if self.state_folder else {})
+
+    def context(self, node: int) -> Context:
+        """Return a node's context, which lives as long as the grid if there is no state folder."""
+        if self.state_folder:
+            return Context(1, node, self.node_config(node), RecordDict(), {})
+        if node not in self._contexts:
+            self._contexts[node] = Context(1, node, self.node_config(node), RecordDict(), {})
+        return self._contexts[node]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Queue messages in passes, and forget what is too late to be answered."""
+        self._forget()
+        ids, groups = [], dict[str, list[Message]]()
+        for message in messages:
+            self._sent += 1
+            number(message, str(self._sent))
+            ids.append(str(self._sent))
+            if message.metadata.message_type == MessageType.QUERY:
+                self._reply(message, _tried(app, message, self.context(_node(message))))
+            else:
+                groups.setdefault(message.metadata.group_id or str(self._sent), []).append(message)
+        for group in groups.values():
+            self._queue.extend(self._in_passes(group))
+        self._hand_out()
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return replies that have come; none after a short wait."""
+        wanted = set(message_ids)
+        if not wanted & self._replies.keys():
+            self._work()
+        return [self._replies.pop(i) for i in wanted & self._replies.keys()]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send messages and return the replies that come in time; null waits for all."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        waiting = set(self.push_messages(messages))
+        replies: list[Message] = []
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            arrived = self.pull_messages(waiting)
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+            replies += arrived
+            if not arrived:
+                time.sleep(POLL_SECONDS)
+        return replies
+
+    def _in_passes(self, group: list[Message]) -> Iterable[list[Message]]:
+        """Part messages of one group."""
+        if group[0].metadata.message_type == MessageType.EVALUATE:
+            size = -(-len(group) // MOST_EVALUATIONS)
+            return [group[i : i + size] for i in range(0, len(group), size)]
+        by_client = {_node(message) - 1: message for message in group}
+        return [[by_client[c] for c in together] for together in self.passes(list(by_client))]
+
+    def _forget(self) -> None:
+        """Drop messages and replies whose time is up."""
+        now = time.time()
+        passes = ([m for m in group if _alive(m, now)] for group in self._queue)
+        self._queue = deque(group for group in passes if group)
+        self._replies = {i: reply for i, reply in self._replies.items() if _alive(reply, now)}
+
+    def _reply(self, message: Message, answer: Message | Exception) -> None:
+        """Note the reply to a message; an exception becomes an error with its reason."""
+        if isinstance(answer, Exception):
+            answer = Message(Error(code=0, reason=str(answer)), reply_to=message)
+        self._replies[message.metadata.message_id] = answer
+
+    def _hand_out(self) -> None:
+        """Give queued passes to workers that have room."""
+
+    def _work(self) -> None:
+        """Wait shortly for replies."""
+        raise NotImplementedError
+
+
+class InProcessGrid(LocalGrid):
+    """Answers messages in this process, when they are pulled.
+
+    Args:
+        num_clients: one node each.
+        answer_all: answers the messages of a pass.
+    """
+
+    def __init__(self, num_clients: int, answer_all: AnswerAll | None = None) -> None:
+        super().__init__(num_clients)
+        self._answer_all = answer_all
+
+    def _work(self) -> None:
+        """Answer the oldest pass."""
+        if self._answer_all is None:
+            from fedpeft.client.client import answer_all  # torch comes with it
+
+            self._answer_all = answer_all
+        if not self._queue:
+            return
+        group = self._queue.popleft()
+        answers = _all_tried(self._answer_all, group, [self.context(_node(m)) for m in group])
+        for message, answer in zip(group, answers, strict=True):
+            self._reply(message, answer)
+
+
+def one_by_one(client_app: ClientApp) -> AnswerAll:
+    """Answer the messages of a pass one after another by any ClientApp."""
+
+    def answer_all(
+        messages: Sequence[Message], contexts: Sequence[Context]
+    ) -> list[Message | Exception]:
+        return [_tried(client_app, m, c) for m, c in zip(messages, contexts, strict=True)]
+
+    return answer_all
+
+
+def _all_tried(
+    answer_all: AnswerAll, messages: Sequence[Message], contexts: Sequence[Context]
+) -> Sequence[Message | Exception]:
+    """Answer a pass; an error that is no client's own is every client's."""
+    try:
+        return answer_all(messages, contexts)
+    except Exception as error:
+        return [error] * len(messages)
+
+
+def _tried(client_app: ClientApp, message: Message, context: Context) -> Message | Exception:
+    try:
+        return client_app(message=message, context=context)
+    except Exception as error:
+        return error
+
+
+def _node(message: Message) -> int:
+    return message.metadata.dst_node_id
+
+
+def _alive(message: Message, now: float) -> bool:
+    return message.metadata.created_at + message.metadata.ttl > now

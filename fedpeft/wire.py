@@ -1,0 +1,97 @@
+"""States as Flower records, and the byte counts of messages.
+
+Every private name of Flower that fedpeft needs stands in this file; ``tests/test_wire.py`` says
+which one an upgrade has removed.
+"""
+
+import json
+import zlib
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor
+
+from fedpeft.state import State, bits, bits_dtype
+
+
+def pack(state: State) -> tuple[ArrayRecord, bytes]:
+    """Pack a state into one flat array per dtype.
+
+    A deployment's cost grows with the number of arrays, so there are as few as can be.
+
+    Returns:
+        The arrays by dtype, and a compressed index of names, dtypes and shapes.
+    """
+    by_dtype: dict[str, list[Tensor]] = {}
+    index: list[list[object]] = []
+    for name, value in state.items():
+        dtype = str(value.dtype).removeprefix("torch.")
+        index.append([name, dtype, list(value.shape)])
+        by_dtype.setdefault(dtype, []).append(bits(value.detach().cpu()).reshape(-1))
+    arrays = ArrayRecord({k: Array(torch.cat(v).numpy()) for k, v in by_dtype.items()})
+    return arrays, zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
+
+
+def unpack(arrays: ArrayRecord, index: bytes) -> State:
+    """Return the state that was packed.
+
+    Raises:
+        ValueError: index and arrays do not fit together.
+    """
+    flat = {dtype: array.numpy() for dtype, array in arrays.items()}
+    used = dict.fromkeys(flat, 0)
+    state: State = {}
+    try:
+        entries = json.loads(zlib.decompress(index))
+    except (zlib.error, ValueError) as error:
+        raise ValueError(f"the index of the arrays cannot be read: {error}") from error
+    for name, dtype, shape in entries:
+        size = int(np.prod(shape))
+        if dtype not in flat or used[dtype] + size > flat[dtype].size:
+            raise ValueError(f"the array of {dtype} is too short for {name} {shape}")
+        part = torch.from_numpy(flat[dtype][used[dtype] : used[dtype] + size].copy())
+        used[dtype] += size
+        wanted = getattr(torch, dtype)
+        if part.dtype != bits_dtype(wanted):
+            raise ValueError(f"the array of {dtype} holds {part.dtype}")
+        state[name] = part.view(wanted).reshape(shape)
+    if longer := [dtype for dtype in flat if used[dtype] < flat[dtype].size]:
+        raise ValueError(f"the array of {longer[0]} holds more than the index names")
+    return state
+
+
+def named_arrays(state: State) -> ArrayRecord:
+    """Return one array per parameter, as Flower's own strategies hand them around."""
+    return ArrayRecord({name: Array(value.numpy()) for name, value in state.items()})
+
+
+def from_named_arrays(arrays: ArrayRecord) -> State:
+    """Return the state of ``named_arrays``."""
+    return {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
+
+
+def wire_bytes(content: RecordDict) -> int:
+    """Count the bytes of a message's content as Flower's transport serialises it."""
+    return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+
+
+# --- Flower's private names ----------------------------------------------------------------------
+
+
+def identify() -> None:
+    """Let this process make messages; outside Flower's own engines it has no identity."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+def number(message: Message, identifier: str) -> None:
+    """Give a message its id, as every grid of Flower does when it is pushed."""
+    message.metadata.__dict__["_message_id"] = identifier
+
+
+def empty_run() -> Run:
+    """Return the run that a grid of this process belongs to."""
+    return Run.create_empty(run_id=1)

@@ -1,0 +1,192 @@
+"""Every client is a node of the local grid; messages that may train in one pass go together."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+
+from fedpeft.client.client import answer_all
+from fedpeft.config.load import load_config
+from fedpeft.engine.engine import Engine, open_engine
+from fedpeft.engine.plan import Job
+from fedpeft.server.nodes import Nodes, exchange
+from fedpeft.simulation.grid import InProcessGrid
+from fedpeft.simulation.launch import simulate
+from fedpeft.state import read
+from tests.conftest import TINY, Runner, quiet
+
+ONE_BY_ONE = ("runtime.clients_per_pass=1", "evaluation.clients=always")
+
+
+class Simulated:
+    """Runs a configuration as ``fedpeft run`` does in one process, and notes each pass."""
+
+    def __init__(self, run: Runner) -> None:
+        self.run = run
+        self.passes: list[tuple[str, list[int]]] = []
+
+    def __call__(self, *overrides: str, answer: Any = answer_all) -> dict[str, Any]:
+        def noted(messages: Sequence[Message], contexts: Sequence[Context]) -> Any:
+            clients = [int(context.node_config["partition-id"]) for context in contexts]
+            self.passes.append((messages[0].metadata.message_type, clients))
+            return answer(messages, contexts)
+
+        method = [o for o in overrides if o.startswith("method=")][-1].removeprefix("method=")
+        self.run.run_dir = self.run.folder / f"simulated{len(self.passes)}"
+        given = [*self.run.base, *TINY.get(method, []), *overrides, f"run_dir={self.run.run_dir}"]
+        open_engine.cache_clear()
+        return simulate(InProcessGrid(1, noted), given, quiet())
+
+    def trained(self) -> list[list[int]]:
+        """Return the clients of each training pass, in the order in which they ran."""
+        return [clients for kind, clients in self.passes if kind == "train"]
+
+
+@pytest.fixture
+def simulated(run: Runner) -> Simulated:
+    return Simulated(run)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method=lora",),
+        ("method=fedsa_lora",),
+        ("method=fedtt_plus", "strategy=scaffold", "compression=topk"),
+        ("method=hetlora", "method.ranks=[1,2]"),
+        ("method=lora", "strategy=local_only"),
+        ("method=lora", "strategy=centralized"),
+        ("method=lora", "optimizer.keep_state=true"),
+    ],
+)
+def test_a_state_folder_and_passes_change_no_bit_and_no_byte(
+    run: Runner, simulated: Simulated, overrides: tuple[str, ...]
+) -> None:
+    own = run(*overrides, *ONE_BY_ONE)
+    lines = run.lines()
+    found = simulated(*overrides, *ONE_BY_ONE)
+    assert found["shared_state_sha256"] == own["shared_state_sha256"]
+    assert found["bytes"] == own["bytes"]
+    for ours, theirs in zip(simulated.run.lines(), lines, strict=True):
+        assert {k: v for k, v in ours.items() if k != "seconds"} == {
+            k: v for k, v in theirs.items() if k != "seconds"
+        }
+
+
+def test_personal_parameters_lie_in_the_runs_folder(run: Runner, simulated: Simulated) -> None:
+    simulated("method=fedsa_lora", "num_clients=3", *ONE_BY_ONE)
+    files = sorted((run.run_dir / "clients").iterdir())
+    assert [file.name for file in files] == [f"client_{i}.safetensors" for i in range(3)]
+    names = list(read(files[0]))
+    assert names and all(".lora_B." in n or n.startswith("classifier") for n in names)
+    simulated("method=lora", *ONE_BY_ONE)
+    assert not (run.run_dir / "clients").exists()
+
+
+def test_clients_of_a_pass_go_together(simulated: Simulated) -> None:
+    given = ("num_clients=5", "num_rounds=1", "runtime.clients_per_pass=2", "batch_size=2")
+    simulated("method=lora", *given)
+    assert sorted(map(len, simulated.trained())) == [1, 2, 2]
+    assert sorted(sum(simulated.trained(), [])) == [0, 1, 2, 3, 4]
+
+
+def test_clients_of_unequal_ranks_are_in_passes_of_their_own(simulated: Simulated) -> None:
+    given = ("num_clients=4", "num_rounds=1", "runtime.clients_per_pass=4", "batch_size=2")
+    simulated("method=hetlora", "method.ranks=[1,2]", *given)
+    assert sorted(map(sorted, simulated.trained())) == [[0, 2], [1, 3]]
+
+
+def test_a_pass_gives_what_one_by_one_gives(simulated: Simulated) -> None:
+    common = ("method=lora", "num_clients=4", "optimizer.name=sgd", "lr=0.1", "batch_size=2")
+    alone = simulated(*common, *ONE_BY_ONE)
+    together = simulated(*common, "runtime.clients_per_pass=4", "evaluation.clients=always")
+    assert together["bytes"] == alone["bytes"]
+    assert together["shared_state_sha256"] != alone["shared_state_sha256"]  # it was another way
+    for key, value in alone["final"].items():
+        assert together["final"][key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_the_longest_work_goes_first(simulated: Simulated) -> None:
+    epochs = ("local_steps=null", "local_epochs=1", "partition.alpha=0.3")
+    simulated("method=lora", "num_clients=4", "num_rounds=1", *epochs, *ONE_BY_ONE)
+    order = [clients[0] for clients in simulated.trained()]
+    rows = Engine(load_config([*simulated.run.base, "num_clients=4", *epochs])).rows
+    lengths = rows.examples("train").lengths
+    tokens = [
+        sum(lengths[row] for row in rows.client_examples(client)["train"].rows)
+        for client in range(4)
+    ]
+    assert len(set(tokens)) == 4
+    assert order == sorted(range(4), key=lambda client: -tokens[client])
+
+
+def test_one_clients_failure_is_its_own(
+    simulated: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_client = Engine.train_client
+
+    def broken(engine: Engine, job: Job, round: int) -> Any:
+        if job.client == 1:
+            raise ValueError("the disk of client 1 is full")
+        return train_client(engine, job, round)
+
+    monkeypatch.setattr(Engine, "train_client", broken)
+    monkeypatch.setattr(Engine, "vectorised", None)
+    given = ("num_clients=3", "num_rounds=1", "runtime.clients_per_pass=3")
+    summary = simulated("method=lora", *given)
+    assert summary["refused"] == {"1": {"1": "the disk of client 1 is full"}}
+
+
+def test_a_pass_that_fails_fails_all_its_clients(simulated: Simulated) -> None:
+    def answer(messages: Sequence[Message], contexts: Sequence[Context]) -> Any:
+        clients = [context.node_config["partition-id"] for context in contexts]
+        if messages[0].metadata.message_type == "train" and 2 in clients:
+            raise RuntimeError("out of memory")
+        return answer_all(messages, contexts)
+
+    given = ("num_clients=4", "num_rounds=1", "runtime.clients_per_pass=2")
+    summary = simulated("method=lora", *given, answer=answer)
+    lost = next(clients for clients in simulated.trained() if 2 in clients)
+    assert summary["refused"] == {"1": {str(client): "out of memory" for client in sorted(lost)}}
+    assert len(lost) == 2
+
+
+def test_nodes_join_without_a_message_to_a_worker() -> None:
+    grid, nodes = InProcessGrid(4, lambda *_: pytest.fail("a worker was asked")), Nodes(4, 5)
+    nodes.join(grid)
+    assert nodes.of == {0: 1, 1: 2, 2: 3, 3: 4}
+    with pytest.raises(ValueError, match="a client holds partition 2, but num_clients=2"):
+        Nodes(2, 5).join(grid)
+    with pytest.raises(TimeoutError, match=r"no client holds partitions \[4\] of num_clients=5"):
+        Nodes(5, 0.1).join(grid)
+
+
+def test_who_is_late_is_not_asked_in_the_next_round() -> None:
+    begun: list[int] = []
+
+    def slow(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        begun.append(int(contexts[0].node_config["partition-id"]))
+        time.sleep(0.3)
+        return [Message(RecordDict(), reply_to=message) for message in messages]
+
+    grid = InProcessGrid(4, slow)  # type: ignore[arg-type]
+    for clients, timeout in (([0, 1, 2], 0.2), ([3], 60.0)):
+        sent = {client: Message(RecordDict(), client + 1, "train") for client in clients}
+        assert [client for client, _ in exchange(grid, sent, timeout)] == clients[:1]
+    assert begun == [0, 3]
+
+
+def test_replies_do_not_stay_in_the_grid(tmp_path: Path) -> None:
+    def at_once(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        return [Message(RecordDict(), reply_to=message) for message in messages]
+
+    grid = InProcessGrid(50, at_once)  # type: ignore[arg-type]
+    grid.state_folder = tmp_path
+    for _ in range(3):
+        sent = {c: Message(RecordDict(), c + 1, "evaluate", group_id="all") for c in range(50)}
+        assert len(dict(exchange(grid, sent, 60))) == 50
+    held = [value for value in vars(grid).values() if isinstance(value, dict) and value]
+    assert held == []

@@ -1,0 +1,184 @@
+"""States as Flower's records, their bytes, and Flower's private names that fedpeft needs."""
+
+import importlib
+import json
+import zlib
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedpeft.state import State
+from fedpeft.wire import (
+    empty_run,
+    from_named_arrays,
+    identify,
+    named_arrays,
+    number,
+    pack,
+    unpack,
+    wire_bytes,
+)
+from tests.test_state import mixed
+
+
+def equal(a: State, b: State) -> bool:
+    return list(a) == list(b) and all(
+        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and torch.equal(a[n], b[n]) for n in a
+    )
+
+
+def test_round_trip_bit_for_bit() -> None:
+    state = mixed()
+    arrays, index = pack(state)
+    back = unpack(arrays, index)
+    assert equal(back, state)
+    assert torch.signbit(back["extremes"]).tolist() == [False, True, False, False]
+
+
+def test_one_array_per_dtype() -> None:
+    arrays, _ = pack(mixed())
+    assert {name: (a.dtype, a.shape) for name, a in arrays.items()} == {
+        "float32": ("float32", (3 * 4 + 1 + 4,)),
+        "bfloat16": ("int16", (10,)),
+        "int64": ("int64", (2,)),
+        "float64": ("float64", (4,)),
+        "float16": ("float16", (2,)),
+    }
+
+
+def test_nothing_packs_to_nothing() -> None:
+    arrays, index = pack({})
+    assert len(arrays) == 0 and unpack(arrays, index) == {}
+
+
+def test_views_and_transposes_are_packed_by_value() -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    state = {"t": base.T, "row": base[1], "every": base[:, ::2]}
+    assert equal(unpack(*pack(state)), {n: v.contiguous() for n, v in state.items()})
+
+
+def test_unpacked_tensors_own_their_memory() -> None:
+    state = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    arrays, index = pack(state)
+    first, second = unpack(arrays, index), unpack(arrays, index)
+    first["a"][0] = 5
+    assert second["a"][0] == 0 and first["b"][0] == 0 and state["a"][0] == 0
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([["w", "float32", [5]]], r"the array of float32 is too short for w \[5\]"),
+        ([["w", "float32", [3]], ["v", "float32", [2]]], "the array of float32 is too short for v"),
+        ([["w", "float64", [4]]], "the array of float64 is too short for w"),
+        ([["w", "float32", [3]]], "the array of float32 holds more than the index names"),
+        ([], "the array of float32 holds more than the index names"),
+    ],
+)
+def test_index_and_arrays_must_fit(index: list[object], message: str) -> None:
+    arrays = ArrayRecord({"float32": Array(np.zeros(4, np.float32))})
+    with pytest.raises(ValueError, match=message):
+        unpack(arrays, zlib.compress(json.dumps(index).encode()))
+
+
+def test_an_array_of_another_dtype_than_its_name() -> None:
+    arrays = ArrayRecord({"float32": Array(np.zeros(4, np.float64))})
+    with pytest.raises(ValueError, match="the array of float32 holds torch.float64"):
+        unpack(arrays, zlib.compress(b'[["w", "float32", [4]]]'))
+
+
+@pytest.mark.parametrize("index", [b"", b"junk", zlib.compress(b"{not json")])
+def test_an_index_that_cannot_be_read(index: bytes) -> None:
+    with pytest.raises(ValueError, match="the index of the arrays cannot be read"):
+        unpack(ArrayRecord(), index)
+
+
+def test_one_array_per_parameter_and_back() -> None:
+    state = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(2.5)}
+    arrays = named_arrays(state)
+    assert {name: array.shape for name, array in arrays.items()} == {"b": (2, 3), "a": ()}
+    back = from_named_arrays(arrays)
+    assert equal(back, state)
+    back["b"].zero_()
+    assert state["b"].any() and equal(from_named_arrays(arrays), state)
+
+
+# --- bytes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_wire_bytes_grow_as_the_payload_does(dtype: torch.dtype) -> None:
+    sizes = [
+        wire_bytes(RecordDict({"arrays": pack({"a": torch.zeros(n, 100, dtype=dtype)})[0]}))
+        for n in (1000, 2000, 4000)
+    ]
+    each = 100 * torch.zeros((), dtype=dtype).element_size()
+    assert abs(sizes[1] - sizes[0] - 1000 * each) <= 16
+    assert abs(sizes[2] - sizes[1] - 2000 * each) <= 16
+
+
+def test_wire_bytes_count_every_record() -> None:
+    arrays, index = pack({"a": torch.zeros(100)})
+    bare = wire_bytes(RecordDict({"arrays": arrays}))
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"index": index})})
+    assert 400 < bare < wire_bytes(content) - len(index)
+    with_metrics = RecordDict({**content, "metrics": MetricRecord({"loss": 1.0})})
+    assert wire_bytes(content) < wire_bytes(with_metrics)
+
+
+# --- Flower's private names ----------------------------------------------------------------------
+
+INFLATABLE = "flwr.supercore.inflatable.inflatable_object"
+IDENTITY, RUN = "flwr.supercore.task_identity", "flwr.supercore.run"
+
+
+def flower(path: str) -> ModuleType:
+    """A private module of Flower; one sentence says that an upgrade has moved it."""
+    try:
+        return importlib.import_module(path)
+    except ImportError:
+        raise AssertionError(f"Flower has no module {path} any more: see fedpeft/wire.py") from None
+
+
+def test_flower_counts_the_parts_of_a_message() -> None:
+    module: Any = flower(INFLATABLE)
+    name = "get_all_nested_objects"
+    assert hasattr(module, name), f"{INFLATABLE} has no {name}: wire_bytes needs it"
+    parts = module.get_all_nested_objects(
+        RecordDict({"config": ConfigRecord({"index": b"0123456789"})})
+    )
+    assert all(isinstance(part.deflate(), bytes) for part in parts.values()), (
+        f"{name} gives no objects that deflate to bytes: wire_bytes needs them"
+    )
+
+
+def test_flower_knows_who_makes_messages() -> None:
+    identity = getattr(flower(IDENTITY), "TaskIdentity", None)
+    assert identity is not None, f"{IDENTITY} has no TaskIdentity: identify needs it"
+    for field in ("task_id", "run_id", "node_id"):
+        # a property of its metaclass, which raises while it is not set
+        assert hasattr(type(identity), field), f"TaskIdentity has no {field}: identify sets it"
+    identify()
+    made = Message(RecordDict(), 5, "train").metadata
+    assert (made.run_id, made.src_node_id) == (1, 1), "messages do not read TaskIdentity any more"
+
+
+def test_flower_makes_an_empty_run() -> None:
+    run = getattr(flower(RUN), "Run", None)
+    assert run is not None, f"{RUN} has no Run: empty_run needs it"
+    assert hasattr(run, "create_empty"), "Run has no create_empty: empty_run needs it"
+    assert empty_run().run_id == 1, "Run.create_empty takes no run_id: empty_run gives 1"
+
+
+def test_flower_keeps_a_message_s_id() -> None:
+    identify()
+    message = Message(RecordDict(), 5, "train")
+    assert "_message_id" in message.metadata.__dict__, "Metadata has no _message_id: number sets it"
+    number(message, "17")
+    assert message.metadata.message_id == "17", "Metadata.message_id is not _message_id any more"
+    reply = Message(RecordDict(), reply_to=message)
+    assert reply.metadata.reply_to_message_id == "17", "a reply does not name its message's id"
