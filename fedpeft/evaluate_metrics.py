@@ -110,7 +110,7 @@ def _parts(name: str) -> tuple[str, str]:
 
 
 def _script(path: str) -> Path:
-    """Where a local module's script must stand: the path itself, or a file of its name in it."""
+    """The place of a local module's script: the path itself, or a file of its name in it."""
     local = Path(os.path.abspath(Path(path).expanduser()))
     return local if local.suffix == ".py" else local / f"{local.name}.py"
 

@@ -19,7 +19,7 @@ INDICES = "_partition_id_to_indices"  # in every partitioner, filled by the firs
 
 
 def table(labels: np.ndarray) -> "Dataset":
-    """What a partitioner goes by: a column ``label``."""
+    """The table that a partitioner goes by: a column ``label``."""
     from datasets import Dataset
 
     return Dataset.from_dict({"label": labels})

@@ -52,7 +52,8 @@ class Task(Source):
     def _check_metric(self, name: str) -> None:
         if name in self.measures:
             return
-        if self.takes_modules and evaluate_metrics.named(name) is not None:
+        named = isinstance(name, str)  # a list in the list reaches here
+        if named and self.takes_modules and evaluate_metrics.named(name) is not None:
             return evaluate_metrics.check(name)
         other = f", or {MODULES}" if self.takes_modules else ""
         raise ValueError(
