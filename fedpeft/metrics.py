@@ -1,4 +1,4 @@
-"""Metrics of labels, numbers and texts, computed without network.
+"""Metrics of labels, numbers and texts, computed without network; and any that evaluate loads.
 
 Sources: BLEU by sacrebleu (https://aclanthology.org/W18-6319), ROUGE-L by rouge_score
 (https://aclanthology.org/W04-1013), exact match and token F1 as in SQuAD v1.1's official script
@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, zip_longest
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # imported where needed, like scikit-learn and scipy: they take seconds
-    import evaluate
+from fedpeft import evaluate_metrics
 
 Rows = Sequence[Any] | np.ndarray
 Texts = list[str]
@@ -128,24 +127,35 @@ TEXTS = {
 MEASURES: dict[str, Callable[..., float]] = LABELS | NUMBERS | TEXTS
 
 
+MODULES = "a module of evaluate, such as /folder/my_metric or evaluate:NAME"
+
+
 def measure(name: str, predictions: Rows, references: Rows) -> float:
-    """The metric of that name in ``MEASURES``.
+    """The metric of that name in ``MEASURES``, or of that module of ``evaluate``.
 
     Args:
+        name: one of ``MEASURES``, or what ``evaluate_metrics`` takes.
         predictions: (rows,) of labels, numbers or str.
         references: the same; of text metrics also (rows,) of lists of one or more str.
+
+    Returns:
+        Its value; labels' and texts' from 0 to 1, correlations from -1 to 1, a module's any.
 
     Raises:
         ValueError: No such metric, or rows that it does not take, such as none at all.
     """
-    if name not in MEASURES:
-        raise ValueError(f"unknown metric {name}, must be one of {', '.join(MEASURES)}")
+    ours = name in MEASURES
+    if not ours and evaluate_metrics.named(name) is None:
+        raise ValueError(
+            f"unknown metric {name}, must be one of {', '.join(MEASURES)}, or {MODULES}"
+        )
     if not len(predictions) == len(references) > 0:
         counts = f"{len(predictions)} predictions and {len(references)} references"
         raise ValueError(f"{name} needs as many references as predictions, 1 or more, got {counts}")
     if name in TEXTS:
         predictions, references = _texts(name, predictions, references)
-    return MEASURES[name](predictions, references)
+    score = MEASURES[name] if ours else partial(evaluate_metrics.score, name)
+    return score(predictions, references)
 
 
 def _texts(name: str, predictions: Rows, references: Rows) -> tuple[Texts, References]:
@@ -156,42 +166,3 @@ def _texts(name: str, predictions: Rows, references: Rows) -> tuple[Texts, Refer
         if not isinstance(text, str):
             raise ValueError(f"texts of {name} must be str, got {text!r}")
     return list(predictions), rows
-
-
-def _metric(name: str) -> "type[evaluate.Metric]":
-    import evaluate
-    from datasets import Features, List, Value
-
-    row = Value("string" if name in TEXTS else "int64" if name in LABELS else "float64")
-    references = [List(row), row] if name in TEXTS else [row]
-    features = [Features({"predictions": row, "references": each}) for each in references]
-
-    class Metric(evaluate.Metric):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(keep_in_memory=True, **options)
-
-        def _build_data_dir(self) -> str:  # the inherited one makes a folder even for memory
-            return ""
-
-        def _info(self) -> evaluate.MetricInfo:
-            return evaluate.MetricInfo(description=name, citation="", features=features)
-
-        def compute(self, *, predictions: Any = None, references: Any = None, **options: Any):
-            """Without Arrow, and safe in threads, unless rows were added before."""
-            if predictions is None or len(self):
-                return super().compute(predictions=predictions, references=references, **options)
-            return self._compute(predictions=predictions, references=references)
-
-        def _compute(self, *, predictions: Any = None, references: Any = None, **_: Any):
-            return {name: measure(name, predictions, references)}
-
-    return type(name, (Metric,), {})
-
-
-METRICS: "dict[str, type[evaluate.Metric]]"  # made when first asked for: evaluate takes seconds
-
-
-def __getattr__(name: str) -> Any:
-    if name != "METRICS":
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return globals().setdefault(name, {each: _metric(each) for each in MEASURES})

@@ -54,6 +54,22 @@ CASES = [
     ("optimizer.warmup=x", "optimizer.warmup must be Float, got x"),
     ("optimizer=sgd", "expected key=value pairs of Optimization, got sgd"),
     ("clients_per_round=half", "clients_per_round must be Optional[Union[int, float]], got half"),
+    ("optimizer=null", "expected key=value pairs of Optimization, got null"),
+    ("clients_per_round=[1]", "clients_per_round must be Optional[Union[int, float]], got [1]"),
+    ("run_dir=[1]", "run_dir must be str, got [1]"),
+    ("data.max_train_rows=x", "data.max_train_rows must be Integer, got x"),
+    ("model.settings=5", "model.settings must be {key: value} pairs, got 5"),
+    ("evaluation.every='{a: 1}'", "evaluation.every must be Integer, got {'a': 1}"),
+    (
+        "method.targets=[null]",
+        "method.targets[0]: Invalid type assigned: NoneType is not a subclass of str. value: None",
+    ),
+    # keys below one that has no keys, and a group left out
+    ("lr.x=1", "unknown key lr.x"),
+    ("method={a:1}", "unknown key method.a"),
+    ("~method", "no method is set"),
+    # interpolations
+    ("lr=${x}", "lr: Interpolation key 'x' not found"),
     # impossible values
     ("num_clients=0", "num_clients must be >= 1, got 0"),
     ("num_rounds=-1", "num_rounds must be >= 1, got -1"),
@@ -172,6 +188,11 @@ CASES = [
         "num_clients=3 num_rounds=2: mismatched input '=' expecting <EOF>",
     ),
     ("method=null", "Config group override must be a string or a list. Got NoneType"),
+    ("data@foo=x", "Could not override 'data@foo'; Did you mean to override data?"),
+    (
+        "method.targets={a:1}",
+        "Error merging override ++method.targets={a:1}; Cannot merge DictConfig with ListConfig",
+    ),
     ("model.path='/a", "No closing quotation"),
 ]
 

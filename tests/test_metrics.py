@@ -1,15 +1,16 @@
-"""Every metric by hand and against the library that defines it, and the evaluate wrapper."""
+"""Every metric by hand and against the library that defines it, and modules of evaluate."""
 
 import logging
 import math
 import random
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
@@ -17,8 +18,12 @@ from sacrebleu.metrics.bleu import BLEU
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from fedpeft import metrics
-from fedpeft.metrics import METRICS, measure
+from fedpeft import evaluate_metrics, metrics
+from fedpeft.config.load import load_config
+from fedpeft.config.schema import ConfigError
+from fedpeft.evaluate_metrics import title
+from fedpeft.metrics import measure
+from tests.conftest import Runner
 
 LABELS = ("accuracy", "f1", "f1_macro", "f1_weighted", "matthews")
 NUMBERS = ("spearman", "pearson")
@@ -266,22 +271,20 @@ def test_one_reference_needs_no_list(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_refusals(name: str) -> None:
-    for compute in (measure_as_keywords(name), METRICS[name]().compute):
-        with pytest.raises(ValueError, match=f"^{name} needs .* 1 or more, got 0 predictions"):
-            compute(predictions=[], references=[])
-        with pytest.raises(ValueError, match="got 2 predictions and 3 references"):
-            compute(predictions=["1", "0"], references=["1", "0", "1"])
-        with pytest.raises(ValueError, match="got 3 predictions and 2 references"):
-            compute(predictions=[1, 0, 1], references=[1, 0])
-
-
-def measure_as_keywords(name: str) -> Any:
-    return lambda **both: measure(name, **both)
+    with pytest.raises(ValueError, match=f"^{name} needs .* 1 or more, got 0 predictions"):
+        measure(name, [], [])
+    with pytest.raises(ValueError, match="got 2 predictions and 3 references"):
+        measure(name, ["1", "0"], ["1", "0", "1"])
+    with pytest.raises(ValueError, match="got 3 predictions and 2 references"):
+        measure(name, [1, 0, 1], [1, 0])
 
 
 def test_unknown_metric() -> None:
+    assert tuple(metrics.MEASURES) == NAMES
     listed = ", ".join(NAMES)
-    with pytest.raises(ValueError, match=f"^unknown metric bleu, must be one of {listed}$"):
+    with pytest.raises(
+        ValueError, match=f"^unknown metric bleu, must be one of {listed}, or a module "
+    ):
         measure("bleu", ["a"], ["a"])
 
 
@@ -294,55 +297,198 @@ def test_text_refusals(name: str) -> None:
             measure(name, predictions, references)
 
 
-def test_every_metric_is_an_evaluate_metric() -> None:
-    assert tuple(METRICS) == tuple(metrics.MEASURES) == NAMES
-    assert metrics.METRICS is METRICS and type(METRICS) is dict
-    for name, each in METRICS.items():
-        assert issubclass(each, evaluate.Metric) and each().name == name
-    with pytest.raises(AttributeError, match="no attribute METRIC$"):
-        _ = metrics.METRIC  # type: ignore
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_evaluate_wrapper(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path)
-    predictions, references = rows(name)
-    expected = {name: measure(name, predictions, references)}
-    assert 0 < abs(expected[name]) < 1
-    metric = METRICS[name]()
-    assert metric.compute(predictions=predictions, references=references) == expected
-    metric.add_batch(predictions=predictions[:3], references=references[:3])
-    metric.add(prediction=predictions[3], reference=references[3])
-    assert metric.compute(predictions=predictions[4:], references=references[4:]) == expected
-    metric.add_batch(predictions=predictions, references=references)
-    assert metric.compute() == expected
-    if name in TEXTS:
-        metric.add_batch(predictions=predictions, references=[row[0] for row in references])
-        first = measure(name, predictions, [row[0] for row in references])
-        assert metric.compute() == {name: first}
-    assert list(tmp_path.iterdir()) == []
-    assert capfd.readouterr() == ("", "")
-
-
-def test_one_object_for_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise AssertionError("numpy's generator is the whole process's")
-
-    metric = METRICS["accuracy"]()
-    monkeypatch.setattr(np.random, "seed", refuse)
-
-    def compute(right: int) -> Any:
-        return metric.compute(predictions=[1] * 100, references=[1] * right + [0] * (100 - right))
-
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(compute, range(100))) == [{"accuracy": i / 100} for i in range(100)]
-
-
 def test_import_is_light() -> None:
     heavy = "{'evaluate', 'datasets', 'sklearn', 'scipy', 'rouge_score', 'nltk', 'sacrebleu'}"
     code = f"import sys, fedpeft.metrics; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- modules of evaluate ------------------------------------------------------------------------
+
+MODULE = """
+import datasets
+import evaluate
+
+class Metric(evaluate.Metric):
+    def _info(self):
+        kinds = {kinds}
+        features = [datasets.Features({{"predictions": p, "references": r}}) for p, r in kinds]
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        {body}
+"""
+INT, TEXT = "datasets.Value('int64')", "datasets.Value('string')"
+LISTS = f"datasets.List({TEXT})"
+Write = Callable[..., str]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches_of_evaluate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_MODULES_CACHE", "HF_METRICS_CACHE"):
+            patch.setattr(f"evaluate.config.{name}", tmp_path_factory.mktemp("evaluate"))
+        yield
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a module's script and returns its folder."""
+
+    def script(name: str, body: str, *kinds: tuple[str, str]) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        pairs = ", ".join(f"({given}, {right})" for given, right in kinds)
+        text = MODULE.format(kinds=f"[{pairs}]", body=body)
+        (folder / f"{name}.py").write_text(text)
+        return str(folder)
+
+    return script
+
+
+SHARE = "return {'share': sum(map(int.__eq__, predictions, references)) / len(references)}"
+
+
+def test_a_module_s_only_value_has_the_folder_s_name(write: Write) -> None:
+    folder = write("my_share", SHARE, (INT, INT))
+    for name in (folder, f"evaluate:{folder}", f"{folder}/my_share.py"):
+        assert title(name) == "my_share"
+        assert measure(name, [1, 0, 1, 1], [1, 1, 1, 0]) == 0.5
+    with pytest.raises(ValueError, match=f"^{folder} needs as many references"):
+        measure(folder, [1], [])
+
+
+def test_one_of_several_values_is_the_module_s_own_or_the_named_one(write: Write) -> None:
+    folder = write("several", "return {'several': 3, 'other': 0.25, 'rows': [1]}", (INT, INT))
+    assert measure(folder, [1], [1]) == 3
+    assert measure(f"{folder}:other", [1], [1]) == 0.25
+    assert title(f"{folder}:other") == "several_other"
+    with pytest.raises(ValueError, match=f"^{folder}:rows has no value rows, only several, other"):
+        measure(f"{folder}:rows", [1], [1])
+    folder = write("pair", "return {'a': 1, 'b': 2}", (INT, INT))
+    listed = f"{folder} has no value pair, only a, b: write {folder}:KEY"
+    with pytest.raises(ValueError, match=f"^{listed}$"):
+        measure(folder, [1], [1])
+
+
+WORDS_BODY = "return {'words': sum(len(r) for r in references)}"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "value"),
+    [  # letters of the first references, or numbers of references
+        ([(TEXT, TEXT)], 1 + 3),
+        ([(TEXT, LISTS)], 2 + 1),
+        ([(TEXT, LISTS), (TEXT, TEXT)], 2 + 1),
+    ],
+)
+def test_references_come_as_the_module_takes_them(
+    write: Write, kinds: list[tuple[str, str]], value: int
+) -> None:
+    folder = write(f"words{len(kinds)}{value}", WORDS_BODY, *kinds)
+    assert measure(folder, ["x", "y"], [["a", "bb"], ["ccc"]]) == value
+
+
+def test_one_reference_becomes_a_list_where_a_module_takes_lists(write: Write) -> None:
+    folder = write("listed", WORDS_BODY, (TEXT, LISTS))
+    assert measure(folder, ["x", "y"], ["aaaa", "bbbb"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise KeyError('lost')", " cannot score these rows: 'lost'"),
+        ("return {'x': float('nan')}", " must give a finite number, got nan"),
+        ("return None", " has no value .*, only none that is a number"),
+    ],
+)
+def test_what_a_module_does_wrong_is_one_sentence(write: Write, body: str, said: str) -> None:
+    folder = write(f"wrong{len(body)}", body, (INT, INT))
+    with pytest.raises(ValueError, match=f"^{folder}{said}"):
+        measure(folder, [1], [1])
+
+
+def test_rows_that_a_module_does_not_take_are_named_so(write: Write) -> None:
+    folder = write("numbers", SHARE, (INT, INT))
+    with pytest.raises(ValueError, match=f"^{folder} cannot score these rows: "):
+        measure(folder, ["a"], [["b"]])
+
+
+def test_a_module_is_seeded_and_leaves_numpy_s_generator(write: Write) -> None:
+    folder = write("drawn", "import numpy; return {'x': numpy.random.random()}", (INT, INT))
+    np.random.seed(5)
+    first = measure(folder, [1], [1])
+    after = np.random.random()
+    assert measure(folder, [1], [1]) == first
+    evaluate_metrics._loaded.cache_clear()  # as in another process
+    assert measure(folder, [1], [1]) == first
+    np.random.seed(5)
+    assert np.random.random() == after
+
+
+def test_many_threads_share_a_module(write: Write) -> None:
+    folder = write("shared", SHARE, (INT, INT))
+
+    def right(count: int) -> float:
+        return measure(folder, [1] * 50, [1] * count + [0] * (50 - count))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(right, range(50))) == [i / 50 for i in range(50)]
+
+
+def test_the_hub_s_names_without_a_network() -> None:
+    with pytest.raises(ValueError) as caught:
+        measure("evaluate:rouge", ["a"], ["a"])
+    assert re.fullmatch(
+        r"metric rouge is no folder here and cannot be had from the hub \(.+\): where there is a "
+        r"network, run `hf download evaluate-metric/rouge --repo-type space --local-dir "
+        r"FOLDER/rouge`, then give data.metrics=\[FOLDER/rouge\]",
+        str(caught.value),
+    )
+
+
+BAD_NAMES = [
+    (["nope"], "must be of accuracy, .*, or a module of evaluate, such as .*, got nope$"),
+    (["rouge_l"], "must be of accuracy, .*, got rouge_l$"),
+    (["./nowhere"], "data.metrics=./nowhere has no script .*/nowhere/nowhere.py: a module of "),
+    (["evaluate:"], "data.metrics=evaluate: names no module: write evaluate:NAME or a folder$"),
+    (["evaluate:some/one"], "=evaluate:some/one is no folder here, and scripts of the hub's users"),
+    (["accuracy", "evaluate:accuracy"], "data.metrics gives two values the name accuracy$"),
+    (["accuracy", "accuracy"], "data.metrics gives two values the name accuracy$"),
+    (["evaluate:loss"], "data.metrics gives two values the name loss$"),
+]
+
+
+@pytest.mark.parametrize(("names", "said"), BAD_NAMES)
+def test_names_are_checked_when_a_configuration_is_loaded(names: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config([f"data.metrics=[{','.join(names)}]"])
+
+
+def test_language_modelling_takes_no_module(write: Write) -> None:
+    folder = write("no_tokens", SHARE, (INT, INT))
+    with pytest.raises(ConfigError, match=f"must be of token_accuracy, got {folder}$"):
+        load_config(["data=docstrings_lm", f"data.metrics=[{folder}]"])
+
+
+def test_a_run_scores_and_chooses_by_a_module(run: Runner, write: Write) -> None:
+    folder = write("my_share", SHARE, (INT, INT))
+    summary = run(f"data.metrics=[evaluate:{folder},accuracy]")
+    assert summary["refused"] == {}
+    for line in run.lines():
+        shares = {k: v for k, v in line.items() if k.endswith("my_share")}
+        assert shares
+        for key, value in shares.items():
+            assert value == line[key.replace("my_share", "accuracy")]
+    assert any(k.endswith("my_share") for k in summary["final"])
+
+
+def test_a_module_that_cannot_be_imported_ends_a_run_before_it_trains(
+    run: Runner, write: Write
+) -> None:
+    folder = write("broken", "pass", (INT, INT))
+    (Path(folder) / "broken.py").write_text("raise RuntimeError('no such licence')")
+    with pytest.raises(ValueError, match=f"^metric {folder} cannot be loaded: no such licence"):
+        run("method=fedsa_lora", f"data.metrics=[{folder}]")
+    assert run.recorder.of("train") == []

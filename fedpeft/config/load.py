@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -12,12 +13,13 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedpeft.config.schema import Config, ConfigError, Settings
+from fedpeft.config.sentences import hydra_sentence, omegaconf_sentence
 
 _PACKAGE = Path(__file__).parent.parent
 _packaged = _PACKAGE / "conf"  # in a wheel; in a checkout or bundle it stands beside the package
@@ -98,8 +100,10 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
         try:
             with initialize_config_dir(str(CONF), version_base="1.3", job_name="fedpeft"):
                 return compose("config", [_override(o) for o in overrides])
+        except ConfigError:
+            raise
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(_sentence(error)) from error
+            raise ConfigError(hydra_sentence(error, overrides)) from error
         finally:
             GlobalHydra.instance().hydra = outer
 
@@ -133,7 +137,7 @@ def _told() -> Iterator[None]:
     try:
         yield
     except OmegaConfBaseException as error:
-        raise ConfigError(_sentence(error)) from error
+        raise ConfigError(omegaconf_sentence(error)) from error
     except ConfigError:
         raise
     except ValueError as error:
@@ -142,8 +146,20 @@ def _told() -> Iterator[None]:
 
 def _numbers(tree: DictConfig) -> dict[str, Any]:
     keys = [str(key) for key in tree if key not in GROUPS]
+    _check_nested(tree)
     typed = OmegaConf.merge(_writable(Settings), OmegaConf.masked_copy(tree, keys))
     return {key: _plain(typed, key) for key in keys}
+
+
+def _check_nested(tree: DictConfig) -> None:
+    """Refuses one value in the place of a nested dataclass's fields: OmegaConf names no key."""
+    for field in fields(Settings):
+        cls = field.type
+        if not (isinstance(cls, type) and is_dataclass(cls)):
+            continue
+        if not OmegaConf.is_dict(given := tree.get(field.name, {})):
+            got = "null" if given is None else given
+            raise ConfigError(f"expected key=value pairs of {cls.__name__}, got {got}")
 
 
 def _plain(tree: Any, key: str) -> Any:
@@ -179,57 +195,9 @@ def _group(tree: DictConfig, name: str, base: type) -> Any:
     try:
         value = OmegaConf.to_object(OmegaConf.merge(_writable(cls), node))
     except OmegaConfBaseException as error:
-        raise ConfigError(_sentence(error, name + ".")) from error
+        raise ConfigError(omegaconf_sentence(error, f"{name}.")) from error
     except ValueError as error:
         text = str(error)
         raise ConfigError(text if text.startswith(name + ".") else f"{name}.{text}") from error
     assert isinstance(value, base)
     return value
-
-
-# What Hydra and OmegaConf say, and what a person is told.
-_WORDS = (
-    (r"Could not override '(.+?)'.*", r"unknown key \1"),
-    (r"Key '\w+' not in '(\w+)'; full_key: (.*)", r"unknown key \2: \1 has no such field"),
-    (
-        r"In '.*': Could not find '(\w+)/(.*?)'; Available options.*?:; (.*); Config search.*",
-        r"\1 must be one of \3, got \2",
-    ),
-    (
-        r"Value '(.*)' of type '\w+' .* (?:to|type hint) '?(.*?)'?; full_key: (.*)",
-        r"\3 must be \2, got \1",
-    ),
-    (r"Value '(.*)' is not a valid (\w+) .*; full_key: (.*)", r"\3 must be \2, got \1"),
-    (r"Incompatible value 'None' .* type '(\w+)'; full_key: (.*)", r"\2 must be \1, got null"),
-    (r"Invalid value assigned: \w+ is not a ListConfig.*; full_key: (.*)", r"\1 must be a [list]"),
-    (
-        r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*); full_key:.*",
-        r"expected key=value pairs of \1, got \2",
-    ),
-)
-
-
-def _sentence(error: Exception, group: str = "") -> str:
-    """A Hydra error without its advice on Hydra's own flags; keys get their group in front."""
-    advice = (
-        "To append",
-        "To override",
-        "Set the env",
-        "See http",
-        "object_type",
-        "reference_type",
-    )
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(advice)]
-    cause = error.__cause__
-    if cause is not None and str(cause).splitlines():
-        first = str(cause).splitlines()[0].strip()
-        if first and first not in " ".join(kept):
-            kept.append(first)
-    text = "; ".join(kept).replace("full_key: ", f"full_key: {group}")
-    if isinstance(error, OverrideParseException) and error.override not in text:
-        text = f"{error.override}: {text}"
-    for pattern, plain in _WORDS:
-        if found := re.fullmatch(pattern, text):
-            return found.expand(plain).replace("; ", ", ")
-    return text

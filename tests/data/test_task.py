@@ -260,7 +260,8 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     (
         {"metrics": ["accuracy", "spearman"]},
         "data.metrics of TextClassification must be of accuracy, f1, f1_macro, f1_weighted, "
-        "matthews, got spearman",
+        "matthews, or a module of evaluate, such as /folder/my_metric or evaluate:NAME, got "
+        "spearman",
     ),
 ]
 

@@ -243,7 +243,8 @@ def test_regression_by_hand(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         Regression(metrics=["accuracy"])
     assert str(error.value) == (
-        "data.metrics of Regression must be of spearman, pearson, got accuracy"
+        "data.metrics of Regression must be of spearman, pearson, or a module of evaluate, such as "
+        "/folder/my_metric or evaluate:NAME, got accuracy"
     )
 
 

@@ -6,18 +6,15 @@ needs. ``fedpeft.data.partitions.skew`` and ``fedpeft.data.partitions.saved`` ha
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedpeft.data.partitions.flower_datasets import cut, dirichlet, table
 from fedpeft.data.rows.cache import cached
 from fedpeft.seeding import derive, generator
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 MIN_ROWS = 3  # one each to train, validate and test
 DRAWS = 550  # of a partition that may leave a client with too little
@@ -113,34 +110,6 @@ def check_rows(origin: str, found: Rows, rows: int, num_clients: int, min_size: 
         raise ValueError(f"{origin} gives row {row} to clients {' and '.join(holders)}")
 
 
-# --- through flwr-datasets ---------------------------------------------------------------------
-
-
-def table(labels: np.ndarray) -> "Dataset":
-    """What a partitioner goes by: a column ``label``."""
-    from datasets import Dataset
-
-    return Dataset.from_dict({"label": labels})
-
-
-def drawn(partitioner: Any, table: "Dataset") -> Rows:
-    """All row numbers of a partitioner."""
-    partitioner.dataset = table
-    count = partitioner.num_partitions  # draws them all, except in NaturalIdPartitioner
-    if not partitioner._partition_id_to_indices:
-        partitioner.load_partition(0)
-    found = partitioner._partition_id_to_indices  # loading each would take 1.2 ms a client
-    return [np.asarray(found[i], np.int64) for i in range(count)]
-
-
-def cut(order: np.ndarray, sizes: Sequence[int] | np.ndarray) -> Rows:
-    """Row numbers ``order`` cut into parts of ``sizes``."""
-    from flwr_datasets.partitioner import SizePartitioner
-
-    parts = drawn(SizePartitioner([int(size) for size in sizes]), table(order))
-    return [order[part] for part in parts]
-
-
 def first_fitting(
     draw: Callable[[int], Rows], times: int, rows: int, min_size: int, seed: int
 ) -> Rows | None:
@@ -217,16 +186,10 @@ class Dirichlet(Partition):
 def _dirichlet(
     labels: bytes, alpha: float, min_size: int, num_clients: int, seed: int, times: int
 ) -> Rows | None:
-    from flwr_datasets.partitioner import DirichletPartitioner
-
     rows = table(np.frombuffer(labels, np.int64))
 
     def draw(seed: int) -> Rows:
-        # One draw each: flwr-datasets would make eleven, with a warning each, and give up.
-        partitioner = DirichletPartitioner(
-            num_clients, "label", alpha, min_partition_size=0, self_balancing=False, seed=seed
-        )
-        return drawn(partitioner, rows)
+        return dirichlet(rows, alpha, num_clients, seed)
 
     return first_fitting(draw, times, len(rows), min_size, seed)
 

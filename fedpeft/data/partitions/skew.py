@@ -1,27 +1,12 @@
 """Partitions in which labels, amounts or origins differ from client to client."""
 
-import io
-import warnings
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedpeft.data.partitions.base import (
-    Partition,
-    Rows,
-    cut,
-    drawn,
-    draws,
-    even,
-    first_fitting,
-    table,
-)
+from fedpeft.data.partitions.base import Partition, Rows, draws, even, first_fitting
+from fedpeft.data.partitions.flower_datasets import cut, natural, pathological, table
 from fedpeft.seeding import generator
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def _apportion(total: int, shares: np.ndarray) -> np.ndarray:
@@ -66,7 +51,7 @@ class Pathological(Partition):
         shuffled = table(labels[order])
 
         def draw(seed: int) -> Rows:
-            return [order[held] for held in _pathological(shuffled, each, num_clients, seed)]
+            return [order[held] for held in pathological(shuffled, each, num_clients, seed)]
 
         times = draws(num_clients, labels)
         found = first_fitting(draw, times, len(labels), self.min_size, seed)
@@ -88,26 +73,6 @@ class Pathological(Partition):
                 f"num_clients={num_clients} of partition.classes_per_client={each} cannot hold "
                 f"all {labels} labels: raise one of them"
             )
-
-
-def _pathological(rows: "Dataset", classes: int, num_clients: int, seed: int) -> Rows:
-    """One draw; empty where a label has fewer rows than holders."""
-    from flwr_datasets.partitioner import PathologicalPartitioner
-
-    partitioner = PathologicalPartitioner(
-        num_partitions=num_clients,
-        partition_by="label",
-        num_classes_per_partition=classes,
-        class_assignment_mode="first-deterministic",  # as in the paper
-        shuffle=False,
-        seed=seed,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of labels without a holder: drawn again
-        try:
-            return drawn(partitioner, rows)
-        except ValueError:
-            return []
 
 
 @dataclass(frozen=True)
@@ -189,8 +154,6 @@ class Natural(Partition):
     """
 
     def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
-        from flwr_datasets.partitioner import NaturalIdPartitioner
-
         if self.column is None:
             raise ValueError("partition.column is not set: name the one whose values are clients")
         sizes = np.bincount(labels)
@@ -202,6 +165,4 @@ class Natural(Partition):
                 f"{num_clients}: each is a client, so both must be equal"
             )
         rows = np.flatnonzero(sizes[labels] >= self.min_size)
-        with redirect_stderr(io.StringIO()):  # it draws a progress bar
-            found = drawn(NaturalIdPartitioner("label"), table(labels[rows]))
-        return [rows[part] for part in found]
+        return [rows[part] for part in natural(labels[rows])]

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from fedpeft import evaluate_metrics
 from fedpeft.data.batching import Batch, Examples
 from fedpeft.data.rows.cache import cached, recipe
 from fedpeft.data.rows.source import Source
+from fedpeft.evaluate_metrics import title
+from fedpeft.metrics import MODULES, measure
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+RESERVED = ("loss", "baseline")  # names of values that no metric gives
 Outputs = Sequence[dict[str, Tensor]]
 
 
@@ -23,25 +27,39 @@ class Task(Source):
     """A kind of task: a source of rows, and what a model learns from them.
 
     Args:
-        metrics: names of ``fedpeft.metrics``; the first is the headline.
+        metrics: names of ``fedpeft.metrics``, or modules of ``evaluate`` (``/folder/my_metric``,
+            ``evaluate:NAME``); the first is the headline, and more of it must be better.
     """
 
     metrics: list[str] = field(default_factory=list)
 
     auto_class: ClassVar[str]
-    measures: ClassVar[tuple[str, ...]]  # what ``metrics`` can name
+    measures: ClassVar[tuple[str, ...]]  # what of ours ``metrics`` can name
+    takes_modules: ClassVar[bool] = True  # whether it can also name modules of evaluate
     reads_rows: ClassVar[bool] = False  # whether ``score`` needs more of rows than their arrays
     needs: ClassVar[str] = "tokenizer"  # or image_processor: the model's part that encodes
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := [name for name in self.metrics if name not in self.measures]:
-            raise ValueError(
-                f"data.metrics of {type(self).__name__} must be of {', '.join(self.measures)}, "
-                f"got {unknown[0]}"
-            )
         if not self.metrics:
             raise ValueError("data.metrics must name at least one, got []")
+        for name in self.metrics:
+            self._check_metric(name)
+        names = [*map(title, self.metrics), *RESERVED]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"data.metrics gives two values the name {twice[0]}")
+
+    def _check_metric(self, name: str) -> None:
+        if name in self.measures:
+            return
+        named = isinstance(name, str)  # a list in the list reaches here
+        if named and self.takes_modules and evaluate_metrics.named(name) is not None:
+            return evaluate_metrics.check(name)
+        other = f", or {MODULES}" if self.takes_modules else ""
+        raise ValueError(
+            f"data.metrics of {type(self).__name__} must be of {', '.join(self.measures)}{other}, "
+            f"got {name}"
+        )
 
     @abstractmethod
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
@@ -67,6 +85,21 @@ class Task(Source):
     def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
         """Loss and metrics over batches of ``evaluate_batch``, whose ``row`` numbers ``rows``."""
 
+    def scored(
+        self, predictions: Sequence[Any], references: Sequence[Any], suffix: str = ""
+    ) -> dict[str, float]:
+        """``metrics`` of predictions.
+
+        Args:
+            predictions: (rows,) as ``measure`` takes them; ``references`` too.
+            references: what is right.
+            suffix: put behind each name.
+
+        Returns:
+            Values by name.
+        """
+        return {title(m) + suffix: measure(m, predictions, references) for m in self.metrics}
+
     @property
     def num_labels(self) -> int | None:
         """Outputs of the model's head, if the task needs one."""
@@ -75,12 +108,12 @@ class Task(Source):
     @property
     def selects(self) -> tuple[str, int]:
         """The measure that chooses the best round, and 1 if more is better, -1 if less."""
-        return self.metrics[0], 1
+        return title(self.metrics[0]), 1
 
     @property
     def headline(self) -> str:
         """The measure by which methods are compared."""
-        return self.metrics[0]
+        return title(self.metrics[0])
 
     def generates(self, last: bool) -> bool:
         """Whether a round's evaluation also generates text.
@@ -95,7 +128,10 @@ class Task(Source):
         return None
 
     def encode(self, split: str, processor: Any) -> Examples:
-        """A split's rows, encoded once for all processes and starts."""
+        """A split's rows, encoded once for all processes and starts; loads ``metrics`` too."""
+        for name in self.metrics:
+            if name not in self.measures:
+                evaluate_metrics.load(name)
         arrays = cached(
             [self._recipe(), recipe(processor), self.sha256(split)],
             lambda: self.arrays(self.split_rows(split), processor),

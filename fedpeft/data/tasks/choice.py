@@ -14,6 +14,7 @@ from fedpeft.data.tasks.classification import join
 from fedpeft.data.tasks.instruction import sequences
 from fedpeft.data.tasks.language import next_tokens, token_sums
 from fedpeft.data.tasks.text import model_logits
+from fedpeft.evaluate_metrics import title
 from fedpeft.metrics import TEXTS, measure
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class MultipleChoice(Task):
         answers = [[c[j] for j in r] for c, r in zip(candidates, right, strict=True)]
         hits = joined["hit"].int().tolist()
         found = {
-            name: measure(name, hits, [1] * len(hits))
+            title(name): measure(name, hits, [1] * len(hits))
             if name == "accuracy"
             else measure(name, texts, answers)
             for name in self.metrics

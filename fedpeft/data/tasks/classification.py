@@ -114,13 +114,12 @@ class Classification(Task):
         """Mean loss, and ``metrics`` of the predicted classes."""
         joined = join(outputs)
         predicted, labels = joined["prediction"].tolist(), joined["label"].tolist()
-        found = {name: measure(name, predicted, labels) for name in self.metrics}
-        return {"loss": float(joined["loss"].double().mean())} | found
+        return {"loss": float(joined["loss"].double().mean())} | self.scored(predicted, labels)
 
     def baseline(self, train: np.ndarray, rows: np.ndarray) -> float | None:
         """Always answering the commonest label of ``train``."""
         commonest = int(np.bincount(train).argmax())
-        return measure(self.headline, [commonest] * len(rows), rows.tolist())
+        return measure(self.metrics[0], [commonest] * len(rows), rows.tolist())
 
 
 def join(outputs: Outputs) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ from fedpeft.data.tasks.language import (
     token_sums,
 )
 from fedpeft.data.tasks.text import model_logits
-from fedpeft.metrics import TEXTS, measure
+from fedpeft.evaluate_metrics import title
+from fedpeft.metrics import TEXTS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,7 +103,7 @@ class InstructionTuning(Task):
     @property
     def headline(self) -> str:
         form = "teacher_forced" if self.generate == "never" else "generated"
-        return f"{self.metrics[0]}_{form}"
+        return f"{title(self.metrics[0])}_{form}"
 
     def generates(self, last: bool) -> bool:
         return self.generate == "always" or (last and self.generate == "last")
@@ -158,8 +159,7 @@ class InstructionTuning(Task):
         """Loss, token accuracy and the teacher-forced metrics."""
         predicted = decoded([ids for batch in outputs for ids in batch["predicted"]], processor)
         targets = decoded([ids for batch in outputs for ids in batch["targets"]], processor)
-        found = {f"{m}_teacher_forced": measure(m, predicted, targets) for m in self.metrics}
-        return token_means(outputs) | found
+        return token_means(outputs) | self.scored(predicted, targets, "_teacher_forced")
 
     def generate_batch(self, model: nn.Module, batch: Batch, processor: Any) -> dict[str, Tensor]:
         """generated (B, T) token ids, IGNORED after the end, from prompts padded on the left."""
@@ -195,7 +195,7 @@ class InstructionTuning(Task):
         order = torch.cat([batch["row"] for batch in outputs]).cpu().numpy()
         chosen = rows.select(order)
         references, prompts = self.references(chosen), rendered(self.prompt, chosen)
-        found = {f"{m}_generated": measure(m, texts, references) for m in self.metrics}
+        found = self.scored(texts, references, "_generated")
         samples = [
             {"row": str(r), "prompt": p, "reference": a[0], "generated": t}
             for r, p, a, t in sorted(

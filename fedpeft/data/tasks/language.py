@@ -68,6 +68,7 @@ class LanguageModelling(Texts):
     metrics: list[str] = field(default_factory=lambda: ["token_accuracy"])
 
     measures = ("token_accuracy",)
+    takes_modules = False  # it keeps sums over tokens, not the tokens
     auto_class = "AutoModelForCausalLM"
 
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from fedpeft.data.rows.cache import cache_folder
 from fedpeft.data.rows.tables import values
 from fedpeft.data.tasks.base import Outputs, Task
 from fedpeft.data.tasks.classification import Classification, join
-from fedpeft.metrics import NUMBERS, measure
+from fedpeft.metrics import NUMBERS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -108,8 +108,7 @@ class Regression(Texts):
         """Mean squared error, and ``metrics`` of the predicted numbers."""
         joined = join(outputs)
         predicted, labels = joined["prediction"].tolist(), joined["label"].tolist()
-        found = {name: measure(name, predicted, labels) for name in self.metrics}
-        return {"loss": float(joined["loss"].double().mean())} | found
+        return {"loss": float(joined["loss"].double().mean())} | self.scored(predicted, labels)
 
 
 @dataclass(frozen=True)

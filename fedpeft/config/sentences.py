@@ -1,0 +1,99 @@
+"""One sentence for each error of Hydra and OmegaConf, made from its attributes.
+
+Their own English stays only where it needs no change; the tests in ``tests/test_config.py`` raise
+each error and say which sentence an upgrade changed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from types import NoneType
+from typing import Any, get_args, get_origin
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+UNKNOWN = (ConfigAttributeError, ConfigKeyError)
+ADVICE = ("To append", "See http")  # on flags of Hydra's own
+NUMBERS = {int: "Integer", float: "Float"}  # what a text must look like
+
+
+def hydra_sentence(error: Exception, overrides: Sequence[str]) -> str:
+    """The sentence for overrides that compose to nothing.
+
+    Args:
+        error: of Hydra, or of what it is built on.
+        overrides: those that were composed.
+
+    Returns:
+        The key or group, and the rule.
+    """
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group} must be one of {', '.join(error.options)}, got {name}"
+    cause = error.__cause__
+    if isinstance(cause, UNKNOWN):
+        return f"unknown key {_override(str(cause.full_key), overrides)}"
+    said = _kept(error)
+    if cause is not None and (first := _kept(cause)[:1]) and first[0] not in " ".join(said):
+        said += first
+    text = "; ".join(said)
+    if isinstance(error, OverrideParseException) and error.override not in text:
+        return f"{error.override}: {text}"
+    return text
+
+
+def _override(full_key: str, overrides: Sequence[str]) -> str:
+    """The whole key of the override that begins with an unknown one."""
+    keys = [override.lstrip("+").partition("=")[0] for override in overrides]
+    return next((key for key in keys if f"{key}.".startswith(f"{full_key}.")), full_key)
+
+
+def _kept(error: BaseException) -> list[str]:
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
+    return [line for line in lines if line and not line.startswith(ADVICE)]
+
+
+def omegaconf_sentence(error: OmegaConfBaseException, group: str = "") -> str:
+    """The sentence for a field that a typed configuration refuses.
+
+    Args:
+        error: of a merge into a dataclass.
+        group: put before the key, such as ``method.``.
+
+    Returns:
+        The key, the rule and the value.
+    """
+    key, owner = f"{group}{error.full_key}", error.object_type
+    if isinstance(error, UNKNOWN):
+        known = is_dataclass(owner)
+        return (
+            f"unknown key {key}: {error.object_type_str} has no such field"
+            if known
+            else f"no {key} is set"
+        )
+    if type(error) is ValidationError and is_dataclass(owner) and error.key is not None:
+        hints = {field.name: field.type for field in fields(owner)}
+        return f"{key} must be {_rule(hints[str(error.key)], error.value)}"
+    return f"{key}: {_kept(error)[0]}"
+
+
+def _rule(hint: Any, value: Any) -> str:
+    """The words after "must be"; a list's own value is not repeated."""
+    given = "null" if value is None else value
+    options = get_args(hint) if get_origin(hint) not in (list, dict) else (hint,)
+    kinds = [kind for kind in options or (hint,) if kind is not NoneType]
+    if len(kinds) > 1:
+        union = f"Union[{', '.join(kind.__name__ for kind in kinds)}]"
+        return f"Optional[{union}], got {given}" if NoneType in options else f"{union}, got {given}"
+    kind = kinds[0]
+    if get_origin(kind) is list:
+        return "a [list]"
+    if get_origin(kind) is dict:
+        return f"{{key: value}} pairs, got {given}"
+    name = kind.__name__ if value is None else NUMBERS.get(kind, kind.__name__)
+    return f"{name}, got {given}"

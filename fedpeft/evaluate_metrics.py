@@ -1,0 +1,180 @@
+"""Metrics that ``evaluate`` loads: a script in a local folder, or one of the hub's own.
+
+A name is a path that starts with ``.``, ``/`` or ``~``, or ``evaluate:`` and a path or the name of
+a metric of the hub, such as ``evaluate:rouge``. ``:KEY`` behind it chooses one of several values.
+
+Scripts of the hub's users are not loaded by name, because a server sends its clients the names, and
+could so have anyone's code run on them.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from math import isfinite
+from numbers import Real
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedpeft.models.hub import reachable
+
+if TYPE_CHECKING:  # imported where needed: it takes seconds
+    import evaluate
+
+PREFIX = "evaluate:"
+Rows = Sequence[Any] | np.ndarray
+LOCAL = (".", "/", "~")
+_lock = Lock()  # a module keeps its rows while it computes, and seeds numpy's one generator
+
+
+def named(name: str) -> tuple[str, str] | None:
+    """Path or hub name of a module, and the key or an empty text; None for any other name."""
+    if not name.startswith((PREFIX, *LOCAL)):
+        return None
+    path, _, key = name.removeprefix(PREFIX).partition(":")
+    return path, key
+
+
+def title(name: str) -> str:
+    """A metric's name in the results: of a module its path's last part, and a chosen key."""
+    if (parts := named(name)) is None:
+        return name
+    path, key = parts
+    last = Path(os.path.abspath(path)).name.removesuffix(".py")
+    return f"{last}_{key}" if key else last
+
+
+def check(name: str) -> None:
+    """Checks what can be known without loading the module.
+
+    Raises:
+        ValueError: no script stands at a path, or no path and no name of the hub's own is given.
+    """
+    path, _ = _parts(name)
+    if not path:
+        raise ValueError(f"data.metrics={name} names no module: write evaluate:NAME or a folder")
+    if _is_script(path):
+        return
+    if path.startswith(LOCAL):
+        raise ValueError(
+            f"data.metrics={name} has no script {_script(path)}: a module of evaluate is a folder "
+            "that holds a script of the folder's name"
+        )
+    if "/" in path:
+        raise ValueError(
+            f"data.metrics={name} is no folder here, and scripts of the hub's users are not loaded "
+            f"by name: {_download(path)}"
+        )
+
+
+def load(name: str) -> None:
+    """Loads a module, so that what is wrong with it is said before anything trains.
+
+    Raises:
+        ValueError: it is not there, or its script cannot be imported.
+    """
+    _loaded(_parts(name)[0])
+
+
+def score(name: str, predictions: Rows, references: Rows) -> float:
+    """One value of a module.
+
+    Args:
+        name: of the module, and of one of its values where it has several.
+        predictions: (rows,) of labels, numbers or str.
+        references: the same, or (rows,) of lists of str; a module that takes one reference a row
+            gets the first.
+
+    Returns:
+        The value named in ``name`` or as the module, or its only one.
+
+    Raises:
+        ValueError: it cannot be loaded, refuses the rows, or gives no such finite number.
+    """
+    path, key = _parts(name)
+    module = _loaded(path)
+    try:
+        with _lock:
+            found = module.compute(
+                predictions=predictions, references=_fitted(module.features, references)
+            )
+    except Exception as error:  # a script may raise anything
+        raise ValueError(f"{name} cannot score these rows: {_first_line(error)}") from error
+    return _chosen(name, key or title(name), found or {})
+
+
+def _parts(name: str) -> tuple[str, str]:
+    return named(name) or (name, "")
+
+
+def _script(path: str) -> Path:
+    """The place of a local module's script: the path itself, or a file of its name in it."""
+    local = Path(os.path.abspath(Path(path).expanduser()))
+    return local if local.suffix == ".py" else local / f"{local.name}.py"
+
+
+def _is_script(path: str) -> bool:
+    return _script(path).is_file()
+
+
+@cache
+def _loaded(path: str) -> "evaluate.EvaluationModule":
+    import evaluate
+    from evaluate import config
+
+    source = path
+    if _is_script(path):
+        source = str(_script(path))
+    elif not reachable():  # then only its cache, without a retry for each of many addresses
+        config.HF_EVALUATE_OFFLINE = True
+    try:
+        return evaluate.load(source, module_type="metric", keep_in_memory=True, seed=0)
+    except Exception as error:  # a script may raise anything when it is imported
+        if source != path or not isinstance(error, OSError):
+            raise ValueError(f"metric {path} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(
+            f"metric {path} is no folder here and cannot be had from the hub "
+            f"({_first_line(error)}): {_download(f'evaluate-metric/{path}')}"
+        ) from error
+
+
+def _download(repository: str) -> str:
+    folder = f"FOLDER/{repository.rpartition('/')[2]}"
+    return (
+        f"where there is a network, run `hf download {repository} --repo-type space --local-dir "
+        f"{folder}`, then give data.metrics=[{folder}]"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def _fitted(features: Any, references: Rows) -> list[Any]:
+    """References as a module takes them: one a row, or a list a row."""
+    from datasets import Value
+
+    options = features if isinstance(features, list) else [features]
+    single = {isinstance(option.get("references"), Value) for option in options}
+    if single == {True}:
+        return [row[0] if isinstance(row, list) else row for row in references]
+    if single == {False}:
+        return [row if isinstance(row, list) else [row] for row in references]
+    return list(references)
+
+
+def _chosen(name: str, key: str, found: dict[str, Any]) -> float:
+    numbers = {k: float(v) for k, v in found.items() if isinstance(v, Real)}
+    if len(numbers) == 1 and not _parts(name)[1]:
+        key = next(iter(numbers))
+    if key not in numbers:
+        path = name.removesuffix(f":{key}")
+        raise ValueError(
+            f"{name} has no value {key}, only {', '.join(numbers) or 'none that is a number'}: "
+            f"write {path}:KEY"
+        )
+    if not isfinite(numbers[key]):
+        raise ValueError(f"{name} must give a finite number, got {numbers[key]}")
+    return numbers[key]

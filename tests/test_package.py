@@ -1,0 +1,81 @@
+"""The wheel runs without the checkout, and Flower's bundle meets format 1."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LICENSE = (ROOT / "LICENSE").read_text()
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's files, built from the checkout."""
+    pytest.importorskip("hatchling", reason="hatchling builds the wheel; it is one of dev's")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = folder.glob("fedpeft-*-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_its_types_configuration_and_licence(unpacked: Path) -> None:
+    given = {p.relative_to(ROOT) for f in ("fedpeft", "conf") for p in (ROOT / f).rglob("*.*")}
+    wanted = {
+        str(path if path.parts[0] == "fedpeft" else "fedpeft" / path)
+        for path in given
+        if path.suffix in (".py", ".yaml", ".typed")
+    }
+    assert {"fedpeft/py.typed", "fedpeft/conf/config.yaml", "fedpeft/cli.py"} < wanted
+    found = {str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()}
+    (information,) = unpacked.glob("*.dist-info")
+    assert {path for path in found if not path.startswith(information.name)} == wanted
+    assert (information / "licenses/LICENSE").read_text() == LICENSE
+    assert "fedpeft = fedpeft.cli:main" in (information / "entry_points.txt").read_text()
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_away_from_the_checkout(unpacked: Path, tmp_path: Path) -> None:
+    code = (
+        "import fedpeft.cli, fedpeft.config.load as load, sys\n"
+        "print(load.CONF, file=sys.stderr)\n"
+        "fedpeft.cli.main()"
+    )
+    arguments = ["params", "--json", "model=roberta_base", "data=sst2", "method=fedtt"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(unpacked)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(unpacked / "fedpeft/conf") in done.stderr.splitlines()
+    counts = json.loads(done.stdout)
+    assert counts["fedtt"]["trained"] == counts["fedtt"]["sent_up"] == [60_634, 60_634]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr's own use
+def test_flower_s_bundle_is_of_format_1_and_holds_the_licence() -> None:
+    from flwr.cli.build import build_fab_from_files
+    from flwr.cli.utils import collect_files
+
+    bundle, metadata = build_fab_from_files(collect_files(ROOT))
+    assert metadata.fab_format_version == 1
+    assert metadata.flwr_version_min == "1.41"
+    assert len(bundle) < 10 * 2**20
+    with zipfile.ZipFile(BytesIO(bundle)) as archive:
+        assert archive.read("LICENSE").decode() == LICENSE
+        names = set(archive.namelist())
+    assert {"fedpeft/server/app.py", "fedpeft/client/app.py", "conf/config.yaml"} < names
+    assert not any(name.startswith(("tests/", "results/", "benchmarks/")) for name in names)
