@@ -1,11 +1,13 @@
 """FedFTG: MLP weights train by gradients of low rank (https://arxiv.org/abs/2410.23111)."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fedpeft.methods.base import Method
+from fedpeft.methods.base import At, Method, Term
 from fedpeft.models.sites import (
     MLP_INPUT,
     MLP_OUTPUT,
@@ -13,6 +15,9 @@ from fedpeft.models.sites import (
     linear_weight,
     named_sites,
 )
+from fedpeft.state import State
+
+MLP_SITE = re.compile(f"{MLP_INPUT.pattern}|{MLP_OUTPUT.pattern}")
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,10 @@ class FedFTG(Method):
         for name in names + named_sites(model, MLP_OUTPUT, "MLP output projection"):
             weight, _, _ = linear_weight(model.get_submodule(name))
             weight.requires_grad_(True)
-            weight.register_hook(self.project)
         return model
+
+    def term(self, at: At, start: State, kept: State) -> Term:
+        return Projection(self)
 
     def project(self, gradient: Tensor) -> Tensor:
         """Q Q^T G, Q spanning about the leading r left singular vectors of the wider G.
@@ -62,3 +69,16 @@ class FedFTG(Method):
         u, s, v = torch.linalg.svd(basis.T @ wide, full_matrices=False)
         low = basis @ (u[:, : self.rank] * s[: self.rank]) @ v[: self.rank]
         return (low.T if tall else low).to(gradient.dtype)
+
+
+class Projection(Term):
+    """Projects every MLP weight's gradient to low rank; the head's stay as they are."""
+
+    def __init__(self, method: FedFTG) -> None:
+        self.method = method
+
+    def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            is_site = MLP_SITE.search(name.removesuffix(".weight")) is not None
+            if is_site and parameter.grad is not None:
+                parameter.grad.copy_(self.method.project(parameter.grad))
