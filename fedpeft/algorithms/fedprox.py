@@ -37,7 +37,7 @@ class ProximalTerm(Term):
 
     def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
         for name, value in self.start.items():
-            parameter = parameters[name]
-            if parameter.grad is not None:
+            parameter = parameters.get(name)  # null if it does not train in this phase
+            if parameter is not None and parameter.grad is not None:
                 start = value.to(parameter.device)
                 parameter.grad.add_(parameter.detach() - start, alpha=self.mu)

@@ -81,7 +81,8 @@ class ControlTerm(Term):
 
     def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
         for name, value in self.correction.items():
-            grad = parameters[name].grad
+            parameter = parameters.get(name)  # null if it does not train in this phase
+            grad = None if parameter is None else parameter.grad
             if grad is not None:
                 self.correction[name] = value = value.to(grad.device)
                 grad.add_(value)
