@@ -22,6 +22,7 @@ from fedpeft.state import (
     Role,
     State,
     check,
+    filled,
     names_with,
     prefixed,
     split_prefixed,
@@ -164,7 +165,17 @@ class Client:
             self.config.method.term(at, start, kept.method),
             self.config.strategy.term(before, extras, kept.strategy),
         )
-        return Begun(Job(at, start, terms, kept.moments), kept, before, terms)
+        return Begun(Job(at, start, terms, self._moments(kept, at)), kept, before, terms)
+
+    def _moments(self, kept: Kept, at: At) -> State:
+        """Cut the optimizer's moments to the client's blocks; a block may shrink by round."""
+        replica, moments = self.engine.replica, dict(kept.moments)
+        for key, value in kept.moments.items():
+            name = key.partition(":")[2]
+            if value.dim() and name in replica.initial:
+                block = replica.blocks({name: value}, at)
+                moments[key] = filled(block, {name: value})[name]
+        return moments
 
     def finish(self, begun: Begun, result: Result) -> RecordDict:
         """Keep what is personal and return what is shared, encoded."""

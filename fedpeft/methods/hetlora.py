@@ -3,13 +3,16 @@
 https://research.google/pubs/heterogeneous-lora-for-federated-fine-tuning-of-on-device-foundation-models/
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from fedpeft.methods.base import Round
+from fedpeft.methods.base import At, Memory, Round, Term
 from fedpeft.methods.parts.products import A, B, factors
-from fedpeft.methods.parts.ranks import RankedLoRA
+from fedpeft.methods.parts.ranks import RankedLoRA, rank_of
 from fedpeft.state import State, weighted_mean
 
 
@@ -17,9 +20,15 @@ from fedpeft.state import State, weighted_mean
 class HetLoRA(RankedLoRA):
     """LoRA of a rank per client: padded with zeros on the way up, cut off on the way down.
 
-    Self-pruning, an option of the paper, is not offered: a client's rank stays.
+    Self-pruning lets a client's rank r_c shrink. The client's loss gets ``penalty`` times the sum
+    over modules of |B_c[:, k:]| |A_c[k:]|, with k = floor(prune r_c) and Frobenius norms. If that
+    sum is smaller after a client's round than before it, r_c becomes k for the rounds to come. The
+    server decides, because it has both states, and tells the client its rank. Open in the paper:
+    how modules go together (summed here).
 
     Args:
+        prune: gamma in (0, 1]; the paper's is 0.99. 1 keeps every rank.
+        penalty: lambda >= 0; the paper's is 5e-3. Only where ``prune`` is below 1.
         weighting: ``norm`` (the paper's): A and B of a module by |B_c A_c|_F; or ``examples``. The
             paper leaves open whether numbers of examples enter too, and whether norms are a
             module's or the model's: here they do not, and they are a module's. The head, and a
@@ -27,13 +36,52 @@ class HetLoRA(RankedLoRA):
     """
 
     weighting: str = "norm"
+    prune: float = 1.0
+    penalty: float = 5e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 < self.prune <= 1:
+            raise ValueError(f"prune must be in (0, 1], got {self.prune}")
+        if self.penalty < 0:
+            raise ValueError(f"penalty must be >= 0, got {self.penalty}")
         if self.weighting not in ("norm", "examples"):
             raise ValueError(f"weighting must be norm or examples, got {self.weighting}")
 
+    def down(self, memory: Memory, at: At) -> State:
+        """Return the client's rank, where ranks shrink."""
+        if self.prune == 1 or at.client is None:
+            return {}
+        start = torch.tensor(rank_of(self.ranks, at, self.rank))
+        return {"rank": memory.get("ranks", {}).get(str(at.client), start)}
+
+    def client_rank(self, at: At) -> int:
+        return int(at.memory["rank"]) if "rank" in at.memory else super().client_rank(at)
+
+    def kept(self, rank: int) -> int:
+        """Return the rank that pruning leaves, >= 1."""
+        return max(1, math.floor(self.prune * rank))
+
+    def term(self, at: At, start: State, kept: State) -> Term:
+        rank = self.client_rank(at)
+        if self.prune == 1 or self.kept(rank) == rank:
+            return Term()
+        return TailPenalty(self.penalty, self.kept(rank), rank)
+
+    def _prune(self, round: Round) -> None:
+        """Shrink the ranks of clients whose last components lost weight in this round."""
+        assert round.memory is not None
+        ranks = round.memory.setdefault("ranks", {})
+        for at, state in zip(round.ats, round.states, strict=True):
+            rank = self.client_rank(at)
+            kept = self.kept(rank)
+            tails = [_tail(factors(s), kept, rank) for s in (round.before, state)]
+            if tails[1] < tails[0]:
+                ranks[str(at.client)] = torch.tensor(kept)
+
     def aggregate(self, round: Round) -> State:
+        if self.prune < 1:
+            self._prune(round)
         after = weighted_mean(round.states, round.weights)
         if self.weighting == "examples":
             return after
@@ -45,6 +93,36 @@ class HetLoRA(RankedLoRA):
                 mean = weighted_mean(pairs, [norm / total for norm in norms])
                 after |= {site + end: value for end, value in mean.items()}
         return after
+
+
+class TailPenalty(Term):
+    """The gradient of penalty x sum |B[:, k:r]| |A[k:r]|.
+
+    Args:
+        penalty: lambda.
+        kept: k.
+        rank: r.
+    """
+
+    def __init__(self, penalty: float, kept: int, rank: int) -> None:
+        self.penalty, self.kept, self.rank = penalty, kept, rank
+
+    def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, a in parameters.items():
+            b = parameters.get(name.removesuffix(A) + B) if name.endswith(A) else None
+            if b is None or a.grad is None or b.grad is None:
+                continue
+            tail = slice(self.kept, self.rank)
+            a_tail, b_tail = a.detach()[tail], b.detach()[:, tail]
+            a_norm, b_norm = a_tail.norm(), b_tail.norm()
+            if a_norm > 0 and b_norm > 0:  # the norm has no gradient at zero
+                a.grad[tail].add_(a_tail * (self.penalty * b_norm / a_norm))
+                b.grad[:, tail].add_(b_tail * (self.penalty * a_norm / b_norm))
+
+
+def _tail(pairs: Mapping[str, tuple[Tensor, Tensor]], kept: int, rank: int) -> float:
+    """Return the sum over modules of |B[:, k:r]| |A[k:r]|."""
+    return sum(float(b[:, kept:rank].norm() * a[kept:rank].norm()) for b, a in pairs.values())
 
 
 def _norm(b: Tensor, a: Tensor) -> float:

@@ -54,8 +54,12 @@ class RankedLoRA(LoRA):
         super().__post_init__()
         check_ranks("ranks", self.ranks, self.rank)
 
+    def client_rank(self, at: At) -> int:
+        """Return a client's rank in a round."""
+        return rank_of(self.ranks, at, self.rank)
+
     def block(self, name: str, shape: Sequence[int], at: At) -> Sequence[int]:
-        rank = rank_of(self.ranks, at, self.rank)
+        rank = self.client_rank(at)
         if ".lora_A." in name:
             return (rank, shape[1])
         return (shape[0], rank) if ".lora_B." in name else shape
