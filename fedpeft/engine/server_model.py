@@ -55,6 +55,8 @@ class EngineModel:
         with autocast(replica.device, self.engine.config.precision):
             moved = to_device(batch, replica.device)
             loss = self.task.loss(self.task.forward(model, moved), moved)
+        if not names:
+            return float(loss.detach()), {}
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         gradients = {
             name: torch.zeros_like(parameter) if gradient is None else gradient

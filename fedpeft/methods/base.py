@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -128,8 +128,6 @@ class Phase:
 class Method(ABC):
     """A method is a frozen dataclass whose fields are its hyperparameters."""
 
-    starts: ClassVar[bool] = False  # whether ``start`` sets parameters before round 1
-
     def check(self, num_rounds: int) -> None:  # noqa: B027
         """Raise ValueError for a number of rounds that the method makes no sense in."""
 
@@ -170,6 +168,11 @@ class Method(ABC):
                 sends is for strategies: a method that sends more has a parameter for it.
         """
         return Term()
+
+    @property
+    def starts(self) -> bool:
+        """True if ``start`` sets parameters before round 1."""
+        return False
 
     def start(self, server: ServerModel) -> State:
         """Return values to set before round 1; only called where ``starts`` is true.

@@ -36,11 +36,20 @@ class Cores(Method):
             raise ValueError(f"rank must be >= 1, got {self.rank}")
         if not self.targets:
             raise ValueError("targets must name at least one projection, got []")
-        if self.init not in BASES:
-            raise ValueError(f"init must be one of {', '.join(BASES)}, got {self.init}")
+        if self.init not in self.inits:
+            raise ValueError(f"init must be one of {', '.join(self.inits)}, got {self.init}")
+
+    @property
+    def inits(self) -> tuple[str, ...]:
+        """The starts that ``init`` may name."""
+        return BASES
+
+    def bases(self) -> str:
+        """Return what bases are built as."""
+        return self.init
 
     def num_heads(self) -> int:
-        """Return the number of r x r matrices of a module."""
+        """How many r x r matrices a module has."""
         return 1
 
     def inject(self, model: nn.Module) -> nn.Module:
@@ -50,7 +59,7 @@ class Cores(Method):
             weight, _, transposed = linear_weight(layer)
             weight = weight.T if transposed else weight
             adapter = CoreAdapter(
-                layer, weight, self.rank, self.num_heads(), self.init, self.scaled
+                layer, weight, self.rank, self.num_heads(), self.bases(), self.scaled
             )
             replace(model, name, adapter)
         return model
