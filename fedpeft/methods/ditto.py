@@ -1,0 +1,106 @@
+"""Ditto: a global LoRA, and a personal one pulled towards it (https://arxiv.org/abs/2012.04221)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fedpeft.methods.base import At, Phase, Term
+from fedpeft.methods.lora import LoRA
+from fedpeft.models.sites import add_by_peft
+from fedpeft.state import Role, State
+
+GLOBAL, PERSONAL = "global", "personal"  # names of PEFT's adapters, and of the settings
+
+
+@dataclass(frozen=True)
+class Ditto(LoRA):
+    """W0 + (alpha/r) B_w A_w, which is shared, or W0 + (alpha/r) B_v A_v, which is personal.
+
+    A client trains w with v off, as LoRA's, and then v with w off, both for the round's steps. The
+    gradient of v gets ``pull`` times (v - w), entry by entry of A and B, where w is what the client
+    received in this round. Clients are measured with v.
+
+    v starts from the same random values as w. The pull is a part of the gradient, so it is clipped
+    and, under AdamW, scaled with it; SGD is stable where lr x ``pull`` is below 2.
+
+    Open: who trains the head, which the paper's models do not set apart. Here it is shared and w
+    trains it, so that v meets the client's head in training and the mean head when it is measured;
+    ``personal=head`` keeps it on the client. Open too: where a client that joins late starts v,
+    here at w's start and not at the w that it receives.
+
+    Args:
+        pull: lambda >= 0; 0 is training alone, but for the head.
+    """
+
+    pull: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pull < 0:
+            raise ValueError(f"pull must be >= 0, got {self.pull}")
+
+    def inject(self, model: nn.Module) -> nn.Module:
+        add_by_peft(model, **{name: self.config(model) for name in (GLOBAL, PERSONAL)})
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.set_adapter([GLOBAL, PERSONAL])
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if is_personal(name):
+                    parameter.copy_(parameters[twin(name)])
+        self.arrange(model, "")
+        return model
+
+    def role(self, name: str, at: At) -> Role:
+        return Role.PERSONAL if is_personal(name) else Role.SHARED
+
+    def phases(self, at: At) -> Sequence[Phase]:
+        shared = Phase(lambda name: not is_personal(name), setting=GLOBAL)
+        return shared, Phase(is_personal, setting=PERSONAL)
+
+    def arrange(self, model: nn.Module, setting: str) -> None:
+        on = GLOBAL if setting == GLOBAL else PERSONAL
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                for adapter in (GLOBAL, PERSONAL):
+                    module.set_scale(adapter, float(adapter == on))
+
+    def term(self, at: At, start: State, kept: State) -> Term:
+        return Pull(self.pull, start)
+
+    def effective(self, module: nn.Module) -> Tensor | None:
+        """Return the global adapter's product: the personal one is not averaged."""
+        return self.product(module, GLOBAL)
+
+
+class Pull(Term):
+    """pull (v - w) on the gradients of the personal adapter; the others stay as they are.
+
+    Args:
+        pull: lambda.
+        start: of the round; its global adapter is w.
+    """
+
+    def __init__(self, pull: float, start: State) -> None:
+        self.pull = pull
+        self.received = {name: start[twin(name)] for name in start if is_personal(name)}
+
+    def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            if name in self.received and parameter.grad is not None:
+                received = self.received[name].to(parameter.device)
+                parameter.grad.add_(parameter.detach() - received, alpha=self.pull)
+
+
+def is_personal(name: str) -> bool:
+    """Tell whether a parameter is the personal adapter's."""
+    return f".{PERSONAL}." in name
+
+
+def twin(name: str) -> str:
+    """Return the global adapter's parameter that stands where a personal one does."""
+    return name.replace(f".{PERSONAL}.", f".{GLOBAL}.")
