@@ -50,7 +50,11 @@ def main() -> None:
         Engine(configuration.load_config([*job(str(args.data.resolve())), *size, *DRY, more]))
         for more in ("bucketing=false", "bucketing=true")
     )
-    loss, model = bucketed.task.loss, bucketed.replica.model.train()
+    task, model = bucketed.task, bucketed.replica.model.train()
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return task.loss(task.forward(model, batch), batch)
+
     any_order, alike = (
         [batch for client in range(args.clients) for batch in batches(session, client, 1)]
         for session in (plain, bucketed)

@@ -24,11 +24,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import REPEATS, interleaved, medians, ratio, save
-from fedpeft.algorithms.base import Term
 from fedpeft.config import load as configuration
+from fedpeft.data.batching import Batch
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.passes import autocast, to_device
-from fedpeft.engine.plan import Work
+from fedpeft.engine.plan import Job, plan
+from fedpeft.methods.base import Phase
 
 CLIENTS = 16
 HOPPER_TFLOPS = 989  # dense bfloat16, H100 and H200 SXM, NVIDIA's data sheets
@@ -105,8 +106,7 @@ def compared(overrides: list[str], batch: int, sizes: list[int], repeats: int) -
     """Seconds of all clients' steps by K, and what they gain over one by one."""
     given = configuration.load_config([*overrides, f"batch_size={batch}"])
     session = Engine(given)
-    term = given.strategy.term(session.replica.initial, {}, {})
-    sides = {str(size): turn(session, size, term) for size in sizes}
+    sides = {str(size): turn(session, size) for size in sizes}
     seconds = interleaved(sides, repeats)
     steps = CLIENTS * (given.local_steps or 1)
     found = {
@@ -119,7 +119,7 @@ def compared(overrides: list[str], batch: int, sizes: list[int], repeats: int) -
     }
     if next(session.replica.model.parameters()).is_cuda:
         found["synchronisations_of_a_round"] = {
-            str(size): synchronisations(turn(session, size, term)) for size in sizes
+            str(size): synchronisations(turn(session, size)) for size in sizes
         }
         found["one_by_one_captured_milliseconds"] = captured_milliseconds(session)
         flops = step_flops(session)
@@ -130,7 +130,7 @@ def compared(overrides: list[str], batch: int, sizes: list[int], repeats: int) -
     return found
 
 
-def turn(session: Engine, size: int, term: Term) -> Callable[[], float]:
+def turn(session: Engine, size: int) -> Callable[[], float]:
     """All clients' training in groups of a size; every turn is a new round."""
     rounds = iter(range(1, 1000))
 
@@ -139,8 +139,9 @@ def turn(session: Engine, size: int, term: Term) -> Callable[[], float]:
         begun = time.perf_counter()
         for first in range(0, CLIENTS, size):
             clients = range(first, first + size)
-            works = [Work(client, dict(session.replica.initial), term) for client in clients]
-            for result in session.train(works, round):
+            start = dict(session.replica.initial)
+            jobs = [Job(session.replica.roles.at(round, client), start) for client in clients]
+            for result in session.train(jobs, round):
                 if isinstance(result, Exception):
                     raise result
         return time.perf_counter() - begun
@@ -148,15 +149,21 @@ def turn(session: Engine, size: int, term: Term) -> Callable[[], float]:
     return run
 
 
+def first_batch(session: Engine) -> Batch:
+    """Return the first batch of client 0 in round 1."""
+    rows, steps = session.rows.training(0)
+    return plan(session.config, rows, steps, [1, 0], Phase()).steps[0][0]
+
+
 def step_flops(session: Engine) -> int:
     """Floating-point operations of one client's forward and backward pass."""
     device = next(session.replica.model.parameters()).device
-    batch = to_device(session._plan(0, 1).batches[0], device)
-    session.set_trainable(1)
+    batch = to_device(first_batch(session), device)
+    session.replica.set_trainable(set(session.replica.roles.trained(1)))
     session.replica.model.train()
     with FlopCounterMode(display=False) as counter:
         with autocast(device, session.config.precision):
-            loss = session.task.loss(session.replica.model, batch)
+            loss = session.task.loss(session.task.forward(session.replica.model, batch), batch)
         loss.backward()
     session.replica.model.zero_grad()
     return counter.get_total_flops()
@@ -177,13 +184,13 @@ def synchronisations(run: Callable[[], float]) -> int:
 def captured_milliseconds(session: Engine, times: int = 50) -> float:
     """A client's forward and backward pass as one CUDA graph, which fedpeft does not use."""
     model, device = session.replica.model, next(session.replica.model.parameters()).device
-    batch = to_device(session._plan(0, 1).batches[0], device)
-    session.set_trainable(1)
+    batch = to_device(first_batch(session), device)
+    session.replica.set_trainable(set(session.replica.roles.trained(1)))
     model.train()
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            loss = session.task.loss(model, batch)
+            loss = session.task.loss(session.task.forward(model, batch), batch)
         loss.backward()
 
     stream = torch.cuda.Stream()

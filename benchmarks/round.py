@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import ConfigRecord
 from torch import nn
 
 from benchmarks.measure import REPEATS, interleaved, medians, ratio, save, spread
 from benchmarks.sides import final_accuracy, job, seconds
-from fedpeft.client.app import app as client_app
 from fedpeft.config import load as configuration
 from fedpeft.data.batching import Batch, training_batches
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.seeding import generator, torch_seed
 from fedpeft.server.strategy import FederatedPEFT
-from fedpeft.simulation.launch import InProcessGrid
+from fedpeft.simulation.grid import InProcessGrid
 
 SEEDS = (0, 1, 2)
 PLAIN = ["bucketing=false", "precision=fp32"]
@@ -69,9 +69,8 @@ def in_process(given: list[str], repeats: int) -> dict[str, Any]:
     overrides = configuration.join([*given, *more])
     session = open_engine(overrides, None)
     clients = session.config.num_clients
-    nodes = [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
-    grid, strategy = InProcessGrid(client_app, nodes), FederatedPEFT(session, overrides)
-    strategy.hosts.join(grid)
+    grid, strategy = InProcessGrid(clients), FederatedPEFT(overrides, session)
+    strategy.nodes.join(grid)
     loads, rounds = open_engine.cache_info().misses, iter(range(1, 1000))
     numbers: dict[str, int] = {}
 
@@ -136,9 +135,8 @@ def quality(data: str, size: list[str], rounds: int) -> dict[str, Any]:
 
 def fedpeft_round(strategy: FederatedPEFT, grid: InProcessGrid, round: int) -> None:
     """Configure, train on the clients, check and aggregate."""
-    messages = strategy.configure_train(round, *strategy.packed(round), grid)
-    replies = strategy.hosts.exchange(grid, messages, 3600)
-    strategy.aggregate_train(round, replies)
+    messages = strategy.configure_train(round, strategy.arrays(), ConfigRecord(), grid)
+    strategy.aggregate_train(round, grid.send_and_receive(messages, timeout=3600))
 
 
 def bare_round(session: Engine, clients: Iterable[int], round: int) -> None:

@@ -45,10 +45,8 @@ def timed(round: Callable[[int], None], rounds: int) -> Rounds:
 
 def fedpeft(data: str, rounds: int, overrides: list[str]) -> Rounds:
     """fedpeft as its command runs it; evaluation stands before the first and after the last."""
-    from fedpeft.config import load as configuration
     from fedpeft.reporting.progress import Display
-    from fedpeft.server.app import serve
-    from fedpeft.simulation.launch import launch
+    from fedpeft.simulation.launch import run as run_here
 
     class Noted(Display):
         """Notes the rounds instead of showing them."""
@@ -68,12 +66,8 @@ def fedpeft(data: str, rounds: int, overrides: list[str]) -> Rounds:
     with tempfile.TemporaryDirectory() as folder:
         run = [*job(data), *overrides, "evaluation.every=1000000", f"run_dir='{folder}/run'"]
         run.append(f"num_rounds={WARMUPS + rounds + 1}")
-        config, noted = configuration.load_config(run), Noted()
-
-        def main(grid: Any, _: Any) -> None:
-            serve(grid, run, noted, simulated=True)
-
-        launch(main, config.num_clients, config.runtime)
+        noted = Noted()
+        run_here(run, noted)
     counted = slice(1 + WARMUPS, -1)  # round 0 does not train
     return Rounds(noted.seconds[counted], noted.ended[counted])
 

@@ -52,6 +52,7 @@ TINY = {
     **dict.fromkeys(
         ("fedex_lora", "flora", "flexlora", "hetlora", "fedsvd", "fedrot_lora"), ["method.rank=4"]
     ),
+    **dict.fromkeys(("dora", "lora_fair", "ditto"), ["method.rank=4"]),
     "fed_sb": ["method.rank=8"],
     "fedftg": ["method.rank=4"],
     "ravan": ["method.rank=4", "method.heads=3"],

@@ -252,6 +252,9 @@ def test_fedtt_plus(name: str) -> None:
 # --- two rounds of every method ----------------------------------------------------------------
 
 
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's, one vector a module
+
+
 def roles_by_hand(
     method: str, name: str, a: Architecture, everything: set[str], round: int
 ) -> tuple[set[str], set[str]]:
@@ -270,6 +273,11 @@ def roles_by_hand(
         "fedtt_plus": (plus, set()),
         **dict.fromkeys(LORA_LIKE, (up | down | head, set())),
         "fedsvd": (up | head, set()),
+        "dora": (up | down | head | {n.replace("lora_B", MAGNITUDE) for n in up}, set()),
+        "ditto": (
+            {n.replace(".default.", ".global.") for n in up | down} | head,
+            {n.replace(".default.", ".personal.") for n in up | down},
+        ),
         "fed_sb": (core_names(a, "core") | head, set()),
         "ravan": (core_names(a, "core", "scales") | head, set()),
         "fedftg": (mlp_names(a) | head, set()),
@@ -380,11 +388,13 @@ def check_two_rounds(name: str, task: str, method: str, a: Architecture) -> None
     everything = {n for n, _ in model.named_parameters()}
     chosen, names = method_of(method), trainable(model)
     for round in (1, 2):
-        for path, parameter in model.named_parameters():
-            active = path in names and chosen.role(path, At(round)) in TRAINED
-            parameter.requires_grad_(active)
         before = tensors(model)
-        train(Passes(model, quadratic), [[inputs(model)]] * 2, lambda _: 1e-2, Optimization())
+        for phase in chosen.phases(At(round, 0)):
+            chosen.arrange(model, phase.setting)
+            for path, parameter in model.named_parameters():
+                active = path in names and chosen.role(path, At(round)) in TRAINED
+                parameter.requires_grad_(active and phase.trains(path))
+            train(Passes(model, quadratic), [[inputs(model)]] * 2, lambda _: 1e-2, Optimization())
         shared, personal = roles_by_hand(method, name, a, everything, round)
         assert changed(before, tensors(model)) == shared | personal
         assert {n for n in names if chosen.role(n, At(round)) is Role.SHARED} == shared

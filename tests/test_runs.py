@@ -35,6 +35,7 @@ MLP = rf"\.intermediate\.dense\.weight$|\d\.output\.dense\.weight$|{HEAD}"
 HEADS, VALUES = rf"\.(core|scales)$|{HEAD}", rf"\.values$|{HEAD}"
 ADAPTER = rf"\.adapter\.(down|up)\.|LayerNorm\.|{HEAD}"
 PROMPT, PREFIX = (rf"{own}|^inner\.classifier\." for own in (r"\.prompt\.", r"^prefix\."))
+DORA, DITTO = rf"{LORA}|\.lora_magnitude_vector\.", rf"\.lora_[AB]\.global\.|{HEAD}"
 DUAL = rf"\.lora_[AB]\.shared\.|{HEAD}"
 SENT: dict[str, list[tuple[str, str]]] = {
     "rolora": [(FFA, FFA), (rf"\.lora_A\.|{HEAD}", LORA)],
@@ -51,8 +52,11 @@ SENT: dict[str, list[tuple[str, str]]] = {
     "flexlora": [(LORA, LORA), (LORA, LORA)],
     "hetlora": [(LORA, LORA), (LORA, LORA)],
     "fedrot_lora": [(LORA, LORA), (LORA, LORA)],
+    "lora_fair": [(LORA, LORA), (LORA, LORA)],
+    "dora": [(DORA, DORA)] * 2,
+    "ditto": [(DITTO, DITTO)] * 2,
     "fedsvd": [(FFA, FFA), (FFA, LORA)],
-    "fed_sb": [(CORE, CORE), (CORE, CORE)],
+    "fed_sb": [(CORE, rf"{CORE}|\.basis_(in|out)$")] * 2,
     "ravan": [(HEADS, HEADS), (HEADS, HEADS)],
     "fedftg": [(MLP, MLP), (MLP, MLP)],
     "slora": [(VALUES, VALUES), (LORA, rf"{LORA}|{VALUES}")],
@@ -67,7 +71,9 @@ SENT: dict[str, list[tuple[str, str]]] = {
         (rf"\.factor_[124]_of_4$|{HEAD}", rf"\.factor_[1234]_of_4$|{HEAD}"),
     ],
 }
-PERSONAL = {"fedsa_lora": rf"\.lora_B\.|{HEAD}", "feddpa": r"\.lora_[AB]\.own\."}
+PERSONAL = {"fedsa_lora": rf"\.lora_B\.|{HEAD}", "feddpa": r"\.lora_[AB]\.own\."} | {
+    "ditto": r"\.lora_[AB]\.personal\."
+}
 # Tensors and numbers sent up in a round, by hand, for the tiny BERT: hidden 32, MLP 64, two layers,
 # four labels (a head of 32 * 4 + 4 = 132), rank 4 on q and v, SCL at 8, TT at 5 on 32x64 = (4, 8,
 # 8, 8), 64x32 = (8, 8, 8, 4) and a pooler of 32x32 = (4, 8, 8, 4).
@@ -88,9 +94,10 @@ COUNTS: dict[str, tuple[int, int] | list[tuple[int, int]]] = {
     "feddpa": (8 + 2, 2 * 2 * 4 * (32 + 32) + 132),
     "federa": (8 + 2, 2 * 2 * 4 * (32 + 32) + 132),
     **dict.fromkeys(
-        ("fedex_lora", "flora", "flexlora", "hetlora", "fedrot_lora"),
+        ("fedex_lora", "flora", "flexlora", "hetlora", "fedrot_lora", "lora_fair", "ditto"),
         (8 + 2, 2 * 2 * 4 * (32 + 32) + 132),
     ),
+    "dora": (8 + 4 + 2, 2 * 2 * 4 * (32 + 32) + 4 * 32 + 132),
     "fedsvd": (4 + 2, 2 * 2 * 4 * 32 + 132),
     "fed_sb": (4 + 2, 2 * 2 * 8 * 8 + 132),
     "ravan": (8 + 2, 2 * 2 * (3 * 4 * 4 + 3) + 132),

@@ -47,6 +47,7 @@ OWN_RULE = {
     "flexlora": "FlexLoRA",
     "flora": "FLoRA",
     "hetlora": "HetLoRA",
+    "lora_fair": "LoRAFair",
     "ravan": "Ravan",
     "slora": "SLoRA",
 }

@@ -21,7 +21,7 @@ from tests.pairs import names_in
 
 Opened = Callable[..., Engine]
 # Their parameters stand where no row of the batch passes; each says so in the log.
-ONE_BY_ONE = {"full", "prompt", "fedprompt", "p_tuning", "prefix"}
+ONE_BY_ONE = {"dora", "full", "prompt", "fedprompt", "p_tuning", "prefix"}
 STEPS = ("num_clients=4", "local_steps=3", "batch_size=2", "lr=1e-2")
 
 

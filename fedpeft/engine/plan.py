@@ -110,6 +110,9 @@ def _parts(config: Config, examples: Examples, rows: np.ndarray) -> list[Batch]:
         return [examples.batch(rows)]
     cut = np.array_split(rows, min(config.accumulate, len(rows)))
     batches = [examples.batch(part) for part in cut]
+    batches = [batch for batch in batches if config.data.terms(batch)]  # a mean of none is NaN
+    if len(batches) < 2:
+        return [examples.batch(rows)]
     terms = [config.data.terms(batch) for batch in batches]
     return [
         batch | {WEIGHT: torch.tensor(count / sum(terms))}

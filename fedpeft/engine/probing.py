@@ -71,14 +71,14 @@ def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, prec
         Unsupported: a module that holds some of the parameters does not turn one tensor with an
             entry a sequence into another.
     """
-    rows, called = size_of(batch)[0], set()
+    rows, called, otherwise = size_of(batch)[0], set(), set()
     device = next(model.parameters()).device
 
     def note(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         tensors = [x for x in (*given, *named.values()) if isinstance(x, Tensor)]
         alone = len(tensors) == 1 and given and given[0] is tensors[0]
-        if alone and isinstance(output, Tensor) and _by_sequence(tensors[0], rows):
-            called.add(module)
+        split = alone and isinstance(output, Tensor) and _by_sequence(tensors[0], rows)
+        (called if split else otherwise).add(module)
 
     paths = owners(model, names)
     hooks = [model.get_submodule(p).register_forward_hook(note, with_kwargs=True) for p in paths]
@@ -88,7 +88,7 @@ def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, prec
     for hook in hooks:
         hook.remove()
     for path in paths:
-        if model.get_submodule(path) not in called:
+        if model.get_submodule(path) not in called - otherwise:
             raise Unsupported(f"{path} is not called with one entry a sequence")
     return draws.drew
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Error, Message, MessageType, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedpeft.client.app import app
 from fedpeft.wire import empty_run, identify, number
 
+Answer = Callable[[Message, Context], Message]
 AnswerAll = Callable[[Sequence[Message], Sequence[Context]], Sequence[Message | Exception]]
 Passes = Callable[[Sequence[int]], Sequence[Sequence[int]]]
 MOST_EVALUATIONS = 64  # calls of an evaluation; each costs milliseconds, whatever it holds
@@ -172,8 +172,8 @@ class InProcessGrid(LocalGrid):
             self._reply(message, answer)
 
 
-def one_by_one(client_app: ClientApp) -> AnswerAll:
-    """Answer the messages of a pass one after another by any ClientApp."""
+def one_by_one(client_app: Answer) -> AnswerAll:
+    """Answer the messages of a pass one after another, by any ClientApp."""
 
     def answer_all(
         messages: Sequence[Message], contexts: Sequence[Context]
@@ -193,9 +193,9 @@ def _all_tried(
         return [error] * len(messages)
 
 
-def _tried(client_app: ClientApp, message: Message, context: Context) -> Message | Exception:
+def _tried(client_app: Answer, message: Message, context: Context) -> Message | Exception:
     try:
-        return client_app(message=message, context=context)
+        return client_app(message, context)
     except Exception as error:
         return error
 

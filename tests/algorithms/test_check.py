@@ -1,6 +1,5 @@
 """What algorithms refuse to work with, each with one reason."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +12,7 @@ from fedpeft.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fedpeft.algorithms.fedprox import FedProx
 from fedpeft.algorithms.robust import Krum, Median, NormClipping, TrimmedMean
 from fedpeft.algorithms.scaffold import Scaffold
-from fedpeft.methods.base import Method
+from fedpeft.methods.base import Method, Round
 from fedpeft.state import State, weighted_mean
 
 
@@ -25,10 +24,8 @@ class Plain(Method):
 
 @dataclass(frozen=True)
 class Own(Plain):
-    def aggregate(
-        self, states: Sequence[State], weights: Sequence[float], before: State, round: int
-    ) -> State:
-        return weighted_mean(states, weights)
+    def aggregate(self, round: Round) -> State:
+        return weighted_mean(round.states, round.weights)
 
 
 OPTIMISERS = [FedAvgM(), FedAdagrad(), FedAdam(), FedYogi()]

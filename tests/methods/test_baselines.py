@@ -482,7 +482,7 @@ def test_p_tuning_sends_all_that_computes_the_prompt(encoder: str) -> None:
     network = {n for n, _ in model.inner_embedding.prompt.named_parameters()}
     assert names == {f"inner.model.embed_tokens.prompt.{n}" for n in network}
     assert ("lstm_head.weight_hh_l0_reverse" in network) == (encoder == "lstm")
-    assert all(method.role(n, 1) is Role.SHARED for n in names)
+    assert all(method.role(n, At(1)) is Role.SHARED for n in names)
 
 
 def test_prefix_with_its_network_sends_all_of_it() -> None:

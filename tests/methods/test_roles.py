@@ -46,7 +46,7 @@ ROUNDS = range(1, 13)
 # Axes of the adapters' 48x64 and 64x48 and of the classifier's 48x48.
 ADAPTER_AXES, CLASSIFIER_AXES = 4, 4
 # Methods that train and send what LoRA does; what their servers do with it differs.
-LORA_LIKE = ("fedex_lora", "flora", "flexlora", "hetlora", "fedrot_lora")
+LORA_LIKE = ("fedex_lora", "flora", "flexlora", "hetlora", "fedrot_lora", "lora_fair")
 every_architecture = pytest.mark.parametrize("name", list(ARCHITECTURES))
 
 
