@@ -84,7 +84,8 @@ class FederatedPEFT(Strategy):
             self.down.load(initial_arrays)
         self._timeout = timeout or self.config.runtime.round_timeout
         result = Result()
-        for round in range((num_rounds or self.config.num_rounds) + 1):
+        rounds = self.config.num_rounds if num_rounds is None else num_rounds
+        for round in range(rounds + 1):
             line = self._run_round(grid, round)
             clients = {k: v for k, v in line.items() if k.startswith("client_")}
             result.evaluate_metrics_clientapp[round] = _record(clients)

@@ -1,0 +1,92 @@
+"""Imports run one way: every package may import those below it, and there is no circle."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "fedpeft"
+SYSTEMS = {"engine", "client", "server", "simulation"}
+# By package: the packages and modules of fedpeft that it must not import.
+FORBIDDEN = {
+    **dict.fromkeys(("data", "models", "methods", "algorithms", "compression"), SYSTEMS),
+    "config": SYSTEMS | {"reporting"},
+    "engine": {"client", "server", "simulation", "reporting"},
+    "client": {"server", "simulation", "reporting"},
+    "server": {"client", "simulation"},
+    "reporting": SYSTEMS
+    | {"methods", "models", "algorithms", "compression", "nn", "wire", "state"},
+}
+# These start processes or answer a command, so they import the rest when it is needed.
+LATE = (
+    "cli.py",
+    "simulation/launch.py",
+    "simulation/ray.py",
+    "simulation/grid.py",
+    "client/app.py",
+)
+
+
+def files() -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
+
+
+def package(name: str) -> str:
+    """Return the package of a file below fedpeft, or the module at the top level."""
+    return name.split("/")[0].removesuffix(".py")
+
+
+def imports(name: str, inner: bool = False) -> Iterator[str]:
+    """Yield the modules that a file imports; with ``inner``, those inside of functions."""
+    tree = ast.parse((ROOT / name).read_text())
+    typing = {id(n) for block in ast.walk(tree) if _for_types(block) for n in ast.walk(block)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in typing:
+            if inner and node.col_offset == 0:
+                continue
+            if isinstance(node, ast.ImportFrom):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                yield from (alias.name for alias in node.names)
+
+
+def _for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+
+
+def ours(name: str) -> set[str]:
+    """Return the packages of fedpeft that a file imports."""
+    found = {m.split(".")[1] for m in imports(name) if m.startswith("fedpeft.")}
+    return found - {package(name)}
+
+
+@pytest.mark.parametrize("name", files())
+def test_no_arrow_up(name: str) -> None:
+    assert not ours(name) & FORBIDDEN.get(package(name), set())
+    if package(name) == "nn":
+        assert ours(name) <= {"seeding"}
+    if name == "state.py":
+        assert not ours(name)
+    if package(name) == "reporting":
+        assert "torch" not in {module.split(".")[0] for module in imports(name)}
+
+
+@pytest.mark.parametrize("name", [name for name in files() if name not in (*LATE, "__init__.py")])
+def test_own_modules_are_imported_at_the_top(name: str) -> None:
+    late = [module for module in imports(name, inner=True) if module.startswith("fedpeft.")]
+    allowed = {"fedpeft.data.rows.docstrings"}  # built once, by a process of its own
+    assert set(late) <= allowed | {"fedpeft.data.rows.docstrings.build"}, late
+
+
+def test_packages_form_no_circle() -> None:
+    arrows: dict[str, set[str]] = {}
+    for name in files():
+        if name != "__init__.py":
+            arrows.setdefault(package(name), set()).update(ours(name))
+    left = dict(arrows)
+    while left:
+        lowest = [name for name, targets in left.items() if not targets & left.keys()]
+        assert lowest, f"a circle among {', '.join(sorted(left))}"
+        for name in lowest:
+            del left[name]
