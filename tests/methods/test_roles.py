@@ -204,6 +204,7 @@ def test_fedftg_s_gradients_have_its_rank(name: str) -> None:
         p.requires_grad_(n in mlp_names(ARCHITECTURES[name]))
     for some in (model.eval(), plain.eval()):
         logits(some).square().sum().backward()
+    FedFTG(rank=3).term(At(1, 0), {}, {}).correct(dict(model.named_parameters()))
     whole = dict(plain.named_parameters())
     for n in mlp_names(ARCHITECTURES[name]):
         found, full = dict(model.named_parameters())[n].grad, whole[n].grad
@@ -586,7 +587,7 @@ def test_a_width_without_small_factors_is_named() -> None:
         (FedRotLoRA, {"align": "C"}, "align must be both, A or B, got C"),
         (FedFTG, {"rank": 0}, "rank must be >= 1, got 0"),
         (FedSB, {"rank": 0}, "rank must be >= 1, got 0"),
-        (FedSB, {"init": "zero"}, "init must be one of svd, orthogonal, got zero"),
+        (FedSB, {"init": "zero"}, "init must be one of gradient, svd, orthogonal, got zero"),
         (FedSB, {"targets": []}, r"targets must name at least one projection, got \[\]"),
         (Ravan, {"heads": 0}, "heads must be >= 1, got 0"),
         (SLoRA, {"sparse_rounds": 0}, "sparse_rounds must be >= 1, got 0"),
