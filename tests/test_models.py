@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedpeft.config.load import CONF, load_config
 from fedpeft.config.optimization import Optimization
+from fedpeft.config.schema import Config
 from fedpeft.engine.cpu import checkpoint_blocks
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.parameters import parameter_counts
@@ -61,8 +62,12 @@ def published(name: str) -> Pretrained:
 
 
 @cache
+def config_of(name: str) -> Config:
+    return load_config([f"method={name}", *TINY.get(name, [])])
+
+
 def method_of(name: str) -> Method:
-    return load_config([f"method={name}", *TINY.get(name, [])]).method
+    return config_of(name).method
 
 
 def kind(name: str) -> str:
@@ -379,7 +384,10 @@ def quadratic(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def check_two_rounds(name: str, task: str, method: str, a: Architecture) -> None:
-    """Two steps a round change what the role table says, and nothing else in the model."""
+    """Two steps a round change what the role table says, and nothing else in the model.
+
+    The roles are a run's: a method's YAML may also say which parameters are personal.
+    """
     if reason := refusal(method, kind(name), a):
         with pytest.raises(ValueError, match=reason):
             built(tiny(name), task, method_of(method))
@@ -387,18 +395,20 @@ def check_two_rounds(name: str, task: str, method: str, a: Architecture) -> None
     model = built(tiny(name), task, method_of(method))
     everything = {n for n, _ in model.named_parameters()}
     chosen, names = method_of(method), trainable(model)
+    roles = Roles(config_of(method), model)
+    assert set(roles.names) == names
     for round in (1, 2):
         before = tensors(model)
         for phase in chosen.phases(At(round, 0)):
             chosen.arrange(model, phase.setting)
             for path, parameter in model.named_parameters():
-                active = path in names and chosen.role(path, At(round)) in TRAINED
+                active = path in names and roles.role(path, round) in TRAINED
                 parameter.requires_grad_(active and phase.trains(path))
             train(Passes(model, quadratic), [[inputs(model)]] * 2, lambda _: 1e-2, Optimization())
         shared, personal = roles_by_hand(method, name, a, everything, round)
         assert changed(before, tensors(model)) == shared | personal
-        assert {n for n in names if chosen.role(n, At(round)) is Role.SHARED} == shared
-        assert {n for n in names if chosen.role(n, At(round)) is Role.PERSONAL} == personal
+        assert {n for n in names if roles.role(n, round) is Role.SHARED} == shared
+        assert {n for n in names if roles.role(n, round) is Role.PERSONAL} == personal
 
 
 @pytest.mark.parametrize("method", METHODS)

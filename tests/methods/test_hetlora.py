@@ -60,7 +60,8 @@ def test_the_penalty_is_the_gradient_of_the_tails_norms() -> None:
     (0.3 * b[:, 1:3].norm() * a[1:3].norm()).backward()
     assert a.grad is not None and b.grad is not None
     expected = a.grad.clone(), b.grad.clone()
-    a.grad.zero_(), b.grad.zero_()
+    a.grad.zero_()
+    b.grad.zero_()
     TailPenalty(0.3, 1, 3).correct({A: a, B: b})
     torch.testing.assert_close((a.grad, b.grad), expected)
 
