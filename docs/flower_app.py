@@ -1,27 +1,30 @@
 """fedpeft's strategy in a ServerApp of your own, and a Flower mod around its ClientApp."""
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, MetricRecord
+from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid, ServerApp
 
 from fedpeft import FederatedPEFT, client_app
 
+OVERRIDES = "method=fedsa_lora num_clients=3 num_rounds=2"  # unless the run configuration has some
 server = ServerApp()
 
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    strategy = FederatedPEFT(str(context.run_config["overrides"]))
+    strategy = FederatedPEFT(str(context.run_config.get("overrides", OVERRIDES)))
     result = strategy.start(grid, strategy.initial_arrays(), num_rounds=2)
-    print(
-        "parameters after two rounds:", sum(array.numpy().size for array in result.arrays.values())
-    )
+    numbers = sum(array.numpy().size for array in result.arrays.values())
+    print("parameters after two rounds:", numbers)
 
 
-def count_bytes(message: Message, context: Context, call_next) -> Message:  # type: ignore[no-untyped-def]
-    """Count what this client sends: a mod as any other of Flower's."""
+def count(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Count this client's messages, as any mod of Flower's may; the reply carries the number."""
+    before = context.state.metric_records.get("seen", MetricRecord({"messages": 0}))
+    context.state["seen"] = MetricRecord({"messages": int(before["messages"]) + 1})
     reply = call_next(message, context)
-    context.run_config["sent"] = len(reply.content.array_records)
+    reply.content["seen"] = context.state["seen"]
     return reply
 
 
-client = client_app(mods=[count_bytes])
+client = client_app(mods=[count])

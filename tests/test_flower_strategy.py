@@ -1,6 +1,8 @@
 """FederatedPEFT is a Flower strategy: Flower's own start runs it, in anybody's ServerApp."""
 
 import importlib.util
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,37 @@ from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.simulation.grid import InProcessGrid, one_by_one
 from fedpeft.state import sha256
 from tests.conftest import TINY, Runner
+from tests.test_doors import command
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "flower_app.py"
+# The example on Flower's simulation engine. It prints what the server has after each start, and of
+# Flower's own start the numbers of messages by client, which the mod put into the replies.
+IN_FLOWERS_ENGINE = """
+import sys
+import flower_app
+from flwr.serverapp.strategy import Strategy
+from flwr.simulation import run_simulation
+from fedpeft.state import sha256
+
+class Watched(flower_app.FederatedPEFT):
+    def start(self, *given, **more):
+        result = START(self, *given, **more)
+        print("state", sha256(self.state))
+        return result
+
+    def aggregate_train(self, server_round, replies):
+        replies = list(replies)
+        seen = [reply.content.metric_records["seen"]["messages"] for reply in replies]
+        print("seen", server_round, sorted(seen))
+        return super().aggregate_train(server_round, replies)
+
+which, flower_app.OVERRIDES = sys.argv[1:]
+START = {"ours": flower_app.FederatedPEFT, "flowers": Strategy}[which].start
+flower_app.FederatedPEFT = Watched
+init = {"num_cpus": 2, "logging_level": "ERROR", "log_to_driver": False}
+backend = {"client_resources": {"num_cpus": 1, "num_gpus": 0}, "init_args": init}
+run_simulation(flower_app.server, flower_app.client, num_supernodes=3, backend_config=backend)
+"""
 
 
 @pytest.mark.parametrize("method", ["lora", "fedsa_lora", "fedtt_plus", "fed_sb"])
@@ -55,6 +86,40 @@ def test_the_example_of_the_documentation(run: Runner, capsys: pytest.CaptureFix
     overrides = join([*run.base, *TINY["lora"]])
     open_engine.cache_clear()
     context = Context(1, 0, {}, RecordDict(), {"overrides": overrides})
-    example.server(InProcessGrid(3, one_by_one(example.client)), context)
+    grid = InProcessGrid(3, one_by_one(example.client))
+    example.server(grid, context)
     # A and B of four modules at rank 4, and the head
     assert capsys.readouterr().out.endswith(f"rounds: {2 * 2 * 4 * 64 + 132}\n")
+    # the mod stood around the ClientApp, and a node's state lasts from round to round
+    counted = [grid.context(node).state.metric_records["seen"] for node in grid.get_node_ids()]
+    assert [dict(record) for record in counted] == [{"messages": 2}] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "start"),
+    [
+        ("lora", "flowers"),
+        ("fedsa_lora", "flowers"),
+        ("fedtt_plus", "flowers"),
+        ("fedsa_lora", "ours"),
+    ],
+)
+def test_the_example_on_flowers_simulation_engine(method: str, start: str, run: Runner) -> None:
+    expected = run(f"method={method}")["shared_state_sha256"]
+    overrides = join([*run.base, f"method={method}", *TINY.get(method, [])])
+    path = os.pathsep.join([str(EXAMPLE.parent), *sys.path])
+    done = command(
+        *(sys.executable, "-c", IN_FLOWERS_ENGINE, start, overrides),
+        PYTHONPATH=path,
+        FLWR_TELEMETRY_ENABLED="0",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("state ")] == [f"state {expected}"]
+    assert sum(line.startswith("parameters after two rounds: ") for line in lines) == 1
+    if start == "flowers":
+        # A query, and a training in each round; with personal parameters an evaluation between.
+        numbers = (2, 4) if method == "fedsa_lora" else (2, 3)
+        expected_lines = [f"seen {r} {[n] * 3}" for r, n in enumerate(numbers, start=1)]
+        assert [line for line in lines if line.startswith("seen ")] == expected_lines

@@ -88,6 +88,11 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 def refusal(method: str, strategy: str) -> str | None:
     """Why a pair makes no sense."""
+    if (method, strategy) == ("fed_sb", "local_only"):
+        return (
+            "strategy LocalOnly sends nothing, but method FedSB starts from values that the server "
+            "sets and sends: choose a start of the method that every client has by itself"
+        )
     if method not in OWN_RULE or strategy not in OF_THE_MEAN:
         return None
     return (

@@ -10,6 +10,14 @@ from fedpeft.state import Role
 class LocalOnly(FedAvg):
     """Every client trains alone: what the method shares stays personal, nothing is sent."""
 
+    def check(self, setting: Setting) -> None:
+        if setting.method.starts:
+            raise ValueError(
+                "strategy LocalOnly sends nothing, but method "
+                f"{type(setting.method).__name__} starts from values that the server sets and "
+                "sends: choose a start of the method that every client has by itself"
+            )
+
     def role(self, role: Role) -> Role:
         alone = {Role.SHARED: Role.PERSONAL, Role.RECEIVED: Role.FROZEN}
         return alone.get(role, role)

@@ -10,7 +10,7 @@ from fedpeft.engine.server_model import EngineModel
 from fedpeft.methods.base import At, Memory
 from fedpeft.seeding import generator
 from fedpeft.server.seen import Seen
-from fedpeft.state import METHOD, STRATEGY, Role, State, payload_bytes, prefixed, split_prefixed
+from fedpeft.state import METHOD, STRATEGY, State, payload_bytes, prefixed, split_prefixed
 from fedpeft.wire import from_named_arrays, pack, wire_bytes
 
 
@@ -73,9 +73,7 @@ class Broadcaster:
         """All that can change, full, as it now is."""
         if self.config.method.starts and not self._begun:
             self._begun = True
-            roles = self.roles.by_name(0)  # a strategy that sends nothing starts nothing
-            if Role.RECEIVED in roles.values():
-                self.state = self.config.method.start(EngineModel(self.engine)) | self.state
+            self.state = self.config.method.start(EngineModel(self.engine)) | self.state
         return self.replica.initial | self.state
 
     def broadcast(self, round: int) -> Broadcast:

@@ -100,7 +100,7 @@ class LocalGrid(Grid):
         wanted = set(message_ids)
         if not wanted & self._replies.keys():
             self._work()
-        return [self._replies.pop(i) for i in wanted & self._replies.keys()]
+        return [self._replies.pop(i) for i in list(self._replies) if i in wanted]  # as they came
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -1,0 +1,316 @@
+"""``personal``, ``frozen`` and ``layers``: where the parameters of any method train and stay."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message, MessageType
+from omegaconf import OmegaConf
+
+from fedpeft.client.app import app as client_app
+from fedpeft.client.client import Client, Kept
+from fedpeft.client.store import Store
+from fedpeft.config.load import load_config
+from fedpeft.engine.engine import Engine, Result, open_engine
+from fedpeft.methods.base import At
+from fedpeft.methods.lora import LoRA
+from fedpeft.reporting.run_directory import RunDirectory, read_metrics
+from fedpeft.server.run import Run
+from fedpeft.server.strategy import FederatedPEFT
+from fedpeft.simulation.grid import InProcessGrid
+from fedpeft.state import Role, State
+from tests.conftest import Runner, job_of, quiet
+
+HEAD = ["classifier.weight", "classifier.bias"]
+TINY_RANK = "method.rank=4"
+
+
+def equal(a: State, b: State) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Watched:
+    """Stands in the client app's place, and notes what each client starts from and keeps.
+
+    Attributes:
+        starts: by round and client, the head at the beginning of training.
+        kept: likewise, all that is personal after it.
+    """
+
+    def __init__(self) -> None:
+        self.starts: dict[tuple[int, int], State] = {}
+        self.kept: dict[tuple[int, int], State] = {}
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        config = message.content.config_records["config"]
+        overrides, client = str(config["overrides"]), int(context.node_config["partition-id"])  # type: ignore[arg-type]
+        at: Any = (config["round"], client)
+        training = message.metadata.message_type == MessageType.TRAIN
+        if training:
+            begun = Client(message, context, open_engine(overrides, None)).begin()
+            self.starts[at] = {name: begun.job.start[name] for name in HEAD}
+        reply = client_app(message=message, context=context)  # type: ignore[call-arg]
+        if training:
+            store = Store(context, client, overrides)
+            self.kept[at] = Kept.parted(store.load()).personal
+        return reply
+
+    def check_own(self, cohorts: Sequence[Sequence[int]], first: int, before: State) -> None:
+        """Each client goes on from the head that it kept, and from ``before`` if it has none."""
+        own: dict[int, State] = {}
+        rested = set()
+        for round, cohort in enumerate(cohorts, start=1):
+            if round < first:
+                continue
+            for client in cohort:
+                assert equal(self.starts[round, client], own.get(client, before))
+                own[client] = self.kept[round, client]
+                assert list(own[client]) == HEAD
+                assert not equal(own[client], self.starts[round, client])
+            rested |= {client for client in own if client not in cohort}
+        heads = [state["classifier.weight"] for state in own.values()]
+        assert len(heads) == 3 and rested
+        assert all(not torch.equal(a, b) for i, a in enumerate(heads) for b in heads[:i])
+
+
+# --- personal ------------------------------------------------------------------------------------
+
+
+def test_a_personal_head_of_lora_stays_with_each_client(
+    run: Runner, opened: Callable[..., Engine]
+) -> None:
+    watched = Watched()
+    given = ("personal=head", TINY_RANK, "clients_per_round=2", "num_rounds=4", "seed=2")
+    summary = run(*given, answer=watched)
+    assert summary["refused"] == {}
+    for exchange in run.recorder.of("train"):
+        assert len(exchange.up_state()) == len(exchange.down_state()) == 8
+    for exchange in run.recorder.exchanges:
+        for state in (exchange.up_state(), exchange.down_state()):
+            assert all(".lora_" in name for name in state)
+    engine = opened(*given)
+    cohorts = [line["cohort"] for line in run.lines()[1:]]
+    watched.check_own(cohorts, 1, {name: engine.replica.initial[name] for name in HEAD})
+    assert not set(HEAD) & set(run.saved())
+    # and each client is measured with its own
+    assert summary["selected_by"] == "client_validation_accuracy"
+    found, rows = 0.0, 0
+    for client in range(3):
+        own = [state for (_, c), state in watched.kept.items() if c == client][-1]
+        engine.replica.load(run.saved(), own)
+        test = engine.rows.client_examples(client)["test"]
+        found += len(test) * engine.evaluate(test)["loss"]
+        rows += len(test)
+    assert summary["final"]["client_test_loss"] == pytest.approx(found / rows, rel=1e-9)
+
+
+def test_patterns_make_one_method_of_another(run: Runner) -> None:
+    """FedSA-LoRA is LoRA whose B and head are personal, FFA-LoRA one whose A is frozen."""
+    pairs = [
+        ("fedsa_lora", ["personal=[head,'*.lora_B.*']"]),
+        ("ffa_lora", ["frozen='*.lora_A.*'"]),
+    ]
+    for method, patterns in pairs:
+        expected = run(f"method={method}")
+        found = run("method=lora", *patterns)
+        for key in ("shared_state_sha256", "final", "initial", "selected_by"):
+            assert found[key] == expected[key], (method, key)
+        assert found["bytes"]["uplink_bytes"] == expected["bytes"]["uplink_bytes"]
+
+
+@dataclass(frozen=True)
+class LateHead(LoRA):
+    """LoRA whose head is personal from round 2 on."""
+
+    def role(self, name: str, at: At) -> Role:
+        return Role.PERSONAL if name in HEAD and at.round >= 2 else Role.SHARED
+
+
+class OnEngine:
+    """Answers messages on one engine, whose configuration no override can name."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.heads: dict[tuple[int, int], tuple[State, State]] = {}  # before training, and kept
+
+    def __call__(
+        self, messages: Sequence[Message], contexts: Sequence[Context]
+    ) -> list[Message | Exception]:
+        return [
+            self.one(message, Client(message, context, self.engine))
+            for message, context in zip(messages, contexts, strict=True)
+        ]
+
+    def one(self, message: Message, client: Client) -> Message:
+        if message.metadata.message_type == MessageType.EVALUATE:
+            return Message(client.evaluate(), reply_to=message)
+        begun = client.begin()
+        result = self.engine.train_client(begun.job, client.round)
+        assert isinstance(result, Result)
+        content = client.finish(begun, result)
+        kept = Kept.parted(client.store.load()).personal
+        before = {name: begun.job.start[name] for name in HEAD}
+        self.heads[client.round, client.number] = before, kept
+        return Message(content, reply_to=message)
+
+
+def test_a_head_that_becomes_personal_is_measured_on_the_clients_in_every_round(
+    base: list[str], tmp_path: Path
+) -> None:
+    given = [*base, "clients_per_round=2", "num_rounds=4", "seed=2"]
+    engine = Engine(replace(load_config(given), method=LateHead(rank=4)))
+    assert engine.replica.roles.has_personal
+    assert [set(HEAD) <= set(engine.replica.roles.shared(r)) for r in (1, 2, 3)] == [1, 0, 0]
+    directory, display = RunDirectory(str(tmp_path / "run"), OmegaConf.create({}), "x"), quiet()
+    display.start("x", 4)
+    worker = OnEngine(engine)
+    run = Run(FederatedPEFT("", engine), directory, display)
+    summary = run.serve(InProcessGrid(3, worker))
+
+    assert summary["selected_by"] == "client_validation_accuracy"
+    assert summary["refused"] == {}
+    lines = read_metrics(tmp_path / "run")
+    assert [line["round"] for line in lines] == [0, 1, 2, 3, 4]
+    for line in lines:
+        assert 0 <= line["client_validation_accuracy"] <= 1 and line["client_validation_loss"] > 0
+        assert not any(key.startswith("validation_") for key in line)
+    best = max(lines, key=lambda line: line["client_validation_accuracy"])
+    assert summary["best"]["client_validation_accuracy"] == best["client_validation_accuracy"]
+
+    watched = Watched()
+    watched.starts = {at: before for at, (before, _) in worker.heads.items()}
+    watched.kept = {at: kept for at, (_, kept) in worker.heads.items()}
+    cohorts = [line["cohort"] for line in lines[1:]]
+    initial = {name: engine.replica.initial[name] for name in HEAD}
+    shared = {name: run.strategy.state[name] for name in HEAD}  # of round 1, and none since
+    assert not equal(shared, initial)
+    assert all(equal(watched.starts[1, c], initial) and not watched.kept[1, c] for c in cohorts[0])
+    watched.check_own(cohorts, 2, shared)
+
+
+# --- frozen --------------------------------------------------------------------------------------
+
+
+def test_a_frozen_head_never_changes_and_is_not_sent(
+    run: Runner, opened: Callable[..., Engine]
+) -> None:
+    given = ("frozen=head", TINY_RANK, "evaluation.clients=always")
+    watched = Watched()
+    summary = run(*given, answer=watched)
+    assert summary["refused"] == {} and summary["selected_by"] == "validation_accuracy"
+    engine = opened(*given)
+    initial = {name: engine.replica.initial[name] for name in HEAD}
+    assert len(watched.starts) == 6 and not any(watched.kept.values())
+    assert all(equal(start, initial) for start in watched.starts.values())
+    for exchange in run.recorder.exchanges:
+        for state in (exchange.up_state(), exchange.down_state()):
+            assert not set(HEAD) & set(state)
+    assert len(run.saved()) == 8 and not set(HEAD) & set(run.saved())
+    assert summary["parameters"]["sent_up"] == [2 * 2 * 4 * (32 + 32)] * 2
+    # nor on a client in between, though its loss has a gradient there
+    engine.replica.load(run.saved())
+    after = engine.train_client(job_of(engine, 0), 1).after
+    assert equal({name: after[name] for name in HEAD}, initial)
+    assert not equal(after, engine.replica.initial)
+    # while without the pattern it changes
+    run(TINY_RANK)
+    assert all(not torch.equal(run.saved()[name], initial[name]) for name in HEAD)
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+def blocks_of(names: Sequence[str]) -> set[int]:
+    """Numbers of the blocks that parameters stand in."""
+    return {int(n.partition(".layer.")[2].partition(".")[0]) for n in names if ".layer." in n}
+
+
+@pytest.mark.parametrize("method", ["lora", "scl", "fedtt", "bitfit", "full", "adapter"])
+def test_the_last_block_alone(method: str, run: Runner, opened: Callable[..., Engine]) -> None:
+    """What stands outside of the blocks, such as the head, trains as ever."""
+    everywhere = opened(f"method={method}").replica.roles.names
+    assert blocks_of(everywhere) == {0, 1}
+    expected = [name for name in everywhere if ".layer.0." not in name]
+    assert blocks_of(expected) == {1} and set(HEAD) <= set(expected)
+    summary = run(f"method={method}", "layers=last:1", "num_rounds=1", "local_steps=1")
+    assert summary["refused"] == {}
+    for exchange in run.recorder.of("train"):
+        assert list(exchange.up_state()) == list(exchange.down_state()) == expected
+    assert sorted(run.saved()) == sorted(expected)
+    replica = opened(f"method={method}", "layers=last:1").replica
+    assert replica.roles.names == expected
+    parameters = dict(replica.model.named_parameters())
+    first = [name for name in parameters if ".layer.0." in name]
+    assert len(first) == 16  # as the base model has them: nothing was put in
+    assert not any(parameters[name].requires_grad for name in first)
+
+
+@pytest.mark.parametrize(
+    ("layers", "blocks"),
+    [
+        ("first:1", {0}),
+        ("last:2", {0, 1}),
+        ("[-1]", {1}),
+        ("[0]", {0}),
+        ("[0,-1]", {0, 1}),
+        ("all", {0, 1}),
+    ],
+)
+def test_blocks_by_name_and_number(
+    layers: str, blocks: set[int], opened: Callable[..., Engine]
+) -> None:
+    assert blocks_of(opened(f"layers={layers}").replica.roles.names) == blocks
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("prompt", "Prompt"), ("fedprompt", "Prompt"), ("p_tuning", "PTuning")]
+)
+def test_a_method_outside_of_the_blocks_cannot_choose_them(
+    method: str, name: str, opened: Callable[..., Engine]
+) -> None:
+    with pytest.raises(ValueError) as refused:
+        opened(f"method={method}", "layers=last:1")
+    assert str(refused.value) == (
+        f"layers=last:1 chooses blocks, but method {name} trains nothing inside of blocks: set "
+        "layers=all"
+    )
+
+
+# --- what matches nothing ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        *(
+            (
+                f"{key}={given}",
+                f"{key}={named} matches no trained parameter: give head, or a pattern of names "
+                "such as bert.encoder.layer.0.attention.self.query.lora_A.default.weight",
+            )
+            for key in ("personal", "frozen")
+            for given, named in (
+                ("'*.lora_C.*'", "*.lora_C.*"),
+                ("[head,nobody]", "nobody"),
+                # it is there, but does not train
+                ("bert.pooler.dense.weight", "bert.pooler.dense.weight"),
+            )
+        ),
+        (
+            "layers=last:3",
+            "layers must be all, first:N, last:N with N from 1 to 2, or a list of numbers, "
+            "got last:3",
+        ),
+        ("layers=[2]", "layers must be from -2 to 1 here, got 2"),
+        ("layers=[-3]", "layers must be from -2 to 1 here, got -3"),
+    ],
+)
+def test_what_matches_nothing_is_refused(
+    override: str, says: str, opened: Callable[..., Engine]
+) -> None:
+    with pytest.raises(ValueError) as refused:
+        opened(override)
+    assert str(refused.value) == says
