@@ -2,9 +2,9 @@
 
     python -m benchmarks.exchange [--clients 10000] [--rounds 200]
 
-The strategy trains and evaluates over a local grid whose clients answer at once with made
-replies, so that what grows is the server's and the grid's own. ``rss`` is the resident memory in
-MiB after the tenth round and after the last one.
+The server asks all clients of a local grid to evaluate in each round. They answer at once with
+made replies, so that what grows is the server's and the grid's own. ``rss`` is the resident memory
+in MiB after the tenth round and after the last one.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """fedpeft's strategy in a ServerApp of your own, and a Flower mod around its ClientApp."""
 
+from typing import Any
+
 from flwr.app import Context, Message, MetricRecord
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid, ServerApp
@@ -20,8 +22,8 @@ def main(grid: Grid, context: Context) -> None:
 
 def count(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Count this client's messages, as any mod of Flower's may; the reply carries the number."""
-    before = context.state.metric_records.get("seen", MetricRecord({"messages": 0}))
-    context.state["seen"] = MetricRecord({"messages": int(before["messages"]) + 1})
+    before: Any = context.state.metric_records.get("seen", {"messages": 0})
+    context.state["seen"] = MetricRecord({"messages": before["messages"] + 1})
     reply = call_next(message, context)
     reply.content["seen"] = context.state["seen"]
     return reply

@@ -200,7 +200,7 @@ def state_of(message: Message) -> State:
 
 @dataclass
 class Runner:
-    """Runs configurations in this process, each from a session of its own."""
+    """Runs configurations in this process, each from an engine of its own."""
 
     base: list[str]
     folder: Path
@@ -259,7 +259,7 @@ def run(base: list[str], tmp_path: Path) -> Runner:
 
 @pytest.fixture
 def opened(base: list[str]) -> Callable[..., Engine]:
-    """``opened("method=scl", ...)`` gives a session of its own."""
+    """``opened("method=scl", ...)`` gives an engine of its own."""
 
     def make(*overrides: str) -> Engine:
         given = [*base, *overrides]

@@ -64,7 +64,7 @@ def with_method(config: Config, name: str, fields: Sequence[str] = ()) -> Config
 
 
 def small(config: Config) -> Engine:
-    """A session whose clients hold 40, 20 and 10 rows; to draw them loads Flower's data sets."""
+    """An engine whose clients hold 40, 20 and 10 rows; to draw them loads Flower's data sets."""
     session = Engine(config)
     session.rows.by_client = np.split(np.arange(70), (40, 60))
     return session
@@ -107,7 +107,7 @@ class Training:
 
 
 class Pair:
-    """The rounds of one session.
+    """The rounds of one engine.
 
     Attributes:
         rounds: of each, the trainings by client.

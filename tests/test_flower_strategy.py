@@ -49,10 +49,21 @@ run_simulation(flower_app.server, flower_app.client, num_supernodes=3, backend_c
 """
 
 
-@pytest.mark.parametrize("method", ["lora", "fedsa_lora", "fedtt_plus", "fed_sb"])
-def test_flowers_start_gives_the_same_state_as_ours(method: str, run: Runner) -> None:
-    expected = run(f"method={method}")["shared_state_sha256"]
-    overrides = join([*run.base, f"method={method}", *TINY.get(method, [])])
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("lora", ()),
+        ("fedsa_lora", ()),
+        ("fedtt_plus", ()),
+        ("fed_sb", ()),
+        ("hetlora", ("method.ranks=[1,2,4]",)),  # it matters whose a reply is
+    ],
+)
+def test_flowers_start_gives_the_same_state_as_ours(
+    method: str, more: tuple[str, ...], run: Runner
+) -> None:
+    expected = run(f"method={method}", *more)["shared_state_sha256"]
+    overrides = join([*run.base, f"method={method}", *TINY.get(method, []), *more])
     open_engine.cache_clear()
     strategy, grid = FederatedPEFT(overrides), InProcessGrid(3)
     result = Strategy.start(strategy, grid, strategy.initial_arrays(), num_rounds=2)

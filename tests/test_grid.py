@@ -10,11 +10,12 @@ from flwr.app import Context, Message, RecordDict
 
 from fedpeft.client.client import answer_all
 from fedpeft.config.load import load_config
+from fedpeft.config.schema import Runtime
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.engine.plan import Job
 from fedpeft.server.nodes import Nodes, exchange
 from fedpeft.simulation.grid import InProcessGrid
-from fedpeft.simulation.launch import simulate
+from fedpeft.simulation.launch import local_grid, simulate
 from fedpeft.state import read
 from tests.conftest import TINY, Runner, quiet
 
@@ -154,6 +155,51 @@ def test_a_pass_that_fails_fails_all_its_clients(simulated: Simulated) -> None:
     assert len(lost) == 2
 
 
+def calls_of(grid: InProcessGrid, messages: Sequence[Message], calls: list[list[int]]) -> Any:
+    """Return the clients of each call that answers some messages, in order."""
+    calls.clear()
+    assert len(grid.send_and_receive(messages, timeout=60)) == len(messages)
+    return calls
+
+
+def test_what_is_asked_at_once() -> None:
+    """Training by passes, evaluation in 64 calls at most, groups apart, and what has none alone."""
+    calls: list[list[int]] = []
+
+    def noted(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        calls.append([int(context.node_config["partition-id"]) for context in contexts])
+        return [Message(RecordDict(), reply_to=message) for message in messages]
+
+    def sent(kind: str, clients: Sequence[int], group: str) -> list[Message]:
+        return [Message(RecordDict(), c + 1, kind, group_id=group) for c in clients]
+
+    grid = InProcessGrid(130, noted)  # type: ignore[arg-type]
+    assert list(grid.get_node_ids()) == list(range(1, 131))
+    assert calls_of(grid, sent("train", [4, 2], "a"), calls) == [[4], [2]]
+    grid.passes = lambda clients: [clients[i : i + 2] for i in range(0, len(clients), 2)]
+    both = sent("train", [0, 1, 2], "a") + sent("train", [7, 6, 5, 4], "b")
+    assert calls_of(grid, both, calls) == [[0, 1], [2], [7, 6], [5, 4]]
+    assert calls_of(grid, sent("train", [0, 1, 2], ""), calls) == [[0], [1], [2]]
+    assert calls_of(grid, sent("evaluate", range(64), "c"), calls) == [[c] for c in range(64)]
+    found = calls_of(grid, sent("evaluate", range(130), "c"), calls)
+    assert [len(call) for call in found] == [3] * 43 + [1]
+    assert sum(found, []) == list(range(130))
+
+
+def test_a_local_grid_in_one_process() -> None:
+    called: list[str] = []
+    runtime = Runtime(kind="inprocess")
+    with local_grid(5, runtime, lambda: called.append("before")) as grid:
+        assert called == ["before"] and type(grid) is InProcessGrid
+        assert list(grid.get_node_ids()) == [1, 2, 3, 4, 5]
+
+    def wrong() -> None:
+        raise ValueError("there is no such folder")
+
+    with pytest.raises(ValueError, match="no such folder"), local_grid(5, runtime, wrong):
+        pytest.fail("a grid was there")
+
+
 def test_nodes_join_without_a_message_to_a_worker() -> None:
     grid, nodes = InProcessGrid(4, lambda *_: pytest.fail("a worker was asked")), Nodes(4, 5)
     nodes.join(grid)
@@ -177,6 +223,22 @@ def test_who_is_late_is_not_asked_in_the_next_round() -> None:
         sent = {client: Message(RecordDict(), client + 1, "train") for client in clients}
         assert [client for client, _ in exchange(grid, sent, timeout)] == clients[:1]
     assert begun == [0, 3]
+
+
+def test_replies_are_pulled_in_the_order_in_which_they_came() -> None:
+    """Else a hash of their ids would say which client an error names first."""
+
+    def at_once(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        return [Message(RecordDict(), reply_to=message) for message in messages]
+
+    grid = InProcessGrid(30, at_once)  # type: ignore[arg-type]
+    grid.passes = lambda clients: [sorted(clients, key=lambda client: (client % 7, -client))]
+    ids = grid.push_messages(
+        Message(RecordDict(), node, "train", group_id="all") for node in grid.get_node_ids()
+    )
+    replies = grid.pull_messages(ids)
+    found = [reply.metadata.src_node_id - 1 for reply in replies]
+    assert found == sorted(range(30), key=lambda client: (client % 7, -client))
 
 
 def test_replies_do_not_stay_in_the_grid(tmp_path: Path) -> None:

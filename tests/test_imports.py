@@ -27,8 +27,6 @@ LATE = (
     "simulation/grid.py",
     "client/app.py",
 )
-# The one exception, of one line: a name that is imported late without a need.
-KNOWN = {"data/tasks/text.py": ["fedpeft.data.rows.docstrings"]}
 
 
 def files() -> list[str]:
@@ -79,7 +77,7 @@ def test_no_arrow_up(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in files() if name not in (*LATE, "__init__.py")])
 def test_own_modules_are_imported_at_the_top(name: str) -> None:
     late = [module for module in imports(name, inner=True) if module.startswith("fedpeft.")]
-    assert late == KNOWN.get(name, []), late
+    assert not late
 
 
 def test_packages_form_no_circle() -> None:

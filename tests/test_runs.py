@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Context, Message, MessageType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from torch import Tensor
 
+from fedpeft.client.app import app as client_app
+from fedpeft.client.client import Client
 from fedpeft.config.load import CONF
-from fedpeft.engine.engine import Engine
+from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.engine.plan import Job
 from fedpeft.server.app import serve
 from fedpeft.simulation.grid import InProcessGrid, one_by_one
@@ -161,34 +163,36 @@ def test_every_method_is_in_the_role_table() -> None:
     assert set(SENT) == set(METHODS) == set(COUNTS)
 
 
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, State, State]]:
-    """(client, round, all tensors of the model before training, and after) of each training."""
-    seen: list[tuple[int, int, State, State]] = []
-    train_client = Engine.train_client
+class Watched:
+    """Stands in the client app's place, and notes what each training changes.
 
-    def everything(session: Engine) -> State:
-        return {k: v.detach().clone() for k, v in session.replica.model.state_dict().items()}
+    Attributes:
+        seen: client, round, all tensors of the model before the training, and after.
+    """
 
-    def watch(session: Engine, job: Job, round: int) -> Any:
-        session.replica.load(job.start)
-        before = everything(session)
-        result = train_client(session, job, round)
-        seen.append((job.client, round, before, everything(session)))
-        return result
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, State, State]] = []
 
-    monkeypatch.setattr(Engine, "train_client", watch)
-    return seen
+    def __call__(self, message: Message, context: Context) -> Message:
+        if message.metadata.message_type != MessageType.TRAIN:
+            return client_app(message=message, context=context)  # type: ignore[call-arg]
+        overrides = str(message.content.config_records["config"]["overrides"])
+        engine = open_engine(overrides, None)
+        client = Client(message, context, engine)
+        engine.replica.load(client.begin().job.start)
+        before = self._tensors(engine)
+        reply = client_app(message=message, context=context)  # type: ignore[call-arg]
+        self.seen.append((client.number, client.round, before, self._tensors(engine)))
+        return reply
+
+    def _tensors(self, engine: Engine) -> State:
+        return {k: v.detach().clone() for k, v in engine.replica.model.state_dict().items()}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_rounds(
-    method: str,
-    run: Runner,
-    opened: Callable[..., Engine],
-    watched: list[tuple[int, int, State, State]],
-) -> None:
-    summary = run(f"method={method}", "compression=none")
+def test_two_rounds(method: str, run: Runner, opened: Callable[..., Engine]) -> None:
+    watched = Watched()
+    summary = run(f"method={method}", "compression=none", answer=watched)
     session, lines = opened(f"method={method}"), run.lines()
 
     assert [line["round"] for line in lines] == [0, 1, 2]
@@ -216,10 +220,10 @@ def test_two_rounds(
             assert lines[round][f"{way}link_payload_bytes"] == 3 * payload[way]
             assert all(payload[way] < serialised(m) < payload[way] + 4000 for m in messages)
 
-    assert [(client, round) for client, round, _, _ in watched] == [
+    assert [(client, round) for client, round, _, _ in watched.seen] == [
         (client, round) for round in (1, 2) for client in (0, 1, 2)
     ]
-    for _, round, before, after in watched:
+    for _, round, before, after in watched.seen:
         trained = SENT[method][round - 1][0] + "|" + PERSONAL.get(method, "^$")
         changed = [name for name in before if not torch.equal(before[name], after[name])]
         assert sorted(changed) == sorted(names_of(session.replica.model, trained))
@@ -483,12 +487,11 @@ def test_personal_tensors_stay_each_client_s_own(
             assert all(".lora_A." in name for name in state)
 
 
-def test_a_fresh_client_starts_from_zero_b_and_the_initial_head(
-    run: Runner, watched: list[tuple[int, int, State, State]]
-) -> None:
-    run("method=fedsa_lora", "clients_per_round=1", "num_rounds=6", "seed=2")
+def test_a_fresh_client_starts_from_zero_b_and_the_initial_head(run: Runner) -> None:
+    watched = Watched()
+    run("method=fedsa_lora", "clients_per_round=1", "num_rounds=6", "seed=2", answer=watched)
     first: dict[int, tuple[int, State]] = {}
-    for client, round, before, _ in watched:
+    for client, round, before, _ in watched.seen:
         first.setdefault(client, (round, before))
     assert len(first) == 3 and max(round for round, _ in first.values()) > 1
     heads: list[Tensor] = []

@@ -345,7 +345,7 @@ def test_nothing_shared(
                 "shares none here: use strategy=fedavg"
             )
     with pytest.raises(ValueError, match="strategy FedAdam works on shared parameters"):
-        opened("strategy=fedadam")  # a session does not begin
+        opened("strategy=fedadam")  # an engine does not begin
 
 
 def test_a_round_that_changes_nothing_says_so(run: Runner) -> None:

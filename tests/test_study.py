@@ -349,9 +349,12 @@ def fedpeft(
     return command
 
 
-def test_a_real_study_with_runs_that_diverge(
-    fedpeft: Callable[..., str], base: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def times_of(folder: Path) -> dict[str, int]:
+    """When the lines of each run below a folder were written."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")}
+
+
+def test_a_real_study_with_runs_that_diverge(fedpeft: Callable[..., str], base: list[str]) -> None:
     rest = [o for o in base if not o.startswith("method=")]
     methods = ["--methods", "scl,scl+strategy=local_only", "method.rank=8"]
     given = ["study", *methods, "--lrs=1e30,1e-3,1e-2", "--seeds", "0,1", *rest]
@@ -369,9 +372,10 @@ def test_a_real_study_with_runs_that_diverge(
     up = {one["method"]: float(one["bytes"]) for one in rows if not one["failed"]}
     assert up["scl+strategy=local_only"] < up["scl"] / 2
 
-    monkeypatch.setattr(cli, "_serve_all", None)
-    table = (folder / "study.md").read_text()
+    table, times = (folder / "study.md").read_text(), times_of(folder)
+    assert len(times) == len(rows) == 12
     found = json.loads(fedpeft(*given, "--json"))
+    assert times_of(folder) == times  # nothing ran again
     assert [one["of"] for one in found["rows"]] == [2, 2]
     assert (folder / "study.md").read_text() == table
 

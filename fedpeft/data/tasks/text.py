@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedpeft.data.batching import Batch, flat
+from fedpeft.data.rows import docstrings
 from fedpeft.data.rows.cache import cache_folder
 from fedpeft.data.rows.tables import values
 from fedpeft.data.tasks.base import Outputs, Task
@@ -126,7 +127,5 @@ class Docstrings(TextClassification):
 
 
 def docstrings_folder(rows_per_label: int) -> str:
-    """Where the docstrings of the installed packages stand, built if they do not yet."""
-    from fedpeft.data.rows import docstrings
-
+    """Return the folder of the installed packages' docstrings, built if it is not there yet."""
     return str(docstrings.build(rows_per_label, cache_folder() / "docstrings"))
