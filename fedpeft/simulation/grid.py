@@ -1,6 +1,7 @@
 """A Flower grid of this machine, on which every client is a node."""
 
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -138,12 +139,12 @@ class LocalGrid(Grid):
             answer = Message(Error(code=0, reason=str(answer)), reply_to=message)
         self._replies[message.metadata.message_id] = answer
 
-    def _hand_out(self) -> None:
-        """Give queued passes to workers that have room."""
+    def _hand_out(self) -> None:  # noqa: B027
+        """Give queued passes to workers that have room; without workers there is nobody."""
 
+    @abstractmethod
     def _work(self) -> None:
         """Wait shortly for replies."""
-        raise NotImplementedError
 
 
 class InProcessGrid(LocalGrid):
