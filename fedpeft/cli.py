@@ -23,14 +23,14 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
 
 Overrides are those of Hydra: key=value, group=name. Groups and names stand in conf/.
 """
-# What compare and study run if not told otherwise; params counts all.
+# Methods of compare and study if --methods is missing; params counts all methods.
 METHODS = "lora,ffa_lora,fedsa_lora,scl,fedtt,fedtt_plus"
 
 
 def main() -> None:
-    """Entry point; errors of configuration and data end with one sentence and status 2."""
-    # Before the libraries are imported, which read them then: no usage reports, and no tokenizer
-    # threads beside the workers.
+    """Run a command; an error of configuration or data ends it with one sentence and status 2."""
+    # Turn off usage reports, and tokenizers' threads beside the workers. This comes first, because
+    # libraries read these variables when they are imported.
     for name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED"):
         os.environ.setdefault(name, "0")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """One run, or Hydra's multirun."""
+    """Run one configuration, or a sweep by Hydra's multirun."""
     as_json, arguments = _flag(arguments, "--json")
     if {"-m", "--multirun"} & set(arguments):
         _sweep(arguments, as_json)
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _sweep(arguments: list[str], as_json: bool) -> None:
-    """Hands over to Hydra, whose launcher and sweeper the configuration may choose."""
+    """Hand over to Hydra, whose launcher and sweeper the configuration may choose."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
@@ -79,9 +79,9 @@ def _sweep(arguments: list[str], as_json: bool) -> None:
     from fedpeft.simulation import launch
 
     def job(_: DictConfig) -> float:
-        given = list(HydraConfig.get().overrides.task)
+        overrides = list(HydraConfig.get().overrides.task)
         folder = Path(HydraConfig.get().runtime.output_dir).absolute()
-        summary = launch.run([*given, f"run_dir='{folder}'"], _display(as_json))
+        summary = launch.run([*overrides, f"run_dir='{folder}'"], _display(as_json))
         _show(summary, as_json)
         return float(summary["final"].get(summary["selected_by"], 0.0))
 
@@ -90,7 +90,7 @@ def _sweep(arguments: list[str], as_json: bool) -> None:
 
 
 def _display(quiet: bool) -> "Display":
-    """Return a display on standard output, or on standard error where JSON goes out."""
+    """Return a display on standard output; on standard error if JSON goes to the output."""
     from rich.console import Console
 
     from fedpeft.reporting.progress import Display
@@ -112,7 +112,7 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
 
 
 def compare(arguments: list[str]) -> None:
-    """Several methods on the same clients, rows and budget: a study of one run a method."""
+    """Run several methods on the same clients, rows and budget: a study of one run a method."""
     from fedpeft.reporting.pages import save_comparison
     from fedpeft.reporting.study import Study, listed
 
@@ -120,15 +120,15 @@ def compare(arguments: list[str]) -> None:
     methods, rest = _option(arguments, "--methods", METHODS)
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder, base = _folder_and_base(rest, f"runs/{stamp}_compare")
-    made = Study(folder, base, listed(methods), flat=True)
-    results = _finished(made, save_comparison, f"fedpeft compare {' '.join(arguments)}", as_json)
+    planned = Study(folder, base, listed(methods), flat=True)
+    results = _finished(planned, save_comparison, f"fedpeft compare {' '.join(arguments)}", as_json)
     if not as_json:
         results.page.show()
         print(f"saved {folder}/comparison.md, comparison.csv, comparison.png")
 
 
 def study(arguments: list[str]) -> None:
-    """Methods x learning rates x seeds; the same command again goes on where it stopped."""
+    """Run methods x learning rates x seeds; the same command goes on where it stopped."""
     from fedpeft.reporting.pages import save_study
     from fedpeft.reporting.study import Study, listed, numbers
 
@@ -138,15 +138,15 @@ def study(arguments: list[str]) -> None:
     seeds, rest = _option(rest, "--seeds", "")
     folder, base = _folder_and_base(rest, "runs/study")
     lrs = numbers("--lrs", rates, float)
-    made = Study(folder, base, listed(methods), lrs, numbers("--seeds", seeds, int))
-    results = _finished(made, save_study, f"fedpeft study {' '.join(arguments)}", as_json)
+    planned = Study(folder, base, listed(methods), lrs, numbers("--seeds", seeds, int))
+    results = _finished(planned, save_study, f"fedpeft study {' '.join(arguments)}", as_json)
     if not as_json:
         results.page.show()
         print(f"saved {folder}/study.md, study.png, runs.csv")
 
 
 def _folder_and_base(arguments: list[str], default: str) -> tuple[Path, list[str]]:
-    """A study's folder, and what overrides all of its runs have."""
+    """Return a study's folder, and the overrides that all of its runs have."""
     from fedpeft.config.load import composed
 
     folder = Path(composed(arguments).run_dir or default)
@@ -155,7 +155,7 @@ def _folder_and_base(arguments: list[str], default: str) -> tuple[Path, list[str
 
 
 def _finished(study: Any, save: Callable[..., Any], command: str, as_json: bool) -> Any:
-    """Finishes a study, saves its results, and prints them for other programs if asked to."""
+    """Finish a study and save its results; print them as JSON if wanted."""
     from fedpeft.config.load import load_config
     from fedpeft.reporting.results import Measures
 
@@ -163,22 +163,22 @@ def _finished(study: Any, save: Callable[..., Any], command: str, as_json: bool)
     task = load_config(done[0].run.overrides).data
     results = save(study, done, Measures(task.headline, *task.selects), command)
     if as_json:
-        found = {"rows": results.rows, "baseline": results.baseline, "folder": str(study.folder)}
-        print(json.dumps(found))
+        table = {"rows": results.rows, "baseline": results.baseline, "folder": str(study.folder)}
+        print(json.dumps(table))
     return results
 
 
 def params(arguments: list[str]) -> None:
-    """Counts on the meta device for one method, or for all that fit the model."""
+    """Count parameters and bytes of one method, or of all that fit the model."""
     from fedpeft.reporting.tables import print_table, span, span_of_bytes
 
     as_json, arguments = _flag(arguments, "--json")
     one = [a for a in arguments if a.startswith("method=")]
-    names = [one[0].removeprefix("method=")] if one else _every_method()
+    names = [one[0].removeprefix("method=")] if one else every_method()
     base = [a for a in arguments if not a.startswith("method=")]
-    own = [a for a in base if a.startswith(("method.", "+method."))]
-    if own and not one:
-        raise ValueError(f"{own[0]} needs method=NAME, since not all methods have it")
+    of_method = [a for a in base if a.startswith(("method.", "+method."))]
+    if of_method and not one:
+        raise ValueError(f"{of_method[0]} needs method=NAME, since not all methods have it")
     counts, refused = _counts(names, base)
     if as_json:
         print(json.dumps(counts))
@@ -204,15 +204,15 @@ def params(arguments: list[str]) -> None:
         print(f"{name}: {reason}")
 
 
-def _every_method() -> list[str]:
-    """Names of the files in conf/method."""
+def every_method() -> list[str]:
+    """Return the names of the files in conf/method."""
     from fedpeft.config.load import CONF
 
     return sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 
 
 def _counts(names: list[str], base: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Counts by method, and the reasons of methods that refuse the model; one must fit it."""
+    """Return counts by method, and reasons of methods that refuse the model; one must fit."""
     from fedpeft.config import load as configuration
     from fedpeft.engine.parameters import count_on_meta
 
@@ -230,7 +230,7 @@ def _counts(names: list[str], base: list[str]) -> tuple[dict[str, Any], dict[str
 
 
 def partition(arguments: list[str]) -> None:
-    """Show the holders of all rows: a table, a heat map and a file of row numbers."""
+    """Show each client's rows: a table, a heat map and a file of row numbers."""
     from fedpeft.config import load as configuration
     from fedpeft.reporting.partition import Holdings
 
@@ -248,11 +248,12 @@ def partition(arguments: list[str]) -> None:
 
 
 def _flag(arguments: list[str], name: str) -> tuple[bool, list[str]]:
+    """Tell whether a flag is set, and return the other arguments."""
     return name in arguments, [a for a in arguments if a != name]
 
 
 def _option(arguments: list[str], name: str, default: str) -> tuple[str, list[str]]:
-    """Takes ``--name value`` or ``--name=value`` out of the arguments."""
+    """Return an option's value, ``--name value`` or ``--name=value``, and the other arguments."""
     rest: list[str] = []
     value, pending = default, False
     for argument in arguments:

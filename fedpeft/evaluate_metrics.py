@@ -3,8 +3,8 @@
 A name is a path that starts with ``.``, ``/`` or ``~``, or ``evaluate:`` and a path or the name of
 a metric of the hub, such as ``evaluate:rouge``. ``:KEY`` behind it chooses one of several values.
 
-Scripts of the hub's users are not loaded by name, because a server sends its clients the names, and
-could so have anyone's code run on them.
+Scripts of the hub's users are not loaded by name, because a server sends the names to its clients
+and could so run anyone's code on them.
 """
 
 import os
@@ -20,17 +20,17 @@ import numpy as np
 
 from fedpeft.models.hub import reachable
 
-if TYPE_CHECKING:  # imported where needed: it takes seconds
+if TYPE_CHECKING:  # imported late, because it takes seconds
     import evaluate
 
 PREFIX = "evaluate:"
 Rows = Sequence[Any] | np.ndarray
 LOCAL = (".", "/", "~")
-_lock = Lock()  # a module keeps its rows while it computes, and seeds numpy's one generator
+_lock = Lock()  # a module keeps rows while it computes, and seeds numpy's global generator
 
 
 def named(name: str) -> tuple[str, str] | None:
-    """Path or hub name of a module, and the key or an empty text; None for any other name."""
+    """Return a module's path or hub name, and its key or an empty text; None for another metric."""
     if not name.startswith((PREFIX, *LOCAL)):
         return None
     path, _, key = name.removeprefix(PREFIX).partition(":")
@@ -38,7 +38,7 @@ def named(name: str) -> tuple[str, str] | None:
 
 
 def title(name: str) -> str:
-    """A metric's name in the results: of a module its path's last part, and a chosen key."""
+    """Return a metric's name in the results; for a module, its path's last part and its key."""
     if (parts := named(name)) is None:
         return name
     path, key = parts
@@ -47,7 +47,7 @@ def title(name: str) -> str:
 
 
 def check(name: str) -> None:
-    """Checks what can be known without loading the module.
+    """Check what can be known without loading the module.
 
     Raises:
         ValueError: no script stands at a path, or no path and no name of the hub's own is given.
@@ -70,39 +70,39 @@ def check(name: str) -> None:
 
 
 def load(name: str) -> None:
-    """Loads a module, so that what is wrong with it is said before anything trains.
+    """Load a module, so that its errors come before training.
 
     Raises:
         ValueError: it is not there, or its script cannot be imported.
     """
-    _loaded(_parts(name)[0])
+    loaded(_parts(name)[0])
 
 
 def score(name: str, predictions: Rows, references: Rows) -> float:
-    """One value of a module.
+    """Return one value of a module.
+
+    The value is the one that ``name`` chooses by its key; without a key, the module's only number
+    or the one that has the module's name.
 
     Args:
-        name: of the module, and of one of its values where it has several.
-        predictions: (rows,) of labels, numbers or str.
-        references: the same, or (rows,) of lists of str; a module that takes one reference a row
+        name: of the module, with the key of a value if it has several.
+        predictions: labels, numbers or texts, (rows,).
+        references: likewise, or lists of texts, (rows,); a module that takes one reference a row
             gets the first.
 
-    Returns:
-        The value named in ``name`` or as the module, or its only one.
-
     Raises:
-        ValueError: it cannot be loaded, refuses the rows, or gives no such finite number.
+        ValueError: the module cannot be loaded, refuses the rows, or gives no such finite number.
     """
     path, key = _parts(name)
-    module = _loaded(path)
+    module = loaded(path)
     try:
         with _lock:
-            found = module.compute(
+            results = module.compute(
                 predictions=predictions, references=_fitted(module.features, references)
             )
     except Exception as error:  # a script may raise anything
         raise ValueError(f"{name} cannot score these rows: {_first_line(error)}") from error
-    return _chosen(name, key or title(name), found or {})
+    return _chosen(name, key or title(name), results or {})
 
 
 def _parts(name: str) -> tuple[str, str]:
@@ -110,7 +110,7 @@ def _parts(name: str) -> tuple[str, str]:
 
 
 def _script(path: str) -> Path:
-    """The place of a local module's script: the path itself, or a file of its name in it."""
+    """Return a local module's script: the path itself, or the file of its name in the folder."""
     local = Path(os.path.abspath(Path(path).expanduser()))
     return local if local.suffix == ".py" else local / f"{local.name}.py"
 
@@ -120,14 +120,19 @@ def _is_script(path: str) -> bool:
 
 
 @cache
-def _loaded(path: str) -> "evaluate.EvaluationModule":
+def loaded(path: str) -> "evaluate.EvaluationModule":
+    """Return a module, loaded once in a process.
+
+    Raises:
+        ValueError: it cannot be loaded from the path or the hub.
+    """
     import evaluate
     from evaluate import config
 
     source = path
     if _is_script(path):
         source = str(_script(path))
-    elif not reachable():  # then only its cache, without a retry for each of many addresses
+    elif not reachable():  # read only the cache, without a retry for each of many addresses
         config.HF_EVALUATE_OFFLINE = True
     try:
         return evaluate.load(source, module_type="metric", keep_in_memory=True, seed=0)
@@ -153,7 +158,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _fitted(features: Any, references: Rows) -> list[Any]:
-    """References as a module takes them: one a row, or a list a row."""
+    """Return references as a module takes them: one a row, or a list a row."""
     from datasets import Value
 
     options = features if isinstance(features, list) else [features]
@@ -165,8 +170,9 @@ def _fitted(features: Any, references: Rows) -> list[Any]:
     return list(references)
 
 
-def _chosen(name: str, key: str, found: dict[str, Any]) -> float:
-    numbers = {k: float(v) for k, v in found.items() if isinstance(v, Real)}
+def _chosen(name: str, key: str, results: dict[str, Any]) -> float:
+    """Return the number of a key, or the only one if ``name`` chooses none."""
+    numbers = {k: float(v) for k, v in results.items() if isinstance(v, Real)}
     if len(numbers) == 1 and not _parts(name)[1]:
         key = next(iter(numbers))
     if key not in numbers:

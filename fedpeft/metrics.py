@@ -1,4 +1,4 @@
-"""Metrics of labels, numbers and texts, computed without network; and any that evaluate loads.
+"""Metrics of labels, numbers and texts, computed without network, and modules of ``evaluate``.
 
 Sources: BLEU by sacrebleu (https://aclanthology.org/W18-6319), ROUGE-L by rouge_score
 (https://aclanthology.org/W04-1013), exact match and token F1 as in SQuAD v1.1's official script
@@ -24,15 +24,23 @@ References = list[list[str]]
 
 
 def accuracy(predictions: Rows, references: Rows) -> float:
-    """Fraction of rows with the right label; importing scikit-learn for it would take 2 s."""
+    """Return the fraction of rows with the right label.
+
+    It is computed here because importing scikit-learn takes 2 s.
+    """
     return float(np.mean(np.asarray(predictions) == np.asarray(references)))
 
 
 def f1(predictions: Rows, references: Rows, average: str = "binary") -> float:
-    """F1 of class 1 (``binary``), or its mean over the classes that occur, predicted or true.
+    """Return F1 of one class, or its mean over the classes that occur, predicted or true.
 
-    ``macro`` weighs them alike, ``weighted`` by their rows in ``references``. A class without a
-    right prediction scores 0.
+    A class without a right prediction scores 0.
+
+    Args:
+        predictions: class numbers (rows,).
+        references: right class numbers (rows,).
+        average: ``binary`` for F1 of class 1. ``macro`` weighs classes alike, ``weighted`` by their
+            rows in ``references``.
     """
     from sklearn.metrics import f1_score
 
@@ -41,7 +49,7 @@ def f1(predictions: Rows, references: Rows, average: str = "binary") -> float:
 
 
 def matthews(predictions: Rows, references: Rows) -> float:
-    """Matthews' correlation, from -1 to 1, of any number of classes; 0 if either is constant."""
+    """Return Matthews' correlation of any number of classes, -1 to 1; 0 if a side is constant."""
     from sklearn.metrics import matthews_corrcoef
 
     if len(np.unique(predictions)) == 1 or len(np.unique(references)) == 1:
@@ -50,7 +58,16 @@ def matthews(predictions: Rows, references: Rows) -> float:
 
 
 def correlation(predictions: Rows, references: Rows, kind: str) -> float:
-    """Pearson's or Spearman's, from -1 to 1; 0 where either is constant, to 11 digits."""
+    """Return a correlation, from -1 to 1; 0 if a side is constant to 11 digits.
+
+    Args:
+        predictions: numbers (rows,).
+        references: right numbers (rows,).
+        kind: ``pearson`` or ``spearman``.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
     from scipy import stats
 
     pair = np.asarray(predictions, np.float64), np.asarray(references, np.float64)
@@ -62,10 +79,10 @@ def correlation(predictions: Rows, references: Rows, kind: str) -> float:
 
 
 def bleu4(predictions: Texts, references: References) -> float:
-    """Corpus BLEU from 0 to 1: tokenizer 13a, case kept, up to 4-grams, exponential smoothing.
+    """Return corpus BLEU, 0 to 1: tokenizer 13a, case kept, up to 4-grams, exponential smoothing.
 
-    Rows may differ in their number of references. Predictions without a 4-gram among them all
-    score 0, even if they are right.
+    Rows may differ in their number of references. If no prediction has a 4-gram, the score is 0,
+    even if all are right.
     """
     from sacrebleu import corpus_bleu
 
@@ -74,9 +91,9 @@ def bleu4(predictions: Texts, references: References) -> float:
 
 
 def rouge_l(predictions: Texts, references: References) -> float:
-    """ROUGE-L's F-measure, without stemmer, the mean over the rows of the best of its references.
+    """Return ROUGE-L's F-measure without stemmer: best reference of a row, mean over the rows.
 
-    Words are runs of a-z and 0-9 after lower-casing: texts in other scripts score 0.
+    Words are runs of a-z and 0-9 after lower-casing, so texts in other scripts score 0.
     """
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
@@ -87,25 +104,37 @@ def rouge_l(predictions: Texts, references: References) -> float:
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1 if both are the same normalized; 0 for an empty prediction, unlike in SQuAD's script."""
+    """Return 1 if the normalized texts are equal, else 0.
+
+    An empty prediction scores 0, unlike in SQuAD's script.
+    """
     return float(bool(prediction.strip()) and normalized(prediction) == normalized(reference))
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """F1 of the normalized words, repeats counted."""
+    """Return F1 of the normalized words, repeats counted."""
     ours, theirs = normalized(prediction).split(), normalized(reference).split()
     same = (Counter(ours) & Counter(theirs)).total()
     return 2 * same / (len(ours) + len(theirs)) if same else 0.0
 
 
 def normalized(text: str) -> str:
-    """SQuAD v1.1's: lower case, then no ASCII punctuation, then no articles, then single spaces."""
+    """Return a text in SQuAD v1.1's normal form.
+
+    It is lower case, without ASCII punctuation, then without articles, with single spaces.
+    """
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def mean_best(predictions: Texts, references: References, score: Callable[..., float]) -> float:
-    """Mean over the rows of the best score over a row's references."""
+    """Return the mean over the rows of the best score over a row's references.
+
+    Args:
+        predictions: texts (rows,).
+        references: lists of right texts (rows,).
+        score: maps a prediction and a reference to a number.
+    """
     pairs = zip(predictions, references, strict=True)
     return fmean(max(score(text, reference) for reference in row) for text, row in pairs)
 
@@ -131,18 +160,18 @@ MODULES = "a module of evaluate, such as /folder/my_metric or evaluate:NAME"
 
 
 def measure(name: str, predictions: Rows, references: Rows) -> float:
-    """The metric of that name in ``MEASURES``, or of that module of ``evaluate``.
+    """Return a metric of predictions.
 
     Args:
-        name: one of ``MEASURES``, or what ``evaluate_metrics`` takes.
-        predictions: (rows,) of labels, numbers or str.
-        references: the same; of text metrics also (rows,) of lists of one or more str.
+        name: one of ``MEASURES``, or a module's name as ``evaluate_metrics`` takes it.
+        predictions: labels, numbers or texts, (rows,).
+        references: likewise; for text metrics also lists of one or more texts, (rows,).
 
     Returns:
-        Its value; labels' and texts' from 0 to 1, correlations from -1 to 1, a module's any.
+        A value from 0 to 1 for labels and texts, from -1 to 1 for correlations, any for a module.
 
     Raises:
-        ValueError: No such metric, or rows that it does not take, such as none at all.
+        ValueError: there is no such metric, or it does not take such rows, or there are no rows.
     """
     ours = name in MEASURES
     if not ours and evaluate_metrics.named(name) is None:
@@ -159,6 +188,7 @@ def measure(name: str, predictions: Rows, references: Rows) -> float:
 
 
 def _texts(name: str, predictions: Rows, references: Rows) -> tuple[Texts, References]:
+    """Return texts and lists of references, checked to be str."""
     rows = [[row] if isinstance(row, str) else list(row) for row in references]
     if [] in rows:
         raise ValueError(f"{name} needs at least 1 reference a row, got 0 in row {rows.index([])}")

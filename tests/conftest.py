@@ -1,9 +1,11 @@
-"""A tiny BERT, a table that it can learn, and runs on both in this process."""
+"""A tiny BERT, a table that it can learn, runs on both, and helpers of several test files."""
 
 import io
 import os
 import random
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from flwr.app import Context, Message
 from rich.console import Console
 
+from fedpeft import cli
 from fedpeft.client.app import app as client_app
 from fedpeft.config.load import load_config
 from fedpeft.engine.engine import Engine, open_engine
@@ -26,7 +29,13 @@ from fedpeft.server.app import serve
 from fedpeft.simulation.grid import InProcessGrid, one_by_one
 from fedpeft.state import State
 from fedpeft.wire import unpack
+from tests.expected.methods import TINY
 
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the folder shared/ with real data is not beside the project"
+)
 TOPICS = {
     "food": "bread cheese apple soup salt oven plate spoon",
     "music": "violin song drum choir melody piano concert rhythm",
@@ -38,32 +47,11 @@ COMMON = (
     "near far after before people saw heard made found took gave day night week year city house"
 )
 ROWS = {"train": 240, "validation": 40, "test": 40}
-# What the tiny model needs other than the defaults of conf/.
-TINY = {
-    "lora": ["method.rank=4"],
-    "flasc": ["method.rank=4"],
-    "ffa_lora": ["method.rank=4"],
-    "fedsa_lora": ["method.rank=4"],
-    "scl": ["method.rank=8"],
-    **dict.fromkeys(("rolora", "feddpa", "federa"), ["method.rank=4"]),
-    "adapter": ["method.bottleneck=8"],
-    **dict.fromkeys(("prompt", "fedprompt", "prefix"), ["method.num_tokens=4"]),
-    "p_tuning": ["method.num_tokens=4", "method.hidden=8"],
-    **dict.fromkeys(
-        ("fedex_lora", "flora", "flexlora", "hetlora", "fedsvd", "fedrot_lora"), ["method.rank=4"]
-    ),
-    **dict.fromkeys(("dora", "lora_fair", "ditto"), ["method.rank=4"]),
-    "fed_sb": ["method.rank=8"],
-    "fedftg": ["method.rank=4"],
-    "ravan": ["method.rank=4", "method.heads=3"],
-    "slora": ["method.rank=4", "method.sparse_rounds=1", "method.density=0.05"],
-}
-
 Answer = Callable[[Message, Context], Message]
 
 
 def sentences(label: str, rows: int, rng: random.Random) -> list[str]:
-    """Texts of 4 to 24 words, a third of them of the label."""
+    """Draw texts of 4 to 24 words; a third of the words are the label's."""
     topic, common = TOPICS[label].split(), COMMON.split()
     return [
         " ".join(rng.choice(topic if rng.random() < 0.35 else common) for _ in range(length - 1))
@@ -75,7 +63,7 @@ def sentences(label: str, rows: int, rng: random.Random) -> list[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing is read from or left in this machine's caches."""
+    """Let nothing be read from or left in this machine's caches."""
     import datasets.config
     from transformers.utils import logging
 
@@ -111,7 +99,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parquet files of train, validation and test: a text, and which of four topics it is on."""
+    """Parquet files of train, validation and test: a text and its topic, one of four."""
     import datasets
 
     folder, rng = tmp_path_factory.mktemp("table"), random.Random(3)
@@ -125,7 +113,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base(checkpoint: Path, table: Path) -> list[str]:
-    """Overrides of a run that takes well under a second."""
+    """The overrides of a run that takes well under a second."""
     return [
         "model=local",
         f"model.path={checkpoint}",
@@ -151,11 +139,11 @@ class Sent:
     up: Message
 
     def down_state(self) -> State:
-        """The tensors that came."""
+        """Return the tensors that the client received."""
         return state_of(self.down)
 
     def up_state(self) -> State:
-        """The tensors that went back."""
+        """Return the tensors that the client sent."""
         return state_of(self.up)
 
 
@@ -164,17 +152,17 @@ class Recorder:
     """Stands before the client app: notes each exchange, and lets a test answer in its place.
 
     Args:
-        answer: what a node does with a message; the client app itself if not given.
+        answer: answers a node's messages; the client app by default.
     """
 
     answer: Answer = client_app
     exchanges: list[Sent] = field(default_factory=list)
-    client: int = -1  # who is working now
+    client: int = -1  # the client that is working now
     round: int = -1
     kind: str = ""
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """Answers as the client app does; queries do not come here, since the grid answers them."""
+        """Answer a message and note both; the grid answers queries without it."""
         self.kind = message.metadata.message_type
         self.client = int(context.node_config.get("partition-id", -1))
         config = message.content.config_records.get("config")
@@ -184,12 +172,12 @@ class Recorder:
         return reply
 
     def of(self, kind: str, round: int | None = None) -> list[Sent]:
-        """Exchanges of a kind, in the order in which they ran."""
+        """Return the exchanges of a kind, in the order in which they ran."""
         return [e for e in self.exchanges if e.kind == kind and round in (None, e.round)]
 
 
 def state_of(message: Message) -> State:
-    """The tensors that a message carries, or none."""
+    """Return the tensors that a message carries; empty if it carries none."""
     content = message.content
     if "arrays" not in content.array_records:
         return {}
@@ -198,9 +186,24 @@ def state_of(message: Message) -> State:
     return unpack(content.array_records["arrays"], index)
 
 
+def value_of(key: str, overrides: Iterable[str]) -> str:
+    """Return the last value that overrides give a key."""
+    return [o for o in overrides if o.startswith(f"{key}=")][-1].removeprefix(f"{key}=")
+
+
+def with_fields(base: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Join overrides, and put those that the tiny model needs for their method in the middle.
+
+    Args:
+        base: first overrides; they name a method.
+        overrides: last overrides; they may name another method.
+    """
+    return [*base, *TINY.get(value_of("method", [*base, *overrides]), []), *overrides]
+
+
 @dataclass
 class Runner:
-    """Runs configurations in this process, each from an engine of its own."""
+    """Runs configurations in this process, each on an engine of its own."""
 
     base: list[str]
     folder: Path
@@ -210,44 +213,43 @@ class Runner:
     def __call__(
         self, *overrides: str, answer: Answer = client_app, grid: type = InProcessGrid
     ) -> dict[str, Any]:
-        """The summary; ``recorder`` then holds the messages.
+        """Run a configuration and return its summary; ``recorder`` then holds the messages.
 
         Args:
+            overrides: come after those of ``base`` and those that the method needs.
             answer: takes the client app's place.
             grid: a kind of ``InProcessGrid``.
         """
-        given = [*self.base, *overrides]
         if not any(o.startswith("run_dir=") for o in overrides):
             self.count += 1
-            given.append(f"run_dir={self.folder / f'run{self.count}'}")
-        method = [o for o in given if o.startswith("method=")][-1].removeprefix("method=")
-        given[len(self.base) : len(self.base)] = TINY.get(method, [])
-        self.run_dir = Path([o for o in given if o.startswith("run_dir=")][-1][len("run_dir=") :])
-        clients = int([o for o in given if o.startswith("num_clients=")][-1][len("num_clients=") :])
+            overrides = (*overrides, f"run_dir={self.folder / f'run{self.count}'}")
+        whole = with_fields(self.base, overrides)
+        self.run_dir = Path(value_of("run_dir", whole))
         self.recorder = Recorder(answer)
         open_engine.cache_clear()
-        return serve(grid(clients, one_by_one(self.recorder)), given, quiet())
+        nodes = grid(int(value_of("num_clients", whole)), one_by_one(self.recorder))
+        return serve(nodes, whole, quiet())
 
     def lines(self) -> list[dict[str, Any]]:
-        """The last run's metrics.jsonl."""
+        """Read the last run's metrics.jsonl."""
         return read_metrics(self.run_dir)
 
     def saved(self, name: str = "shared_state") -> State:
-        """A state that the last run saved."""
+        """Load a state that the last run saved."""
         from safetensors.torch import load_file
 
         return load_file(self.run_dir / f"{name}.safetensors")
 
 
 def job_of(engine: Engine, client: int, round: int = 1) -> Job:
-    """A client's work in a round that starts from the initial values."""
+    """Return a client's job in a round that starts from the initial values."""
     at = engine.replica.roles.at(round, client)
     start = engine.replica.values(at=at)
     return Job(at, start, (engine.config.method.term(at, start, {}),))
 
 
 def quiet() -> Display:
-    """A display on no terminal."""
+    """Return a display on no terminal."""
     return Display(Console(file=io.StringIO()))
 
 
@@ -259,11 +261,53 @@ def run(base: list[str], tmp_path: Path) -> Runner:
 
 @pytest.fixture
 def opened(base: list[str]) -> Callable[..., Engine]:
-    """``opened("method=scl", ...)`` gives an engine of its own."""
+    """``opened("method=scl", ...)`` gives a new engine."""
+    return lambda *overrides: Engine(load_config(with_fields(base, overrides)))
 
-    def make(*overrides: str) -> Engine:
-        given = [*base, *overrides]
-        method = [o for o in given if o.startswith("method=")][-1].removeprefix("method=")
-        return Engine(load_config([*base, *TINY.get(method, []), *overrides]))
 
-    return make
+@pytest.fixture
+def fedpeft(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., str]:
+    """``fedpeft("run", ...)`` gives what the command prints, run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def main(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["fedpeft", *arguments])
+        cli.main()
+        return capsys.readouterr().out
+
+    return main
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of this environment in the project's folder.
+
+    Args:
+        arguments: the program's name and its arguments.
+        environment: variables that are set beside this process's own.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        arguments,
+        env=os.environ | {"PATH": path} | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def mixed() -> State:
+    """Return tensors of every dtype that a state can have, out of order."""
+    torch.manual_seed(0)
+    return {
+        "b.weight": torch.randn(3, 4),
+        "a.half": torch.randn(2, 5).to(torch.bfloat16),
+        "count": torch.tensor([[-(2**40)], [7]]),
+        "scalar": torch.tensor(2.5),
+        "none": torch.empty(0, 3),
+        "a.weight": torch.randn(4).double(),
+        "half": torch.randn(2).half(),
+        "extremes": torch.tensor([0.0, -0.0, 3.4e38, 1e-45]),
+    }

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Message
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fedpeft.client.app import app as client_app
+from fedpeft.client.client import answer_all
 from fedpeft.config.load import CONF
 from fedpeft.config.schema import Config
 from fedpeft.engine.engine import Engine
@@ -65,20 +65,20 @@ def with_method(config: Config, name: str, fields: Sequence[str] = ()) -> Config
 
 def small(config: Config) -> Engine:
     """An engine whose clients hold 40, 20 and 10 rows; to draw them loads Flower's data sets."""
-    session = Engine(config)
-    session.rows.by_client = np.split(np.arange(70), (40, 60))
-    return session
+    engine = Engine(config)
+    engine.rows.by_client = np.split(np.arange(70), (40, 60))
+    return engine
 
 
-def changed(session: Engine, **fields: Any) -> Engine:
+def changed(engine: Engine, **fields: Any) -> Engine:
     """The same model and rows under another configuration."""
-    other = copy.copy(session)
-    other.rows = copy.copy(session.rows)
-    other.replica = copy.copy(session.replica)
-    config = replace(session.config, **fields)
+    other = copy.copy(engine)
+    other.rows = copy.copy(engine.rows)
+    other.replica = copy.copy(engine.replica)
+    config = replace(engine.config, **fields)
     other.config = other.rows.config = other.replica.config = config
-    session.replica.set_trainable(set(session.replica.roles.names))  # which Roles reads
-    other.replica.roles = Roles(config, session.replica.model)
+    engine.replica.set_trainable(set(engine.replica.roles.names))  # which Roles reads
+    other.replica.roles = Roles(config, engine.replica.model)
     other._passes, other._together = {}, {}
     return other
 
@@ -114,12 +114,12 @@ class Pair:
         values: of all that can change, before the first round and after each.
     """
 
-    def __init__(self, session: Engine, rounds: int = 2) -> None:
-        self.session = session
+    def __init__(self, engine: Engine, rounds: int = 2) -> None:
+        self.engine = engine
         self.rounds: list[dict[int, Training]] = []
         self.recorder = Recorder(self._answer)
         self.grid = InProcessGrid(CLIENTS, one_by_one(self.recorder))
-        self.server = FederatedPEFT("", session)
+        self.server = FederatedPEFT("", engine)
         self.server.nodes.join(self.grid)
         self.values = [self.server.values]
         self.kept: dict[int, State] = {}
@@ -127,7 +127,9 @@ class Pair:
             self._round(round)
 
     def _answer(self, message: Message, context: Context) -> Message:
-        reply = client_app(message=message, context=context)
+        (reply,) = answer_all([message], [context], self.engine)
+        if isinstance(reply, Exception):
+            raise reply
         for key, arrays in context.state.array_records.items():
             index: Any = context.state.config_records[f"{key}-index"]["index"]
             self.kept[self.recorder.client] = split_prefixed(unpack(arrays, index))[0]
@@ -144,14 +146,15 @@ class Pair:
         self.values.append(server.values)
 
     def _read(self, exchange: Sent) -> Training:
-        config, shared = self.session.config, self.session.replica.shared(exchange.round)
+        config, shared = self.engine.config, self.engine.replica.shared(exchange.round)
         down = {
-            name: self.session.replica.initial[name]
-            for name in self.session.replica.roles.down(exchange.round)
+            name: self.engine.replica.initial[name]
+            for name in self.engine.replica.roles.down(exchange.round)
         }
         down |= prefixed(config.strategy.down({}, shared), STRATEGY)
-        given = config.compression.down.decode(exchange.down_state(), down)
-        received, controls = split_prefixed(given)
+        received, controls = split_prefixed(
+            config.compression.down.decode(exchange.down_state(), down)
+        )
         start = {name: received[name] for name in shared}
         start |= prefixed(zeros(config.strategy.up(shared)), STRATEGY)
         arrived = config.compression.up.decode(exchange.up_state(), start)

@@ -1,33 +1,19 @@
-"""The command line: what it prints, saves, and says of wrong input."""
+"""The command line: its output, its files, and one sentence for wrong input."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedpeft import cli
 from fedpeft.config.load import CONF
 
-TINY = ["--methods", "fedsa_lora,ffa_lora", "method.rank=4"]
+Command = Callable[..., str]
+TWO_METHODS = ["--methods", "fedsa_lora,ffa_lora", "method.rank=4"]
 
 
-@pytest.fixture
-def fedpeft(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Any:
-    """``fedpeft("run", ...)`` gives what the command prints, run in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: str) -> str:
-        monkeypatch.setattr("sys.argv", ["fedpeft", *arguments])
-        cli.main()
-        return capsys.readouterr().out
-
-    return command
-
-
-def test_run_prints_and_returns_its_summary(fedpeft: Any, base: list[str]) -> None:
+def test_run_prints_and_returns_its_summary(fedpeft: Command, base: list[str]) -> None:
     summary = json.loads(fedpeft("run", "--json", *base, "method.rank=4"))
     saved = json.loads((Path(summary["run_dir"]) / "summary.json").read_text())
     assert saved == summary
@@ -36,9 +22,9 @@ def test_run_prints_and_returns_its_summary(fedpeft: Any, base: list[str]) -> No
     assert f"test_accuracy: {summary['final']['test_accuracy']:.4f}" in text
 
 
-def test_compare_sorts_by_quality_and_saves(fedpeft: Any, base: list[str]) -> None:
+def test_compare_sorts_by_quality_and_saves(fedpeft: Command, base: list[str]) -> None:
     rest = [o for o in base if not o.startswith("method=")]
-    text = fedpeft("compare", *TINY, *rest, "run_dir=out")
+    text = fedpeft("compare", *TWO_METHODS, *rest, "run_dir=out")
     folder = Path("out")
     rows = (folder / "comparison.csv").read_text().splitlines()
     assert rows[0].startswith("method,quality,global_test,round_0")
@@ -54,7 +40,7 @@ def test_compare_sorts_by_quality_and_saves(fedpeft: Any, base: list[str]) -> No
     assert table.count("\n| ") == 2
 
 
-def test_params_of_all_methods(fedpeft: Any) -> None:
+def test_params_of_all_methods(fedpeft: Command) -> None:
     counts = json.loads(fedpeft("params", "--json", "model=roberta_base", "data=sst2"))
     assert list(counts) == sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
     assert set(cli.METHODS.split(",")) <= set(counts)
@@ -64,15 +50,15 @@ def test_params_of_all_methods(fedpeft: Any) -> None:
     assert "15,298-20,098" in text and "20,098-39,898" in text
 
 
-def test_params_says_which_methods_do_not_fit(
-    fedpeft: Any, monkeypatch: pytest.MonkeyPatch
+def test_params_names_the_methods_that_do_not_fit(
+    fedpeft: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_every_method", lambda: ["bitfit", "lora"])
+    monkeypatch.setattr(cli, "every_method", lambda: ["bitfit", "lora"])
     text = fedpeft("params", "model=tinyllama", "data=docstrings_lm")
     assert "bitfit: LlamaForCausalLM has no biases in its blocks" in text and "lora" in text
 
 
-def test_partition_counts_and_draws(fedpeft: Any, base: list[str]) -> None:
+def test_partition_counts_and_draws(fedpeft: Command, base: list[str]) -> None:
     overrides = [o for o in base if o.startswith(("data", "num_clients", "partition"))]
     counts = json.loads(fedpeft("partition", "--json", *overrides))
     assert [sum(column) for column in zip(*counts["counts"], strict=True)] == [60] * 4
@@ -81,11 +67,11 @@ def test_partition_counts_and_draws(fedpeft: Any, base: list[str]) -> None:
     assert Path("partition.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_sweep_runs_each_choice(fedpeft: Any, base: list[str]) -> None:
+def test_sweep_runs_each_choice(fedpeft: Command, base: list[str]) -> None:
     rest = [o for o in base if not o.startswith("method=")]
     fedpeft("run", "-m", *rest, "method=lora,ffa_lora", "method.rank=4")
-    found = sorted(Path("runs").glob("*_sweep/*/summary.json"))
-    methods = [json.loads(path.read_text())["method"] for path in found]
+    summaries = sorted(Path("runs").glob("*_sweep/*/summary.json"))
+    methods = [json.loads(path.read_text())["method"] for path in summaries]
     assert methods == ["LoRA", "FFALoRA"]
 
 
@@ -102,7 +88,7 @@ def test_sweep_runs_each_choice(fedpeft: Any, base: list[str]) -> None:
     ],
 )
 def test_wrong_input_is_one_sentence_and_status_2(
-    fedpeft: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+    fedpeft: Command, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         fedpeft(*arguments)
@@ -111,6 +97,6 @@ def test_wrong_input_is_one_sentence_and_status_2(
     assert says in error and error.startswith("fedpeft: ") and error.count("\n") == 1
 
 
-def test_unknown_command(fedpeft: Any) -> None:
+def test_unknown_command(fedpeft: Command) -> None:
     with pytest.raises(SystemExit, match="unknown command fly, must be one of run, compare"):
         fedpeft("fly")

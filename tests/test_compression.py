@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpeft import cli
 from fedpeft.algorithms.base import FedAvg
 from fedpeft.algorithms.fedopt import FedAdam
 from fedpeft.client.app import app as client_app
@@ -39,17 +38,28 @@ def rng(number: int = 0) -> np.random.Generator:
 def there(
     compression: Compression, state: State, start: State, error: State | None = None, n: int = 0
 ) -> tuple[State, State, State]:
-    """The wire's state as it arrives, what the server makes of it, and the client's error."""
-    wire, kept = up(compression, state, start, error or {}, n)
+    """Send a client's state to the server.
+
+    Args:
+        compression: encodes and decodes.
+        state: of the client after training.
+        start: of the client before training.
+        error: that earlier rounds left on the client.
+        n: seeds the rounding.
+
+    Returns:
+        The wire state as it arrives, the state that the server decodes, and the client's error.
+    """
+    wire, left = up(compression, state, start, error or {}, n)
     arrived = unpack(*pack(wire))
     assert {n: v.dtype for n, v in arrived.items()} == {n: v.dtype for n, v in wire.items()}
-    return arrived, compression.up.decode(arrived, start), kept
+    return arrived, compression.up.decode(arrived, start), left
 
 
 def up(
     compression: Compression, state: State, start: State, error: State, n: int = 0
 ) -> tuple[State, State]:
-    """What a client sends, and the error that it keeps."""
+    """Encode a client's state; return the wire state and the error that the client keeps."""
     if not compression.feedback:
         return compression.up.encode(state, start, rng(n)), error
     assert isinstance(compression.up, OfUpdate)
@@ -57,7 +67,7 @@ def up(
 
 
 def down(compression: Compression, state: State) -> State:
-    """What the server sends."""
+    """Encode the server's state."""
     return compression.down.encode(state, state, rng())
 
 
@@ -74,7 +84,7 @@ def drawn(seed: int) -> State:
 
 
 def moved(start: State) -> tuple[State, State]:
-    """A state and its update, small beside it."""
+    """Add an update of a hundredth of its size to a state; return both."""
     update = {name: 0.01 * value for name, value in drawn(1).items()}
     return {name: value + update[name] for name, value in start.items()}, update
 
@@ -85,30 +95,30 @@ def moved(start: State) -> tuple[State, State]:
 def test_none_is_the_state_itself() -> None:
     start = drawn(0)
     after, _ = moved(start)
-    wire, found, kept = there(Compression(), after, start)
-    assert kept == {}
-    assert all(torch.equal(wire[n], after[n]) and torch.equal(found[n], after[n]) for n in after)
+    wire, decoded, error = there(Compression(), after, start)
+    assert error == {}
+    assert all(torch.equal(wire[n], after[n]) and torch.equal(decoded[n], after[n]) for n in after)
 
 
 def test_half_floats_by_hand() -> None:
-    """1 + 2^-12 is between two floats16; as an update 2^-12 is one."""
+    """1 + 2^-12 lies between two float16 numbers, but the update 2^-12 is a float16 number."""
     start, after = state(a=[1.0, 1.0]), state(a=[1 + 2**-12, 1.5 + 2**-12])
-    wire, found, _ = there(Float16(), after, start)
+    wire, decoded, _ = there(Float16(), after, start)
     assert wire["a"].dtype is torch.float16 and wire["a"].tolist() == [2**-12, 0.5]
-    assert found["a"].tolist() == [1 + 2**-12, 1.5]
-    wire, found, _ = there(BFloat16(), state(a=[2**-12, 1 + 2**-9]), state(a=[0.0, 0.0]))
-    assert wire["a"].dtype is torch.bfloat16 and found["a"].tolist() == [2**-12, 1.0]
+    assert decoded["a"].tolist() == [1 + 2**-12, 1.5]
+    wire, decoded, _ = there(BFloat16(), state(a=[2**-12, 1 + 2**-9]), state(a=[0.0, 0.0]))
+    assert wire["a"].dtype is torch.bfloat16 and decoded["a"].tolist() == [2**-12, 1.0]
 
 
 @pytest.mark.parametrize(("compression", "bits"), [(Float16(), 11), (BFloat16(), 8)])
 def test_half_floats_stay_within_their_bound(compression: Compression, bits: int) -> None:
     start = drawn(0)
     after, update = moved(start)
-    _, found, _ = there(compression, after, start)
+    _, decoded, _ = there(compression, after, start)
     for name, value in update.items():
         bound = (2.0**-bits * value.abs()).clamp(min=2.0**-25) + 1e-6 * start[name].abs()
-        assert ((found[name] - after[name]).abs() <= bound).all()
-        assert not torch.equal(found[name], after[name])
+        assert ((decoded[name] - after[name]).abs() <= bound).all()
+        assert not torch.equal(decoded[name], after[name])
 
 
 def test_float16_does_not_overflow_in_silence() -> None:
@@ -125,7 +135,7 @@ def test_int8_by_hand() -> None:
     start, after = state(a=[1.0, 1.0, 1.0], z=[3.0]), state(a=[3.54, 1.05, 0.98], z=[3.0])
     seen = set()
     for n in range(20):
-        wire, found, _ = there(Int8(), after, start, n=n)
+        wire, decoded, _ = there(Int8(), after, start, n=n)
         assert {k: v.dtype for k, v in wire.items()} == {
             "a": torch.int8,
             "z": torch.int8,
@@ -133,7 +143,7 @@ def test_int8_by_hand() -> None:
         }
         assert wire[SCALES].tolist() == pytest.approx([0.02, 0.0])
         assert wire["a"][0].item() == 127 and wire["z"].item() == 0
-        assert found["a"][1].item() == pytest.approx(1 + 0.02 * wire["a"][1].item())
+        assert decoded["a"][1].item() == pytest.approx(1 + 0.02 * wire["a"][1].item())
         seen.add(wire["a"][1].item())
     assert seen == {2, 3}
 
@@ -141,14 +151,14 @@ def test_int8_by_hand() -> None:
 def test_int8_stays_within_one_level() -> None:
     start = drawn(0)
     after, update = moved(start)
-    wire, found, _ = there(Int8(), after, start)
+    wire, decoded, _ = there(Int8(), after, start)
     for (name, value), scale in zip(update.items(), wire[SCALES], strict=True):
         assert scale.item() == pytest.approx(value.abs().max().item() / 127, rel=1e-2)
-        assert (found[name] - after[name]).abs().max() <= 1.01 * scale + 1e-6
+        assert (decoded[name] - after[name]).abs().max() <= 1.01 * scale + 1e-6
 
 
 def test_stochastic_rounding_is_unbiased() -> None:
-    """Mean of 4,000 draws: a level's standard error is 0.5 / sqrt(4000) = 0.008 at the most."""
+    """The mean of 4,000 draws has a standard error of at most 0.5 / sqrt(4000) = 0.008 levels."""
     levels = torch.tensor([127.0, 0.5, 0.1, -0.3, 3.75, -126.9])
     update = {"a": levels}
     total = torch.zeros_like(levels)
@@ -160,16 +170,16 @@ def test_stochastic_rounding_is_unbiased() -> None:
 def test_rounding_follows_from_seed_round_and_client() -> None:
     update = drawn(0)
     draws = [(0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]
-    found = [
+    encoded = [
         Levels().encode(update, update, generator(seed, "compression", round, client))["a"]
         for seed, round, client in draws
     ]
-    assert torch.equal(found[0], found[1])
-    assert not any(torch.equal(found[0], other) for other in found[2:])
+    assert torch.equal(encoded[0], encoded[1])
+    assert not any(torch.equal(encoded[0], other) for other in encoded[2:])
 
 
 def test_top_k_by_hand_over_three_rounds() -> None:
-    """One of four goes; the others wait, and add up."""
+    """One of four entries is sent; the others wait and add up."""
     compression, error, server = TopK(ratio=0.25), {}, state(a=[0.0, 0.0, 0.0, 0.0])
     updates = [[1.0, -3.0, 2.0, 0.0], [1.5, 0.0, 2.0, 0.0], [1.5, 0.5, 0.0, -3.5]]
     sent = [(1, -3.0), (2, 4.0), (0, 4.0)]
@@ -186,14 +196,14 @@ def test_top_k_by_hand_over_three_rounds() -> None:
 def test_top_k_of_two_dimensions_and_ties() -> None:
     start = {"m": torch.zeros(2, 3), "other": torch.zeros(1)}
     after = {"m": torch.tensor([[1.0, 2.0, 2.0], [-2.0, 0.0, 5.0]]), "other": torch.ones(1)}
-    wire, found, _ = there(TopK(ratio=0.5), after, start)
+    wire, decoded, _ = there(TopK(ratio=0.5), after, start)
     assert wire["m"].tolist() == [2, 2, 5] and wire[BITMAP + "m"].tolist() == [0b01100100]
-    assert found["m"].tolist() == [[0, 2, 2], [0, 0, 5]]
-    assert found["other"].item() == 1  # one entry at the least
+    assert decoded["m"].tolist() == [[0, 2, 2], [0, 0, 5]]
+    assert decoded["other"].item() == 1  # one entry at the least
     assert [count(0.1, n) for n in (1, 4, 100)] == [1, 1, 10]
 
 
-def test_errors_of_names_that_rest_wait() -> None:
+def test_errors_of_parameters_that_do_not_train_wait() -> None:
     compression = TopK(ratio=0.5)
     _, _, error = there(compression, state(a=[1.0, 2.0]), state(a=[0.0, 0.0]))
     _, _, error = there(compression, state(b=[1.0, 2.0]), state(b=[0.0, 0.0]), error)
@@ -206,7 +216,7 @@ def test_errors_of_names_that_rest_wait() -> None:
     + [(320, 11, True), (2**31, 2**20, False), (2**31 + 1, 2**20, True)],
 )
 def test_a_bitmap_where_it_takes_fewer_bytes(numel: int, sent: int, bitmap: bool) -> None:
-    """ceil(numel / 8) < 4 sent; or where an index would take more than an int32 has."""
+    """A bitmap takes ceil(numel / 8) bytes, indices 4 each; an int32 ends below 2^31."""
     assert as_bitmap(numel, sent) is bitmap
 
 
@@ -214,28 +224,28 @@ def test_a_bitmap_where_it_takes_fewer_bytes(numel: int, sent: int, bitmap: bool
 def test_few_of_many_go_with_indices(compression: Compression) -> None:
     after = {"a": torch.zeros(10, 10)}
     after["a"][3, 7], after["a"][9, 9] = -2.0, 1.0
-    wire, found, _ = there(compression, after, {"a": torch.zeros(10, 10)})
+    wire, decoded, _ = there(compression, after, {"a": torch.zeros(10, 10)})
     (places,) = (value for name, value in wire.items() if name.startswith(INDICES))
     assert places.tolist() == [37, 99] and places.dtype is torch.int32
-    assert torch.equal(found["a"], after["a"]) and payload_bytes(wire) == 2 * 8
+    assert torch.equal(decoded["a"], after["a"]) and payload_bytes(wire) == 2 * 8
 
 
-# The server's, in the order of names: A 3 -1 0.5 2, B 0 0, head -2 0.1. Half of eight is four.
+# The server's values by name: A 3 -1 0.5 2, B 0 0, head -2 0.1. Half of eight is four.
 SERVER = {"lora_B": [0.0, 0.0], "lora_A": [[3.0, -1.0], [0.5, 2.0]], "zhead": [-2.0, 0.1]}
 HALVES = TopKBoth(density_down=0.5, density_up=0.25)
 
 
 def test_top_k_down_by_hand() -> None:
-    """One mask over all tensors: 3, -1, 2 and -2 go, in whatever order the names are given."""
+    """One mask covers all tensors: 3, -1, 2 and -2 are sent, whatever the order of names."""
     values = state(**SERVER)
     wire = down(HALVES, values)
     assert dtypes(wire) == {VECTOR: torch.float32, BITMAP + VECTOR: torch.uint8}
     assert wire[VECTOR].tolist() == [3, -1, 2, -2]
     assert wire[BITMAP + VECTOR].tolist() == [0b11010010]
     expected = dict(reversed(values.items()))
-    found = HALVES.down.decode(unpack(*pack(wire)), expected)
-    assert list(found) == list(expected)
-    assert {name: value.tolist() for name, value in found.items()} == {
+    decoded = HALVES.down.decode(unpack(*pack(wire)), expected)
+    assert list(decoded) == list(expected)
+    assert {name: value.tolist() for name, value in decoded.items()} == {
         "lora_A": [[3, -1], [0, 2]],
         "lora_B": [0, 0],
         "zhead": [-2, 0],
@@ -243,37 +253,37 @@ def test_top_k_down_by_hand() -> None:
 
 
 def test_of_equals_the_earlier_entry_goes_down() -> None:
-    """In a first round B is zero: A and the head go, and B's first entry where there is room."""
-    given = {"lora_A": [1.0, -1.0, 1.0], "lora_B": [0.0, 0.0, 0.0], "zhead": [1.0, 0.0]}
+    """In round 1 B is zero: A and the head are sent, and B's first entries if room is left."""
+    values = {"lora_A": [1.0, -1.0, 1.0], "lora_B": [0.0, 0.0, 0.0], "zhead": [1.0, 0.0]}
     for share, sent in ((0.25, 0b11000000), (0.5, 0b11100010), (0.625, 0b11110010)):
-        wire = down(TopKBoth(density_down=share), state(**given))
+        wire = down(TopKBoth(density_down=share), state(**values))
         assert wire[BITMAP + VECTOR].tolist() == [sent]
         assert len(wire[VECTOR]) == 8 * share
-    assert len(down(TopKBoth(density_down=0.01), state(**given))[VECTOR]) == 1
+    assert len(down(TopKBoth(density_down=0.01), state(**values))[VECTOR]) == 1
 
 
 def test_top_k_up_by_hand() -> None:
-    """A quarter of eight entries, of the update and not of the state; the rest is not kept."""
+    """A quarter of the update's eight entries is sent; the client does not keep the rest."""
     start = HALVES.down.decode(down(HALVES, state(**SERVER)), state(**SERVER))
     after = {name: value.clone() for name, value in start.items()}
     after["lora_A"] += torch.tensor([[0.25, 0.0], [-0.5, 0.125]])
     after["lora_B"] += torch.tensor([0.0, 1.0])
-    wire, found, error = there(HALVES, after, start)
+    wire, decoded, error = there(HALVES, after, start)
     assert wire[VECTOR].tolist() == [-0.5, 1.0]
     assert wire[BITMAP + VECTOR].tolist() == [0b00100100]
-    assert found["lora_A"].tolist() == [[3, -1], [-0.5, 2]]
-    assert found["lora_B"].tolist() == [0, 1] and found["zhead"].tolist() == [-2, 0]
+    assert decoded["lora_A"].tolist() == [[3, -1], [-0.5, 2]]
+    assert decoded["lora_B"].tolist() == [0, 1] and decoded["zhead"].tolist() == [-2, 0]
     assert error == {}
     wire, _, error = there(HALVES, after, start, {"lora_A": torch.full((2, 2), 9.0)})
     assert wire[VECTOR].tolist() == [-0.5, 1.0] and error["lora_A"].tolist() == [[9, 9], [9, 9]]
 
 
 def test_a_round_of_flasc_by_hand() -> None:
-    """Two clients of weights 3/4 and 1/4, Adam's step by hand, on the server's dense values.
+    """Adam's step by hand on the server's dense values, with client weights 3/4 and 1/4.
 
     The mean step is d: -0.5 * 3/4 = -0.375 on A's third entry, 0.25 on its first, 1 on B's second.
     Adam's first step is 0.1 d / (0.1 |d| + 0.001), here times 0.01. A's third entry was 0.5 on the
-    server and 0 on the clients; what has no step stays as it was, sent or not.
+    server and 0 on the clients. An entry without a step stays as it was, sent or not.
     """
     values = state(**SERVER)
     before = values | HALVES.down.decode(down(HALVES, values), values)
@@ -284,9 +294,9 @@ def test_a_round_of_flasc_by_hand() -> None:
         after["lora_B"] += torch.tensor([0.0, 1.0])
         replies.append(HALVES.up.decode(HALVES.up.encode(after, before, rng()), before))
     mean, weights = weighted_mean(replies, [0.75, 0.25]), [0.75, 0.25]
-    given = Round(1, [At(1, 0), At(1, 1)], replies, weights, before, [1, 1], [{}, {}])
+    round = Round(1, [At(1, 0), At(1, 1)], replies, weights, before, [1, 1], [{}, {}])
     assert not HALVES.down.exact
-    result = stepped(FedAdam().server(mean, given, {}), before, values)
+    result = stepped(FedAdam().server(mean, round, {}), before, values)
 
     def step(d: float) -> float:
         return 0.01 * 0.1 * d / (0.1 * abs(d) + 0.001)
@@ -299,11 +309,11 @@ def test_a_round_of_flasc_by_hand() -> None:
     assert {n: v.dtype for n, v in result.items()} == dict.fromkeys(expected, torch.float32)
     for name, value in expected.items():
         torch.testing.assert_close(result[name], torch.tensor(value), rtol=1e-6, atol=1e-7)
-    assert torch.equal(result["zhead"], values["zhead"])  # 0.1 never went down
+    assert torch.equal(result["zhead"], values["zhead"])  # 0.1 was never sent down
 
 
-def test_others_leave_the_server_what_the_strategy_says() -> None:
-    """What goes down is exact, so the server takes no step from a copy of its values."""
+def test_only_codecs_that_also_compress_down_are_inexact_there() -> None:
+    """An exact codec sends the server's values, so the server takes no step from a lossy copy."""
     after, other = state(a=[1.5]), state(a=[7.0])
     for compression in (Compression(), Float16(), BFloat16(), Int8(), TopK()):
         assert compression.down.exact
@@ -314,7 +324,7 @@ def test_others_leave_the_server_what_the_strategy_says() -> None:
 
 
 def test_steps_smaller_than_bfloat16_add_up() -> None:
-    """Next to 1 it has steps of 2^-7 up: 2^-9 would be rounded off in every round."""
+    """bfloat16 has steps of 2^-7 above 1, so 2^-9 would be rounded off in every round."""
     both, values = BFloat16(both=True), state(a=[1.0])
     for _ in range(8):
         before = both.down.decode(down(both, values), values)
@@ -328,18 +338,18 @@ def test_all_entries_are_the_state_itself() -> None:
     wire = down(both, start)
     assert len(wire[VECTOR]) == 650 and len(wire[BITMAP + VECTOR]) == 82
     received = both.down.decode(wire, start)
-    _, found, _ = there(both, after, start)
+    _, decoded, _ = there(both, after, start)
     for name, value in start.items():
         assert torch.equal(received[name], value)
-        torch.testing.assert_close(found[name], after[name], rtol=1e-6, atol=0)
+        torch.testing.assert_close(decoded[name], after[name], rtol=1e-6, atol=0)
 
 
 def test_extras_go_whole_beside_the_vector() -> None:
     start = {"a": torch.zeros(4), STRATEGY + "a": torch.zeros(4)}
     after = {"a": torch.tensor([4.0, 3.0, 2.0, 1.0]), STRATEGY + "a": torch.full((4,), 99.0)}
-    wire, found, _ = there(HALVES, after, start)
+    wire, decoded, _ = there(HALVES, after, start)
     assert wire[VECTOR].tolist() == [4] and wire[STRATEGY + "a"].tolist() == [99] * 4
-    assert found["a"].tolist() == [4, 0, 0, 0] and found[STRATEGY + "a"].tolist() == [99] * 4
+    assert decoded["a"].tolist() == [4, 0, 0, 0] and decoded[STRATEGY + "a"].tolist() == [99] * 4
     sent = down(HALVES, after)
     assert sent[VECTOR].tolist() == [4, 3] and sent[STRATEGY + "a"].tolist() == [99] * 4
     received = HALVES.down.decode(unpack(*pack(sent)), after)
@@ -350,18 +360,18 @@ def test_extras_go_whole_beside_the_vector() -> None:
 def test_nothing_to_send_and_nothing_that_moved(compression: Compression) -> None:
     assert there(compression, {}, {})[:2] == ({}, {})
     start = drawn(0)
-    found = there(compression, start, start)[1]
-    assert all(torch.equal(found[n], start[n]) for n in start)
+    decoded = there(compression, start, start)[1]
+    assert all(torch.equal(decoded[n], start[n]) for n in start)
 
 
 @by_class
 def test_dtypes_of_parameters_are_kept(compression: Compression) -> None:
     start = {"a": torch.ones(8, dtype=torch.bfloat16)}
-    found = there(compression, {"a": start["a"] * 2}, start)[1]
-    assert found["a"].dtype is torch.bfloat16 and found["a"].max() == 2
+    decoded = there(compression, {"a": start["a"] * 2}, start)[1]
+    assert decoded["a"].dtype is torch.bfloat16 and decoded["a"].max() == 2
 
 
-# --- what no client of ours sends ----------------------------------------------------------------
+# --- messages that fedpeft's clients never send ---------------------------------------------------
 
 START = {"a": torch.zeros(2, 5)}
 
@@ -417,21 +427,22 @@ def test_unusable_messages(compression: Compression, wire: State, message: str) 
         compression.up.decode(wire, START)
 
 
-# Of ten entries two are set: 3 and 9, the second byte's second bit. The rest of it is no entry.
+# Of ten entries, 3 and 9 are set. Entry 9 is the second bit of the second byte, whose last six bits
+# are no entries.
 BITMAPS = [((0x10, 0x00), 1, 0), ((0x18, 0x40), 3, 0), ((0x10, 0x20), 1, 1), ((0x10, 0x41), 2, 1)]
 
 
-@pytest.mark.parametrize(("given", "within", "beyond"), BITMAPS)
+@pytest.mark.parametrize(("bitmap", "within", "beyond"), BITMAPS)
 @pytest.mark.parametrize("compression", [TopK(ratio=0.2), TopKBoth(density_up=0.2)])
 def test_a_bitmap_has_as_many_bits_as_values(
-    compression: Compression, given: tuple[int, int], within: int, beyond: int
+    compression: Compression, bitmap: tuple[int, int], within: int, beyond: int
 ) -> None:
     name = "a" if isinstance(compression, TopK) else VECTOR
     values = {name: torch.tensor([1.0, 2.0])}
     right = compression.up.decode(values | {BITMAP + name: bits(0x10, 0x40)}, START)
     assert right["a"].reshape(-1).tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 2]
     with pytest.raises(ValueError) as refused:
-        compression.up.decode(values | {BITMAP + name: bits(*given)}, START)
+        compression.up.decode(values | {BITMAP + name: bits(*bitmap)}, START)
     assert str(refused.value) == (
         f"the bitmap of {name} must have 2 of its first 10 bits set and no bit beyond, "
         f"got {within} and {beyond}"
@@ -441,7 +452,7 @@ def test_a_bitmap_has_as_many_bits_as_values(
 @pytest.mark.parametrize("wrong", [[3, 100], [-1, 3], [3, 3], [4, 3]])
 @pytest.mark.parametrize("compression", [TopK(ratio=0.02), TopKBoth(density_up=0.02)])
 def test_indices_rise_within_the_tensor(compression: Compression, wrong: list[int]) -> None:
-    """Two of a hundred: eight bytes of indices, thirteen of a bitmap."""
+    """Two of a hundred entries take eight bytes as indices and thirteen as a bitmap."""
     name = "a" if isinstance(compression, TopK) else VECTOR
     wire = {name: torch.ones(2), INDICES + name: torch.tensor(wrong, dtype=torch.int32)}
     with pytest.raises(ValueError) as refused:
@@ -502,7 +513,7 @@ def dtypes(wire: State) -> dict[str, torch.dtype]:
 
 
 def beside(name: str) -> torch.dtype | None:
-    """Of what goes beside the parameters."""
+    """Return the dtype of what is sent beside the parameters; null for a parameter."""
     if name == SCALES:
         return torch.float32
     return torch.uint8 if name.startswith(BITMAP) else None
@@ -518,7 +529,7 @@ def test_the_dtype_of_every_key_and_its_bytes(compression: str, method: str, run
         sent = run.recorder.of("train", line["round"])
         assert line["uplink_bytes"] == sum(wire_bytes(e.up.content) for e in sent)
         assert line["uplink_payload_bytes"] == sum(payload_bytes(e.up_state()) for e in sent)
-        total += sum(_raw(e) for e in sent)
+        total += sum(array_bytes(e) for e in sent)
         for exchange in sent:
             for name, dtype in dtypes(exchange.up_state()).items():
                 assert dtype is (beside(name) or WIRE[compression])
@@ -534,14 +545,14 @@ def test_the_dtype_of_every_key_and_its_bytes(compression: str, method: str, run
     assert share <= total / (4 * numbers) * 1.0001 + 0.01 and total <= slack * share * 4 * numbers
 
 
-def _raw(exchange: Sent) -> int:
-    """Bytes of the arrays as they stand in the message."""
+def array_bytes(exchange: Sent) -> int:
+    """Count the bytes of the arrays in a reply."""
     return sum(a.numpy().nbytes for a in exchange.up.content.array_records["arrays"].values())
 
 
 @pytest.mark.parametrize("compression", [c for c in WIRE if c not in ("none", "topk_both")])
-def test_down_goes_what_went_up_added_to_what_went_down(compression: str, run: Runner) -> None:
-    """The next round's state is the weighted mean of start + update, read off the messages."""
+def test_the_next_round_sends_down_the_mean_of_what_went_up(compression: str, run: Runner) -> None:
+    """The next round's state is the mean of start + update, read from the messages."""
     run(f"compression={compression}", "strategy.weights=uniform", "evaluation.clients=never")
     first, second = (run.recorder.of("train", round) for round in (1, 2))
     algorithm: dict[str, Compression] = {
@@ -567,17 +578,17 @@ def test_int8_of_two_runs_is_equal(run: Runner) -> None:
 
 @pytest.mark.parametrize("compression", ["float16", "bfloat16"])
 def test_both_ways(compression: str, run: Runner, opened: Callable[..., Engine]) -> None:
-    given = [f"compression={compression}", "strategy=scaffold", "evaluation.clients=always"]
-    single, both = run(*given)["bytes"], run(*given, "compression.both=true")["bytes"]
+    common = [f"compression={compression}", "strategy=scaffold", "evaluation.clients=always"]
+    single, both = run(*common)["bytes"], run(*common, "compression.both=true")["bytes"]
     for exchange in run.recorder.of("train") + run.recorder.of("evaluate"):
         assert set(dtypes(exchange.down_state()).values()) == {WIRE[compression]}
     assert all(line.get("refused") is None for line in run.lines())
     assert 2 * both["downlink_payload_bytes"] == single["downlink_payload_bytes"]
     assert both["uplink_payload_bytes"] == single["uplink_payload_bytes"]
-    # the server adds the step from what the clients had to what it had itself
+    # the server adds the clients' mean step to its own exact values
     first, second = (run.recorder.of("train", round) for round in (1, 2))
     names = [name for name in first[0].down_state() if not name.startswith(STRATEGY)]
-    initial = opened(*given).replica.initial
+    initial = opened(*common).replica.initial
 
     def mean(name: str) -> Tensor:
         return torch.stack([e.up_state()[name].float() for e in first]).mean(dim=0)
@@ -588,7 +599,7 @@ def test_both_ways(compression: str, run: Runner, opened: Callable[..., Engine])
 
 
 def test_what_top_k_left_out_comes_later(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client's error is kept between rounds, and is not taken for the strategy's controls."""
+    """A client keeps its error between rounds, apart from the strategy's controls."""
     calls: list[tuple[State, State]] = []
     encode = OfUpdate.encode_with_error
 
@@ -617,32 +628,32 @@ SPARSE = 4 * K + 273  # bytes: values, and a bit for each of 2,180 entries
 
 
 def vector(values: State) -> np.ndarray:
-    """All numbers, in the order of names."""
+    """Return all numbers of a state in the order of names."""
     return np.concatenate([values[name].double().numpy().ravel() for name in sorted(values)])
 
 
 def unmasked(wire: State, numel: int) -> np.ndarray:
-    """A message's vector, zeros where nothing was sent."""
+    """Return a message's vector with zeros where nothing was sent."""
     full = np.zeros(numel)
     full[np.unpackbits(wire[BITMAP + VECTOR].numpy())[:numel] == 1] = wire[VECTOR].numpy()
     return full
 
 
 def largest(values: np.ndarray, sent: int) -> np.ndarray:
-    """The values, zero but for so many of the largest magnitude."""
+    """Set all but the ``sent`` values of the largest magnitude to zero."""
     chosen = np.argsort(-np.abs(values), kind="stable")[:sent]
     return np.where(np.isin(np.arange(len(values)), chosen), values, 0.0)
 
 
 def mean_update(run: Runner, round: int) -> np.ndarray:
-    """By examples, of what went up."""
+    """Average the updates that were sent up, weighted by examples."""
     sent = run.recorder.of("train", round)
     rows = [e.up.content.metric_records["metrics"]["num-examples"] for e in sent]
     return np.average([unmasked(e.up_state(), N) for e in sent], axis=0, weights=rows)
 
 
 def test_two_rounds_of_flasc_by_hand(run: Runner, opened: Callable[..., Engine]) -> None:
-    """Down goes the top of P, up the top of each update, and P takes Adam's step."""
+    """The server sends the top of P, clients the top of their updates; P takes Adam's step."""
     start = vector(opened(*FLASC).replica.initial)
     assert len(start) == N
     ends = []
@@ -664,13 +675,13 @@ def test_two_rounds_of_flasc_by_hand(run: Runner, opened: Callable[..., Engine])
         np.testing.assert_allclose(after, before + step, rtol=1e-5, atol=1e-6)
         line = run.lines()[round]
         assert line["uplink_payload_bytes"] == line["downlink_payload_bytes"] == 3 * SPARSE
-        for exchange in run.recorder.of("evaluate", round + 1):  # what the next round would send
+        for exchange in run.recorder.of("evaluate", round + 1):  # of what the next round sends
             assert np.array_equal(unmasked(exchange.down_state(), N), largest(after, K))
     never = ~known & (start != 0)
     assert never.sum() > 100 and np.array_equal(ends[1][never], start[never])
 
 
-def test_what_is_sent_up_is_the_top_of_what_was_trained(
+def test_clients_send_up_the_top_of_their_update(
     run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every entry trains, from the sparse start; B's zeros are not frozen."""
@@ -694,10 +705,10 @@ def test_what_is_sent_up_is_the_top_of_what_was_trained(
 
 
 def test_the_bytes_of_both_ways(run: Runner) -> None:
-    """Of whole messages: what is saved is saved on the wire."""
-    given = ["method.rank=8", "evaluation.clients=never"]
-    dense = run("method=lora", *given)["bytes"]
-    sparse = run(*FLASC, *given)["bytes"]
+    """Whole messages, not only their payloads, become smaller."""
+    common = ["method.rank=8", "evaluation.clients=never"]
+    dense = run("method=lora", *common)["bytes"]
+    sparse = run(*FLASC, *common)["bytes"]
     messages = 2 * 3
     for way in ("up", "down"):
         assert dense[f"{way}link_payload_bytes"] == messages * 4 * N
@@ -721,10 +732,10 @@ def test_two_runs_of_flasc_are_equal(run: Runner) -> None:
 
 
 @pytest.mark.parametrize("method", ["fedsa_lora", "ffa_lora"])
-def test_what_stays_on_the_client_or_frozen_is_whole(
+def test_personal_and_frozen_parameters_are_whole(
     method: str, run: Runner, opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The vector holds what is sent; the rest is the initial value, or the client's own."""
+    """Parameters that are not sent start at their initial value or at the client's last one."""
     shared = opened(f"method={method}").replica.shared(1)
     last: dict[int, State] = {}
     train_client = Engine.train_client
@@ -752,13 +763,12 @@ def test_what_stays_on_the_client_or_frozen_is_whole(
     assert run.saved().keys() == shared.keys()
 
 
-def test_what_rests_in_a_round_is_whole_on_the_server(run: Runner) -> None:
-    """RoLoRA trains B, then A: in round 2 B goes down in part, and loses nothing."""
+def test_parameters_that_do_not_train_stay_whole_on_the_server(run: Runner) -> None:
+    """RoLoRA trains B, then A: in round 2 B is sent down in part, and the server's B stays."""
     ends = []
     for rounds in (1, 2):
-        assert (
-            run("method=rolora", "compression=topk_both", f"num_rounds={rounds}")["refused"] == {}
-        )
+        summary = run("method=rolora", "compression=topk_both", f"num_rounds={rounds}")
+        assert summary["refused"] == {}
         ends.append(run.saved())
     b = [name for name in ends[0] if ".lora_B." in name]
     assert len(b) == 4
@@ -766,10 +776,10 @@ def test_what_rests_in_a_round_is_whole_on_the_server(run: Runner) -> None:
 
 
 def test_scaffold_with_top_k_both_ways(run: Runner) -> None:
-    """Controls go whole; a client's change is that of all it trained, sent or not."""
-    given = ["method=lora", "method.rank=8", "compression=topk_both", "strategy=scaffold"]
-    given += ["optimizer.name=sgd", "optimizer.max_grad_norm=null", "lr=0.01"]
-    assert run(*given)["refused"] == {}
+    """Controls are sent whole; a client's control covers all that it trained, sent or not."""
+    overrides = ["method=lora", "method.rank=8", "compression=topk_both", "strategy=scaffold"]
+    overrides += ["optimizer.name=sgd", "optimizer.max_grad_norm=null", "lr=0.01"]
+    assert run(*overrides)["refused"] == {}
     control = np.zeros(N)
     for round in (1, 2):
         changes = []
@@ -782,16 +792,16 @@ def test_scaffold_with_top_k_both_ways(run: Runner) -> None:
             np.testing.assert_allclose(sent, control, rtol=1e-5, atol=1e-7)
             changes.append(vector({name: up[name] for name in names}))
             update = unmasked(up, N)
-            own = -sent - update / (2 * 0.01)  # two steps
+            change = -sent - update / (2 * 0.01)  # two steps
             np.testing.assert_allclose(
-                changes[-1][update != 0], own[update != 0], rtol=1e-4, atol=1e-5
+                changes[-1][update != 0], change[update != 0], rtol=1e-4, atol=1e-5
             )
             assert (changes[-1] + sent != 0).sum() > 0.9 * N
         control = control + np.mean(changes, axis=0)
 
 
 def test_every_strategy_takes_its_step_from_what_clients_got(run: Runner) -> None:
-    """FedAvg: P takes the mean update itself."""
+    """With FedAvg, P takes the mean update itself."""
     run(*FLASC, "strategy=fedavg", "num_rounds=1")
     first = vector(run.saved())
     run(*FLASC, "strategy=fedavg")
@@ -855,38 +865,24 @@ def test_flasc_is_lora_with_two_groups_chosen() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_the_command_line_wins_over_flasc(place: int) -> None:
-    """Whichever comes first."""
-    given = ["strategy=fedavg", "compression=topk"]
-    given.insert(2 * place, "method=flasc")
-    config = load_config(given)
+def test_overrides_before_and_after_flasc_win_over_it(place: int) -> None:
+    overrides = ["strategy=fedavg", "compression=topk"]
+    overrides.insert(2 * place, "method=flasc")
+    config = load_config(overrides)
     assert (config.strategy, config.compression) == (FedAvg(), TopK())
     config = load_config(["compression.density_up=0.5", "method=flasc", "strategy.server_lr=0.1"])
     assert config.compression == TopKBoth(density_up=0.5)
     assert config.strategy == FedAdam(server_lr=0.1)
 
 
-def test_flasc_on_the_command_line(
-    base: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_flasc_on_the_command_line(fedpeft: Callable[..., str], base: list[str]) -> None:
     rest = [o for o in base if not o.startswith("method=")]
-
-    def fedpeft(*arguments: str) -> Any:
-        monkeypatch.setattr("sys.argv", ["fedpeft", *arguments])
-        cli.main()
-        return json.loads(capsys.readouterr().out)
-
-    counts = fedpeft("params", "--json", "model=roberta_base", "data=sst2", "method=flasc")
-    assert counts["flasc"]["trained"] == [887_042, 887_042]
-    rows = fedpeft("compare", "--json", "--methods", "lora,flasc", *rest)["rows"]
-    assert {row["method"] for row in rows} == {"lora", "flasc"}
-    summary = fedpeft("run", "--json", "method=flasc", *rest)
+    params = fedpeft("params", "--json", "model=roberta_base", "data=sst2", "method=flasc")
+    assert json.loads(params)["flasc"]["trained"] == [887_042, 887_042]
+    comparison = json.loads(fedpeft("compare", "--json", "--methods", "lora,flasc", *rest))
+    assert {row["method"] for row in comparison["rows"]} == {"lora", "flasc"}
+    summary = json.loads(fedpeft("run", "--json", "method=flasc", *rest))
     text = (Path(summary["run_dir"]) / "config.yaml").read_text()
-    assert (
-        "fedpeft.algorithms.fedopt.FedAdam" in text and "fedpeft.compression.topk.TopKBoth" in text
-    )
+    assert "fedpeft.algorithms.fedopt.FedAdam" in text
+    assert "fedpeft.compression.topk.TopKBoth" in text
     assert summary["bytes"]["uplink_payload_bytes"] == 2 * 3 * SPARSE

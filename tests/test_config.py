@@ -216,11 +216,11 @@ def test_errors_come_before_anything_is_built(run: Runner, monkeypatch: pytest.M
     assert not run.run_dir.exists()
 
 
-# --- what a configuration holds ------------------------------------------------------------------
+# --- values of a configuration -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("given", "clients", "expected"),
+    ("value", "clients", "expected"),
     [
         ("null", 5, 5),
         ("1", 5, 1),
@@ -232,19 +232,19 @@ def test_errors_come_before_anything_is_built(run: Runner, monkeypatch: pytest.M
         ("0.01", 10, 1),
     ],
 )
-def test_clients_per_round(given: str, clients: int, expected: int) -> None:
-    config = load_config([f"clients_per_round={given}", f"num_clients={clients}"])
+def test_clients_per_round(value: str, clients: int, expected: int) -> None:
+    config = load_config([f"clients_per_round={value}", f"num_clients={clients}"])
     assert config.cohort_size() == expected
-    assert isinstance(config.clients_per_round, float) == ("." in given)
+    assert isinstance(config.clients_per_round, float) == ("." in value)
 
 
-@pytest.mark.parametrize("given", ["0", "6", "-1", "0.0", "1.5", "-0.5"])
-def test_impossible_clients_per_round(given: str) -> None:
+@pytest.mark.parametrize("value", ["0", "6", "-1", "0.0", "1.5", "-0.5"])
+def test_impossible_clients_per_round(value: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config([f"clients_per_round={given}", "num_clients=5"])
+        load_config([f"clients_per_round={value}", "num_clients=5"])
     assert str(caught.value) == (
         "clients_per_round must be a count from 1 to num_clients=5 or a share in (0, 1] such as "
-        f"0.5, got {given}"
+        f"0.5, got {value}"
     )
 
 
@@ -275,7 +275,7 @@ def test_overrides_arrive_with_their_types() -> None:
     assert (config.local_steps, config.local_epochs, config.runtime.total_cpus) == (None, 3, 2)
 
 
-def test_the_methods_own_learning_rate_gives_way_to_the_given_one() -> None:
+def test_an_override_of_the_learning_rate_wins_over_the_method_s() -> None:
     assert load_config("method=scl").lr == 1e-3
     assert load_config("method=fedtt").lr == 3e-3
     assert load_config("method=scl lr=0.5").lr == 0.5
@@ -291,7 +291,7 @@ def test_an_experiment_wins_over_the_defaults_and_loses_to_overrides() -> None:
 
 
 def test_fields_that_no_yaml_lists_can_be_set() -> None:
-    """``++`` is what Hydra wants for them; a person need not know."""
+    """Hydra wants ``++`` before them, which ``addable`` puts there."""
     assert load_config("method=fedtt method.train_layernorm=true").method.train_layernorm is True
     assert load_config("data.subset=x").data.subset == "x"
     assert load_config("optimizer.name=sgd runtime.join_timeout=5").runtime.join_timeout == 5.0
@@ -301,7 +301,7 @@ def test_fields_that_no_yaml_lists_can_be_set() -> None:
     assert addable("num_clients=2") == "num_clients=2"
 
 
-def test_what_comes_before_ray_starts_needs_no_torch() -> None:
+def test_modules_imported_before_ray_starts_need_no_torch() -> None:
     code = (
         "import sys; from fedpeft import cli; from fedpeft.client import app; "
         "from fedpeft.config import load as config; from fedpeft.reporting import progress; "
@@ -330,9 +330,8 @@ def test_every_file_composes_and_loads(group: str, name: str) -> None:
         # every field of the file is one of the class, with the file's value
         for key in tree[group]:
             if key != "_target_":
-                given = tree[group][key]
-                found = getattr(value, str(key))
-                assert found == given or dict(found) == dict(given)
+                in_file, loaded = tree[group][key], getattr(value, str(key))
+                assert loaded == in_file or dict(loaded) == dict(in_file)
 
 
 def test_every_key_of_config_is_in_the_yaml() -> None:
@@ -341,7 +340,7 @@ def test_every_key_of_config_is_in_the_yaml() -> None:
 
 
 def test_the_strings_of_overrides() -> None:
-    given = [
+    overrides = [
         "model.path='/my models/it''s'",
         'data.path="/a b/c"',
         "data.labels=[yes please,no]",
@@ -349,8 +348,8 @@ def test_the_strings_of_overrides() -> None:
         "run_dir=/x y",
         "lr=1e-3",
     ]
-    assert split(join(given)) == given
-    assert split(given) == given
+    assert split(join(overrides)) == overrides
+    assert split(overrides) == overrides
     assert split("a=1  'b=c d'\nlr=2") == ["a=1", "b=c d", "lr=2"]
     config = load_config(
         join(["model=local", "model.path='/my models/x y'", "data.labels=['a b',c]"])

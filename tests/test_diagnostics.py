@@ -13,10 +13,10 @@ def test_norms_and_cosine_over_all_parameters() -> None:
         {"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([[4.0]])},  # (3, 0, 4)
         {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([[10.0]])},  # (0, 0, 10)
     ]
-    found = drift(before, states)
-    assert found["update_norm_mean"] == 7.5
-    assert found["update_norm_std"] == 2.5
-    assert found["update_cosine"] == pytest.approx(0.8, abs=1e-12)
+    measures = drift(before, states)
+    assert measures["update_norm_mean"] == 7.5
+    assert measures["update_norm_std"] == 2.5
+    assert measures["update_cosine"] == pytest.approx(0.8, abs=1e-12)
 
 
 def test_blocks_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +28,7 @@ def test_blocks_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drift(before, states) == pytest.approx(whole, rel=1e-12)
 
 
-def test_one_client_or_none_that_moved_has_no_cosine() -> None:
+def test_fewer_than_two_updates_have_no_cosine() -> None:
     before = {"a": torch.tensor([1.0])}
     assert drift(before, [{"a": torch.tensor([3.0])}]) == {
         "update_norm_mean": 2.0,

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,47 +11,32 @@ from pathlib import Path
 import pytest
 
 from fedpeft.config.load import join
+from tests.conftest import ROOT, command
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
 METHODS = ("fedsa_lora", "fedtt_plus")  # one with personal parameters, one with changing roles
 
 
-def given(base: list[str], method: str, run_dir: Path) -> list[str]:
+def overrides_of(base: list[str], method: str, run_dir: Path) -> list[str]:
+    """Return the overrides that all doors have in common."""
     rest = [o for o in base if not o.startswith(("method=", "runtime="))]
-    one_by_one = (
-        "runtime.clients_per_pass=1"  # as real machines train; together, sums are in another order
-    )
     return [
         *rest,
         f"method={method}",
         "evaluation.clients=always",
-        one_by_one,
+        # as real machines train; in one pass, sums are in another order
+        "runtime.clients_per_pass=1",
         f"run_dir={run_dir}",
     ]
 
 
 def summary(run_dir: Path) -> dict[str, object]:
-    """What all doors must agree on."""
-    found = json.loads((run_dir / "summary.json").read_text())
+    """Read the part of a summary on which all doors must agree."""
+    whole = json.loads((run_dir / "summary.json").read_text())
     # Messages carry the overrides, and these name the door: only that part of the bytes differs.
     for key in ("downlink_bytes", "evaluation_downlink_bytes"):
-        del found["bytes"][key]
-    return {key: found[key] for key in ("shared_state_sha256", "final", "bytes", "refused")}
-
-
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a program of this environment."""
-    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        arguments,
-        env=os.environ | {"PATH": path} | environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+        del whole["bytes"][key]
+    return {key: whole[key] for key in ("shared_state_sha256", "final", "bytes", "refused")}
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +44,15 @@ def expected(
     base: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, object]]:
     """The summaries of runs in one process, through the command line."""
-    found = {}
+    summaries = {}
     for method in METHODS:
         run_dir = tmp_path_factory.mktemp(method) / "run"
-        done = command("fedpeft", "run", *given(base, method, run_dir), "runtime=inprocess")
+        done = command("fedpeft", "run", *overrides_of(base, method, run_dir), "runtime=inprocess")
         assert done.returncode == 0, done.stderr
-        found[method] = summary(run_dir)
-    assert found["fedsa_lora"]["refused"] == {}
-    assert found["fedsa_lora"] != found["fedtt_plus"]
-    return found
+        summaries[method] = summary(run_dir)
+    assert summaries["fedsa_lora"]["refused"] == {}
+    assert summaries["fedsa_lora"] != summaries["fedtt_plus"]
+    return summaries
 
 
 @pytest.mark.parametrize("actors", [1, 2])
@@ -80,7 +64,7 @@ def test_ray(
     actors: int,
     tmp_path: Path,
 ) -> None:
-    overrides = given(base, method, tmp_path / "run")
+    overrides = overrides_of(base, method, tmp_path / "run")
     done = command(
         "fedpeft", "run", "--json", *overrides, "runtime=ray", f"runtime.total_cpus={actors}"
     )
@@ -92,7 +76,7 @@ def test_ray(
 def test_a_ray_that_runs_already(
     base: list[str], expected: dict[str, dict[str, object]], tmp_path: Path
 ) -> None:
-    overrides = given(base, "fedtt_plus", tmp_path / "run")
+    overrides = overrides_of(base, "fedtt_plus", tmp_path / "run")
     code = "import ray; ray.init(num_cpus=1); from fedpeft.cli import main; main()"
     done = command(sys.executable, "-c", code, "run", *overrides, "runtime=ray")
     assert done.returncode == 0, done.stderr
@@ -100,7 +84,7 @@ def test_a_ray_that_runs_already(
 
 
 def test_ray_ends_with_one_sentence_for_wrong_input(base: list[str], tmp_path: Path) -> None:
-    overrides = [*given(base, "lora", tmp_path / "run"), "method.rank=0", "runtime=ray"]
+    overrides = [*overrides_of(base, "lora", tmp_path / "run"), "method.rank=0", "runtime=ray"]
     done = command("fedpeft", "run", *overrides)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "fedpeft: method.rank must be >= 1, got 0\n"
@@ -109,7 +93,7 @@ def test_ray_ends_with_one_sentence_for_wrong_input(base: list[str], tmp_path: P
 
 @pytest.fixture
 def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """An own home and ports; the SuperLink that ``flwr run`` leaves behind is ended."""
+    """Environment of ``flwr run``: its home and free ports. Ends the SuperLink that it leaves."""
     ports = []
     for _ in range(2):
         with socket.socket() as free:
@@ -138,7 +122,7 @@ def test_flwr_run(
     flower: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    overrides = join(given(base, "fedsa_lora", tmp_path / "run"))
+    overrides = join(overrides_of(base, "fedsa_lora", tmp_path / "run"))
     done = command(
         "flwr",
         "run",
@@ -157,7 +141,7 @@ def test_flwr_run(
 def test_three_supernodes_over_tls(
     base: list[str], expected: dict[str, dict[str, object]], tmp_path: Path
 ) -> None:
-    overrides = given(base, "fedsa_lora", tmp_path / "run")
+    overrides = overrides_of(base, "fedsa_lora", tmp_path / "run")
     done = command(sys.executable, "scripts/deploy_local.py", "--", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     assert summary(tmp_path / "run") == expected["fedsa_lora"]

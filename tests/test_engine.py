@@ -1,4 +1,4 @@
-"""A process keeps one engine, shared by all that ask for the same configuration; its roles."""
+"""A process keeps one engine, its model and its seeds; roles say what is sent by round."""
 
 import gc
 import weakref
@@ -17,7 +17,7 @@ from tests.conftest import Runner
 
 
 def test_one_engine_at_a_time(base: list[str]) -> None:
-    """Its rows must not keep an engine that was replaced: each holds a whole model."""
+    """A replaced engine is freed even if its rows were read, because it holds a whole model."""
     open_engine.cache_clear()
     first = open_engine(join(base), None)
     assert open_engine(join(base), None) is first
@@ -31,16 +31,16 @@ def test_one_engine_at_a_time(base: list[str]) -> None:
 
 
 def test_an_engine_that_nobody_holds_goes(opened: Callable[..., Engine]) -> None:
-    """Nor must what it keeps of a run: its roles, passes and stacks."""
+    """An engine's roles, passes and stacks do not keep it after a run."""
     engine = opened("num_clients=2", "batch_size=1")
     jobs = [Job(engine.replica.roles.at(1, i), engine.replica.initial) for i in range(2)]
     assert not any(isinstance(result, Exception) for result in engine.train(jobs, 1))
     assert not any(isinstance(result, Exception) for result in engine.train(jobs[:1], 1))
     engine.replica.roles.down(2)
-    gone = [weakref.ref(kept) for kept in (engine, engine.replica, engine.replica.roles)]
+    gone = [weakref.ref(part) for part in (engine, engine.replica, engine.replica.roles)]
     del engine
     gc.collect()
-    assert [kept() for kept in gone] == [None] * 3
+    assert [part() for part in gone] == [None] * 3
 
 
 def test_a_run_in_one_process_builds_one_engine(
@@ -75,7 +75,7 @@ def test_load_leaves_nothing_of_the_client_before(opened: Callable[..., Engine])
 def test_the_same_seed_builds_the_same_parameters(
     method: str, opened: Callable[..., Engine]
 ) -> None:
-    """Frozen random parts, such as FFA-LoRA's A, are never sent: they must be alike everywhere."""
+    """Frozen random parameters, such as FFA-LoRA's A, must be equal because none is ever sent."""
     torch.manual_seed(1)
     one = opened(f"method={method}").replica.model.state_dict()
     torch.manual_seed(2)
@@ -102,7 +102,7 @@ def test_building_does_not_move_the_global_generator(opened: Callable[..., Engin
 
 
 def roles_of(method: str, *names: str) -> Roles:
-    """Of a model that has parameters of these names and no others; the first stands in its body."""
+    """Return the roles of a model with these parameters alone; the first one is the body's."""
     model = nn.Module()
     model.base_model_prefix = names[0].partition(".")[0]  # type: ignore[assignment]
     for name in names:
@@ -130,13 +130,13 @@ def test_roles_and_names() -> None:
     assert roles_of("lora", *names).down(1) == names
 
 
-def test_what_goes_down_gathers_what_was_shared_so_far() -> None:
+def test_all_parameters_shared_so_far_go_down() -> None:
     names = [f"up.factor_{j}_of_6" for j in range(1, 7)] + ["classifier.bias"]
     roles = roles_of("fedtt_plus", *names)
     numbers = [[int(n[10]) for n in roles.down(round)[:-1]] for round in range(1, 6)]
     # rounds train {1, m, 6} with m = 2 + t mod 4: 3, 4, 5, 2, 3
     expected = [[1, 3, 6], [1, 3, 4, 6], [1, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]] + [[1, 2, 3, 4, 5, 6]]
     assert numbers == expected
-    again = roles_of("fedtt_plus", *names)  # whatever is asked first
+    again = roles_of("fedtt_plus", *names)  # the order of calls does not matter
     later = [[int(n[10]) for n in again.down(round)[:-1]] for round in (5, 4, 3, 2, 1)]
     assert later == expected[::-1]

@@ -1,9 +1,8 @@
-"""FederatedPEFT is a Flower strategy: Flower's own start runs it, in anybody's ServerApp."""
+"""FederatedPEFT is a Flower strategy: Flower's own start runs it, in any ServerApp."""
 
 import importlib.util
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +14,12 @@ from fedpeft.engine.engine import open_engine
 from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.simulation.grid import InProcessGrid, one_by_one
 from fedpeft.state import sha256
-from tests.conftest import TINY, Runner
-from tests.test_doors import command
+from tests.conftest import ROOT, Runner, command
+from tests.expected.methods import TINY
 
-EXAMPLE = Path(__file__).parent.parent / "docs" / "flower_app.py"
-# The example on Flower's simulation engine. It prints what the server has after each start, and of
-# Flower's own start the numbers of messages by client, which the mod put into the replies.
+EXAMPLE = ROOT / "docs" / "flower_app.py"
+# The example on Flower's simulation engine. It prints a hash of the server's state after each start
+# and, with Flower's own start, the clients' numbers of messages, which the mod counts.
 IN_FLOWERS_ENGINE = """
 import sys
 import flower_app
@@ -29,8 +28,8 @@ from flwr.simulation import run_simulation
 from fedpeft.state import sha256
 
 class Watched(flower_app.FederatedPEFT):
-    def start(self, *given, **more):
-        result = START(self, *given, **more)
+    def start(self, *arguments, **options):
+        result = START(self, *arguments, **options)
         print("state", sha256(self.state))
         return result
 

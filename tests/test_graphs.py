@@ -1,4 +1,4 @@
-"""Which passes can be captured, rehearsed on the CPU; what replays needs a GPU and is not here."""
+"""A rehearsal on the CPU tells if a pass can be captured; to replay one needs a GPU."""
 
 from collections.abc import Callable
 
@@ -29,14 +29,16 @@ X = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
         (lambda x: (x + 1).nonzero(), "aten.nonzero.default"),
     ],
 )
-def test_what_needs_values(function: Callable[[Tensor], Tensor], first: str | None) -> None:
-    loss, found = rehearsed(lambda batch: function(batch["x"]), {"x": X})
-    assert found == first
+def test_the_first_operation_that_needs_values(
+    function: Callable[[Tensor], Tensor], first: str | None
+) -> None:
+    loss, operation = rehearsed(lambda batch: function(batch["x"]), {"x": X})
+    assert operation == first
     torch.testing.assert_close(loss, function(X))
 
 
 def passes_of(engine: Engine) -> tuple[Passes, Batch]:
-    """Over what trains in round 1, and the first batch of client 0."""
+    """Return passes over the parameters that train in round 1, and client 0's first batch."""
     task, replica = engine.task, engine.replica
     replica.set_trainable(set(replica.roles.trained(1)))
     replica.model.train()
@@ -48,7 +50,8 @@ def passes_of(engine: Engine) -> tuple[Passes, Batch]:
 @pytest.mark.parametrize("method", ["lora", "scl", "fedtt", "bitfit", "full", "ia3", "prompt"])
 def test_steps_of_a_classifier_can_be_captured(opened: Opened, method: str) -> None:
     passes, batch = passes_of(opened(f"method={method}"))
-    assert batch["attention_mask"].min() == 0  # padded: a mask that is looked at, but for captures
+    # rows are padded, so the model would read the mask's values if it were not captured
+    assert batch["attention_mask"].min() == 0
     loss, first = rehearsed(passes.backward, batch)
     assert first is None
     assert torch.isfinite(loss)

@@ -17,7 +17,7 @@ from fedpeft.server.nodes import Nodes, exchange
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.simulation.launch import local_grid, simulate
 from fedpeft.state import read
-from tests.conftest import TINY, Runner, quiet
+from tests.conftest import Runner, quiet, with_fields
 
 ONE_BY_ONE = ("runtime.clients_per_pass=1", "evaluation.clients=always")
 
@@ -35,11 +35,10 @@ class Simulated:
             self.passes.append((messages[0].metadata.message_type, clients))
             return answer(messages, contexts)
 
-        method = [o for o in overrides if o.startswith("method=")][-1].removeprefix("method=")
         self.run.run_dir = self.run.folder / f"simulated{len(self.passes)}"
-        given = [*self.run.base, *TINY.get(method, []), *overrides, f"run_dir={self.run.run_dir}"]
+        whole = with_fields(self.run.base, [*overrides, f"run_dir={self.run.run_dir}"])
         open_engine.cache_clear()
-        return simulate(InProcessGrid(1, noted), given, quiet())
+        return simulate(InProcessGrid(1, noted), whole, quiet())
 
     def trained(self) -> list[list[int]]:
         """Return the clients of each training pass, in the order in which they ran."""
@@ -66,11 +65,11 @@ def simulated(run: Runner) -> Simulated:
 def test_a_state_folder_and_passes_change_no_bit_and_no_byte(
     run: Runner, simulated: Simulated, overrides: tuple[str, ...]
 ) -> None:
-    own = run(*overrides, *ONE_BY_ONE)
+    plain = run(*overrides, *ONE_BY_ONE)
     lines = run.lines()
-    found = simulated(*overrides, *ONE_BY_ONE)
-    assert found["shared_state_sha256"] == own["shared_state_sha256"]
-    assert found["bytes"] == own["bytes"]
+    summary = simulated(*overrides, *ONE_BY_ONE)
+    assert summary["shared_state_sha256"] == plain["shared_state_sha256"]
+    assert summary["bytes"] == plain["bytes"]
     for ours, theirs in zip(simulated.run.lines(), lines, strict=True):
         assert {k: v for k, v in ours.items() if k != "seconds"} == {
             k: v for k, v in theirs.items() if k != "seconds"
@@ -88,15 +87,16 @@ def test_personal_parameters_lie_in_the_runs_folder(run: Runner, simulated: Simu
 
 
 def test_clients_of_a_pass_go_together(simulated: Simulated) -> None:
-    given = ("num_clients=5", "num_rounds=1", "runtime.clients_per_pass=2", "batch_size=2")
-    simulated("method=lora", *given)
+    passes_of_two = ("runtime.clients_per_pass=2", "batch_size=2")
+    simulated("method=lora", "num_clients=5", "num_rounds=1", *passes_of_two)
     assert sorted(map(len, simulated.trained())) == [1, 2, 2]
     assert sorted(sum(simulated.trained(), [])) == [0, 1, 2, 3, 4]
 
 
 def test_clients_of_unequal_ranks_are_in_passes_of_their_own(simulated: Simulated) -> None:
-    given = ("num_clients=4", "num_rounds=1", "runtime.clients_per_pass=4", "batch_size=2")
-    simulated("method=hetlora", "method.ranks=[1,2]", *given)
+    passes_of_four = ("runtime.clients_per_pass=4", "batch_size=2")
+    unequal = ("method=hetlora", "method.ranks=[1,2]")
+    simulated(*unequal, "num_clients=4", "num_rounds=1", *passes_of_four)
     assert sorted(map(sorted, simulated.trained())) == [[0, 2], [1, 3]]
 
 
@@ -136,8 +136,8 @@ def test_one_clients_failure_is_its_own(
 
     monkeypatch.setattr(Engine, "train_client", broken)
     monkeypatch.setattr(Engine, "vectorised", None)
-    given = ("num_clients=3", "num_rounds=1", "runtime.clients_per_pass=3")
-    summary = simulated("method=lora", *given)
+    one_pass = ("num_clients=3", "num_rounds=1", "runtime.clients_per_pass=3")
+    summary = simulated("method=lora", *one_pass)
     assert summary["refused"] == {"1": {"1": "the disk of client 1 is full"}}
 
 
@@ -148,22 +148,31 @@ def test_a_pass_that_fails_fails_all_its_clients(simulated: Simulated) -> None:
             raise RuntimeError("out of memory")
         return answer_all(messages, contexts)
 
-    given = ("num_clients=4", "num_rounds=1", "runtime.clients_per_pass=2")
-    summary = simulated("method=lora", *given, answer=answer)
+    two_passes = ("num_clients=4", "num_rounds=1", "runtime.clients_per_pass=2")
+    summary = simulated("method=lora", *two_passes, answer=answer)
     lost = next(clients for clients in simulated.trained() if 2 in clients)
     assert summary["refused"] == {"1": {str(client): "out of memory" for client in sorted(lost)}}
     assert len(lost) == 2
 
 
 def calls_of(grid: InProcessGrid, messages: Sequence[Message], calls: list[list[int]]) -> Any:
-    """Return the clients of each call that answers some messages, in order."""
+    """Send messages and return the clients of each call that answers them, in order.
+
+    Args:
+        grid: answers the messages.
+        messages: to send.
+        calls: which the grid's workers fill; emptied before.
+    """
     calls.clear()
     assert len(grid.send_and_receive(messages, timeout=60)) == len(messages)
     return calls
 
 
-def test_what_is_asked_at_once() -> None:
-    """Training by passes, evaluation in 64 calls at most, groups apart, and what has none alone."""
+def test_messages_that_are_answered_in_one_call() -> None:
+    """Training goes by passes, evaluation in 64 calls at most; groups stay apart.
+
+    A message without a group is answered alone.
+    """
     calls: list[list[int]] = []
 
     def noted(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
@@ -181,9 +190,9 @@ def test_what_is_asked_at_once() -> None:
     assert calls_of(grid, both, calls) == [[0, 1], [2], [7, 6], [5, 4]]
     assert calls_of(grid, sent("train", [0, 1, 2], ""), calls) == [[0], [1], [2]]
     assert calls_of(grid, sent("evaluate", range(64), "c"), calls) == [[c] for c in range(64)]
-    found = calls_of(grid, sent("evaluate", range(130), "c"), calls)
-    assert [len(call) for call in found] == [3] * 43 + [1]
-    assert sum(found, []) == list(range(130))
+    calls_of(grid, sent("evaluate", range(130), "c"), calls)
+    assert [len(call) for call in calls] == [3] * 43 + [1]
+    assert sum(calls, []) == list(range(130))
 
 
 def test_a_local_grid_in_one_process() -> None:
@@ -210,7 +219,7 @@ def test_nodes_join_without_a_message_to_a_worker() -> None:
         Nodes(5, 0.1).join(grid)
 
 
-def test_who_is_late_is_not_asked_in_the_next_round() -> None:
+def test_late_messages_are_not_begun_in_the_next_round() -> None:
     begun: list[int] = []
 
     def slow(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
@@ -225,26 +234,23 @@ def test_who_is_late_is_not_asked_in_the_next_round() -> None:
     assert begun == [0, 3]
 
 
+def at_once(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+    return [Message(RecordDict(), reply_to=message) for message in messages]
+
+
 def test_replies_are_pulled_in_the_order_in_which_they_came() -> None:
-    """Else a hash of their ids would say which client an error names first."""
-
-    def at_once(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-        return [Message(RecordDict(), reply_to=message) for message in messages]
-
+    """In the order of a set, a hash of ids would decide which client an error names first."""
     grid = InProcessGrid(30, at_once)  # type: ignore[arg-type]
     grid.passes = lambda clients: [sorted(clients, key=lambda client: (client % 7, -client))]
     ids = grid.push_messages(
         Message(RecordDict(), node, "train", group_id="all") for node in grid.get_node_ids()
     )
     replies = grid.pull_messages(ids)
-    found = [reply.metadata.src_node_id - 1 for reply in replies]
-    assert found == sorted(range(30), key=lambda client: (client % 7, -client))
+    clients = [reply.metadata.src_node_id - 1 for reply in replies]
+    assert clients == sorted(range(30), key=lambda client: (client % 7, -client))
 
 
 def test_replies_do_not_stay_in_the_grid(tmp_path: Path) -> None:
-    def at_once(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-        return [Message(RecordDict(), reply_to=message) for message in messages]
-
     grid = InProcessGrid(50, at_once)  # type: ignore[arg-type]
     grid.state_folder = tmp_path
     for _ in range(3):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent / "fedpeft"
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent / "fedpeft"
 SYSTEMS = {"engine", "client", "server", "simulation"}
 # By package: the packages and modules of fedpeft that it must not import.
 FORBIDDEN = {
@@ -18,8 +19,7 @@ FORBIDDEN = {
     "reporting": SYSTEMS
     | {"methods", "models", "algorithms", "compression", "nn", "wire", "state"},
 }
-# These start processes or answer a command, so they import the rest when it is needed; the reason
-# stands beside it.
+# These start processes or answer a command, so they import the other modules when they need them.
 LATE = (
     "cli.py",
     "simulation/launch.py",
@@ -38,16 +38,16 @@ def package(name: str) -> str:
     return name.split("/")[0].removesuffix(".py")
 
 
-def imports(name: str, inner: bool = False) -> Iterator[str]:
-    """Yield the modules that a file imports; with ``inner``, those inside of functions."""
-    tree = ast.parse((ROOT / name).read_text())
+def imports(path: Path, inner: bool = False) -> Iterator[str]:
+    """Yield the modules that a file imports; with ``inner``, only those inside of functions."""
+    tree = ast.parse(path.read_text())
     typing = {id(n) for block in ast.walk(tree) if _for_types(block) for n in ast.walk(block)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in typing:
             if inner and node.col_offset == 0:
                 continue
             if isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{name}:{node.lineno} imports by a relative name"
+                assert node.level == 0, f"{path}:{node.lineno} imports by a relative name"
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 yield from (alias.name for alias in node.names)
@@ -59,8 +59,8 @@ def _for_types(node: ast.AST) -> bool:
 
 def ours(name: str) -> set[str]:
     """Return the packages of fedpeft that a file imports."""
-    found = {m.split(".")[1] for m in imports(name) if m.startswith("fedpeft.")}
-    return found - {package(name)}
+    packages = {m.split(".")[1] for m in imports(ROOT / name) if m.startswith("fedpeft.")}
+    return packages - {package(name)}
 
 
 @pytest.mark.parametrize("name", files())
@@ -71,12 +71,12 @@ def test_no_arrow_up(name: str) -> None:
     if name == "state.py":
         assert not ours(name)
     if package(name) == "reporting":
-        assert "torch" not in {module.split(".")[0] for module in imports(name)}
+        assert "torch" not in {module.split(".")[0] for module in imports(ROOT / name)}
 
 
 @pytest.mark.parametrize("name", [name for name in files() if name not in (*LATE, "__init__.py")])
 def test_own_modules_are_imported_at_the_top(name: str) -> None:
-    late = [module for module in imports(name, inner=True) if module.startswith("fedpeft.")]
+    late = [module for module in imports(ROOT / name, True) if module.startswith("fedpeft.")]
     assert not late
 
 
@@ -91,3 +91,14 @@ def test_packages_form_no_circle() -> None:
         assert lowest, f"a circle among {', '.join(sorted(left))}"
         for name in lowest:
             del left[name]
+
+
+def files_of_tests() -> list[str]:
+    return sorted(str(path.relative_to(TESTS)) for path in TESTS.rglob("test_*.py"))
+
+
+@pytest.mark.parametrize("name", files_of_tests())
+def test_a_test_file_imports_no_other(name: str) -> None:
+    """Helpers of several test files stand in modules of other names."""
+    parts = {part for module in imports(TESTS / name) for part in module.split(".")}
+    assert not {part for part in parts if part.startswith("test_")}

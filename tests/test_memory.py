@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from fedpeft.engine import cpu as memory
+from fedpeft.engine import cpu
 
 MIB = 2**20
 
@@ -15,29 +15,29 @@ def resident() -> float:
 
 def test_freed_pages_go_back_but_not_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr(memory.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(memory, "_given_back", 100.0 - memory.GIVE_BACK_EVERY)
+    monkeypatch.setattr(cpu.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(cpu, "_given_back", 100.0 - cpu.GIVE_BACK_EVERY)
     assert freed_by_a_call() > 60
     assert freed_by_a_call() < 20
-    clock[0] += memory.GIVE_BACK_EVERY
+    clock[0] += cpu.GIVE_BACK_EVERY
     assert freed_by_a_call() > 60
 
 
 def freed_by_a_call() -> float:
-    """MiB that a call gives back, of the 100 of small tensors below one that stays alive."""
-    tensors = [torch.ones(16 * 1024) for _ in range(1600)]  # of 64 KiB, which the heap holds
-    kept = tensors[-1]
+    """Free 100 MiB of small tensors below one that stays alive; return the MiB given back."""
+    tensors = [torch.ones(16 * 1024) for _ in range(1600)]  # 64 KiB each, so they lie in the heap
+    last = tensors[-1]
     tensors.clear()
     before = resident()
-    memory.give_back()
+    cpu.give_back()
     freed = before - resident()
-    assert kept.sum() == 16 * 1024
+    assert last.sum() == 16 * 1024
     return freed
 
 
-def test_elsewhere_nothing_is_asked_of_the_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.sys, "platform", "win32")
-    monkeypatch.setattr(memory, "_given_back", -memory.GIVE_BACK_EVERY)
-    monkeypatch.delattr(memory.ctypes, "CDLL")
-    memory.give_back()
-    assert memory._given_back == -memory.GIVE_BACK_EVERY
+def test_other_platforms_call_no_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu.sys, "platform", "win32")
+    monkeypatch.setattr(cpu, "_given_back", -cpu.GIVE_BACK_EVERY)
+    monkeypatch.delattr(cpu.ctypes, "CDLL")
+    cpu.give_back()
+    assert cpu._given_back == -cpu.GIVE_BACK_EVERY

@@ -35,7 +35,7 @@ WORDS = (
 
 
 def rows(name: str, count: int = 6) -> tuple[list[Any], list[Any]]:
-    """Predictions and references that a metric takes, different from each other."""
+    """Draw predictions and references that a metric takes, different from each other."""
     draw = random.Random(count)
     if name in LABELS:
         return draw.choices((0, 1), k=count), draw.choices((0, 1), k=count)
@@ -334,12 +334,12 @@ def caches_of_evaluate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes a module's script and returns its folder."""
+    """``write(name, body, *kinds)`` writes a module's script and gives its folder."""
 
     def script(name: str, body: str, *kinds: tuple[str, str]) -> str:
         folder = tmp_path / name
         folder.mkdir()
-        pairs = ", ".join(f"({given}, {right})" for given, right in kinds)
+        pairs = ", ".join(f"({predictions}, {references})" for predictions, references in kinds)
         text = MODULE.format(kinds=f"[{pairs}]", body=body)
         (folder / f"{name}.py").write_text(text)
         return str(folder)
@@ -403,7 +403,7 @@ def test_one_reference_becomes_a_list_where_a_module_takes_lists(write: Write) -
         ("return None", " has no value .*, only none that is a number"),
     ],
 )
-def test_what_a_module_does_wrong_is_one_sentence(write: Write, body: str, said: str) -> None:
+def test_a_module_s_error_is_one_sentence(write: Write, body: str, said: str) -> None:
     folder = write(f"wrong{len(body)}", body, (INT, INT))
     with pytest.raises(ValueError, match=f"^{folder}{said}"):
         measure(folder, [1], [1])
@@ -421,7 +421,7 @@ def test_a_module_is_seeded_and_leaves_numpy_s_generator(write: Write) -> None:
     first = measure(folder, [1], [1])
     after = np.random.random()
     assert measure(folder, [1], [1]) == first
-    evaluate_metrics._loaded.cache_clear()  # as in another process
+    evaluate_metrics.loaded.cache_clear()  # as in another process
     assert measure(folder, [1], [1]) == first
     np.random.seed(5)
     assert np.random.random() == after

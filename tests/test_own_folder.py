@@ -1,4 +1,4 @@
-"""A client with a data folder of its own: all its rows are its, and classes are numbered alike."""
+"""A client with its own data folder holds all its rows; its classes are numbered as elsewhere."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ LABELS = f"data.labels=[{','.join(TOPICS)}]"
 
 @pytest.fixture
 def ward(tmp_path: Path) -> Path:
-    """A hospital's folder: training rows alone, of two of the four classes."""
+    """A hospital's folder with only training rows, of two of the four classes."""
     import random
 
     rng = random.Random(5)
@@ -37,9 +37,9 @@ def test_all_rows_are_the_clients_and_classes_keep_their_numbers(
 ) -> None:
     engine = open_engine(join([*base, LABELS]), str(ward))
     for client in (0, 2):
-        own = engine.rows.client_examples(client)
-        assert [len(own[split]) for split in ("train", "validation", "test")] == [24, 3, 3]
-        used = {int(label) for examples in own.values() for label in examples.labels}
+        splits = engine.rows.client_examples(client)
+        assert [len(splits[split]) for split in ("train", "validation", "test")] == [24, 3, 3]
+        used = {int(label) for examples in splits.values() for label in examples.labels}
         assert used == {list(TOPICS).index("music"), list(TOPICS).index("weather")}
 
 

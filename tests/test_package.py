@@ -1,4 +1,4 @@
-"""The wheel runs without the checkout, and Flower's bundle meets format 1."""
+"""The wheel runs without the checkout, and Flower's bundle has format 1."""
 
 import json
 import os
@@ -29,16 +29,16 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_its_types_configuration_and_licence(unpacked: Path) -> None:
-    given = {p.relative_to(ROOT) for f in ("fedpeft", "conf") for p in (ROOT / f).rglob("*.*")}
+    files = {p.relative_to(ROOT) for f in ("fedpeft", "conf") for p in (ROOT / f).rglob("*.*")}
     wanted = {
         str(path if path.parts[0] == "fedpeft" else "fedpeft" / path)
-        for path in given
+        for path in files
         if path.suffix in (".py", ".yaml", ".typed")
     }
     assert {"fedpeft/py.typed", "fedpeft/conf/config.yaml", "fedpeft/cli.py"} < wanted
-    found = {str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()}
+    in_wheel = {str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()}
     (information,) = unpacked.glob("*.dist-info")
-    assert {path for path in found if not path.startswith(information.name)} == wanted
+    assert {path for path in in_wheel if not path.startswith(information.name)} == wanted
     assert (information / "licenses/LICENSE").read_text() == LICENSE
     assert "fedpeft = fedpeft.cli:main" in (information / "entry_points.txt").read_text()
 

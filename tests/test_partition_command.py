@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft import cli
-from fedpeft.data.partitions.base import Dirichlet
+from fedpeft.data.partitions.base import Dirichlet, Partition
 from fedpeft.data.partitions.saved import Saved
 from fedpeft.engine.engine import Engine
 from fedpeft.reporting.figures import plot_partition
@@ -20,21 +19,9 @@ Command = Callable[..., str]
 
 
 @pytest.fixture
-def partition(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    base: list[str],
-) -> Command:
+def partition(fedpeft: Command, base: list[str]) -> Command:
     """``partition("num_clients=4")`` gives what the command prints, run in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: str) -> str:
-        monkeypatch.setattr("sys.argv", ["fedpeft", "partition", *base, *arguments])
-        cli.main()
-        return capsys.readouterr().out
-
-    return command
+    return lambda *arguments: fedpeft("partition", *base, *arguments)
 
 
 def counts_of(text: str) -> list[list[int]]:
@@ -67,7 +54,7 @@ def test_json_writes_nothing_unless_told_where(partition: Command, tmp_path: Pat
     assert names == ["partition.json", "partition.png"]
 
 
-def test_a_saved_partition_replays_in_the_command_and_in_a_session(
+def test_a_saved_partition_replays_in_the_command_and_in_an_engine(
     partition: Command, tmp_path: Path, opened: Callable[..., Engine]
 ) -> None:
     partition("num_clients=4", "partition.alpha=0.3", "seed=5", "--out=first")
@@ -80,8 +67,8 @@ def test_a_saved_partition_replays_in_the_command_and_in_a_session(
     saved = json.loads(before)
     assert saved["partition"] == "Dirichlet(column=None, min_size=10, alpha=0.3)"
     assert saved["seed"] == 5
-    session = opened(*replay, "seed=9")
-    assert [rows.tolist() for rows in session.rows.by_client] == saved["clients"]
+    engine = opened(*replay, "seed=9")
+    assert [rows.tolist() for rows in engine.rows.by_client] == saved["clients"]
 
 
 def test_another_column_than_the_labels(partition: Command, tmp_path: Path) -> None:
@@ -96,11 +83,11 @@ def test_another_column_than_the_labels(partition: Command, tmp_path: Path) -> N
             "author": [authors[i % 4] for i in range(59)] + ["eve"],
         }
         datasets.Dataset.from_dict(rows).to_parquet(str(folder / f"{split}.parquet"))
-    given = [f"data.path={folder}", "partition=natural", "partition.column=author"]
-    found = json.loads(partition("--json", *given, "num_clients=4"))
-    assert found["labels"] == ["ann", "bob", "cid", "dee", "eve"]
-    assert found["counts"] == np.pad(np.diag([15, 15, 15, 14]), ((0, 0), (0, 1))).tolist()
-    text = partition(*given, "num_clients=4")
+    overrides = [f"data.path={folder}", "partition=natural", "partition.column=author"]
+    holdings = json.loads(partition("--json", *overrides, "num_clients=4"))
+    assert holdings["labels"] == ["ann", "bob", "cid", "dee", "eve"]
+    assert holdings["counts"] == np.pad(np.diag([15, 15, 15, 14]), ((0, 0), (0, 1))).tolist()
+    text = partition(*overrides, "num_clients=4")
     assert "training rows by client and author" in text
     assert "1 of 60 training rows are no client's" in text
     assert json.loads((tmp_path / "partition.json").read_text())["column"] == "author"
@@ -173,17 +160,17 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    kept: list[Any] = []
+    figures: list[Any] = []
 
     def draw(counts: np.ndarray, labels: Sequence[str]) -> Any:
         with monkeypatch.context() as patched:
-            patched.setattr(pyplot, "close", kept.append)
+            patched.setattr(pyplot, "close", figures.append)
             plot_partition(tmp_path / "p.png", counts, labels)
         assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-        return kept[-1]
+        return figures[-1]
 
     yield draw
-    for figure in kept:
+    for figure in figures:
         pyplot.close(figure)
 
 
@@ -231,11 +218,16 @@ def test_a_picture_shows_the_counts(drawn: Callable[..., Any]) -> None:
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("label", "client")
 
 
-def test_a_saved_partition_is_not_saved_again(tmp_path: Path) -> None:
-    rows = [np.arange(3), np.arange(3, 6)]
-    for partition, names in (
+@pytest.mark.parametrize(
+    ("scheme", "names"),
+    [
         (Dirichlet(), ["partition.png", "partition.json"]),
         (Saved(file="x"), ["partition.png"]),
-    ):
-        config: Any = SimpleNamespace(partition=partition, seed=0)
-        assert Holdings(config, np.zeros(6, int), ["a"], rows).save(tmp_path / "out") == names
+    ],
+)
+def test_a_saved_partition_is_not_saved_again(
+    scheme: Partition, names: list[str], tmp_path: Path
+) -> None:
+    rows = [np.arange(3), np.arange(3, 6)]
+    config: Any = SimpleNamespace(partition=scheme, seed=0)
+    assert Holdings(config, np.zeros(6, int), ["a"], rows).save(tmp_path / "out") == names

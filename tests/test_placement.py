@@ -1,4 +1,4 @@
-"""``personal``, ``frozen`` and ``layers``: where the parameters of any method train and stay."""
+"""``personal``, ``frozen`` and ``layers`` choose the roles of any method's parameters."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,13 +36,13 @@ class Watched:
     """Stands in the client app's place, and notes what each client starts from and keeps.
 
     Attributes:
-        starts: by round and client, the head at the beginning of training.
-        kept: likewise, all that is personal after it.
+        starts: by round and client, the head before training.
+        ends: by round and client, all personal parameters after training.
     """
 
     def __init__(self) -> None:
         self.starts: dict[tuple[int, int], State] = {}
-        self.kept: dict[tuple[int, int], State] = {}
+        self.ends: dict[tuple[int, int], State] = {}
 
     def __call__(self, message: Message, context: Context) -> Message:
         config = message.content.config_records["config"]
@@ -55,25 +55,31 @@ class Watched:
         reply = client_app(message=message, context=context)  # type: ignore[call-arg]
         if training:
             store = Store(context, client, overrides)
-            self.kept[at] = Kept.parted(store.load()).personal
+            self.ends[at] = Kept.parted(store.load()).personal
         return reply
 
-    def check_own(self, cohorts: Sequence[Sequence[int]], first: int, before: State) -> None:
-        """Each client goes on from the head that it kept, and from ``before`` if it has none."""
-        own: dict[int, State] = {}
+    def check(self, cohorts: Sequence[Sequence[int]], first: int, before: State) -> None:
+        """Check that each client goes on from the head that it kept.
+
+        Args:
+            cohorts: by round.
+            first: round in which the head becomes personal.
+            before: the head from which a client starts that has kept none.
+        """
+        heads: dict[int, State] = {}
         rested = set()
         for round, cohort in enumerate(cohorts, start=1):
             if round < first:
                 continue
             for client in cohort:
-                assert equal(self.starts[round, client], own.get(client, before))
-                own[client] = self.kept[round, client]
-                assert list(own[client]) == HEAD
-                assert not equal(own[client], self.starts[round, client])
-            rested |= {client for client in own if client not in cohort}
-        heads = [state["classifier.weight"] for state in own.values()]
-        assert len(heads) == 3 and rested
-        assert all(not torch.equal(a, b) for i, a in enumerate(heads) for b in heads[:i])
+                assert equal(self.starts[round, client], heads.get(client, before))
+                heads[client] = self.ends[round, client]
+                assert list(heads[client]) == HEAD
+                assert not equal(heads[client], self.starts[round, client])
+            rested |= {client for client in heads if client not in cohort}
+        weights = [head["classifier.weight"] for head in heads.values()]
+        assert len(weights) == 3 and rested
+        assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
 
 
 # --- personal ------------------------------------------------------------------------------------
@@ -83,42 +89,41 @@ def test_a_personal_head_of_lora_stays_with_each_client(
     run: Runner, opened: Callable[..., Engine]
 ) -> None:
     watched = Watched()
-    given = ("personal=head", TINY_RANK, "clients_per_round=2", "num_rounds=4", "seed=2")
-    summary = run(*given, answer=watched)
+    overrides = ("personal=head", TINY_RANK, "clients_per_round=2", "num_rounds=4", "seed=2")
+    summary = run(*overrides, answer=watched)
     assert summary["refused"] == {}
     for exchange in run.recorder.of("train"):
         assert len(exchange.up_state()) == len(exchange.down_state()) == 8
     for exchange in run.recorder.exchanges:
         for state in (exchange.up_state(), exchange.down_state()):
             assert all(".lora_" in name for name in state)
-    engine = opened(*given)
+    engine = opened(*overrides)
     cohorts = [line["cohort"] for line in run.lines()[1:]]
-    watched.check_own(cohorts, 1, {name: engine.replica.initial[name] for name in HEAD})
+    watched.check(cohorts, 1, {name: engine.replica.initial[name] for name in HEAD})
     assert not set(HEAD) & set(run.saved())
-    # and each client is measured with its own
+    # each client is measured with its own head
     assert summary["selected_by"] == "client_validation_accuracy"
-    found, rows = 0.0, 0
+    total, rows = 0.0, 0
     for client in range(3):
-        own = [state for (_, c), state in watched.kept.items() if c == client][-1]
-        engine.replica.load(run.saved(), own)
+        head = [state for (_, c), state in watched.ends.items() if c == client][-1]
+        engine.replica.load(run.saved(), head)
         test = engine.rows.client_examples(client)["test"]
-        found += len(test) * engine.evaluate(test)["loss"]
+        total += len(test) * engine.evaluate(test)["loss"]
         rows += len(test)
-    assert summary["final"]["client_test_loss"] == pytest.approx(found / rows, rel=1e-9)
+    assert summary["final"]["client_test_loss"] == pytest.approx(total / rows, rel=1e-9)
 
 
-def test_patterns_make_one_method_of_another(run: Runner) -> None:
-    """FedSA-LoRA is LoRA whose B and head are personal, FFA-LoRA one whose A is frozen."""
-    pairs = [
-        ("fedsa_lora", ["personal=[head,'*.lora_B.*']"]),
-        ("ffa_lora", ["frozen='*.lora_A.*'"]),
-    ]
-    for method, patterns in pairs:
-        expected = run(f"method={method}")
-        found = run("method=lora", *patterns)
-        for key in ("shared_state_sha256", "final", "initial", "selected_by"):
-            assert found[key] == expected[key], (method, key)
-        assert found["bytes"]["uplink_bytes"] == expected["bytes"]["uplink_bytes"]
+@pytest.mark.parametrize(
+    ("method", "pattern"),
+    [("fedsa_lora", "personal=[head,'*.lora_B.*']"), ("ffa_lora", "frozen='*.lora_A.*'")],
+)
+def test_a_pattern_makes_one_method_of_another(method: str, pattern: str, run: Runner) -> None:
+    """FedSA-LoRA is LoRA whose B and head are personal, FFA-LoRA is LoRA whose A is frozen."""
+    expected = run(f"method={method}")
+    summary = run("method=lora", pattern)
+    for key in ("shared_state_sha256", "final", "initial", "selected_by"):
+        assert summary[key] == expected[key], key
+    assert summary["bytes"]["uplink_bytes"] == expected["bytes"]["uplink_bytes"]
 
 
 @dataclass(frozen=True)
@@ -130,11 +135,14 @@ class LateHead(LoRA):
 
 
 class OnEngine:
-    """Answers messages on one engine, whose configuration no override can name."""
+    """Answers messages on one engine, whose configuration no override can name.
+
+    Attributes:
+        watched: notes each client's head before training, and its personal parameters after it.
+    """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.heads: dict[tuple[int, int], tuple[State, State]] = {}  # before training, and kept
+        self.engine, self.watched = engine, Watched()
 
     def __call__(
         self, messages: Sequence[Message], contexts: Sequence[Context]
@@ -151,17 +159,17 @@ class OnEngine:
         result = self.engine.train_client(begun.job, client.round)
         assert isinstance(result, Result)
         content = client.finish(begun, result)
-        kept = Kept.parted(client.store.load()).personal
-        before = {name: begun.job.start[name] for name in HEAD}
-        self.heads[client.round, client.number] = before, kept
+        at = client.round, client.number
+        self.watched.starts[at] = {name: begun.job.start[name] for name in HEAD}
+        self.watched.ends[at] = Kept.parted(client.store.load()).personal
         return Message(content, reply_to=message)
 
 
 def test_a_head_that_becomes_personal_is_measured_on_the_clients_in_every_round(
     base: list[str], tmp_path: Path
 ) -> None:
-    given = [*base, "clients_per_round=2", "num_rounds=4", "seed=2"]
-    engine = Engine(replace(load_config(given), method=LateHead(rank=4)))
+    overrides = [*base, "clients_per_round=2", "num_rounds=4", "seed=2"]
+    engine = Engine(replace(load_config(overrides), method=LateHead(rank=4)))
     assert engine.replica.roles.has_personal
     assert [set(HEAD) <= set(engine.replica.roles.shared(r)) for r in (1, 2, 3)] == [1, 0, 0]
     directory, display = RunDirectory(str(tmp_path / "run"), OmegaConf.create({}), "x"), quiet()
@@ -180,15 +188,13 @@ def test_a_head_that_becomes_personal_is_measured_on_the_clients_in_every_round(
     best = max(lines, key=lambda line: line["client_validation_accuracy"])
     assert summary["best"]["client_validation_accuracy"] == best["client_validation_accuracy"]
 
-    watched = Watched()
-    watched.starts = {at: before for at, (before, _) in worker.heads.items()}
-    watched.kept = {at: kept for at, (_, kept) in worker.heads.items()}
+    watched = worker.watched
     cohorts = [line["cohort"] for line in lines[1:]]
     initial = {name: engine.replica.initial[name] for name in HEAD}
-    shared = {name: run.strategy.state[name] for name in HEAD}  # of round 1, and none since
+    shared = {name: run.strategy.state[name] for name in HEAD}  # since round 1 no client sends it
     assert not equal(shared, initial)
-    assert all(equal(watched.starts[1, c], initial) and not watched.kept[1, c] for c in cohorts[0])
-    watched.check_own(cohorts, 2, shared)
+    assert all(equal(watched.starts[1, c], initial) and not watched.ends[1, c] for c in cohorts[0])
+    watched.check(cohorts, 2, shared)
 
 
 # --- frozen --------------------------------------------------------------------------------------
@@ -197,25 +203,25 @@ def test_a_head_that_becomes_personal_is_measured_on_the_clients_in_every_round(
 def test_a_frozen_head_never_changes_and_is_not_sent(
     run: Runner, opened: Callable[..., Engine]
 ) -> None:
-    given = ("frozen=head", TINY_RANK, "evaluation.clients=always")
+    overrides = ("frozen=head", TINY_RANK, "evaluation.clients=always")
     watched = Watched()
-    summary = run(*given, answer=watched)
+    summary = run(*overrides, answer=watched)
     assert summary["refused"] == {} and summary["selected_by"] == "validation_accuracy"
-    engine = opened(*given)
+    engine = opened(*overrides)
     initial = {name: engine.replica.initial[name] for name in HEAD}
-    assert len(watched.starts) == 6 and not any(watched.kept.values())
+    assert len(watched.starts) == 6 and not any(watched.ends.values())
     assert all(equal(start, initial) for start in watched.starts.values())
     for exchange in run.recorder.exchanges:
         for state in (exchange.up_state(), exchange.down_state()):
             assert not set(HEAD) & set(state)
     assert len(run.saved()) == 8 and not set(HEAD) & set(run.saved())
     assert summary["parameters"]["sent_up"] == [2 * 2 * 4 * (32 + 32)] * 2
-    # nor on a client in between, though its loss has a gradient there
+    # it does not change on a client either, though the loss has a gradient there
     engine.replica.load(run.saved())
     after = engine.train_client(job_of(engine, 0), 1).after
     assert equal({name: after[name] for name in HEAD}, initial)
     assert not equal(after, engine.replica.initial)
-    # while without the pattern it changes
+    # without the pattern it changes
     run(TINY_RANK)
     assert all(not torch.equal(run.saved()[name], initial[name]) for name in HEAD)
 
@@ -224,13 +230,13 @@ def test_a_frozen_head_never_changes_and_is_not_sent(
 
 
 def blocks_of(names: Sequence[str]) -> set[int]:
-    """Numbers of the blocks that parameters stand in."""
+    """Return the numbers of the blocks that hold these parameters."""
     return {int(n.partition(".layer.")[2].partition(".")[0]) for n in names if ".layer." in n}
 
 
 @pytest.mark.parametrize("method", ["lora", "scl", "fedtt", "bitfit", "full", "adapter"])
 def test_the_last_block_alone(method: str, run: Runner, opened: Callable[..., Engine]) -> None:
-    """What stands outside of the blocks, such as the head, trains as ever."""
+    """Parameters outside of the blocks, such as the head's, train as ever."""
     everywhere = opened(f"method={method}").replica.roles.names
     assert blocks_of(everywhere) == {0, 1}
     expected = [name for name in everywhere if ".layer.0." not in name]
@@ -244,7 +250,7 @@ def test_the_last_block_alone(method: str, run: Runner, opened: Callable[..., En
     assert replica.roles.names == expected
     parameters = dict(replica.model.named_parameters())
     first = [name for name in parameters if ".layer.0." in name]
-    assert len(first) == 16  # as the base model has them: nothing was put in
+    assert len(first) == 16  # the base model's: the method added none
     assert not any(parameters[name].requires_grad for name in first)
 
 
@@ -279,7 +285,7 @@ def test_a_method_outside_of_the_blocks_cannot_choose_them(
     )
 
 
-# --- what matches nothing ------------------------------------------------------------------------
+# --- patterns that match nothing -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -287,12 +293,12 @@ def test_a_method_outside_of_the_blocks_cannot_choose_them(
     [
         *(
             (
-                f"{key}={given}",
+                f"{key}={pattern}",
                 f"{key}={named} matches no trained parameter: give head, or a pattern of names "
                 "such as bert.encoder.layer.0.attention.self.query.lora_A.default.weight",
             )
             for key in ("personal", "frozen")
-            for given, named in (
+            for pattern, named in (
                 ("'*.lora_C.*'", "*.lora_C.*"),
                 ("[head,nobody]", "nobody"),
                 # it is there, but does not train
@@ -308,7 +314,7 @@ def test_a_method_outside_of_the_blocks_cannot_choose_them(
         ("layers=[-3]", "layers must be from -2 to 1 here, got -3"),
     ],
 )
-def test_what_matches_nothing_is_refused(
+def test_patterns_that_match_nothing_are_refused(
     override: str, says: str, opened: Callable[..., Engine]
 ) -> None:
     with pytest.raises(ValueError) as refused:

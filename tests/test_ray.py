@@ -12,7 +12,7 @@ from fedpeft.config.schema import Runtime
 from fedpeft.simulation.ray import RayGrid
 from fedpeft.simulation.start_ray import start_ray
 
-# Ray leaves files of its processes open, which Python tells when it collects them.
+# Ray leaves files of its processes open, and Python warns when it collects them.
 OPEN = "ignore::pytest.PytestUnraisableExceptionWarning"
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OPEN)]
 
@@ -26,13 +26,13 @@ def two_cores() -> Iterator[None]:
     gc.collect()
 
 
-def asked(node: int, kind: str = MessageType.TRAIN) -> Message:
-    """A message that no client can answer, because its configuration names no method."""
+def message_to(node: int, kind: str = MessageType.TRAIN) -> Message:
+    """Return a message that no client can answer, because its configuration names no method."""
     content = RecordDict({"config": ConfigRecord({"overrides": "method=none", "round": 1})})
     return Message(content, node, kind)
 
 
-def test_every_client_is_a_node_and_workers_are_as_many_as_have_room() -> None:
+def test_every_client_is_a_node_and_as_many_workers_start_as_have_room() -> None:
     for clients, num_cpus, expected in ((9, 1, 2), (9, 0.5, 4), (1, 1, 1), (9, 2, 1)):
         with RayGrid(clients, num_cpus, 0) as grid:
             assert list(grid.get_node_ids()) == list(range(1, clients + 1))
@@ -48,7 +48,7 @@ def test_every_client_is_a_node_and_workers_are_as_many_as_have_room() -> None:
 def test_each_message_has_its_reply_and_errors_come_as_such() -> None:
     with RayGrid(7, 1, 0) as grid:
         kinds = [MessageType.TRAIN if i % 3 == 0 else MessageType.QUERY for i in range(7)]
-        messages = [asked(1 + i, kind) for i, kind in enumerate(kinds)]
+        messages = [message_to(1 + i, kind) for i, kind in enumerate(kinds)]
         replies = grid.send_and_receive(messages)
         assert list(grid.pull_messages(["1"])) == []
     by_number = {int(r.metadata.reply_to_message_id): r for r in replies}
@@ -64,7 +64,7 @@ def test_a_worker_that_dies_fails_one_pass_and_is_replaced() -> None:
     with RayGrid(1, 1, 0) as grid:
         (dead,) = grid._workers
         ray.get(grid._started)
-        ids = grid.push_messages([asked(1) for _ in range(4)])
+        ids = grid.push_messages([message_to(1) for _ in range(4)])
         ray.kill(dead)  # while it still imports
         replies: dict[str, Message] = {}
         while len(replies) < 4:
@@ -76,12 +76,12 @@ def test_a_worker_that_dies_fails_one_pass_and_is_replaced() -> None:
 
 def test_late_messages_are_neither_begun_nor_kept() -> None:
     with RayGrid(1, 1, 0) as grid:
-        late = [asked(1) for _ in range(5)]
+        late = [message_to(1) for _ in range(5)]
         for message in late:
             message.metadata.ttl = 0.01
         grid.push_messages(late)  # the worker starts, and two of them are at it
         time.sleep(0.02)
-        (new,) = grid.push_messages([asked(1)])
+        (new,) = grid.push_messages([message_to(1)])
         assert [group[0].metadata.message_id for group in grid._queue] == [new]
         while not list(grid.pull_messages([new])):
             pass

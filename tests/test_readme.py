@@ -1,4 +1,4 @@
-"""The README's example of a method is real: it runs, as printed."""
+"""The README's example of a method runs as printed; its commands, YAML and tables are right."""
 
 import re
 import shlex
@@ -18,14 +18,12 @@ from fedpeft.state import TRAINED, Role
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-
-
 NAME = "fedpeft.methods.settling_lora"
 
 
 @pytest.fixture
 def example() -> Iterator[ModuleType]:
-    """The README's Python block as the module that it says it is."""
+    """The README's Python block, imported as the module that the README calls it."""
     block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert block is not None
     module = ModuleType(NAME)
@@ -73,10 +71,10 @@ def test_commands_of_the_readme_exist() -> None:
 def test_yaml_of_the_readme_is_like_the_others() -> None:
     block = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
     assert block is not None
-    own = (ROOT / "conf/method/lora.yaml").read_text()
+    lora = (ROOT / "conf/method/lora.yaml").read_text()
     keys = re.findall(r"^ *([\w]+):", block.group(1), re.MULTILINE)
     assert keys == ["lr", "method", "_target_", "rank", "alpha", "settled_after"]
-    assert set(keys[:-1]) <= set(re.findall(r"^ *([\w]+):", own, re.MULTILINE))
+    assert set(keys[:-1]) <= set(re.findall(r"^ *([\w]+):", lora, re.MULTILINE))
     assert f"_target_: {NAME}.SettlingLoRA\n" in block.group(1)
 
 
@@ -84,21 +82,26 @@ def test_yaml_of_the_readme_is_like_the_others() -> None:
 
 
 def table(text: str, first: str) -> dict[str, list[str]]:
-    """The cells of the table whose heading begins so, by the first of each row."""
+    """Return a table's cells by the first cell of each row.
+
+    Args:
+        text: of the document.
+        first: begins the table's heading.
+    """
     body = text[text.index(first) :].partition("\n\n")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body]
     return {name.strip("`"): cells for name, *cells in rows[2:]}
 
 
 def test_its_first_table_is_the_quickstart_s() -> None:
-    made = table((ROOT / "results/quickstart/comparison.md").read_text(), "| method | quality")
+    saved = table((ROOT / "results/quickstart/comparison.md").read_text(), "| method | quality")
     shown = table(README, "| method | quality")
-    assert list(shown) == list(made)
-    for name, (quality, test, start, _, _, trained, up, down, total, _) in made.items():
+    assert list(shown) == list(saved)
+    for name, (quality, test, start, _, _, trained, up, down, total, _) in saved.items():
         assert shown[name] == [quality, test, start, trained, up, down, total]
 
 
-PARTS = {  # what the words of the table of roles name: names of BERT's parameters, in round 1
+PARTS = {  # words of the table of roles: patterns of BERT's parameters, in round 1
     "A": r"lora_A",
     "B": r"lora_B",
     "C": r"\.compress$",
@@ -120,10 +123,10 @@ def test_its_roles_are_the_method_s(method: str) -> None:
     model = config.method.inject(config.model.build_meta(task.auto_class, task.num_labels))
     roles = Roles(config, model).by_name(1)
     role = {name: roles.get(name, Role.FROZEN) for name, _ in model.named_parameters()}
-    told: set[str] = set()
+    covered: set[str] = set()
     for cell, expected in zip(ROLES[method], COLUMNS, strict=True):
         for word in re.split(r", (?!last)", cell) if cell else ():
             names = {name for name in role if re.search(PARTS[word], name)}
             assert {role[name] for name in names} == {expected}, word
-            told |= names
-    assert {name for name in role if role[name] in TRAINED} <= told
+            covered |= names
+    assert {name for name in role if role[name] in TRAINED} <= covered

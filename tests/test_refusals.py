@@ -1,4 +1,4 @@
-"""A client's unusable reply is left out with its reason; the others are averaged as ever."""
+"""A client's unusable reply is left out with its reason; the other replies are averaged."""
 
 import json
 import zlib
@@ -26,7 +26,14 @@ Spoil = Callable[[Message, Message], Message]
 
 
 def rewritten(reply: Message, message: Message, state: State, **metrics: Any) -> Message:
-    """The reply with another state or other metrics."""
+    """Return a reply with another state and other metrics.
+
+    Args:
+        reply: whose metrics are taken over.
+        message: that is answered.
+        state: in place of the reply's.
+        metrics: set anew; null leaves one out.
+    """
     arrays, index = pack(state)
     numbers = dict(reply.content.metric_records["metrics"]) | metrics
     numbers = {key: value for key, value in numbers.items() if value is not None}
@@ -98,7 +105,7 @@ def with_index(index: bytes) -> Spoil:
 
 
 def with_array(change: Callable[[np.ndarray], np.ndarray]) -> Spoil:
-    """Another flat array under the name float32; the index stays."""
+    """Replace the flat array named float32; the index stays."""
 
     def spoil(reply: Message, message: Message) -> Message:
         array = reply.content.array_records["arrays"]["float32"].numpy()
@@ -174,7 +181,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
 
 
 def spoiling(spoil: Spoil, clients: set[int], rounds: set[int]) -> Answer:
-    """The client app, but for the replies of some clients in some rounds."""
+    """Answer as the client app does, but spoil the replies of some clients in some rounds."""
 
     def answer(message: Message, context: Context) -> Message:
         reply = client_app(message=message, context=context)
@@ -191,7 +198,7 @@ def spoiling(spoil: Spoil, clients: set[int], rounds: set[int]) -> Answer:
 
 
 def weighted(states: list[State], numbers: list[int]) -> State:
-    """By hand: sum of n_i theta_i / sum of n_i."""
+    """Compute sum of n_i theta_i / sum of n_i by hand."""
     weights = torch.tensor(numbers, dtype=torch.float64)
     return {
         name: (
@@ -230,7 +237,7 @@ def test_a_bad_reply_is_left_out(case: str, run: Runner) -> None:
 
 
 def test_three_clients_unequal_weights(run: Runner) -> None:
-    """Bug 2: by hand, with nobody refused."""
+    """The mean by hand, with no client refused."""
     run("num_rounds=1")
     exchanges = run.recorder.of("train", 1)
     numbers: list[int] = [
@@ -243,7 +250,7 @@ def test_three_clients_unequal_weights(run: Runner) -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-8)
 
 
-def test_who_was_refused_takes_part_again(run: Runner) -> None:
+def test_a_refused_client_takes_part_again(run: Runner) -> None:
     summary = run(answer=spoiling(CASES["NaN"][0], {1}, {1}))
     assert list(summary["refused"]) == ["1"]
     assert "refused" not in run.lines()[2]
@@ -298,15 +305,15 @@ class Deaf(InProcessGrid):
     kind = "train"
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        given = list(messages)
-        ids = iter(super().push_messages([m for m in given if not self._lost(m)]))
-        return [f"lost {i}" if self._lost(m) else next(ids) for i, m in enumerate(given)]
+        messages = list(messages)
+        ids = iter(super().push_messages([m for m in messages if not self._lost(m)]))
+        return [f"lost {i}" if self._lost(m) else next(ids) for i, m in enumerate(messages)]
 
     def _lost(self, message: Message) -> bool:
         return message.metadata.message_type == self.kind and message.metadata.dst_node_id == 2
 
 
-def test_who_is_late_is_left_out(run: Runner) -> None:
+def test_a_late_client_is_left_out(run: Runner) -> None:
     summary = run("num_rounds=1", "runtime.round_timeout=0.5", grid=Deaf)
     assert summary["refused"] == {"1": {"1": "no reply within runtime.round_timeout=0.5 s"}}
     assert [e.client for e in run.recorder.of("train")] == [0, 2]
@@ -316,22 +323,22 @@ class DeafInEvaluation(Deaf):
     kind = "evaluate"
 
 
-def test_who_is_late_in_evaluation_is_named(run: Runner) -> None:
-    given = ("evaluation.clients=always", "num_rounds=1", "runtime.round_timeout=0.5")
+def test_a_client_that_is_late_in_evaluation_is_named(run: Runner) -> None:
+    overrides = ("evaluation.clients=always", "num_rounds=1", "runtime.round_timeout=0.5")
     late = "evaluation: no reply within runtime.round_timeout=0.5 s"
-    assert run(*given, grid=DeafInEvaluation)["refused"] == {"0": {"1": late}, "1": {"1": late}}
+    assert run(*overrides, grid=DeafInEvaluation)["refused"] == {"0": {"1": late}, "1": {"1": late}}
 
     def answer(message: Message, context: Context) -> Message:
         if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
             raise ValueError("no training")
         return client_app(message=message, context=context)
 
-    refused = run(*given, grid=DeafInEvaluation, answer=answer)["refused"]
+    refused = run(*overrides, grid=DeafInEvaluation, answer=answer)["refused"]
     assert refused["1"] == {"1": f"no training; {late}"}
 
 
 def test_only_a_node_names_its_folder(run: Runner, tmp_path: Path) -> None:
-    """Whatever a message says, a machine's own node writes nowhere else."""
+    """A node writes to no folder that a message names."""
     folder = tmp_path / "elsewhere"
     expected = run("method=fedsa_lora")["shared_state_sha256"]
 
@@ -339,12 +346,12 @@ def test_only_a_node_names_its_folder(run: Runner, tmp_path: Path) -> None:
         assert "state-folder" not in context.node_config
         if message.metadata.message_type == "train":
             named = {"clients": [0, 1], "folder": str(folder), "state-folder": str(folder)}
-            own = dict(message.content.config_records["config"])
+            config = dict(message.content.config_records["config"])
             content = RecordDict({**message.content, "clients": ConfigRecord({**named})})
-            content["config"] = ConfigRecord({**own, **named})
-            given = Message(content, message.metadata.dst_node_id, "train")
-            given.metadata.__dict__ |= message.metadata.__dict__
-            return client_app(message=given, context=context)
+            content["config"] = ConfigRecord({**config, **named})
+            changed = Message(content, message.metadata.dst_node_id, "train")
+            changed.metadata.__dict__ |= message.metadata.__dict__
+            return client_app(message=changed, context=context)
         return client_app(message=message, context=context)
 
     summary = run("method=fedsa_lora", answer=answer)
@@ -372,7 +379,7 @@ def test_a_client_that_fails_in_evaluation(run: Runner) -> None:
 
 
 def test_traffic_of_a_refused_reply_is_counted(run: Runner) -> None:
-    """It was sent, whatever it holds."""
+    """A refused reply was sent too."""
     run("num_rounds=1", answer=spoiling(CASES["NaN"][0], {1}, {1}))
     sent = [wire_bytes(e.up.content) for e in run.recorder.of("train")]
     assert len(sent) == 3 and run.lines()[1]["uplink_bytes"] == sum(sent)
@@ -387,7 +394,7 @@ def test_traffic_of_a_refused_reply_is_counted(run: Runner) -> None:
         ([0, 2], r"no client holds partitions \[1\] of num_clients=3"),
     ],
 )
-def test_who_joins(configs: list[int | None], message: str, run: Runner) -> None:
+def test_nodes_that_cannot_join(configs: list[int | None], message: str, run: Runner) -> None:
     class Named(InProcessGrid):
         def node_config(self, node: int) -> dict[str, Any]:
             partition = configs[node - 1]

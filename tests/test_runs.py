@@ -1,8 +1,7 @@
-"""Whole runs of every method in conf/method: who sends what, at what cost, and always the same."""
+"""Whole runs of every method in conf/method: messages, their bytes, and equal bits every time."""
 
 import json
 import random
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -23,96 +22,10 @@ from fedpeft.server.app import serve
 from fedpeft.simulation.grid import InProcessGrid, one_by_one
 from fedpeft.simulation.launch import run as run_here
 from fedpeft.state import State, snapshot
-from tests.conftest import COMMON, TOPICS, Recorder, Runner, quiet
+from tests.conftest import Recorder, Runner, Sent, quiet
+from tests.expected.methods import EXPECTED, PERSONAL, Expected, names_of
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-WORDS = 5 + len({w for text in (*TOPICS.values(), COMMON) for w in text.split()})
-HEAD = r"^classifier\.(weight|bias)$"
-# The role table: for rounds 1 and 2, what is sent up and what is sent down.
-LORA, FFA = rf"\.lora_[AB]\.|{HEAD}", rf"\.lora_B\.|{HEAD}"
-SCL = rf"\.(compress|project)$|{HEAD}"
-FEDTT = rf"\.factor_\d_of_\d$|(down|up|pooler\.dense)\.bias$|{HEAD}"
-BASE, CORE = r"\.base_layer\.weight$", rf"\.core$|{HEAD}"
-MLP = rf"\.intermediate\.dense\.weight$|\d\.output\.dense\.weight$|{HEAD}"
-HEADS, VALUES = rf"\.(core|scales)$|{HEAD}", rf"\.values$|{HEAD}"
-ADAPTER = rf"\.adapter\.(down|up)\.|LayerNorm\.|{HEAD}"
-PROMPT, PREFIX = (rf"{own}|^inner\.classifier\." for own in (r"\.prompt\.", r"^prefix\."))
-DORA, DITTO = rf"{LORA}|\.lora_magnitude_vector\.", rf"\.lora_[AB]\.global\.|{HEAD}"
-DUAL = rf"\.lora_[AB]\.shared\.|{HEAD}"
-SENT: dict[str, list[tuple[str, str]]] = {
-    "rolora": [(FFA, FFA), (rf"\.lora_A\.|{HEAD}", LORA)],
-    "full": [("", ""), ("", "")],
-    "bitfit": [(rf"bias$|{HEAD}", rf"bias$|{HEAD}")] * 2,
-    "adapter": [(ADAPTER, ADAPTER)] * 2,
-    "ia3": [(rf"\.ia3_l\.|{HEAD}", rf"\.ia3_l\.|{HEAD}")] * 2,
-    **dict.fromkeys(("prompt", "p_tuning", "fedprompt"), [(PROMPT, PROMPT)] * 2),
-    "prefix": [(PREFIX, PREFIX)] * 2,
-    "feddpa": [(DUAL, DUAL)] * 2,
-    "federa": [(LORA, LORA)] * 2,
-    "fedex_lora": [(LORA, LORA), (LORA, rf"{LORA}|{BASE}")],
-    "flora": [(LORA, LORA), (LORA, rf"{LORA}|{BASE}")],
-    "flexlora": [(LORA, LORA), (LORA, LORA)],
-    "hetlora": [(LORA, LORA), (LORA, LORA)],
-    "fedrot_lora": [(LORA, LORA), (LORA, LORA)],
-    "lora_fair": [(LORA, LORA), (LORA, LORA)],
-    "dora": [(DORA, DORA)] * 2,
-    "ditto": [(DITTO, DITTO)] * 2,
-    "fedsvd": [(FFA, FFA), (FFA, LORA)],
-    "fed_sb": [(CORE, rf"{CORE}|\.basis_(in|out)$")] * 2,
-    "ravan": [(HEADS, HEADS), (HEADS, HEADS)],
-    "fedftg": [(MLP, MLP), (MLP, MLP)],
-    "slora": [(VALUES, VALUES), (LORA, rf"{LORA}|{VALUES}")],
-    "lora": [(LORA, LORA), (LORA, LORA)],
-    "flasc": [(LORA, LORA), (LORA, LORA)],  # of which the largest entries go
-    "ffa_lora": [(FFA, FFA), (FFA, FFA)],
-    "fedsa_lora": [(r"\.lora_A\.", r"\.lora_A\."), (r"\.lora_A\.", r"\.lora_A\.")],
-    "scl": [(SCL, SCL), (SCL, SCL)],
-    "fedtt": [(FEDTT, FEDTT), (FEDTT, FEDTT)],
-    "fedtt_plus": [
-        (rf"\.factor_[134]_of_4$|{HEAD}", rf"\.factor_[134]_of_4$|{HEAD}"),
-        (rf"\.factor_[124]_of_4$|{HEAD}", rf"\.factor_[1234]_of_4$|{HEAD}"),
-    ],
-}
-PERSONAL = {"fedsa_lora": rf"\.lora_B\.|{HEAD}", "feddpa": r"\.lora_[AB]\.own\."} | {
-    "ditto": r"\.lora_[AB]\.personal\."
-}
-# Tensors and numbers sent up in a round, by hand, for the tiny BERT: hidden 32, MLP 64, two layers,
-# four labels (a head of 32 * 4 + 4 = 132), rank 4 on q and v, SCL at 8, TT at 5 on 32x64 = (4, 8,
-# 8, 8), 64x32 = (8, 8, 8, 4) and a pooler of 32x32 = (4, 8, 8, 4).
-# By round where rounds differ.
-COUNTS: dict[str, tuple[int, int] | list[tuple[int, int]]] = {
-    "rolora": (4 + 2, 2 * 2 * 4 * 32 + 132),
-    # embeddings of words, positions and two segments, their norm, two blocks, pooler, head
-    "full": (
-        5 + 2 * 16 + 2 + 2,
-        (WORDS + 64 + 2 + 2) * 32 + 2 * (4 * 32 * 33 + 64 * 33 + 32 * 65 + 4 * 32) + 32 * 33 + 132,
-    ),
-    "bitfit": (1 + 2 * 8 + 1 + 2, 32 + 2 * (4 * 32 + 64 + 3 * 32) + 32 + 132),
-    "adapter": (16 + 10 + 2, 4 * (2 * 32 * 8 + 8 + 32) + 5 * 2 * 32 + 132),
-    "ia3": (6 + 2, 2 * (32 + 32 + 64) + 132),
-    **dict.fromkeys(("prompt", "fedprompt"), (1 + 2, 4 * 32 + 132)),
-    "p_tuning": (1 + 6 + 2, 4 * 32 + (33 * 8 + 9 * 8 + 9 * 32) + 132),
-    "prefix": (1 + 2, 4 * 2 * 2 * 32 + 132),
-    "feddpa": (8 + 2, 2 * 2 * 4 * (32 + 32) + 132),
-    "federa": (8 + 2, 2 * 2 * 4 * (32 + 32) + 132),
-    **dict.fromkeys(
-        ("fedex_lora", "flora", "flexlora", "hetlora", "fedrot_lora", "lora_fair", "ditto"),
-        (8 + 2, 2 * 2 * 4 * (32 + 32) + 132),
-    ),
-    "dora": (8 + 4 + 2, 2 * 2 * 4 * (32 + 32) + 4 * 32 + 132),
-    "fedsvd": (4 + 2, 2 * 2 * 4 * 32 + 132),
-    "fed_sb": (4 + 2, 2 * 2 * 8 * 8 + 132),
-    "ravan": (8 + 2, 2 * 2 * (3 * 4 * 4 + 3) + 132),
-    "fedftg": (4 + 2, 2 * 2 * 32 * 64 + 132),
-    # 5 % of 1,024 places are 51.
-    "slora": [(4 + 2, 2 * 2 * 51 + 132), (8 + 2, 2 * 2 * 4 * (32 + 32) + 132)],
-    **dict.fromkeys(("lora", "flasc"), (8 + 2, 2 * 2 * 4 * (32 + 32) + 132)),
-    "ffa_lora": (4 + 2, 2 * 2 * 4 * 32 + 132),
-    "fedsa_lora": (4, 2 * 2 * 4 * 32),
-    "scl": (4 + 2, 2 * 8 * (64 + 32) + 132),
-    "fedtt": (40 + 5 + 2, 4 * (2 * 460 + 64 + 32) + (440 + 32) + 132),
-    "fedtt_plus": (24 + 3 + 2, 4 * 2 * 260 + 240 + 132),
-}
 SUMMARY = {
     "method": str,
     "selected_by": str,
@@ -136,18 +49,8 @@ SUMMARY = {
 }
 
 
-def names_of(model: torch.nn.Module, pattern: str) -> list[str]:
-    return [name for name, _ in model.named_parameters() if re.search(pattern, name)]
-
-
-def counts_of(method: str) -> list[tuple[int, int]]:
-    """Tensors and numbers sent up in rounds 1 and 2."""
-    counts = COUNTS[method]
-    return counts if isinstance(counts, list) else [counts] * 2
-
-
 def without_time(value: Any) -> Any:
-    """A summary or a line without what may differ between two equal runs."""
+    """Return a summary or a line without the values that may differ between two equal runs."""
     if isinstance(value, list):
         return [without_time(v) for v in value]
     if not isinstance(value, dict):
@@ -159,8 +62,8 @@ def serialised(message: Message) -> int:
     return sum(len(part.deflate()) for part in get_all_nested_objects(message.content).values())
 
 
-def test_every_method_is_in_the_role_table() -> None:
-    assert set(SENT) == set(METHODS) == set(COUNTS)
+def test_every_method_has_its_row() -> None:
+    assert set(EXPECTED) == set(METHODS)
 
 
 class Watched:
@@ -193,56 +96,73 @@ class Watched:
 def test_two_rounds(method: str, run: Runner, opened: Callable[..., Engine]) -> None:
     watched = Watched()
     summary = run(f"method={method}", "compression=none", answer=watched)
-    session, lines = opened(f"method={method}"), run.lines()
-
+    engine, lines = opened(f"method={method}"), run.lines()
     assert [line["round"] for line in lines] == [0, 1, 2]
-    for round, (up_pattern, down_pattern) in enumerate(SENT[method], start=1):
-        up, down = (
-            names_of(session.replica.model, up_pattern),
-            names_of(session.replica.model, down_pattern),
-        )
-        exchanges = run.recorder.of("train", round)
-        assert [e.client for e in exchanges] == [0, 1, 2] == lines[round]["cohort"]
-        for exchange in exchanges:
-            assert list(exchange.up_state()) == up
-            assert list(exchange.down_state()) == down
-        sent = len(up), sum(session.replica.initial[n].numel() for n in up)
-        assert sent == counts_of(method)[round - 1]
-        payload = {
-            n: 4 * sum(session.replica.initial[k].numel() for k in ns)
-            for n, ns in (("up", up), ("down", down))
-        }
-        for way, messages in (
-            ("up", [e.up for e in exchanges]),
-            ("down", [e.down for e in exchanges]),
-        ):
-            assert lines[round][f"{way}link_bytes"] == sum(map(serialised, messages))
-            assert lines[round][f"{way}link_payload_bytes"] == 3 * payload[way]
-            assert all(payload[way] < serialised(m) < payload[way] + 4000 for m in messages)
+    for round, line in enumerate(lines[1:], start=1):
+        check_messages(engine, EXPECTED[method], line, run.recorder.of("train", round))
+    check_trained(engine, EXPECTED[method], watched)
+    check_summary(EXPECTED[method], summary, lines)
+    assert summary == json.loads((run.run_dir / "summary.json").read_text())
+    assert summary["run_dir"] == str(run.run_dir)
 
+
+def check_messages(
+    engine: Engine, expected: Expected, line: dict[str, Any], exchanges: list[Sent]
+) -> None:
+    """Check the names, numbers and bytes that clients receive and send in a round.
+
+    Args:
+        engine: of the same configuration.
+        expected: of its method.
+        line: of the round in metrics.jsonl.
+        exchanges: trainings of the round.
+    """
+    at = line["round"] - 1
+    up, down = (names_of(engine.replica.model, pattern) for pattern in expected.sent[at])
+    assert [e.client for e in exchanges] == [0, 1, 2] == line["cohort"]
+    for exchange in exchanges:
+        assert list(exchange.up_state()) == up
+        assert list(exchange.down_state()) == down
+    numbers = {
+        way: sum(engine.replica.initial[name].numel() for name in names)
+        for way, names in (("up", up), ("down", down))
+    }
+    assert (len(up), numbers["up"]) == expected.counts[at]
+    for way, messages in (
+        ("up", [e.up for e in exchanges]),
+        ("down", [e.down for e in exchanges]),
+    ):
+        payload = 4 * numbers[way]
+        assert line[f"{way}link_bytes"] == sum(map(serialised, messages))
+        assert line[f"{way}link_payload_bytes"] == 3 * payload
+        assert all(payload < serialised(m) < payload + 4000 for m in messages)
+
+
+def check_trained(engine: Engine, expected: Expected, watched: Watched) -> None:
+    """Check that each training changes the parameters that are sent or personal, and no others."""
     assert [(client, round) for client, round, _, _ in watched.seen] == [
         (client, round) for round in (1, 2) for client in (0, 1, 2)
     ]
     for _, round, before, after in watched.seen:
-        trained = SENT[method][round - 1][0] + "|" + PERSONAL.get(method, "^$")
+        pattern = expected.sent[round - 1][0] + "|" + (expected.personal or "^$")
         changed = [name for name in before if not torch.equal(before[name], after[name])]
-        assert sorted(changed) == sorted(names_of(session.replica.model, trained))
+        assert sorted(changed) == sorted(names_of(engine.replica.model, pattern))
 
-    assert summary == json.loads((run.run_dir / "summary.json").read_text())
+
+def check_summary(expected: Expected, summary: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+    """Check a summary against the lines of metrics.jsonl and the counts by hand."""
     assert {key: type(value) for key, value in summary.items()} == SUMMARY
     totals = {k: sum(line.get(k, 0) for line in lines) for k in summary["bytes"]}
     assert summary["bytes"] == totals
     assert set(totals) >= {
         f"{way}link{kind}" for way in ("up", "down") for kind in ("_bytes", "_payload_bytes")
     }
-    numbers = sorted(number for _, number in counts_of(method))
-    assert summary["parameters"]["sent_up"] == numbers
+    assert summary["parameters"]["sent_up"] == sorted(number for _, number in expected.counts)
     assert summary["data"]["rows"] == {"train": 240, "validation": 40, "test": 40}
     assert summary["refused"] == {} and summary["seed"] == 0
-    assert summary["run_dir"] == str(run.run_dir)
     metrics = summary["final"]
-    where = "client_test" if method in PERSONAL else "test"
-    assert 0 <= metrics[f"{where}_accuracy"] <= 1 and metrics[f"{where}_loss"] > 0
+    prefix = "client_test" if expected.personal else "test"
+    assert 0 <= metrics[f"{prefix}_accuracy"] <= 1 and metrics[f"{prefix}_loss"] > 0
 
 
 def test_the_numbers_are_those_of_the_last_line_and_the_saved_state(run: Runner) -> None:
@@ -279,7 +199,7 @@ def test_training_learns_the_topics(run: Runner) -> None:
 
 
 def test_payload_doubles_with_the_rank(run: Runner) -> None:
-    """Bug 5: bytes of what is sent, not of Python objects. FedSA-LoRA sends A alone."""
+    """Bytes are those of the numbers sent, not of Python objects. FedSA-LoRA sends A alone."""
     small = run("method=fedsa_lora", "method.rank=4")["bytes"]
     large = run("method=fedsa_lora", "method.rank=8")["bytes"]
     for key in ("uplink_payload_bytes", "downlink_payload_bytes"):
@@ -317,8 +237,8 @@ class Reversed(InProcessGrid):
 class Shuffled(InProcessGrid):
     """Answers in a random order, some messages at once, from nodes numbered the other way round."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._rng = random.Random(11)
 
     def node_config(self, node: int) -> dict[str, Any]:
@@ -332,7 +252,7 @@ class Shuffled(InProcessGrid):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_same_seed_same_bits(method: str, run: Runner) -> None:
-    """Bug 12: also when replies come in another order, from nodes of other numbers."""
+    """A run has the same bits if replies come in another order, from nodes of other numbers."""
     overrides = [f"method={method}", "evaluation.clients=always"]
     first, lines = run(*overrides), run.lines()
     again = run(*overrides, grid=Shuffled)
@@ -342,7 +262,7 @@ def test_same_seed_same_bits(method: str, run: Runner) -> None:
 
 
 def test_any_order_of_replies_gives_the_same_bits(run: Runner) -> None:
-    """And the grids do what this and the test above suppose."""
+    """The grids of this test and the one above answer in different orders."""
     results, orders = [], []
     for grid in (InProcessGrid, Reversed, Shuffled):
         results.append(without_time(run(grid=grid)))
@@ -365,8 +285,8 @@ def test_the_python_function_gives_the_same_as_the_grid(
     run: Runner, base: list[str], tmp_path: Path
 ) -> None:
     expected = run("method.rank=4")["shared_state_sha256"]
-    more = ["method.rank=4", "runtime.clients_per_pass=1", f"run_dir={tmp_path / 'launched'}"]
-    assert run_here([*base, *more], quiet())["shared_state_sha256"] == expected
+    overrides = ["method.rank=4", "runtime.clients_per_pass=1", f"run_dir={tmp_path / 'launched'}"]
+    assert run_here([*base, *overrides], quiet())["shared_state_sha256"] == expected
 
 
 def test_cohorts(run: Runner) -> None:
@@ -433,43 +353,42 @@ def test_uniform_weights(run: Runner) -> None:
 # --- personal parameters -------------------------------------------------------------------------
 
 
-def test_personal_tensors_stay_each_client_s_own(
+def test_each_client_keeps_its_own_personal_tensors(
     run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bug 1: one resident model serves all clients, yet each has its own B and head."""
+    """One resident model serves all clients, yet each client has its own B and head."""
     last: dict[int, State] = {}
     initial: State = {}
     checked: list[tuple[str, int, int]] = []
     train_client, evaluate = Engine.train_client, Engine.evaluate
 
-    def personal(session: Engine) -> State:
-        return snapshot(
-            session.replica.model, names_of(session.replica.model, PERSONAL["fedsa_lora"])
-        )
+    def personal(engine: Engine) -> State:
+        model = engine.replica.model
+        return snapshot(model, names_of(model, PERSONAL["fedsa_lora"]))
 
-    def check(session: Engine) -> None:
-        initial.update({name: session.replica.initial[name] for name in personal(session)})
+    def check(engine: Engine) -> None:
+        initial.update({name: engine.replica.initial[name] for name in personal(engine)})
         expected = last.get(run.recorder.client, initial)
-        for name, value in personal(session).items():
+        for name, value in personal(engine).items():
             assert torch.equal(value, expected[name]), (run.recorder.client, name)
         checked.append((run.recorder.kind, run.recorder.round, run.recorder.client))
 
-    def train_and_check(session: Engine, job: Job, round: int) -> Any:
+    def train_and_check(engine: Engine, job: Job, round: int) -> Any:
         assert job.client == run.recorder.client
-        session.replica.load(job.start)
-        check(session)
-        result = train_client(session, job, round)
-        last[job.client] = personal(session)
+        engine.replica.load(job.start)
+        check(engine)
+        result = train_client(engine, job, round)
+        last[job.client] = personal(engine)
         return result
 
-    def evaluate_and_check(session: Engine, *args: Any, **more: Any) -> dict[str, float]:
-        check(session)
-        return evaluate(session, *args, **more)
+    def evaluate_and_check(engine: Engine, *args: Any, **options: Any) -> dict[str, float]:
+        check(engine)
+        return evaluate(engine, *args, **options)
 
     monkeypatch.setattr(Engine, "train_client", train_and_check)
     monkeypatch.setattr(Engine, "evaluate", evaluate_and_check)
     summary = run("method=fedsa_lora", "clients_per_round=2", "num_rounds=4", "seed=2")
-    assert summary["refused"] == {}  # where a check that fails in a client would show
+    assert summary["refused"] == {}  # a check that fails in a client shows here
 
     assert len(initial) == 4 + 2
     assert all(not value.any() for name, value in initial.items() if "lora_B" in name)
@@ -499,7 +418,7 @@ def test_a_fresh_client_starts_from_zero_b_and_the_initial_head(run: Runner) -> 
         assert all(not v.any() for name, v in before.items() if ".lora_B." in name)
         heads.append(before["classifier.weight"])
     assert all(torch.equal(a, b) for a, b in pairwise(heads))
-    # while A is the one that the others have trained
+    # while A is what other clients have trained
     a = [name for name in first[0][1] if ".lora_A." in name]
     starts = [before for _, before in first.values()]
     assert not torch.equal(starts[0][a[0]], starts[1][a[0]])

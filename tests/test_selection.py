@@ -1,4 +1,4 @@
-"""The reported round is chosen on validation rows; test rows never choose (bug 7)."""
+"""The reported round is chosen on validation rows; test rows never choose."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ TEST = (0.1, 0.3, 0.95)
 
 @pytest.fixture
 def selecting(opened: Callable[..., Engine], tmp_path: Path) -> Callable[..., Run]:
-    """A run whose lines a test gives by hand."""
+    """``selecting("method=lora")`` gives a run whose lines a test writes by hand."""
 
     def make(*overrides: str) -> Run:
         directory = RunDirectory(str(tmp_path / "run"), OmegaConf.create({}), "x")
@@ -95,7 +95,7 @@ def test_the_earlier_of_equals_and_rounds_without_a_value(selecting: Callable[..
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Accuracies by round and split in place of measured ones; notes which split is measured."""
+    """Put accuracies by round in place of measured ones, and note the splits that are measured."""
     measured: list[str] = []
 
     def evaluate(engine: Engine, examples: Examples, *_: Any, **__: Any) -> dict[str, float]:
@@ -111,7 +111,6 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_run_tests_only_its_last_and_its_best_round(run: Runner, scripted: list[str]) -> None:
-    after_one = None
     run("num_rounds=1", "seed=4")
     after_one = run.saved()
     scripted.clear()
@@ -127,14 +126,14 @@ def test_a_run_tests_only_its_last_and_its_best_round(run: Runner, scripted: lis
 
 
 def test_the_best_state_s_test_numbers_are_those_of_that_state(run: Runner) -> None:
-    """An unscripted run: the best round's state, loaded again, scores what the summary says."""
+    """In a real run, the best round's state scores what the summary says when it is loaded."""
     summary = run("num_rounds=3", "lr=0.02", "local_steps=10", "seed=1")
     engine = Engine(load_config([*run.base, "method.rank=4", "seed=1"]))
     for name, key in (("best_shared_state", "best"), ("shared_state", "final")):
         engine.replica.load(run.saved(name))
-        found = engine.evaluate(engine.rows.examples("test"))
-        assert summary[key]["test_loss"] == found["loss"]
-        assert summary[key]["test_accuracy"] == found["accuracy"]
+        metrics = engine.evaluate(engine.rows.examples("test"))
+        assert summary[key]["test_loss"] == metrics["loss"]
+        assert summary[key]["test_accuracy"] == metrics["accuracy"]
     best = max(run.lines(), key=lambda line: line["validation_accuracy"])
     assert summary["best"]["round"] == best["round"] != 3
 
@@ -158,7 +157,7 @@ def test_when_no_training_helps_the_initial_state_is_the_best(
 
 
 def test_personal_runs_choose_by_the_clients(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients measure validation and test in turn; the test rows would choose another round."""
+    """Clients measure validation and test in turns; test rows would choose another round."""
     count = 0
 
     def evaluate(engine: Engine, examples: Examples, *_: Any, **__: Any) -> dict[str, float]:

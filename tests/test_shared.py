@@ -1,9 +1,8 @@
-"""Real data and weights: those that stand beside the project, and the embedded default."""
+"""Real data and weights: those in the folder shared/, and the embedded default."""
 
 import hashlib
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +10,9 @@ from PIL import Image
 
 from fedpeft.config.load import load_config
 from fedpeft.data.rows.tables import values
+from tests.conftest import SHARED, needs_shared
 
-SHARED = Path(__file__).parents[2] / "shared"
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the folder shared/ with real data is not beside the project"
-)
 pytestmark = pytest.mark.slow
-
-
 SIZES = {
     "sst2": (66_675, 674, 872),  # FedPETuning's
     "mrpc": (3_301, 367, 408),
@@ -39,8 +33,8 @@ def task_of(name: str) -> Any:
 @pytest.mark.parametrize("name", SIZES)
 def test_splits(name: str) -> None:
     task = task_of(name)
-    found = task.fingerprint()
-    assert tuple(found["rows"].values()) == SIZES[name] and found["skipped"] == {}
+    facts = task.fingerprint()
+    assert tuple(facts["rows"].values()) == SIZES[name] and facts["skipped"] == {}
     groups, names = task.grouped(None)
     assert len(groups) == SIZES[name][0] and len(names) == GROUPS[name] == len(set(groups))
     if name == "sst2":
@@ -49,7 +43,7 @@ def test_splits(name: str) -> None:
 
 @needs_shared
 def test_each_brain_image_once() -> None:
-    """213 stand in both splits, encoded anew or not: train loses them."""
+    """213 images are in both splits, some encoded anew, and train loses them."""
     task = task_of("brain_tumor")
     pixels: dict[str, list[bytes]] = {}
     for split, rows in task.tables.items():
@@ -61,16 +55,16 @@ def test_each_brain_image_once() -> None:
     train, test = set(pixels["train"]), set(pixels["test"])
     assert (len(pixels["train"]), len(pixels["test"])) == (2_870, 394)
     assert len(train | test) == 2_870 and len(train & test) == 213
-    found = task.fingerprint()
-    assert found["rows"] == {"train": 2_300, "validation": 256, "test": 314}
-    assert found["skipped"] == {"is a repeat in train": 314, "is a repeat in test": 80}
+    facts = task.fingerprint()
+    assert facts["rows"] == {"train": 2_300, "validation": 256, "test": 314}
+    assert facts["skipped"] == {"is a repeat in train": 314, "is a repeat in test": 80}
     assert task.label_names == ["glioma", "meningioma", "no_tumor", "pituitary"]
 
 
 @needs_shared
 @pytest.mark.parametrize("name", ["medquad", "squad"])
 def test_two_rounds_of_answers(run: Any, name: str) -> None:
-    """Prompts are longer than the room here: cut, and counted."""
+    """Prompts are longer than the limit, so they are cut and counted."""
     data = [f"data={name}", f"data.path={SHARED}/data/{name}", *FEW, "partition=iid"]
     model = [f"model.path={SHARED}/models/stories260k", "method.rank=4", "lr=0.01"]
     summary = run(*model, *data, "data.max_length=96", "data.max_answer_length=16")

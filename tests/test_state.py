@@ -5,21 +5,7 @@ import torch
 from torch import nn
 
 from fedpeft.state import State, check, load_state, payload_bytes, sha256, snapshot
-
-
-def mixed() -> State:
-    torch.manual_seed(0)
-    return {
-        "b.weight": torch.randn(3, 4),
-        "a.half": torch.randn(2, 5).to(torch.bfloat16),
-        "count": torch.tensor([[-(2**40)], [7]]),
-        "scalar": torch.tensor(2.5),
-        "none": torch.empty(0, 3),
-        "a.weight": torch.randn(4).double(),
-        "half": torch.randn(2).half(),
-        "extremes": torch.tensor([0.0, -0.0, 3.4e38, 1e-45]),
-    }
-
+from tests.conftest import mixed
 
 # --- check --------------------------------------------------------------------------------------
 
@@ -108,12 +94,12 @@ def test_payload_bytes() -> None:
 
 def test_snapshot_copies_and_load_state_is_in_place() -> None:
     model = nn.Linear(2, 2)
-    taken = snapshot(model, ["weight"])
-    before = taken["weight"].clone()
+    copy = snapshot(model, ["weight"])
+    before = copy["weight"].clone()
     address = model.weight.data_ptr()
     load_state(model, {"weight": torch.zeros(2, 2)}, {"weight": torch.ones(2, 2)})
     assert model.weight.data_ptr() == address
     assert torch.equal(model.weight, torch.ones(2, 2))  # the later state wins
-    assert torch.equal(taken["weight"], before)
-    load_state(model, taken)
+    assert torch.equal(copy["weight"], before)
+    load_state(model, copy)
     assert torch.equal(model.weight, before)

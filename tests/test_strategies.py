@@ -5,8 +5,8 @@ Which pairs are refused stands here by name; what the others come to, in ``serve
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from fedpeft.engine.engine import Engine
 from fedpeft.methods.base import At
 from fedpeft.methods.lora import LoRA
 from fedpeft.state import Role, State
-from tests.conftest import TINY, Runner
+from tests.conftest import Runner
+from tests.expected.methods import HEAD, PERSONAL, SENT, TINY, names_of
 from tests.pairs import (
     CLIENTS,
     COHORT,
@@ -37,7 +38,6 @@ from tests.pairs import (
     with_method,
 )
 from tests.server_rules import RULES, Array, Given
-from tests.test_runs import HEAD, PERSONAL, SENT, names_of
 
 METHODS, STRATEGIES, COMPRESSIONS = map(names_in, ("method", "strategy", "compression"))
 # The classes of the methods that aggregate by a rule of their own; all others take the mean.
@@ -109,40 +109,36 @@ def tiny(base: list[str]) -> Config:
 Paired = Callable[..., Pair]
 
 
-@pytest.fixture
-def pairs(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Paired]:
-    """``pairs(method)`` gives ``pair(strategy, field=...)``, all of them on one model."""
-    served: list[Engine] = []
-    # torch's own formats a stack for each kind of device that is not there: a fifth of a pair
-    monkeypatch.setattr(torch, "manual_seed", torch.default_generator.manual_seed)
-    monkeypatch.setattr("fedpeft.client.client.open_engine", lambda *_: served[-1])
-
-    def of(method: str) -> Paired:
-        session = small(with_method(tiny, method, TINY.get(method, [])))
-
-        def pair(strategy: str, rounds: int = 2, /, **fields: Any) -> Pair:
-            given: dict[str, Any] = {
-                "strategy": replace(made("strategy", strategy), **FIELDS.get(strategy, {})),
-                "clients_per_round": CLIENTS if strategy in ALL else COHORT,
-            }
-            served.append(changed(session, **given | fields))
-            for part in (served[-1].config.strategy, served[-1].config.compression):
-                part.check(served[-1].replica._setting())
-            return Pair(served[-1], rounds)
-
-        return pair
-
-    return of
+@pytest.fixture(scope="module")
+def engine_of(tiny: Config) -> Callable[[str], Engine]:
+    """``engine_of(method)`` gives one engine for all pairs of a method."""
+    return cache(lambda method: small(with_method(tiny, method, TINY.get(method, []))))
 
 
-@contextmanager
-def named(method: str, strategy: str) -> Iterator[None]:
-    """Any error names the pair."""
-    try:
-        yield
-    except BaseException as error:
-        error.add_note(f"method={method} strategy={strategy}")
-        raise
+@pytest.fixture(scope="module")
+def pair(engine_of: Callable[[str], Engine]) -> Iterator[Paired]:
+    """``pair(method, strategy, rounds, field=...)`` runs the rounds of a pair."""
+
+    def run(method: str, strategy: str, rounds: int = 2, /, **fields: Any) -> Pair:
+        options: dict[str, Any] = {
+            "strategy": replace(made("strategy", strategy), **FIELDS.get(strategy, {})),
+            "clients_per_round": CLIENTS if strategy in ALL else COHORT,
+        }
+        engine = changed(engine_of(method), **options | fields)
+        for part in (engine.config.strategy, engine.config.compression):
+            part.check(engine.replica.setting())
+        return Pair(engine, rounds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # torch's own formats a stack for every kind of absent device: a fifth of a pair's time
+        patch.setattr(torch, "manual_seed", torch.default_generator.manual_seed)
+        yield run
+
+
+@pytest.fixture(scope="module")
+def plain(pair: Paired) -> Paired:
+    """``plain(method)`` gives the method's rounds with FedAvg."""
+    return cache(lambda method: pair(method, "fedavg"))
 
 
 def equal(a: State, b: State, names: list[str] | None = None) -> bool:
@@ -153,59 +149,72 @@ def test_every_strategy_has_a_rule() -> None:
     assert {*RULES, "local_only"} == set(STRATEGIES) and set(OWN_RULE) <= set(METHODS)
 
 
+PAIRS = [(method, strategy) for method in METHODS for strategy in STRATEGIES]
+
+
+@pytest.mark.parametrize(("method", "strategy"), [p for p in PAIRS if not refusal(*p)])
+def test_a_pair(method: str, strategy: str, pair: Paired, plain: Paired) -> None:
+    rounds = pair(method, strategy)
+    check_messages(rounds, method, strategy)
+    check_first_round(rounds, plain(method), strategy)
+    check_kept(rounds, method, strategy)
+    check_values(rounds, method, strategy)
+
+
+@pytest.mark.parametrize(("method", "strategy"), [p for p in PAIRS if refusal(*p)])
+def test_a_refused_pair(method: str, strategy: str, pair: Paired) -> None:
+    with pytest.raises(ValueError) as refused:
+        pair(method, strategy)
+    assert str(refused.value) == refusal(method, strategy)
+
+
+@pytest.mark.parametrize("strategy", TOO_FEW)
+def test_too_few_clients(strategy: str, pair: Paired) -> None:
+    with pytest.raises(ValueError) as refused:
+        pair("lora", strategy, strategy=made("strategy", strategy))
+    assert str(refused.value) == TOO_FEW[strategy]
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_pair(method: str, pairs: Callable[[str], Paired]) -> None:
-    pair = pairs(method)
-    plain = pair("fedavg")
-    for strategy in STRATEGIES:
-        with named(method, strategy):
-            reason = refusal(method, strategy)
-            if reason or strategy in TOO_FEW:
-                with pytest.raises(ValueError) as refused:
-                    pair(strategy, strategy=made("strategy", strategy))
-                assert str(refused.value) == (reason or TOO_FEW[strategy])
-            if not reason:
-                found = pair(strategy)
-                check_messages(found, method, strategy)
-                check_first_round(found, plain, strategy)
-                check_kept(found, method, strategy)
-                check_values(found, method, strategy)
-    with named(method, "fedprox"):
-        alone = {"local_steps": 3, "clients_per_round": 1}
-        nearer(pair("fedprox", 1, **alone), pair("fedavg", 1, **alone))
+def test_fedprox_leads_back(method: str, pair: Paired) -> None:
+    """To see it takes a step, and for LoRA's A, because B is zero, two."""
+    alone = {"local_steps": 3, "clients_per_round": 1}
+    held, free = (pair(method, name, 1, **alone) for name in ("fedprox", "fedavg"))
+    for client, other in free.rounds[0].items():
+        assert moved(held.rounds[0][client]) < 0.99 * moved(other)
 
 
 def check_messages(pair: Pair, method: str, strategy: str) -> None:
     """Who sends what, and what comes down is what the server has; controls only with SCAFFOLD."""
-    config, model, alone = pair.session.config, pair.session.replica.model, strategy == "local_only"
+    config, model, alone = pair.engine.config, pair.engine.replica.model, strategy == "local_only"
     for start, trainings, patterns in zip(pair.values, pair.rounds, SENT[method], strict=False):
         up, down = ([] if alone else names_of(model, pattern) for pattern in patterns)
         if strategy == "centralized" and method in PERSONAL:
-            up = down = pair.session.replica.roles.names
+            up = down = pair.engine.replica.roles.names
         assert len(trainings) == (1 if strategy == "centralized" else config.cohort_size())
         for training in trainings.values():
             assert list(training.sent) == up
             assert list(training.received) == down
-            assert not exact(pair.session) or equal(training.received, start)
+            assert not exact(pair.engine) or equal(training.received, start)
             controls = up if strategy == "scaffold" else []
             assert list(training.controls) == list(training.changes) == controls
-            check_work(pair.session, training, strategy)
+            check_work(pair.engine, training, strategy)
 
 
-def exact(session: Engine) -> bool:
+def exact(engine: Engine) -> bool:
     """Whether what is sent arrives as it was."""
-    return session.config.compression == Compression()
+    return engine.config.compression == Compression()
 
 
-def check_work(session: Engine, training: Training, strategy: str) -> None:
+def check_work(engine: Engine, training: Training, strategy: str) -> None:
     """One step on its own rows; where all are in one place, as many as the cohort's together."""
-    rows = [len(session.rows.client_examples(client)["train"]) for client in range(CLIENTS)]
+    rows = [len(engine.rows.client_examples(client)["train"]) for client in range(CLIENTS)]
     assert len(set(rows)) == CLIENTS
     if strategy == "centralized":
-        phases = len(session.config.method.phases(At(1, 0, 2)))  # each trains something shared
+        phases = len(engine.config.method.phases(At(1, 0, 2)))  # each trains something shared
         assert (training.rows, training.steps) == (sum(rows), COHORT * phases)
     else:
-        phases = len(session.config.method.phases(At(1, 0, 2)))
+        phases = len(engine.config.method.phases(At(1, 0, 2)))
         assert training.rows in rows
         assert training.steps == (phases if strategy == "local_only" else 1)
     trained = {**training.sent, **training.kept}
@@ -214,16 +223,16 @@ def check_work(session: Engine, training: Training, strategy: str) -> None:
 
 def check_first_round(pair: Pair, plain: Pair, strategy: str) -> None:
     """No strategy changes the first step, wherever what it trains is kept; all at once do more."""
-    comparable = exact(pair.session) or strategy != "local_only"  # what is kept is whole
+    comparable = exact(pair.engine) or strategy != "local_only"  # what is kept is whole
     if strategy != "centralized" and comparable:
         for client, other in plain.rounds[0].items():
-            found, expected = (t.sent | t.kept for t in (pair.rounds[0][client], other))
-            assert found.keys() == expected.keys() and equal(found, expected)
+            ours, expected = (t.sent | t.kept for t in (pair.rounds[0][client], other))
+            assert ours.keys() == expected.keys() and equal(ours, expected)
 
 
 def check_kept(pair: Pair, method: str, strategy: str) -> None:
     """What is personal goes on where it ended: AdamW's first step is no longer than lr."""
-    own = names_of(pair.session.replica.model, PERSONAL.get(method, "^$"))
+    own = names_of(pair.engine.replica.model, PERSONAL.get(method, "^$"))
     if strategy == "centralized":
         own = []
     if strategy == "local_only":
@@ -240,13 +249,6 @@ def check_kept(pair: Pair, method: str, strategy: str) -> None:
         assert max(steps, default=0.0) <= 1.001 * LR
 
 
-def nearer(held: Pair, free: Pair) -> None:
-    """FedProx leads back; to see it takes a step, and for LoRA's A, that has B at zero, two."""
-    for client, other in free.rounds[0].items():
-        ways = [moved(training) for training in (held.rounds[0][client], other)]
-        assert ways[0] < 0.99 * ways[1]
-
-
 def moved(training: Training) -> float:
     names = list(training.sent)
     return float(np.linalg.norm(flat(training.sent, names) - flat(training.received, names)))
@@ -254,7 +256,7 @@ def moved(training: Training) -> float:
 
 def check_values(pair: Pair, method: str, strategy: str) -> None:
     """What the server makes of it; of methods with a rule of their own, the head."""
-    names, first = pair.session.replica.roles.names, pair.values[0]
+    names, first = pair.engine.replica.roles.names, pair.values[0]
     idle = equal(first, pair.values[-1])
     assert idle == (strategy == "local_only")
     moments = np.zeros((3, len(flat(first, names))))  # the first, the second, SCAFFOLD's c
@@ -267,19 +269,19 @@ def check_values(pair: Pair, method: str, strategy: str) -> None:
             assert equal(start, end, [name for name in names if name not in shared])
         if shared:
             at = np.concatenate([np.full(start[n].numel(), n in shared) for n in names])
-            given = given_to(pair.session, replies, shared, moments[:, at])
+            given = given_to(pair.engine, replies, shared, moments[:, at])
             step = RULES[strategy](given) - given.start
-            found = flat(end, shared) - flat(start, shared)
-            np.testing.assert_allclose(found, step, rtol=1e-4, atol=1e-6)
-            control = next_control(replies, given, moments[2, at], exact(pair.session))
+            moved = flat(end, shared) - flat(start, shared)
+            np.testing.assert_allclose(moved, step, rtol=1e-4, atol=1e-6)
+            control = next_control(replies, given, moments[2, at], exact(pair.engine))
             moments[:, at] = given.m, given.v, control
 
 
-def given_to(session: Engine, replies: list[Training], shared: list[str], moments: Array) -> Given:
+def given_to(engine: Engine, replies: list[Training], shared: list[str], moments: Array) -> Given:
     """A round's at the server."""
     rows = np.array([reply.rows for reply in replies])
     states = np.stack([flat(reply.sent, shared) for reply in replies])
-    start, fields = flat(replies[0].received, shared), asdict(session.config.strategy)
+    start, fields = flat(replies[0].received, shared), asdict(engine.config.strategy)
     return Given(fields, start, states, rows / rows.sum(), moments[0], moments[1])
 
 
@@ -303,49 +305,53 @@ def flat(state: State, names: list[str]) -> Array:
 
 
 @pytest.mark.parametrize("method", ["rolora", "slora", "fedtt_plus"])
-def test_who_is_alone_keeps_all_that_it_trained(
-    method: str, pairs: Callable[[str], Paired]
-) -> None:
-    """Also what rests in the second round."""
-    first, second = pairs(method)("local_only", clients_per_round=CLIENTS).rounds
+def test_who_is_alone_keeps_all_that_it_trained(method: str, pair: Paired) -> None:
+    """Parameters that rest in the second round stay kept, too."""
+    first, second = pair(method, "local_only", clients_per_round=CLIENTS).rounds
     assert all(set(first[c].kept) <= set(second[c].kept) for c in range(CLIENTS))
 
 
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "scaffold"])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("method", ["lora", "fedtt_plus"])
-def test_every_compression(method: str, pairs: Callable[[str], Paired]) -> None:
-    pair = pairs(method)
-    for name in COMPRESSIONS:
-        for strategy in ("fedavg", "fedadam", "scaffold"):
-            with named(method, f"{strategy} compression={name}"):
-                found = pair(strategy, compression=made("compression", name))
-                check_messages(found, method, strategy)
-                check_values(found, method, strategy)
+def test_every_compression(method: str, compression: str, strategy: str, pair: Paired) -> None:
+    rounds = pair(method, strategy, compression=made("compression", compression))
+    check_messages(rounds, method, strategy)
+    check_values(rounds, method, strategy)
 
 
-def test_nothing_shared(
-    pairs: Callable[[str], Paired],
-    opened: Callable[..., Engine],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def sharing_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LoRA, "role", lambda self, name, at: Role.PERSONAL)
-    pair = pairs("lora")
-    for strategy in STRATEGIES:
-        with named("lora", strategy):
-            if strategy == "centralized":  # one model has nothing personal
-                sent = pair(strategy).rounds[0][0].sent
-                assert list(sent) == pair(strategy).session.replica.roles.names
-                continue
-            if strategy not in OF_THE_MEAN:
-                assert all(training.sent == {} for training in pair(strategy).rounds[0].values())
-                continue
-            with pytest.raises(ValueError) as refused:
-                pair(strategy)
-            assert str(refused.value) == (
-                f"strategy {OF_THE_MEAN[strategy]} works on shared parameters, but method LoRA "
-                "shares none here: use strategy=fedavg"
-            )
+
+
+@pytest.mark.usefixtures("sharing_nothing")
+@pytest.mark.parametrize("strategy", sorted({*STRATEGIES} - {*OF_THE_MEAN, "centralized"}))
+def test_nothing_shared(strategy: str, pair: Paired) -> None:
+    assert all(training.sent == {} for training in pair("lora", strategy).rounds[0].values())
+
+
+@pytest.mark.usefixtures("sharing_nothing")
+def test_one_model_has_nothing_personal(pair: Paired) -> None:
+    rounds = pair("lora", "centralized")
+    assert list(rounds.rounds[0][0].sent) == rounds.engine.replica.roles.names
+
+
+@pytest.mark.usefixtures("sharing_nothing")
+@pytest.mark.parametrize("strategy", OF_THE_MEAN)
+def test_strategies_of_the_mean_want_something_shared(strategy: str, pair: Paired) -> None:
+    with pytest.raises(ValueError) as refused:
+        pair("lora", strategy)
+    assert str(refused.value) == (
+        f"strategy {OF_THE_MEAN[strategy]} works on shared parameters, but method LoRA "
+        "shares none here: use strategy=fedavg"
+    )
+
+
+@pytest.mark.usefixtures("sharing_nothing")
+def test_an_engine_of_nothing_shared_does_not_begin(opened: Callable[..., Engine]) -> None:
     with pytest.raises(ValueError, match="strategy FedAdam works on shared parameters"):
-        opened("strategy=fedadam")  # an engine does not begin
+        opened("strategy=fedadam")
 
 
 def test_a_round_that_changes_nothing_says_so(run: Runner) -> None:

@@ -1,4 +1,4 @@
-"""Studies: what is run, what is chosen, and the numbers of their tables."""
+"""Studies: their runs, their choice of learning rates, and the numbers of their tables."""
 
 import csv
 import json
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from fedpeft import cli
 from fedpeft.config.load import composed
 from fedpeft.reporting.pages import save_comparison, save_study
 from fedpeft.reporting.results import Measures, chosen_lr, run_rows, study_row
@@ -23,7 +22,7 @@ NAN = "no client's reply was usable; client 0: training loss is nan: lower lr"
 
 
 def summary_of(quality: float, validation: float, **more: Any) -> dict[str, Any]:
-    """A made-up run of two rounds that sent 3 MB up and 1 MB down."""
+    """Return the summary of an imagined run of two rounds that sent 3 MB up and 1 MB down."""
     measures = {"client_test_accuracy": quality, "client_validation_accuracy": validation}
     return {
         "final": {"round": 2, "test_accuracy": quality - 0.1, **measures},
@@ -40,7 +39,7 @@ def summary_of(quality: float, validation: float, **more: Any) -> dict[str, Any]
 
 
 class Fake:
-    """Stands in for the runs: writes their directories, and notes which were asked for.
+    """Launches no run, but writes its directory and notes its method, learning rate and seed.
 
     Args:
         result: gives the outcome for a learning rate and a seed.
@@ -48,7 +47,7 @@ class Fake:
 
     def __init__(self, result: Callable[[float, int], Outcome]) -> None:
         self.result = result
-        self.asked: list[tuple[str, float, int]] = []
+        self.launched: list[tuple[str, float, int]] = []
 
     def __call__(self, runs: list[list[str]]) -> list[Outcome]:
         return [self.one(overrides) for overrides in runs]
@@ -56,7 +55,7 @@ class Fake:
     def one(self, overrides: list[str]) -> Outcome:
         tree = composed(overrides)
         outcome = self.result(tree.lr, tree.seed)
-        self.asked.append((tree.method._target_.rpartition(".")[2], tree.lr, tree.seed))
+        self.launched.append((tree.method._target_.rpartition(".")[2], tree.lr, tree.seed))
         directory = RunDirectory(tree.run_dir, tree, "fake")
         directory.append({"round": 0, "client_validation_accuracy": 0.1})
         if isinstance(outcome, dict):
@@ -65,18 +64,25 @@ class Fake:
 
 
 def steady(lr: float, seed: int) -> Outcome:
-    """The same for all."""
+    """Give every run the same outcome."""
     return summary_of(0.5, 0.5)
 
 
 def row(lr: float, validation: float | None, quality: float = 0.5, seed: int = 0) -> dict[str, Any]:
-    """A row of runs.csv; one without a validation failed."""
-    found = {"method": "lora", "lr": lr, "seed": seed, "quality": quality, "trained": 10}
+    """Return a row of runs.csv; its run failed if it has no validation.
+
+    Args:
+        lr: learning rate.
+        validation: the measure that chooses the learning rate.
+        quality: the measure on test rows.
+        seed: of the run.
+    """
+    cells = {"method": "lora", "lr": lr, "seed": seed, "quality": quality, "trained": 10}
     failed = NAN if validation is None else None
-    return found | {"validation": validation, "bytes": 1_000_000, "failed": failed}
+    return cells | {"validation": validation, "bytes": 1_000_000, "failed": failed}
 
 
-# --- which learning rate -------------------------------------------------------------------------
+# --- the choice of a learning rate ----------------------------------------------------------------
 
 
 def test_validation_over_all_seeds_chooses_whatever_the_test_rows_say() -> None:
@@ -125,17 +131,17 @@ def test_a_single_learning_rate_has_no_edge_and_needs_no_validation() -> None:
 
 
 def test_mean_and_sample_deviation_over_the_seeds() -> None:
-    found = [row(0.01, 0.5, quality, seed) for seed, quality in enumerate((0.7, 0.8, 0.9))]
-    for one, (size, trained) in zip(found, ((1, 10), (2, 1200), (6, 10)), strict=True):
+    rows = [row(0.01, 0.5, quality, seed) for seed, quality in enumerate((0.7, 0.8, 0.9))]
+    for one, (size, trained) in zip(rows, ((1, 10), (2, 1200), (6, 10)), strict=True):
         one |= {"bytes": size * 1_000_000, "trained": trained}
-    found.append(row(0.1, 0.4, 0.99))
-    made = study_row(found, 1)
-    assert made["quality"] == pytest.approx(0.8)
-    assert made["sd"] == pytest.approx(0.1)  # sqrt((0.01 + 0 + 0.01) / 2)
+    rows.append(row(0.1, 0.4, 0.99))
+    result = study_row(rows, 1)
+    assert result["quality"] == pytest.approx(0.8)
+    assert result["sd"] == pytest.approx(0.1)  # sqrt((0.01 + 0 + 0.01) / 2)
     expected = ["lora", "0.01 (edge)", "0.800 ± 0.100", "3", "1,200", "3.00"]
-    assert study_cells([made]) == [expected]
-    found[0]["failed"] = NAN
-    (cells,) = study_cells([study_row(found, 1)])
+    assert study_cells([result]) == [expected]
+    rows[0]["failed"] = NAN
+    (cells,) = study_cells([study_row(rows, 1)])
     assert cells[2:4] == ["0.850 ± 0.071", "2 of 3"]  # sqrt(0.005)
     alone = study_row([row(0.01, 0.5, 0.7)], 1)
     assert study_cells([alone])[0][2:4] == ["0.700", "1"]
@@ -188,9 +194,9 @@ def test_a_mean_without_all_clients_is_no_result() -> None:
     assert failed(refused={"2": {"0": "training loss is nan"}}) is None
     assert failed(refused={"2": {"0": late}}) == late
     assert failed(final={"round": 2}) == "client_test_accuracy was not measured"
-    own = {"round": 2, "client_test_accuracy": 0.5}
-    assert failed(final=own) is None
-    searched = [Done(run._replace(lr=lr), summary_of(0.5, 0.5, final=own)) for lr in (0.1, 0.2)]
+    tested = {"round": 2, "client_test_accuracy": 0.5}
+    assert failed(final=tested) is None
+    searched = [Done(run._replace(lr=lr), summary_of(0.5, 0.5, final=tested)) for lr in (0.1, 0.2)]
     assert (
         run_rows(searched, ACCURACY)[1]["failed"] == "client_validation_accuracy was not measured"
     )
@@ -216,7 +222,7 @@ def test_a_comparison_counts_bytes_by_each_run_s_own_cohort(tmp_path: Path) -> N
     ]
 
 
-# --- what is run ---------------------------------------------------------------------------------
+# --- runs of a study -----------------------------------------------------------------------------
 
 
 def test_every_run_has_its_directory_and_configuration(tmp_path: Path) -> None:
@@ -233,8 +239,8 @@ def test_every_run_has_its_directory_and_configuration(tmp_path: Path) -> None:
     assert (last.lr, last.seed, last.num_rounds, last.run_dir) == (0.1, 4, 3, str(runs[-1].path))
     assert last.strategy._target_.endswith("LocalOnly")
     assert composed(runs[0].overrides).strategy._target_.endswith("FedAdam")
-    own = Study(tmp_path, [], ["scl", "lora"])
-    assert [run.lr for run in own.runs()] == [composed([f"method={m}"]).lr for m in own.entries]
+    plain = Study(tmp_path, [], ["scl", "lora"])
+    assert [run.lr for run in plain.runs()] == [composed([f"method={m}"]).lr for m in plain.entries]
     assert Study(tmp_path, [], ["scl"], flat=True).runs()[0].path == tmp_path / "scl"
 
 
@@ -252,12 +258,12 @@ def test_the_same_command_goes_on_where_it_stopped(tmp_path: Path) -> None:
     RunDirectory(str(run.path), composed(run.overrides), "").append({"round": 0})
     again = Fake(steady)
     done = study.finish(again)
-    assert again.asked == [("LoRA", 0.001, 1)]
+    assert again.launched == [("LoRA", 0.001, 1)]
     assert [one.outcome["final"]["client_test_accuracy"] for one in done] == [0.7, 0.5]  # type: ignore[index]
     assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 1
     more = Fake(steady)
     Study(tmp_path, [], ["lora", "scl"], [0.001], [1, 0, 2]).finish(more)
-    assert more.asked == [("LoRA", 0.001, 2), *(("SCL", 0.001, seed) for seed in (1, 0, 2))]
+    assert more.launched == [("LoRA", 0.001, 2), *(("SCL", 0.001, seed) for seed in (1, 0, 2))]
 
 
 def test_nothing_is_launched_where_all_runs_are_there(tmp_path: Path) -> None:
@@ -280,7 +286,7 @@ def test_training_that_diverged_is_not_run_again_and_other_failures_are(tmp_path
     again = Fake(steady)
     outcomes = [one.outcome for one in study.finish(again)]
     assert str(outcomes[0]) == NAN and isinstance(outcomes[0], RuntimeError)
-    assert again.asked == [("LoRA", 0.1, 1), ("LoRA", 0.1, 2)]
+    assert again.launched == [("LoRA", 0.1, 1), ("LoRA", 0.1, 2)]
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -309,7 +315,7 @@ def test_a_run_of_another_configuration_is_refused_and_kept(tmp_path: Path, fini
         (Study(Path(), [], ["nope"]), "method must be one of .* got nope"),
     ],
 )
-def test_what_a_study_cannot_be(study: Study, says: str) -> None:
+def test_studies_that_are_refused(study: Study, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         study.runs()
 
@@ -334,31 +340,16 @@ def test_reading_results_needs_no_torch() -> None:
 # --- with real runs ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fedpeft(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., str]:
-    """``fedpeft("study", ...)`` gives what the command prints, run in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: str) -> str:
-        monkeypatch.setattr("sys.argv", ["fedpeft", *arguments])
-        cli.main()
-        return capsys.readouterr().out
-
-    return command
-
-
 def times_of(folder: Path) -> dict[str, int]:
-    """When the lines of each run below a folder were written."""
+    """Return the times at which the lines of the runs below a folder were written."""
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")}
 
 
 def test_a_real_study_with_runs_that_diverge(fedpeft: Callable[..., str], base: list[str]) -> None:
     rest = [o for o in base if not o.startswith("method=")]
     methods = ["--methods", "scl,scl+strategy=local_only", "method.rank=8"]
-    given = ["study", *methods, "--lrs=1e30,1e-3,1e-2", "--seeds", "0,1", *rest]
-    text = fedpeft(*given)
+    arguments = ["study", *methods, "--lrs=1e30,1e-3,1e-2", "--seeds", "0,1", *rest]
+    text = fedpeft(*arguments)
     folder = Path("runs/study")
     rows = list(csv.DictReader((folder / "runs.csv").read_text().splitlines()))
     assert [bool(one["failed"]) for one in rows] == [float(one["lr"]) > 1 for one in rows]
@@ -374,9 +365,9 @@ def test_a_real_study_with_runs_that_diverge(fedpeft: Callable[..., str], base: 
 
     table, times = (folder / "study.md").read_text(), times_of(folder)
     assert len(times) == len(rows) == 12
-    found = json.loads(fedpeft(*given, "--json"))
+    results = json.loads(fedpeft(*arguments, "--json"))
     assert times_of(folder) == times  # nothing ran again
-    assert [one["of"] for one in found["rows"]] == [2, 2]
+    assert [one["of"] for one in results["rows"]] == [2, 2]
     assert (folder / "study.md").read_text() == table
 
 

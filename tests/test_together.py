@@ -16,18 +16,25 @@ from fedpeft.engine.engine import Engine, Result
 from fedpeft.engine.plan import Job, plan
 from fedpeft.engine.probing import Vectorised, probe
 from fedpeft.engine.stacked import Unsupported
+from fedpeft.engine.together import Together
 from fedpeft.methods.base import Phase
 from tests.pairs import names_in
 
 Opened = Callable[..., Engine]
-# Their parameters stand where no row of the batch passes; each says so in the log.
+# Methods with parameters through which no row of the batch passes; the log says so.
 ONE_BY_ONE = {"dora", "full", "prompt", "fedprompt", "p_tuning", "prefix"}
 STEPS = ("num_clients=4", "local_steps=3", "batch_size=2", "lr=1e-2")
 
 
 def jobs(engine: Engine, round: int = 1, mu: float = 0.0) -> list[Job]:
-    """Each client begins elsewhere, as one with personal parameters does."""
-    found, roles = [], engine.replica.roles
+    """Return jobs of three clients with different starts, as personal parameters give.
+
+    Args:
+        engine: of the configuration.
+        round: number of the round.
+        mu: strength of FedProx's term.
+    """
+    result, roles = [], engine.replica.roles
     for client in range(3):
         draws = torch.Generator().manual_seed(client)
         start = {
@@ -35,25 +42,25 @@ def jobs(engine: Engine, round: int = 1, mu: float = 0.0) -> list[Job]:
             for name, value in engine.replica.initial.items()
         }
         term = ProximalTerm(mu, {name: start[name] for name in roles.trained(round)})
-        found.append(Job(roles.at(round, client), start, (term,)))
-    return found
+        result.append(Job(roles.at(round, client), start, (term,)))
+    return result
 
 
-def trained(engine: Engine, given: Sequence[Job], round: int = 1) -> list[Result]:
-    """The results of clients that train in one pass, none of which fails."""
-    results = engine.train(given, round)
-    assert len(results) == len(given)
+def trained(engine: Engine, group: Sequence[Job], round: int = 1) -> list[Result]:
+    """Train a group in one pass and check that no client fails."""
+    results = engine.train(group, round)
+    assert len(results) == len(group)
     for result in results:
         assert isinstance(result, Result), result
     return list(results)  # type: ignore[arg-type]
 
 
-def alone(engine: Engine, given: Sequence[Job], round: int = 1) -> list[Result]:
-    return [result for job in given for result in trained(engine, [job], round)]
+def alone(engine: Engine, group: Sequence[Job], round: int = 1) -> list[Result]:
+    return [result for job in group for result in trained(engine, [job], round)]
 
 
 def steps_of(engine: Engine, client: int) -> list[list[Batch]]:
-    """What a client sees in round 1."""
+    """Return a client's batches in round 1."""
     rows, steps = engine.rows.training(client)
     return plan(engine.config, rows, steps, [1, client], Phase()).steps
 
@@ -61,27 +68,38 @@ def steps_of(engine: Engine, client: int) -> list[list[Batch]]:
 def assert_equal(
     engine: Engine, round: int = 1, mu: float = 0.0, rtol: float = 2e-3, loss: float = 1e-5
 ) -> None:
-    """SGD, whose step is the gradient: AdamW's first step is its sign, and hides its size."""
-    given = jobs(engine, round, mu)
-    expected, found = alone(engine, given, round), trained(engine, given, round)
-    assert engine.vectorised  # no error had them train one by one
-    for (ours, state, own), (theirs, right, kept), job in zip(found, expected, given, strict=True):
-        assert ours.loss == pytest.approx(theirs.loss, rel=loss)
-        assert (ours.num_examples, ours.steps, ours.lr) == theirs[:1] + theirs[2:]
-        assert state.keys() == right.keys()
-        for name, value in state.items():
-            moved = float((right[name] - job.start[name]).abs().max())
-            assert float((value - right[name]).abs().max()) <= rtol * moved + 1e-7, name
-        assert own.keys() == kept.keys()
-        for name, value in own.items():
-            most = float(kept[name].abs().max())
-            assert float((value - kept[name]).abs().max()) <= rtol * most + 1e-7, name
+    """Check that clients in one pass come to what each comes to alone.
+
+    SGD's step is the gradient; AdamW's first step is the gradient's sign, which hides its size.
+
+    Args:
+        engine: with SGD.
+        round: number of the round.
+        mu: strength of FedProx's term.
+        rtol: of values, relative to the largest step, and of moments.
+        loss: relative tolerance of losses.
+    """
+    group = jobs(engine, round, mu)
+    expected, results = alone(engine, group, round), trained(engine, group, round)
+    assert engine.vectorised  # after an error they would train one by one
+    for ours, theirs, job in zip(results, expected, group, strict=True):
+        assert ours.trained.loss == pytest.approx(theirs.trained.loss, rel=loss)
+        counts = ours.trained.num_examples, ours.trained.steps, ours.trained.lr
+        assert counts == theirs.trained[:1] + theirs.trained[2:]
+        assert ours.after.keys() == theirs.after.keys()
+        for name, value in theirs.after.items():
+            moved = float((value - job.start[name]).abs().max())
+            assert float((ours.after[name] - value).abs().max()) <= rtol * moved + 1e-7, name
+        assert ours.moments.keys() == theirs.moments.keys()
+        for name, value in theirs.moments.items():
+            most = float(value.abs().max())
+            assert float((ours.moments[name] - value).abs().max()) <= rtol * most + 1e-7, name
 
 
-def assert_same(found: Sequence[Result], expected: Sequence[Result]) -> None:
-    """Bit for bit."""
-    for (_, state, _), (_, right, _) in zip(found, expected, strict=True):
-        assert all(torch.equal(state[name], right[name]) for name in right)
+def assert_same(results: Sequence[Result], expected: Sequence[Result]) -> None:
+    """Check that results are equal bit for bit."""
+    for ours, theirs in zip(results, expected, strict=True):
+        assert all(torch.equal(ours.after[name], value) for name, value in theirs.after.items())
 
 
 @pytest.mark.parametrize("method", sorted(set(names_in("method")) - ONE_BY_ONE))
@@ -97,12 +115,12 @@ def test_a_method_that_cannot_says_so_and_trains_alone(
     opened: Opened, method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = opened(f"method={method}", *STEPS)
+    group = jobs(engine)
     with caplog.at_level(logging.WARNING):
-        given = jobs(engine)
-        found = trained(engine, given)
-    (said,) = [r.message for r in caplog.records if r.name == "fedpeft.engine.probing"]
-    assert "clients train one by one, for " in said
-    assert_same(found, alone(engine, given))
+        results = trained(engine, group)
+    (warning,) = [r.message for r in caplog.records if r.name == "fedpeft.engine.probing"]
+    assert "clients train one by one, for " in warning
+    assert_same(results, alone(engine, group))
 
 
 @pytest.mark.parametrize(
@@ -128,20 +146,20 @@ def test_each_keeps_its_own_optimiser(opened: Opened, overrides: tuple[str, ...]
 
 
 def test_dropout_draws_as_alone(opened: Opened) -> None:
-    """The first step's loss has nothing but rounding to differ by: one other draw would show."""
+    """The first step's loss differs by rounding alone, so another draw would show."""
     engine = opened("method=lora", *STEPS, "local_steps=1", "batch_size=3")
     engine.replica.model.config.hidden_dropout_prob = 0.0  # type: ignore[union-attr]
     rates = {m.p for m in engine.replica.model.modules() if isinstance(m, torch.nn.Dropout)}
     assert max(rates) > 0
     lengths = {steps_of(engine, client)[0][0]["input_ids"].shape[1] for client in range(3)}
-    assert len(lengths) > 1  # unequal: a mask as long as the longest would be another
-    given = jobs(engine)
-    for ours, theirs in zip(trained(engine, given), alone(engine, given), strict=True):
+    assert len(lengths) > 1  # so that dropout over the longest length would draw other masks
+    group = jobs(engine)
+    for ours, theirs in zip(trained(engine, group), alone(engine, group), strict=True):
         assert ours.trained.loss == pytest.approx(theirs.trained.loss, rel=1e-6)
 
 
 class Replayed:
-    """In place of what only a GPU has: a pass over a batch as it would be captured."""
+    """Runs on a CPU the passes that a GPU would capture in a graph."""
 
     def __init__(self, backward: Callable, device: torch.device, pad_id: int) -> None:
         self.backward, self.pad_id = backward, pad_id
@@ -161,12 +179,20 @@ def test_passes_as_they_are_captured(
     opened: Opened, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of all members are filled up to one length, and gradients stay in place."""
+    groups: list[Together] = []
+
+    class Capturing(Together):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.captures = True
+            groups.append(self)
+
+    monkeypatch.setattr("fedpeft.engine.together.Graphs", Replayed)
+    monkeypatch.setattr("fedpeft.engine.engine.Together", Capturing)
     engine = opened(f"method={method}", *STEPS, "optimizer.name=sgd", "lr=0.1", QUIET)
     assert engine.vectorised == Vectorised(random=False)
-    monkeypatch.setattr("fedpeft.engine.together.Graphs", Replayed)
-    together = engine._stacked(engine.replica.roles.trained(1), "")
-    together.captures = True
     assert_equal(engine)
+    (together,) = groups
     (lane,) = together.lanes.values()
     assert isinstance(lane.graphs, Replayed)
     assert len(lane.graphs.lengths) == 3 and all(n % 8 == 0 for n in lane.graphs.lengths)
@@ -176,7 +202,7 @@ def test_passes_as_they_are_captured(
     ("dropout", "reason"),
     [
         (0.0, "attention.self is not called with one entry a sequence"),
-        (0.1, "the model draws at random for what is no row of the batch"),  # for distances
+        (0.1, "the model draws at random for what is no row of the batch"),  # relative positions
     ],
 )
 def test_a_module_that_gets_more_than_its_rows_is_not_split(
@@ -191,15 +217,15 @@ def test_a_module_that_gets_more_than_its_rows_is_not_split(
     rates = f"hidden_dropout_prob:{dropout},attention_probs_dropout_prob:{dropout}"
     small = f"{{{widths},num_attention_heads:4,num_hidden_layers:1,{rates}}}"
     model = ("model=deberta_base", "model.path=null", "model.random=true")
-    given = (*model, f"model.tokenizer_path={checkpoint}", f"model.settings={small}")
-    engine = opened("method=bitfit", *STEPS, *given)
+    model = (*model, f"model.tokenizer_path={checkpoint}", f"model.settings={small}")
+    engine = opened("method=bitfit", *STEPS, *model)
     with caplog.at_level(logging.WARNING):
         assert engine.vectorised is None
     assert reason in caplog.text
 
 
 class Beside(torch.nn.Module):
-    """Its layer gets a mask beside its rows."""
+    """A model whose layer gets two tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,17 +245,17 @@ def test_an_error_in_one_pass_is_no_error_alone(
     opened: Opened, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = opened("method=lora", *STEPS)
-    given = jobs(engine)
+    group = jobs(engine)
 
     def fails(*_: object) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("fedpeft.engine.engine.Together.train", fails)
     with caplog.at_level(logging.WARNING):
-        found = trained(engine, given)
+        results = trained(engine, group)
     assert "clients train one by one from here on" in caplog.text
     assert "RuntimeError('out of memory')" in caplog.text
-    assert_same(found, alone(engine, given))
+    assert_same(results, alone(engine, group))
 
 
 def test_a_model_that_draws_is_known(opened: Opened) -> None:
@@ -239,26 +265,26 @@ def test_a_model_that_draws_is_known(opened: Opened) -> None:
 
 def test_a_loss_that_is_not_finite_is_its_own_clients(opened: Opened) -> None:
     engine = opened("method=lora", *STEPS)
-    given = jobs(engine)
-    name = next(n for n in given[1].start if "lora_A" in n)
-    given[1].start[name].fill_(float("nan"))
-    good, bad, also = engine.train(given, 1)
+    group = jobs(engine)
+    name = next(n for n in group[1].start if "lora_A" in n)
+    group[1].start[name].fill_(float("nan"))
+    good, bad, also = engine.train(group, 1)
     assert isinstance(bad, FloatingPointError)
-    for result, job in ((good, given[0]), (also, given[2])):
+    for result, job in ((good, group[0]), (also, group[2])):
         assert isinstance(result, Result)
         (expected,) = trained(engine, [job])
         assert result.trained.loss == pytest.approx(expected.trained.loss, rel=1e-5)
 
 
 def test_the_clients_in_a_pass_follow_from_the_tokens_of_a_step(opened: Opened) -> None:
-    found = {}
+    clients = {}
     for size in (1, 2, 8, 64):
         engine = opened("method=lora", f"batch_size={size}")
         tokens = float(np.mean(engine.rows.examples("train").lengths))
-        found[size] = engine.clients_per_pass()
+        clients[size] = engine.clients_per_pass()
         assert 10 < tokens < 28
-        assert found[size] == (min(16, int(384 / (size * tokens))) if size < 8 else 1)
-    assert found[1] > found[2] > found[8] == 1
+        assert clients[size] == (min(16, int(384 / (size * tokens))) if size < 8 else 1)
+    assert clients[1] > clients[2] > clients[8] == 1
     assert opened("method=lora", "runtime.clients_per_pass=3").clients_per_pass() == 3
     assert opened("method=lora", "batch_size=1", "accumulate=2").clients_per_pass() == 1
 
@@ -266,7 +292,7 @@ def test_the_clients_in_a_pass_follow_from_the_tokens_of_a_step(opened: Opened) 
 def test_a_decoder_reads_its_last_token_also_beside_longer_ones(
     opened: Opened, checkpoint: Path
 ) -> None:
-    """Its class is read where padding begins: rows are filled up with its own padding token."""
+    """A class is read before padding begins, so rows must be filled up with the padding token."""
     llama = (
         "{model_type:llama,hidden_size:16,intermediate_size:32,num_hidden_layers:1,"
         "num_attention_heads:2,num_key_value_heads:2,vocab_size:200}"

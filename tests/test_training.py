@@ -1,4 +1,4 @@
-"""One client's steps, by hand, and evaluation that does not depend on how it is cut up."""
+"""One client's steps by hand, and evaluation that does not depend on its batches."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -40,18 +40,18 @@ class Weights(nn.Module):
 
 
 def squares(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean over the batch of sum_i (w_i - x_i)^2 / 2: its gradient is w - mean(x)."""
+    """Return the batch's mean of sum_i (w_i - x_i)^2 / 2, whose gradient is w - mean(x)."""
     assert isinstance(model, Weights)
     return ((model.w - batch["x"]) ** 2).sum(-1).mean() / 2
 
 
 def steps(*points: tuple[float, float]) -> list[list[Batch]]:
-    """Steps of one batch, which is one point."""
+    """Return one step a point; each step is one batch that holds the point."""
     return [[{"x": torch.tensor([point])}] for point in points]
 
 
 def at(rate: float) -> Callable[[int], float]:
-    """The same rate in every step."""
+    """Return a schedule with the same rate in every step."""
     return lambda _: rate
 
 
@@ -72,7 +72,7 @@ def test_one_sgd_step() -> None:
 def test_gradients_of_a_training_that_failed_are_forgotten() -> None:
     model = Weights()
     passes = Passes(model, squares)
-    passes.run(steps((5.0, 5.0))[0])  # and no step
+    passes.run(steps((5.0, 5.0))[0])  # gradients, but no step
     train(passes, steps((0.0, 1.0)), at(0.1), sgd())
     torch.testing.assert_close(model.w.data, torch.tensor([0.9, -1.7]))
 
@@ -96,11 +96,14 @@ def test_the_rate_is_that_of_the_step() -> None:
     torch.testing.assert_close(model.w.data, torch.full((2,), 0.5 * 0.9))
 
 
-def test_momentum_and_weight_decay() -> None:
+def test_momentum() -> None:
     model = Weights((1.0, 1.0))
     train(Passes(model, squares), steps((0.0, 0.0), (0.0, 0.0)), at(0.1), sgd(momentum=0.5))
     # velocity 1, then 0.5 + 0.9 = 1.4
     torch.testing.assert_close(model.w.data, torch.full((2,), 1 - 0.1 - 0.14))
+
+
+def test_weight_decay() -> None:
     model = Weights((1.0, 1.0))
     train(Passes(model, squares), steps((1.0, 1.0)), at(0.1), sgd(weight_decay=0.2))
     torch.testing.assert_close(model.w.data, torch.full((2,), 1 - 0.1 * 0.2))
@@ -120,8 +123,8 @@ def test_each_round_has_a_fresh_optimizer() -> None:
     point = (0.0, 0.0)
     train(Passes(once, squares), steps(point, point), at(0.1), sgd(momentum=0.9))
     for _ in range(2):
-        _, kept = train(Passes(twice, squares), steps(point), at(0.1), sgd(momentum=0.9))
-        assert kept == {}
+        _, moments = train(Passes(twice, squares), steps(point), at(0.1), sgd(momentum=0.9))
+        assert moments == {}
     torch.testing.assert_close(twice.w.data, torch.full((2,), 0.81))
     torch.testing.assert_close(once.w.data, torch.full((2,), 1 - 0.1 - 0.1 * (0.9 + 0.9)))
 
@@ -130,7 +133,7 @@ def test_each_round_has_a_fresh_optimizer() -> None:
     ("limit", "shrunk"), [(1.0, 1 / 5), (2.5, 0.5), (5.0, 1.0), (50.0, 1.0), (None, 1.0)]
 )
 def test_clipping(limit: float | None, shrunk: float) -> None:
-    """The norm over all gradients together, here of (3, -4)."""
+    """The norm is that of all gradients together, here of (3, -4)."""
     model = Weights((0.0, 0.0))
     train(Passes(model, squares), steps((-3.0, 4.0)), at(1.0), sgd(max_grad_norm=limit))
     torch.testing.assert_close(
@@ -140,9 +143,9 @@ def test_clipping(limit: float | None, shrunk: float) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite(value: float) -> None:
+    points = steps((0.0, 0.0), (value, 0.0))
     with pytest.raises(FloatingPointError, match=f"training loss is {value}: lower lr"):
-        given = steps((0.0, 0.0), (value, 0.0))
-        train(Passes(Weights(), squares), given, at(0.1), sgd())
+        train(Passes(Weights(), squares), points, at(0.1), sgd())
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation() -> None:
@@ -171,6 +174,7 @@ LLAMA = (
     "num_attention_heads:2,num_key_value_heads:2,vocab_size:200}"
 )
 DECODER = ["model.path=null", "model.random=true", f"model.architecture={LLAMA}"]
+NO_DROPOUT = [f"model.settings.{kind}_dropout_prob=0" for kind in ("hidden", "attention_probs")]
 QUESTION = "{{ label }} {{ text }}"
 TASKS: dict[str, Callable[[str], Task]] = {
     "language": lambda path: LanguageModelling(path=path),
@@ -182,7 +186,15 @@ TASKS: dict[str, Callable[[str], Task]] = {
 
 
 def in_parts(engine: Engine, count: int) -> tuple[list[Batch], float, Tensor]:
-    """The first step of client 0 in so many parts: its loss and gradient, without dropout."""
+    """Compute the first step of client 0 without dropout.
+
+    Args:
+        engine: holds model and rows.
+        count: into how many parts the batch is cut.
+
+    Returns:
+        The parts, the loss, and the gradient of all parameters, flat.
+    """
     task, config = engine.task, replace(engine.config, accumulate=count)
     (parts, *_) = plan(config, *engine.rows.training(0), [1, 0], Phase()).steps
     engine.replica.load()
@@ -198,43 +210,43 @@ def in_parts(engine: Engine, count: int) -> tuple[list[Batch], float, Tensor]:
 def test_parts_have_the_gradient_of_the_whole_batch(
     task: str, base: list[str], table: Path, checkpoint: Path
 ) -> None:
-    """Ten rows of unequal length in three parts: 4, 3 and 3."""
-    given = [*base, "method.rank=4", "batch_size=10", "bucketing=false"]
+    """Ten rows of unequal length are cut into three parts of 4, 3 and 3."""
+    overrides = [*base, "method.rank=4", "batch_size=10", "bucketing=false"]
     if task == "classification":
-        engine = Engine(load_config(given))
+        engine = Engine(load_config(overrides))
     else:
-        config = load_config([*given, *DECODER, f"model.tokenizer_path={checkpoint}"])
+        config = load_config([*overrides, *DECODER, f"model.tokenizer_path={checkpoint}"])
         engine = Engine(replace(config, data=TASKS[task](str(table))))
-    ((batch,), loss, whole), (parts, sum_, found) = in_parts(engine, 1), in_parts(engine, 3)
+    (batch,), loss, whole = in_parts(engine, 1)
+    parts, loss_in_parts, gradient = in_parts(engine, 3)
     assert WEIGHT not in batch and [len(part["row"]) for part in parts] == [4, 3, 3]
     assert torch.equal(torch.cat([part["row"] for part in parts]), batch["row"])
     assert len({part["input_ids"].shape[1] for part in parts}) > 1
     weights = [float(part[WEIGHT]) for part in parts]
     assert sum(weights) == pytest.approx(1, rel=1e-6)
     by_rows = weights == pytest.approx([0.4, 0.3, 0.3])
-    assert by_rows is (task == "classification")  # elsewhere by tokens
-    assert sum_ == pytest.approx(loss, rel=1e-6)
+    assert by_rows is (task == "classification")  # other tasks weigh by tokens
+    assert loss_in_parts == pytest.approx(loss, rel=1e-6)
     assert whole.abs().max() > 1e-2
-    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradient, whole, rtol=0, atol=1e-6)
 
 
 def test_more_parts_than_rows_and_one_row(opened: Callable[..., Engine]) -> None:
     engine = opened("batch_size=2", "accumulate=5")
-    parts, _, found = in_parts(engine, 5)
+    parts, _, gradient = in_parts(engine, 5)
     assert [len(part["row"]) for part in parts] == [1, 1]
-    torch.testing.assert_close(found, in_parts(engine, 1)[2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradient, in_parts(engine, 1)[2], rtol=0, atol=1e-6)
     engine = opened("batch_size=1")
     (alone,), _, _ = in_parts(engine, 5)
     assert WEIGHT not in alone
 
 
 def test_a_run_in_parts(run: Runner) -> None:
-    """Without dropout, which draws anew for each part, it is the run on whole batches."""
-    quiet = [f"model.settings.{kind}_dropout_prob=0" for kind in ("hidden", "attention_probs")]
-    given = [*quiet, "optimizer.name=sgd", "lr=0.1"]
-    run(*given)
+    """Without dropout, which draws for each part, the run is that on whole batches."""
+    overrides = [*NO_DROPOUT, "optimizer.name=sgd", "lr=0.1"]
+    run(*overrides)
     whole = run.saved()
-    summary = run(*given, "accumulate=3")
+    summary = run(*overrides, "accumulate=3")
     assert summary["refused"] == {}
     for name, value in run.saved().items():
         torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-6)
@@ -247,48 +259,59 @@ KEPT = {
     "adamw": Optimization(weight_decay=0.1, max_grad_norm=None, keep_state=True),
     "sgd": sgd(momentum=0.9, weight_decay=0.1, keep_state=True),
 }
+TORCH_S: dict[str, Any] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
 
 
 def in_rounds(model: nn.Module, optimization: Optimization, *rounds: Any) -> State:
-    """Train round by round, each with the moments that the last one kept; the last moments."""
+    """Train round by round, each with the last one's moments, and return the last moments.
+
+    Args:
+        model: trains in place.
+        optimization: says if moments are kept.
+        rounds: the steps of each round.
+    """
     moments: State = {}
-    for given in rounds:
-        _, moments = train(Passes(model, squares), given, at(0.01), optimization, (), moments)
+    for steps_of_round in rounds:
+        _, moments = train(
+            Passes(model, squares), steps_of_round, at(0.01), optimization, (), moments
+        )
     return moments
 
 
 @pytest.mark.parametrize("name", KEPT)
 def test_two_rounds_with_kept_moments_are_two_steps_of_one_round(name: str) -> None:
     optimization = KEPT[name]
-    once, twice, fresh, own = (Weights() for _ in range(4))
+    once, twice, fresh, by_torch = (Weights() for _ in range(4))
     first, second = steps(POINTS[0]), steps(POINTS[1])
     expected = in_rounds(once, optimization, steps(*POINTS))
-    found = in_rounds(twice, optimization, first, second)
+    moments = in_rounds(twice, optimization, first, second)
     assert torch.equal(twice.w, once.w)
-    assert found.keys() == expected.keys() != set()
-    assert all(torch.equal(found[key], expected[key]) for key in found)
+    assert moments.keys() == expected.keys() != set()
+    assert all(torch.equal(moments[key], expected[key]) for key in moments)
     in_rounds(fresh, replace(optimization, keep_state=False), first, second)
     assert not torch.allclose(fresh.w, once.w, rtol=0, atol=1e-4)
-    torch_s: Any = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}[name]
-    optimizer = torch_s([own.w], lr=0.01, weight_decay=0.1)
+    optimizer = TORCH_S[name]([by_torch.w], lr=0.01, weight_decay=0.1)
     for point in POINTS:
         optimizer.zero_grad()
-        squares(own, {"x": torch.tensor([point])}).backward()
+        squares(by_torch, {"x": torch.tensor([point])}).backward()
         optimizer.step()
-    torch.testing.assert_close(twice.w, own.w, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(twice.w, by_torch.w, rtol=1e-6, atol=1e-7)
 
 
 def test_kept_moments_are_by_name_and_shape() -> None:
-    found = in_rounds(Weights(), KEPT["adamw"], steps(*POINTS))
-    assert {key: tuple(value.shape) for key, value in found.items()} == {
+    moments = in_rounds(Weights(), KEPT["adamw"], steps(*POINTS))
+    assert {key: tuple(value.shape) for key, value in moments.items()} == {
         "exp_avg:w": (2,),
         "exp_avg_sq:w": (2,),
         "step:w": (),
     }
-    assert found["step:w"].item() == 2
-    found = in_rounds(Weights(), KEPT["sgd"], steps(*POINTS))
-    assert {key: tuple(value.shape) for key, value in found.items()} == {"momentum_buffer:w": (2,)}
-    assert in_rounds(Weights(), sgd(keep_state=True), steps(*POINTS)) == {}  # there is none
+    assert moments["step:w"].item() == 2
+    moments = in_rounds(Weights(), KEPT["sgd"], steps(*POINTS))
+    assert {key: tuple(v.shape) for key, v in moments.items()} == {"momentum_buffer:w": (2,)}
+    assert in_rounds(Weights(), sgd(keep_state=True), steps(*POINTS)) == {}  # no momentum
 
 
 class Three(nn.Module):
@@ -302,7 +325,7 @@ class Three(nn.Module):
 
 
 def bowls(model: nn.Module, batch: Batch) -> Tensor:
-    """Each parameter is drawn to the point, the steeper the further."""
+    """Return the sum of (p - x)^4 over the parameters p that train."""
     return sum(((p - batch["x"]) ** 4).sum() for p in model.parameters() if p.requires_grad)  # type: ignore[return-value]
 
 
@@ -317,16 +340,15 @@ def test_parameters_of_different_step_counts_have_their_own_correction(name: str
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(key in names)
         now, xs = xs[:count], xs[count:]
-        given = [[{"x": torch.tensor(x)}] for x in now]
-        _, kept = train(Passes(model, bowls), given, at(0.01), optimization, (), moments)
-        moments |= kept
+        points = [[{"x": torch.tensor(x)}] for x in now]
+        _, last = train(Passes(model, bowls), points, at(0.01), optimization, (), moments)
+        moments |= last
         for key in names:
             seen[key] += now
     if name == "adamw":
         assert [moments[f"step:{key}"].item() for key in "abc"] == [5, 3, 6]
-    torch_s: Any = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}[name]
     for key, parameter in Three().named_parameters():
-        optimizer = torch_s([parameter], lr=0.01, weight_decay=0.1)
+        optimizer = TORCH_S[name]([parameter], lr=0.01, weight_decay=0.1)
         for x in seen[key]:
             optimizer.zero_grad()
             ((parameter - x) ** 4).sum().backward()
@@ -335,12 +357,12 @@ def test_parameters_of_different_step_counts_have_their_own_correction(name: str
 
 
 class Filed(InProcessGrid):
-    """Clients keep what is theirs in files, as in a simulation."""
+    """A grid whose clients keep their state in files, as in a simulation."""
 
     folder: Path
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.state_folder = self.folder
 
 
@@ -349,29 +371,28 @@ KEEPING = ["optimizer.keep_state=true", "local_steps=1"]
 
 @pytest.mark.parametrize("optimizer", [["optimizer.name=adamw"], ["optimizer.name=sgd", "lr=0.1"]])
 def test_a_run_that_keeps_moments(optimizer: list[str], run: Runner, tmp_path: Path) -> None:
-    """The first round is the same, the second is not; where they are kept makes no difference."""
-    given = [*optimizer, *(["optimizer.momentum=0.9"] if "lr=0.1" in optimizer else [])]
-    fresh, lines = run(*given, "local_steps=1"), run.lines()
-    kept = run(*given, *KEEPING)
-    assert kept["refused"] == {}
-    assert kept["shared_state_sha256"] != fresh["shared_state_sha256"]
+    """Round 1 is the same, round 2 is not; files or contexts that hold moments do not matter."""
+    overrides = [*optimizer, *(["optimizer.momentum=0.9"] if "lr=0.1" in optimizer else [])]
+    fresh, lines = run(*overrides, "local_steps=1"), run.lines()
+    keeping = run(*overrides, *KEEPING)
+    assert keeping["refused"] == {}
+    assert keeping["shared_state_sha256"] != fresh["shared_state_sha256"]
     payload = "uplink_payload_bytes"
-    assert kept["bytes"][payload] == fresh["bytes"][payload]  # moments stay on the client
-    norms = [[line["update_norm_mean"] for line in found[1:]] for found in (lines, run.lines())]
+    assert keeping["bytes"][payload] == fresh["bytes"][payload]  # moments stay on the client
+    norms = [[line["update_norm_mean"] for line in run_s[1:]] for run_s in (lines, run.lines())]
     assert norms[0][0] == norms[1][0] and norms[0][1] != norms[1][1]
     folder = tmp_path / "clients"
-    filed = run(*given, *KEEPING, grid=type("Here", (Filed,), {"folder": folder}))
-    assert filed["shared_state_sha256"] == kept["shared_state_sha256"]
+    filed = run(*overrides, *KEEPING, grid=type("Here", (Filed,), {"folder": folder}))
+    assert filed["shared_state_sha256"] == keeping["shared_state_sha256"]
     assert sorted(path.name for path in folder.iterdir()) == [
         f"client_{client}.safetensors" for client in range(3)
     ]
 
 
 def test_a_run_that_keeps_moments_in_one_pass(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients that train together have each its own moments: sums in another order differ."""
-    quiet = [f"model.settings.{kind}_dropout_prob=0" for kind in ("hidden", "attention_probs")]
-    given = [*quiet, *KEEPING, "optimizer.name=sgd", "optimizer.momentum=0.9", "lr=0.1"]
-    run(*given)
+    """Clients in one pass have each its own moments; only sums in another order differ."""
+    overrides = [*NO_DROPOUT, *KEEPING, "optimizer.name=sgd", "optimizer.momentum=0.9", "lr=0.1"]
+    run(*overrides)
     alone = run.saved()
 
     class InOnePass(InProcessGrid):
@@ -382,15 +403,15 @@ def test_a_run_that_keeps_moments_in_one_pass(run: Runner, monkeypatch: pytest.M
     members: list[int] = []
     train_all = Together.train
 
-    def counted(self: Together, given: Sequence[Member]) -> None:
-        members.append(len(given))
-        train_all(self, given)
+    def counted(self: Together, group: Sequence[Member]) -> None:
+        members.append(len(group))
+        train_all(self, group)
 
     monkeypatch.setattr(Together, "train", counted)
-    run(*given, grid=InOnePass)
+    run(*overrides, grid=InOnePass)
     assert members == [3, 3]
     together = run.saved()
-    run(*[o for o in given if "keep_state" not in o])
+    run(*[o for o in overrides if "keep_state" not in o])
     fresh = run.saved()
     for name, value in together.items():
         torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-5)
@@ -400,9 +421,9 @@ def test_a_run_that_keeps_moments_in_one_pass(run: Runner, monkeypatch: pytest.M
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_moments_are_kept_on_ray_too(base: list[str], tmp_path: Path) -> None:
-    given = [*base, "method.rank=4", *KEEPING]
+    overrides = [*base, "method.rank=4", *KEEPING]
     shas = [
-        launched([*given, f"run_dir={tmp_path / kind}", *runtime])["shared_state_sha256"]
+        launched([*overrides, f"run_dir={tmp_path / kind}", *runtime])["shared_state_sha256"]
         for kind, runtime in (
             ("inprocess", ["runtime.clients_per_pass=1"]),
             ("ray", ["runtime=ray", "runtime.total_cpus=2", "runtime.clients_per_pass=1"]),
@@ -452,7 +473,7 @@ def test_round_schedules() -> None:
 
 
 def test_a_run_uses_the_rounds_rate(run: Runner) -> None:
-    """The same first round whatever follows; the second is half as fast under a linear decay."""
+    """Round 1 is the same; under a linear decay round 2 is half as fast."""
     seen: list[tuple[float, float]] = []
     for schedule in ("constant", "linear"):
         run(
@@ -461,8 +482,7 @@ def test_a_run_uses_the_rounds_rate(run: Runner) -> None:
             "lr=0.1",
             "method.rank=4",
             f"optimizer.round_schedule={schedule}",
-            "model.settings.hidden_dropout_prob=0.0",
-            "model.settings.attention_probs_dropout_prob=0.0",
+            *NO_DROPOUT,
         )
         first, second = (line["update_norm_mean"] for line in run.lines()[1:])
         seen.append((first, second))
@@ -478,25 +498,32 @@ def examples(lengths: list[int]) -> Examples:
     return Examples.from_lists(rows, np.arange(len(lengths)), 0)
 
 
-def test_every_row_is_evaluated_once() -> None:
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_every_row_is_evaluated_once(size: int) -> None:
     lengths = [5, 2, 9, 2, 7, 1, 3]
 
     def measure(_: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"label": batch["labels"], "sum": batch["attention_mask"].sum(1)}
 
-    for size in (1, 2, 3, 7, 100):
-        rows = evaluate(Weights(), measure, examples(lengths), size, 1000)
-        label = torch.cat([row["label"] for row in rows]).tolist()
-        total = torch.cat([row["sum"] for row in rows]).tolist()
-        assert sorted(label) == list(range(7))
-        assert [lengths[i] for i in label] == total == sorted(lengths)
-        assert len(rows) == -(-7 // size)
+    batches = evaluate(Weights(), measure, examples(lengths), size, 1000)
+    label = torch.cat([batch["label"] for batch in batches]).tolist()
+    total = torch.cat([batch["sum"] for batch in batches]).tolist()
+    assert sorted(label) == list(range(7))
+    assert [lengths[i] for i in label] == total == sorted(lengths)
+    assert len(batches) == -(-7 // size)
 
 
 def measured(
     engine: Engine, rows: Examples, size: int, workers: int = 1
 ) -> list[dict[str, Tensor]]:
-    """What the task's score needs of every row, in batches of so many."""
+    """Evaluate rows as the task's score needs them.
+
+    Args:
+        engine: holds model and task.
+        rows: all rows of a split.
+        size: rows a batch.
+        workers: threads that run batches at once.
+    """
     task = engine.task
 
     def measure(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -522,15 +549,16 @@ def test_metrics_do_not_depend_on_the_batches(opened: Callable[..., Engine]) -> 
     engine = opened()
     rows = engine.rows.examples("test")
     engine.replica.load()
-    found = []
+    by_size = []
     for size in (1, 7, 16, 64):
         parts = measured(engine, rows, size)
-        found.append(engine.task.score(parts, engine.task.split_rows("test"), None))
-    for metrics in found[1:]:
-        assert metrics["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
-        assert metrics["accuracy"] == found[0]["accuracy"]
-        assert metrics["f1_macro"] == pytest.approx(found[0]["f1_macro"])
-    assert 0 < found[0]["accuracy"] < 1
+        by_size.append(engine.task.score(parts, engine.task.split_rows("test"), None))
+    first = by_size[0]
+    for metrics in by_size[1:]:
+        assert metrics["loss"] == pytest.approx(first["loss"], rel=1e-5)
+        assert metrics["accuracy"] == first["accuracy"]
+        assert metrics["f1_macro"] == pytest.approx(first["f1_macro"])
+    assert 0 < first["accuracy"] < 1
 
 
 def test_evaluation_leaves_the_model_as_it_is(opened: Callable[..., Engine]) -> None:
@@ -575,7 +603,7 @@ def test_an_evaluation_batch_keeps_to_its_tokens() -> None:
 
 
 def test_evaluation_pads_no_more_than_the_best_cut() -> None:
-    """Against every way to cut ten sorted rows into batches."""
+    """No other cut of ten sorted rows into batches costs less."""
     lengths = np.random.default_rng(0).integers(1, 120, 10)
     ordered = np.sort(lengths)
 
@@ -587,6 +615,6 @@ def test_evaluation_pads_no_more_than_the_best_cut() -> None:
         for cut in range(2**9)
     ]
     allowed = [b for b in every if all(len(x) <= 4 and len(x) * x.max() <= 300 for x in b)]
-    found = [lengths[b] for b in within(lengths, 4, 300)]
-    assert cost(found) == min(map(cost, allowed)) < max(map(cost, allowed))
-    assert np.array_equal(np.concatenate(found), ordered)
+    batches = [lengths[b] for b in within(lengths, 4, 300)]
+    assert cost(batches) == min(map(cost, allowed)) < max(map(cost, allowed))
+    assert np.array_equal(np.concatenate(batches), ordered)

@@ -22,7 +22,7 @@ from fedpeft.wire import (
     unpack,
     wire_bytes,
 )
-from tests.test_state import mixed
+from tests.conftest import mixed
 
 
 def equal(a: State, b: State) -> bool:
@@ -137,7 +137,7 @@ IDENTITY, RUN = "flwr.supercore.task_identity", "flwr.supercore.run"
 
 
 def flower(path: str) -> ModuleType:
-    """A private module of Flower; one sentence says that an upgrade has moved it."""
+    """Import a private module of Flower; one sentence says that an upgrade has moved it."""
     try:
         return importlib.import_module(path)
     except ImportError:
@@ -163,8 +163,8 @@ def test_flower_knows_who_makes_messages() -> None:
         # a property of its metaclass, which raises while it is not set
         assert hasattr(type(identity), field), f"TaskIdentity has no {field}: identify sets it"
     identify()
-    made = Message(RecordDict(), 5, "train").metadata
-    assert (made.run_id, made.src_node_id) == (1, 1), "messages do not read TaskIdentity any more"
+    new = Message(RecordDict(), 5, "train").metadata
+    assert (new.run_id, new.src_node_id) == (1, 1), "messages do not read TaskIdentity any more"
 
 
 def test_flower_makes_an_empty_run() -> None:

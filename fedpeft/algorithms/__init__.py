@@ -1,1 +1,1 @@
-"""Server and client algorithms, independent of the method: the ``strategy`` group."""
+"""Federated algorithms, which are independent of the method: the ``strategy`` group."""

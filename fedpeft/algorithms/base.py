@@ -10,12 +10,12 @@ from fedpeft.state import Role, State
 
 @dataclass(frozen=True)
 class Setting:
-    """A run, as far as an algorithm or a compression may refuse it.
+    """The facts of a run by which an algorithm or a compression may refuse it.
 
     Attributes:
-        method: how the clients' states are averaged.
-        shares: whether any parameter of the model is shared in some round.
-        whole: whether every client trains whole parameters, not blocks of them.
+        method: the run's method, which aggregates the clients' states.
+        shares: true if any parameter of the model is shared in some round.
+        whole: true if every client trains whole parameters, not blocks of them.
         cohort_size: clients of a round.
     """
 
@@ -27,10 +27,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class FedAvg:
-    """The mean of the clients' states, as the method averages.
+    """The method's aggregate of the clients' states, as it is; other algorithms derive from it.
 
     Args:
-        weights: ``examples`` (number of training rows) or ``uniform``.
+        weights: of the clients: ``examples`` (number of training rows) or ``uniform``.
     """
 
     weights: str = "examples"
@@ -42,16 +42,16 @@ class FedAvg:
             raise ValueError(f"weights must be examples or uniform, got {self.weights}")
 
     def weigh(self, num_examples: Sequence[int]) -> list[float]:
-        """Return weights that sum to 1."""
+        """Return the clients' weights, which sum to 1, from their numbers of training rows."""
         if self.weights == "uniform":
             return [1 / len(num_examples)] * len(num_examples)
         return [n / sum(num_examples) for n in num_examples]
 
     def check(self, setting: Setting) -> None:
-        """Raise ValueError for a setting that the algorithm makes no sense in."""
+        """Raise ValueError if the algorithm makes no sense in a setting."""
 
     def role(self, role: Role) -> Role:
-        """Return the role that the algorithm gives to a parameter of this role by the method."""
+        """Return the algorithm's role of a parameter that has this role by the method."""
         return role
 
     def term(self, start: State, sent: State, kept: State) -> Term:
@@ -59,7 +59,7 @@ class FedAvg:
 
         Args:
             start: shared parameters, full, as the client starts the round.
-            sent: what ``down`` gave.
+            sent: what ``down`` returned on the server.
             kept: what ``Term.finish`` last kept on this client; empty the first time.
         """
         return Term()
@@ -68,23 +68,29 @@ class FedAvg:
         """Return what clients get beside the parameters.
 
         Args:
-            memory: the server's own, from round to round; empty at the beginning.
+            memory: what the server keeps for the algorithm from round to round; empty at the
+                beginning.
             shared: values of what is shared this round, full. Names, shapes and dtypes of the
                 result must follow from it alone, because clients check them.
         """
         return {}
 
     def up(self, shared: State) -> State:
-        """Return a state of the names, shapes and dtypes that ``Term.finish`` sends."""
+        """Return a state with the names, shapes and dtypes of what ``Term.finish`` sends.
+
+        Args:
+            shared: values of what is shared this round, full.
+        """
         return {}
 
     def server(self, mean: State, round: Round, memory: Memory) -> State:
         """Return new values, by name, of whatever changes; nothing if the replies are too few.
 
         Args:
-            mean: what the method's own aggregation gives.
+            mean: result of the method's aggregation, full.
             round: everything that the round's clients sent and received.
-            memory: the server's own, from round to round; empty at the beginning.
+            memory: what the server keeps for the algorithm from round to round, changed in place;
+                empty at the beginning.
         """
         return mean
 
@@ -92,8 +98,12 @@ class FedAvg:
 def require_shared(algorithm: FedAvg, setting: Setting) -> None:
     """Refuse a model of which nothing is shared, because there is nothing to work on.
 
+    Args:
+        algorithm: names itself in the error.
+        setting: of the run.
+
     Raises:
-        ValueError: as said.
+        ValueError: no parameter is shared.
     """
     if not setting.shares:
         raise ValueError(
@@ -103,7 +113,11 @@ def require_shared(algorithm: FedAvg, setting: Setting) -> None:
 
 
 def require_plain_mean(algorithm: FedAvg, setting: Setting) -> None:
-    """Refuse what an algorithm that replaces or corrects the plain mean cannot go with.
+    """Refuse a setting in which an algorithm cannot replace or correct the plain mean.
+
+    Args:
+        algorithm: names itself in the error.
+        setting: of the run.
 
     Raises:
         ValueError: nothing is shared, the method aggregates by a rule of its own, or clients

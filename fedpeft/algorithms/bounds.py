@@ -1,4 +1,4 @@
-"""The two ends of every table: each client alone, and all data in one place."""
+"""The two bounds of a comparison: each client alone, and all data in one place."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from fedpeft.state import Role
 
 @dataclass(frozen=True)
 class LocalOnly(FedAvg):
-    """Every client trains alone: what the method shares stays personal, nothing is sent."""
+    """Every client trains alone: the method's shared parameters are personal, nothing is sent."""
 
     def check(self, setting: Setting) -> None:
         if setting.method.starts:
@@ -27,9 +27,9 @@ class LocalOnly(FedAvg):
 class Centralized(FedAvg):
     """One model on all clients' training rows, for as many steps a round as the cohort's together.
 
-    With ``local_epochs`` these are the mean cohort's: epochs x batches x share of the clients. What
-    the method keeps personal is the one model's too. It is measured as the others are, on each
-    client's own rows. Only simulation has all rows.
+    With ``local_epochs`` that is the mean over cohorts: epochs x batches x share of the clients.
+    The method's personal parameters belong to the one model too. The model is measured on each
+    client's rows, as those of other algorithms are. Only simulation has all rows.
     """
 
     pooled = True

@@ -13,13 +13,13 @@ from fedpeft.state import State
 class FedNova(FedAvg):
     """theta + tau_eff sum_i p_i (y_i - theta) / |a_i|, with tau_eff = sum_i p_i |a_i|.
 
-    |a_i| counts client i's steps: for SGD their number K_i; with momentum rho, each gradient also
-    works on in later steps, and |a_i| = (K_i - rho (1 - rho^K_i) / (1 - rho)) / (1 - rho). With
-    AdamW, K_i takes each step to move equally far. Where all clients take equally many steps this
-    is FedAvg.
+    |a_i| counts client i's steps. For SGD it is their number K_i. With momentum rho, each gradient
+    also acts in later steps, and |a_i| = (K_i - rho (1 - rho^K_i) / (1 - rho)) / (1 - rho). With
+    AdamW, |a_i| = K_i supposes that all steps move equally far. Where all clients take equally many
+    steps, this is FedAvg.
 
     Args:
-        local_momentum: rho in [0, 1): the clients' ``optimizer.momentum``.
+        local_momentum: rho in [0, 1), the clients' ``optimizer.momentum``.
     """
 
     local_momentum: float = 0.0
@@ -33,11 +33,12 @@ class FedNova(FedAvg):
         require_plain_mean(self, setting)
 
     def norm(self, steps: int) -> float:
-        """|a_i|_1."""
+        """Return |a_i| of a client that took so many steps."""
         rho = self.local_momentum
         return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
 
     def server(self, mean: State, round: Round, memory: Memory) -> State:
+        """See ``FedAvg.server``."""
         norms = [self.norm(steps) for steps in round.steps]
         effective = sum(w * norm for w, norm in zip(round.weights, norms, strict=True))
         scales = [effective * w / norm for w, norm in zip(round.weights, norms, strict=True)]

@@ -1,9 +1,9 @@
 """Server optimisers: the mean's step is a gradient (https://arxiv.org/abs/2003.00295, Algorithm 2).
 
-Flower's FedAvgM, FedAdagrad, FedAdam and FedYogi are not used: they want the same keys in every
-round, up and down, where methods here share other parameters in each; and they give back float64.
-On equal keys the numbers are theirs, except that Flower's FedAdam corrects the bias of its moments
-(by a count one too high) and the paper's does not.
+Flower's FedAvgM, FedAdagrad, FedAdam and FedYogi are not used, because they need the same keys in
+every round, up and down, while methods here may share other parameters in each round, and because
+they return float64. On equal keys the numbers are theirs, except that Flower's FedAdam corrects the
+bias of its moments (by a count one too high) and the paper's does not.
 """
 
 from abc import abstractmethod
@@ -25,7 +25,7 @@ class ServerOptimizer(FedAvg):
     does not share it leaves them as they are.
 
     Args:
-        server_lr: > 0.
+        server_lr: learning rate of the server, > 0.
     """
 
     server_lr: float = 1.0
@@ -36,14 +36,16 @@ class ServerOptimizer(FedAvg):
             raise ValueError(f"server_lr must be > 0, got {self.server_lr}")
 
     def check(self, setting: Setting) -> None:
-        """Blocks are fine: their mean is what it is.
+        """Refuse a method that aggregates by a rule of its own.
 
-        An aggregation of the method's own is not: factors that it takes apart anew each round have
-        no coordinates for a moment to follow, and what it sets beside them fits its result alone.
+        Factors that it decomposes anew each round have no coordinates for a moment to follow, and
+        what it sets beside them fits its result alone. Blocks are allowed, because only the mean is
+        used.
         """
         require_plain_mean(self, replace(setting, whole=True))
 
     def server(self, mean: State, round: Round, memory: Memory) -> State:
+        """See ``FedAvg.server``."""
         after: State = {}
         for name, value in mean.items():
             start = round.before[name].double()
@@ -56,16 +58,18 @@ class ServerOptimizer(FedAvg):
         """Return one parameter's direction, and bring its moments up to date.
 
         Args:
+            name: of the parameter.
             delta: the mean's step, in float64.
+            memory: holds the moments, by kind and by name; changed in place.
         """
 
 
 @dataclass(frozen=True)
 class FedAvgM(ServerOptimizer):
-    """m = server_momentum m + delta (https://arxiv.org/abs/1909.06335).
+    """Momentum: m = server_momentum m + delta (https://arxiv.org/abs/1909.06335).
 
     Args:
-        server_momentum: in [0, 1).
+        server_momentum: factor of the last m, in [0, 1).
     """
 
     server_momentum: float = 0.9
@@ -75,6 +79,7 @@ class FedAvgM(ServerOptimizer):
         _below_one("server_momentum", self.server_momentum)
 
     def direction(self, name: str, delta: Tensor, memory: Memory) -> Tensor:
+        """See ``ServerOptimizer.direction``."""
         moments = memory.setdefault("momentum", {})
         moments[name] = self.server_momentum * _moment(moments, name, delta) + delta
         return moments[name]
@@ -85,7 +90,7 @@ class Adaptive(ServerOptimizer):
     """m / (sqrt(v) + tau), with m = beta_1 m + (1 - beta_1) delta; moments begin at 0.
 
     Args:
-        tau: > 0; the smaller, the more adaptive.
+        tau: > 0; a smaller one adapts more.
     """
 
     server_lr: float = 0.01
@@ -97,22 +102,29 @@ class Adaptive(ServerOptimizer):
             raise ValueError(f"tau must be > 0, got {self.tau}")
 
     def direction(self, name: str, delta: Tensor, memory: Memory) -> Tensor:
+        """See ``ServerOptimizer.direction``."""
         second = memory.setdefault("second_moment", {})
         second[name] = self.second(_moment(second, name, delta), delta.square())
         return self.first(name, delta, memory) / (second[name].sqrt() + self.tau)
 
     def first(self, name: str, delta: Tensor, memory: Memory) -> Tensor:
-        """m; here beta_1 = 0."""
+        """Return the new m; here beta_1 = 0.
+
+        Args:
+            name: of the parameter.
+            delta: the mean's step, in float64.
+            memory: holds the moments, by kind and by name; changed in place.
+        """
         return delta
 
     @abstractmethod
     def second(self, v: Tensor, square: Tensor) -> Tensor:
-        """The new v, of the old one and delta^2."""
+        """Return the new v from the old one and delta^2."""
 
 
 @dataclass(frozen=True)
 class FedAdagrad(Adaptive):
-    """v = v + delta^2, and beta_1 = 0 as in the paper's experiments."""
+    """Adagrad: v = v + delta^2, and beta_1 = 0 as in the paper's experiments."""
 
     def second(self, v: Tensor, square: Tensor) -> Tensor:
         return v + square
@@ -120,11 +132,11 @@ class FedAdagrad(Adaptive):
 
 @dataclass(frozen=True)
 class FedAdam(Adaptive):
-    """v = beta_2 v + (1 - beta_2) delta^2.
+    """Adam: v = beta_2 v + (1 - beta_2) delta^2.
 
     Args:
-        beta_1: in [0, 1).
-        beta_2: in [0, 1).
+        beta_1: factor of the last m, in [0, 1).
+        beta_2: factor of the last v, in [0, 1).
     """
 
     beta_1: float = 0.9
@@ -136,6 +148,7 @@ class FedAdam(Adaptive):
         _below_one("beta_2", self.beta_2)
 
     def first(self, name: str, delta: Tensor, memory: Memory) -> Tensor:
+        """See ``Adaptive.first``."""
         moments = memory.setdefault("first_moment", {})
         old = _moment(moments, name, delta)
         moments[name] = self.beta_1 * old + (1 - self.beta_1) * delta
@@ -147,13 +160,14 @@ class FedAdam(Adaptive):
 
 @dataclass(frozen=True)
 class FedYogi(FedAdam):
-    """v = v - (1 - beta_2) delta^2 sign(v - delta^2)."""
+    """Yogi: v = v - (1 - beta_2) delta^2 sign(v - delta^2)."""
 
     def second(self, v: Tensor, square: Tensor) -> Tensor:
         return v - (1 - self.beta_2) * square * torch.sign(v - square)
 
 
 def _moment(moments: State, name: str, like: Tensor) -> Tensor:
+    """Return a parameter's moment; zeros before the first round that shares it."""
     return moments[name] if name in moments else torch.zeros_like(like)
 
 

@@ -12,10 +12,10 @@ from fedpeft.state import State
 
 @dataclass(frozen=True)
 class FedProx(FedAvg):
-    """Adds mu/2 |theta - theta_received|^2 to the loss, over the shared parameters.
+    """FedAvg whose loss has the term mu/2 |theta - theta_received|^2 over the shared parameters.
 
     Args:
-        proximal_mu: > 0.
+        proximal_mu: mu > 0.
     """
 
     proximal_mu: float = 0.01
@@ -26,11 +26,17 @@ class FedProx(FedAvg):
             raise ValueError(f"strategy.proximal_mu must be > 0, got {self.proximal_mu}")
 
     def term(self, start: State, sent: State, kept: State) -> Term:
+        """See ``FedAvg.term``."""
         return ProximalTerm(self.proximal_mu, start)
 
 
 class ProximalTerm(Term):
-    """mu (theta - theta_received) on every gradient."""
+    """Adds mu (theta - theta_received) to the gradients of shared parameters.
+
+    Args:
+        mu: strength of the pull.
+        start: theta_received, full.
+    """
 
     def __init__(self, mu: float, start: State) -> None:
         self.mu, self.start = mu, start

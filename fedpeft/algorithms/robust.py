@@ -4,9 +4,9 @@
 - ``Krum``, also multi-Krum (https://papers.nips.cc/paper/6617).
 - ``NormClipping`` (https://arxiv.org/abs/1911.07963).
 
-Flower's FedMedian, FedTrimmedAvg, Krum and MultiKrum hang on its sampling and its checks, under
-which one unusable reply ends the run; on equal replies the numbers are theirs. Weights are uniform
-unless asked for: a number of examples is whatever a client says it is.
+Flower's FedMedian, FedTrimmedAvg, Krum and MultiKrum are not used, because they depend on its
+sampling and its checks, under which one unusable reply ends the run; on equal replies the numbers
+are theirs. Weights are uniform by default, because a client can claim any number of examples.
 """
 
 import math
@@ -24,7 +24,7 @@ from fedpeft.state import State, weighted_mean
 
 @dataclass(frozen=True)
 class Robust(FedAvg):
-    """A rule in place of the mean."""
+    """Base of rules that replace the mean of whole states."""
 
     weights: str = "uniform"
 
@@ -34,7 +34,7 @@ class Robust(FedAvg):
 
 @dataclass(frozen=True)
 class Coordinatewise(Robust):
-    """A rule for each coordinate alone, in which no client weighs more than another."""
+    """Base of rules for each coordinate alone, in which all clients weigh alike."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +44,7 @@ class Coordinatewise(Robust):
             )
 
     def server(self, mean: State, round: Round, memory: Memory) -> State:
+        """See ``FedAvg.server``."""
         after: State = {}
         for name, value in mean.items():
             stacked = torch.stack([state[name].double() for state in round.states])
@@ -52,12 +53,12 @@ class Coordinatewise(Robust):
 
     @abstractmethod
     def middle(self, values: Tensor) -> Tensor:
-        """Return (...) of values (clients, ...) in rising order."""
+        """Reduce values (clients, ...), which rise along the clients, to (...)."""
 
 
 @dataclass(frozen=True)
 class Median(Coordinatewise):
-    """The middle value, or the mean of the two middle ones."""
+    """The middle value of each coordinate, or the mean of the two middle ones."""
 
     def middle(self, values: Tensor) -> Tensor:
         n = len(values)
@@ -66,9 +67,9 @@ class Median(Coordinatewise):
 
 @dataclass(frozen=True)
 class TrimmedMean(Coordinatewise):
-    """The mean without the floor(beta n) smallest and as many largest values.
+    """The mean of each coordinate without the floor(beta n) smallest and as many largest values.
 
-    A round of so few usable replies that nothing would be cut off changes nothing.
+    A round with so few usable replies that nothing would be cut off changes nothing.
 
     Args:
         beta: share of the clients cut off at each end, in (0, 0.5).
@@ -84,7 +85,7 @@ class TrimmedMean(Coordinatewise):
             )
 
     def cut(self, n: int) -> int:
-        """Values cut off at each end of n."""
+        """Return how many of n values are cut off at each end."""
         return math.floor(self.beta * n + 1e-9)  # 0.29 * 100 is 28.999...
 
     def check(self, setting: Setting) -> None:
@@ -96,6 +97,7 @@ class TrimmedMean(Coordinatewise):
             )
 
     def server(self, mean: State, round: Round, memory: Memory) -> State:
+        """See ``FedAvg.server``."""
         if self.cut(len(round.states)) == 0:
             return {}
         return super().server(mean, round, memory)
@@ -109,13 +111,13 @@ class TrimmedMean(Coordinatewise):
 class Krum(Robust):
     """The mean of the states that lie closest to their n - num_malicious - 2 nearest others.
 
-    Of equal scores, the lower client's. A round of fewer than 2 num_malicious + 3 usable replies
-    changes nothing: the guarantee does not reach it.
+    Of equal scores the lower client's state is chosen. A round with fewer than 2 num_malicious + 3
+    usable replies changes nothing, because the guarantee does not hold for it.
 
     Args:
-        num_malicious: f >= 0, clients a round that may send anything.
-        num_selected: states that are averaged; 1 is Krum, more is multi-Krum. Of a round's usable
-            replies at most all but ``num_malicious``.
+        num_malicious: number of clients a round that may send anything, >= 0.
+        num_selected: number of states that are averaged; 1 is Krum, more is multi-Krum. At most all
+            of a round's usable replies but ``num_malicious`` are averaged.
     """
 
     num_malicious: int = 1
@@ -130,7 +132,7 @@ class Krum(Robust):
 
     @property
     def least(self) -> int:
-        """Clients that a round needs."""
+        """Least number of clients that a round needs."""
         return 2 * self.num_malicious + 3
 
     def check(self, setting: Setting) -> None:
@@ -148,7 +150,7 @@ class Krum(Robust):
             )
 
     def select(self, states: Sequence[State]) -> list[int]:
-        """Numbers of the states chosen, best score first."""
+        """Return the numbers of the chosen states, best score first."""
         updates = _flat(states)
         squares = torch.stack([(updates - one).square().sum(dim=1) for one in updates])
         closest = len(states) - self.num_malicious - 2
@@ -157,6 +159,7 @@ class Krum(Robust):
         return scores.sort(stable=True).indices[:count].tolist()
 
     def server(self, mean: State, round: Round, memory: Memory) -> State:
+        """See ``FedAvg.server``."""
         if len(round.states) < self.least:
             return {}
         chosen = self.select(round.states)
@@ -181,6 +184,7 @@ class NormClipping(Robust):
             raise ValueError(f"max_norm must be > 0 or null, got {self.max_norm}")
 
     def server(self, mean: State, round: Round, memory: Memory) -> State:
+        """See ``FedAvg.server``."""
         start = {name: round.before[name] for name in round.states[0]}
         norms = (_flat(round.states) - _flat([start])).norm(dim=1)
         limit = float(norms.quantile(0.5)) if self.max_norm is None else self.max_norm
@@ -195,6 +199,6 @@ class NormClipping(Robust):
 
 
 def _flat(states: Sequence[State]) -> Tensor:
-    """(clients, parameters), in float64."""
+    """Return states as a matrix (states, numbers), in float64."""
     names = list(states[0])
     return torch.stack([torch.cat([s[n].double().reshape(-1) for n in names]) for s in states])

@@ -18,11 +18,11 @@ from fedpeft.state import State, weighted_mean
 
 @dataclass(frozen=True)
 class Scaffold(FedAvg):
-    """Clients step by g - c_i + c; c_i stays on the client, its change goes to the server.
+    """Clients step by g - c_i + c; c_i stays on the client, its change is sent to the server.
 
     Only parameters that are shared in a round are corrected in it, and only their controls change
-    and travel: as much again as the parameters, both ways. A client whose reply is lost keeps its
-    new c_i, of which c then knows nothing.
+    and are sent, which doubles the numbers sent both ways. A client whose reply is lost keeps its
+    new c_i, which c then does not contain.
 
     Args:
         weights: ``uniform`` as in the paper, or ``examples``.
@@ -41,10 +41,11 @@ class Scaffold(FedAvg):
         require_plain_mean(self, setting)
 
     def term(self, start: State, sent: State, kept: State) -> Term:
+        """See ``FedAvg.term``."""
         return ControlTerm(start, sent, kept)
 
     def down(self, memory: Memory, shared: State) -> State:
-        """c, zero where no client has said anything yet."""
+        """Return c of what is shared, zero where no client has sent a change yet."""
         control = memory.get("control", {})
         return {n: control[n] if n in control else torch.zeros_like(v) for n, v in shared.items()}
 
@@ -52,7 +53,10 @@ class Scaffold(FedAvg):
         return shared
 
     def server(self, mean: State, round: Round, memory: Memory) -> State:
-        """theta + eta_g (mean - theta), and c + |S|/N mean(c_i+ - c_i)."""
+        """Return theta + eta_g (mean - theta), and set c to c + |S|/N mean(c_i+ - c_i).
+
+        See ``FedAvg.server``.
+        """
         control = memory.setdefault("control", {})
         for name, change in weighted_mean(round.extras, round.weights).items():
             old = control[name] if name in control else torch.zeros_like(change)
@@ -66,18 +70,18 @@ class Scaffold(FedAvg):
 
 
 class ControlTerm(Term):
-    """c - c_i on every gradient.
+    """Adds c - c_i to the gradients of shared parameters.
 
     Args:
-        start: x, shared parameters as received.
+        start: x, shared parameters as received, full.
         sent: c.
-        kept: c_i of all that this client ever shared.
+        kept: c_i of every parameter that this client has shared so far.
     """
 
     def __init__(self, start: State, sent: State, kept: State) -> None:
         self.start, self.server, self.kept = start, sent, kept
-        self.own = {n: kept[n] if n in kept else torch.zeros_like(v) for n, v in start.items()}
-        self.correction = {n: sent[n] - own for n, own in self.own.items()}
+        self.client = {n: kept[n] if n in kept else torch.zeros_like(v) for n, v in start.items()}
+        self.correction = {n: sent[n] - control for n, control in self.client.items()}
 
     def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
         for name, value in self.correction.items():
@@ -88,10 +92,10 @@ class ControlTerm(Term):
                 grad.add_(value)
 
     def finish(self, trained: State, steps: int, lr: float) -> tuple[State, State]:
-        """c_i+ - c_i = -c + (x - y_i) / (K lr), and every c_i."""
+        """Return c_i+ - c_i = -c + (x - y_i) / (K lr), and every c_i. See ``Term.finish``."""
         change = {
             name: (self.start[name] - value) / (steps * lr) - self.server[name]
             for name, value in trained.items()
         }
-        new = {name: self.own[name] + value for name, value in change.items()}
+        new = {name: self.client[name] + value for name, value in change.items()}
         return change, self.kept | new

@@ -39,10 +39,10 @@ class Kept(NamedTuple):
 
     Attributes:
         personal: parameters that never leave the client, full.
-        strategy: of the strategy's term, full.
-        method: of the method's term.
+        strategy: state of the strategy's term, full.
+        method: state of the method's term.
         error: updates that sparse compression did not send, block.
-        moments: the optimizer's.
+        moments: the optimizer's state.
     """
 
     personal: State
@@ -53,7 +53,7 @@ class Kept(NamedTuple):
 
     @classmethod
     def parted(cls, state: State) -> "Kept":
-        """Part what the store holds."""
+        """Split the state that the store holds."""
         parts = []
         for prefix in (STRATEGY, METHOD, ERROR, OPTIMIZER):
             state, part = split_prefixed(state, prefix)
@@ -61,7 +61,7 @@ class Kept(NamedTuple):
         return cls(state, *parts)
 
     def joined(self) -> State:
-        """Join the parts for the store."""
+        """Join the parts into one state for the store."""
         state = dict(self.personal)
         for prefix, part in zip((STRATEGY, METHOD, ERROR, OPTIMIZER), self[1:], strict=True):
             state |= prefixed(part, prefix)
@@ -72,8 +72,8 @@ class Begun(NamedTuple):
     """A client between its message and its reply.
 
     Attributes:
-        kept: from earlier rounds.
-        before: shared parameters as training starts from them, full.
+        kept: state of earlier rounds.
+        before: shared parameters from which training starts, full.
         terms: corrections of gradients by the method and by the strategy.
     """
 
@@ -84,7 +84,7 @@ class Begun(NamedTuple):
 
 
 def answer_all(
-    messages: Sequence[Message], contexts: Sequence[Context]
+    messages: Sequence[Message], contexts: Sequence[Context], engine: Engine | None = None
 ) -> list[Message | Exception]:
     """Answer messages of one kind, round and configuration, each for a client of its own.
 
@@ -92,13 +92,12 @@ def answer_all(
         messages: to train or to evaluate. Clients whose messages come together train in one pass
             a step where the model allows it.
         contexts: of the clients' nodes.
+        engine: trains and evaluates; null to open it by the messages' configuration.
 
     Returns:
-        In each message's place its reply, or the error that ended this client's work.
+        For each message, in order, its reply or the error that ended this client's work.
     """
-    overrides = str(messages[0].content.config_records["config"]["overrides"])
-    path = contexts[0].node_config.get("data-path")
-    engine = open_engine(overrides, None if path is None else str(path))
+    engine = engine or _engine(messages[0], contexts[0])
     clients = [Client(m, c, engine) for m, c in zip(messages, contexts, strict=True)]
     if messages[0].metadata.message_type == MessageType.EVALUATE:
         answers = [_tried(client.evaluate) for client in clients]
@@ -109,6 +108,13 @@ def answer_all(
         answer if isinstance(answer, Exception) else Message(answer, reply_to=message)
         for message, answer in zip(messages, answers, strict=True)
     ]
+
+
+def _engine(message: Message, context: Context) -> Engine:
+    """Open the engine of a message's configuration on this node's data."""
+    path = context.node_config.get("data-path")
+    overrides = str(message.content.config_records["config"]["overrides"])
+    return open_engine(overrides, None if path is None else str(path))
 
 
 def _trained(clients: "Sequence[Client]", engine: Engine) -> list[RecordDict | Exception]:
@@ -155,7 +161,7 @@ class Client:
         self.store = Store(context, self.number, str(config["overrides"]))
 
     def begin(self) -> Begun:
-        """Load initial, received and kept values, in this order, and the corrections."""
+        """Collect the values to start from: initial, then received, then kept; and corrections."""
         replica = self.engine.replica
         kept = Kept.parted(self.store.load())
         at, received, extras = self._received()
@@ -177,6 +183,12 @@ class Client:
                 moments[key] = filled(block, {name: value})[name]
         return moments
 
+    def _error(self, kept: Kept, at: At) -> State:
+        """Cut the updates not sent earlier to the client's blocks, which may differ by round."""
+        parameters, extras = split_prefixed(kept.error, STRATEGY)
+        replica = self.engine.replica
+        return replica.blocks(filled(parameters, replica.initial), at) | prefixed(extras, STRATEGY)
+
     def finish(self, begun: Begun, result: Result) -> RecordDict:
         """Keep what is personal and return what is shared, encoded."""
         trained, replica, kept = result.trained, self.engine.replica, begun.kept
@@ -186,7 +198,7 @@ class Client:
         at = begun.job.at
         state = replica.blocks(shared, at) | prefixed(extras, STRATEGY)
         reference = replica.blocks(begun.before, at) | prefixed(zeros(extras), STRATEGY)
-        wire, error = self._encoded(state, reference, kept.error)
+        wire, error = self._encoded(state, reference, self._error(kept, at))
         # Personal parameters that rest in this round stay kept, because roles change by round.
         names = names_with(replica.roles.by_name(self.round), Role.PERSONAL)
         personal = kept.personal | {name: result.after[name] for name in names}
@@ -210,22 +222,22 @@ class Client:
         return codec.encode(state, reference, draws), error
 
     def evaluate(self) -> RecordDict:
-        """Measure the client's model on its own validation and test rows."""
+        """Measure the client's model on its splits validation and test rows."""
         engine = self.engine
         at, received, _ = self._received()
         engine.replica.load(received, Kept.parted(self.store.load()).personal, at=at)
-        own = engine.rows.client_examples(self.number)
+        splits = engine.rows.client_examples(self.number)
         metrics: dict[str, Any] = {}
         for split in ("validation", "test"):
-            metrics[f"{split}-num-examples"] = len(own[split])
-            for name, value in engine.evaluate(own[split], last=self.last).items():
+            metrics[f"{split}-num-examples"] = len(splits[split])
+            for name, value in engine.evaluate(splits[split], last=self.last).items():
                 metrics[f"{split}_{name}"] = value
-            if (baseline := engine.baseline(own["train"], own[split])) is not None:
+            if (baseline := engine.baseline(splits["train"], splits[split])) is not None:
                 metrics[f"{split}_baseline"] = baseline
         return RecordDict({"metrics": MetricRecord(metrics)})
 
     def _received(self) -> tuple[At, State, State]:
-        """Return where the client is, its parameters (block), and the strategy's extras.
+        """Return the client's ``At``, the received parameters (block) and the strategy's extras.
 
         Raises:
             ValueError: the message does not hold what this round's roles say.

@@ -1,8 +1,8 @@
 """Codecs of states on the wire, one for each direction.
 
-A client compresses its update, its parameters minus what it started from, because an update is far
-smaller than the parameters and so loses far less. The server knows the start and adds it. A
-strategy's extras start from zero.
+A client compresses its update, its parameters minus their start, because an update is far smaller
+than the parameters and so loses far less. The server knows the start and adds it. A strategy's
+extras start from zero.
 """
 
 from abc import ABC, abstractmethod
@@ -16,27 +16,27 @@ from torch import Tensor
 from fedpeft.algorithms.base import Setting
 from fedpeft.state import State, check
 
-ERROR = "error:"  # prefix of what a client keeps because it was not sent
+ERROR = "error:"  # prefix of a client's kept errors, the part of its updates that was not sent
 
 
 class Codec(ABC):
     """Turns a state into its form on the wire and back."""
 
-    exact: ClassVar[bool] = False  # whether ``decode`` gives what ``encode`` got, bit for bit
+    exact: ClassVar[bool] = False  # true if ``decode`` returns what ``encode`` got, bit for bit
 
     @abstractmethod
     def encode(self, state: State, reference: State, rng: np.random.Generator) -> State:
         """Return the wire form of a state.
 
         Args:
-            state: block or full, of the names and shapes of ``reference``.
+            state: block or full, with the names and shapes of ``reference``.
             reference: a state that both sides know.
-            rng: for stochastic rounding.
+            rng: draws of stochastic rounding.
         """
 
     @abstractmethod
     def decode(self, wire: State, reference: Mapping[str, Tensor]) -> State:
-        """Return the state in the names, shapes and dtypes of ``reference``.
+        """Return the state, with the names, shapes and dtypes of ``reference``.
 
         Raises:
             ValueError: the wire holds something that ``encode`` never gives.
@@ -49,6 +49,7 @@ class Exact(Codec):
     exact = True
 
     def encode(self, state: State, reference: State, rng: np.random.Generator) -> State:
+        """See ``Codec.encode``."""
         return state
 
     def decode(self, wire: State, reference: Mapping[str, Tensor]) -> State:
@@ -67,6 +68,7 @@ class OfUpdate(Codec):
         self.inner = inner
 
     def encode(self, state: State, reference: State, rng: np.random.Generator) -> State:
+        """See ``Codec.encode``."""
         return self.inner.encode(update(state, reference), reference, rng)
 
     def decode(self, wire: State, reference: Mapping[str, Tensor]) -> State:
@@ -80,9 +82,9 @@ class OfUpdate(Codec):
 
         Args:
             state: block or full.
-            reference: of the same names and shapes.
+            reference: the state that the update starts from, with the same names and shapes.
             error: what earlier rounds left out, by name; added to this round's update.
-            rng: for stochastic rounding.
+            rng: draws of stochastic rounding.
 
         Returns:
             The wire form, and every error to keep: this round's, and older ones of other names.
@@ -103,6 +105,14 @@ def stepped(after: State, before: State, values: State) -> State:
 
     The server does this if clients received a lossy copy ``before`` of ``values``, so that small
     steps are not lost to rounding.
+
+    Args:
+        after: new values, full, computed from ``before``.
+        before: values as the clients received them, full.
+        values: the server's exact values, full.
+
+    Returns:
+        A state with the names and dtypes of ``after``.
     """
     return {
         name: (values[name].double() + value.double() - before[name].double()).to(value.dtype)
@@ -112,18 +122,18 @@ def stepped(after: State, before: State, values: State) -> State:
 
 @dataclass(frozen=True)
 class Compression:
-    """Everything is sent as it is."""
+    """Both directions send states as they are; other compressions derive from it."""
 
     feedback: ClassVar[bool] = False  # a client adds what it did not send to its next update
 
     @property
     def up(self) -> Codec:
-        """The codec of what clients send; its reference is what they started from."""
+        """Codec of what clients send; its reference is what they started from."""
         return Exact()
 
     @property
     def down(self) -> Codec:
-        """The codec of what the server sends.
+        """Codec of what the server sends.
 
         Its reference is used for names, shapes and dtypes alone, because a client that keeps
         nothing between rounds knows no older values.
@@ -131,4 +141,4 @@ class Compression:
         return Exact()
 
     def check(self, setting: Setting) -> None:
-        """Raise ValueError for a setting that the compression makes no sense in."""
+        """Raise ValueError if the compression makes no sense in a setting."""

@@ -1,7 +1,7 @@
-"""The largest entries of a vector on the wire: their values, and where they stand.
+"""The largest entries of a vector on the wire, as their values and places.
 
 The places are a bitmap, one bit an entry, where that takes fewer bytes than an int32 for each entry
-sent. Which it is follows from the two numbers alone, so that both sides know.
+sent. The choice follows from the numbers of entries and of entries sent, which both sides know.
 """
 
 import numpy as np
@@ -15,19 +15,19 @@ INDICES = "compression:indices:"
 
 
 def check_share(name: str, share: float) -> None:
-    """Raise ValueError for what is no share of a vector's entries."""
+    """Raise ValueError unless a share of a vector's entries is in (0, 1]."""
     if not 0 < share <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {share}")
 
 
 def count(share: float, numel: int) -> int:
-    """Return how many of so many entries are sent: the nearest to the share, one at least."""
+    """Return how many entries are sent, the number nearest to the share and at least one."""
     return min(numel, max(1, round(share * numel)))
 
 
 def as_bitmap(numel: int, sent: int) -> bool:
     """Tell whether a bitmap of places takes fewer bytes than indices."""
-    return _bytes(numel) < 4 * sent or numel > 2**31  # which int32 cannot number
+    return _bytes(numel) < 4 * sent or numel > 2**31  # more than int32 can number
 
 
 def _bytes(numel: int) -> int:
@@ -40,7 +40,12 @@ def largest_of(flat: Tensor, sent: int) -> Tensor:
 
 
 def encoded(name: str, flat: Tensor, sent: int) -> State:
-    """Encode the largest entries of a vector (n,).
+    """Encode the largest entries of a vector.
+
+    Args:
+        name: of the vector, and of its values on the wire.
+        flat: the vector, (n,).
+        sent: number of entries that are sent.
 
     Returns:
         Values (sent,) in its dtype, and a uint8 bitmap (n/8 rounded up,) or int32 indices (sent,).
@@ -54,7 +59,13 @@ def encoded(name: str, flat: Tensor, sent: int) -> State:
 
 
 def expected(name: str, numel: int, sent: int) -> State:
-    """Return the names, shapes and dtypes that ``encoded`` gives."""
+    """Return a state with the names, shapes and dtypes of what ``encoded`` returns.
+
+    Args:
+        name: of the vector.
+        numel: number of the vector's entries.
+        sent: number of entries that are sent.
+    """
     values = {name: torch.zeros(sent)}
     if as_bitmap(numel, sent):
         return values | {BITMAP + name: torch.zeros(_bytes(numel), dtype=torch.uint8)}
@@ -62,13 +73,15 @@ def expected(name: str, numel: int, sent: int) -> State:
 
 
 def decoded(name: str, wire: State, numel: int) -> Tensor:
-    """Return the vector (numel,), float32: zeros but for what was sent.
+    """Return the vector (numel,), float32, with zeros for what was not sent.
 
     Args:
-        wire: holds what ``expected`` says.
+        name: of the vector.
+        wire: has the names, shapes and dtypes of ``expected``.
+        numel: number of the vector's entries.
 
     Raises:
-        ValueError: a bitmap or indices that ``encoded`` never gives.
+        ValueError: ``encoded`` never returns such a bitmap or indices.
     """
     if BITMAP + name in wire:
         places = _of_bitmap(name, wire[BITMAP + name], numel, len(wire[name]))
@@ -80,6 +93,7 @@ def decoded(name: str, wire: State, numel: int) -> Tensor:
 
 
 def _of_bitmap(name: str, bitmap: Tensor, numel: int, sent: int) -> Tensor:
+    """Return the places that a bitmap sets, rising."""
     bits = torch.from_numpy(np.unpackbits(bitmap.numpy()))
     within, beyond = int(bits[:numel].sum()), int(bits[numel:].sum())
     if within != sent or beyond:
@@ -91,6 +105,7 @@ def _of_bitmap(name: str, bitmap: Tensor, numel: int, sent: int) -> Tensor:
 
 
 def _of_indices(name: str, indices: Tensor, numel: int) -> Tensor:
+    """Check indices and return them."""
     rising = bool((indices.diff() > 0).all())
     if len(indices) and not (rising and indices[0] >= 0 and indices[-1] < numel):
         raise ValueError(

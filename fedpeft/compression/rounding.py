@@ -15,12 +15,17 @@ SCALES = "compression:scales"
 
 
 class Rounded(Codec):
-    """Rounds to the nearest number of a dtype."""
+    """Rounds to the nearest number of a dtype.
+
+    Args:
+        dtype: a floating-point dtype of fewer bits.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
     def encode(self, state: State, reference: State, rng: np.random.Generator) -> State:
+        """See ``Codec.encode``."""
         return {name: self._rounded(name, value) for name, value in state.items()}
 
     def decode(self, wire: State, reference: Mapping[str, Tensor]) -> State:
@@ -40,12 +45,13 @@ class Rounded(Codec):
 class Levels(Codec):
     """round(v / scale) in -127..127, with scale = max |v| / 127 of each tensor.
 
-    Values are rounded up with the probability of the fraction, so that the mean of what arrives is
-    what was sent (QSGD, https://arxiv.org/abs/1610.02132); |error| < scale. One float32 a tensor
-    goes along.
+    Values are rounded up with the probability of their fraction, so that the mean of what arrives
+    is what was sent (QSGD, https://arxiv.org/abs/1610.02132); |error| < scale. The scale of each
+    tensor is sent as one float32.
     """
 
     def encode(self, state: State, reference: State, rng: np.random.Generator) -> State:
+        """See ``Codec.encode``."""
         scales = [value.abs().max() / 127 for value in state.values()]
         wire: State = {}
         for (name, value), scale in zip(state.items(), scales, strict=True):
@@ -67,9 +73,9 @@ class Half(Compression):
     """Two bytes a number, rounded to the nearest.
 
     Args:
-        both: also what the server sends. There the parameters themselves are rounded, and with
-            them the clients' start, from which clients and server reckon updates. The server adds
-            a round's step to its own, unrounded values, so that small steps add up.
+        both: also round what the server sends. There the parameters themselves are rounded, and
+            with them the clients' start, from which clients and server compute updates. The server
+            adds a round's step to its unrounded values, so that small steps add up.
     """
 
     both: bool = False
@@ -103,8 +109,8 @@ class BFloat16(Half):
 class Int8(Compression):
     """One byte a number of what clients send, see ``Levels``.
 
-    What the server sends stays exact, because there is no start from which clients that keep
-    nothing could reckon an update.
+    The server sends exact values, because clients that keep nothing have no start to which they
+    could add an update.
     """
 
     @property

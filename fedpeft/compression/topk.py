@@ -1,4 +1,4 @@
-"""Only the largest entries on the wire: ``topk`` and ``topk_both`` of ``compression``."""
+"""Only the largest entries on the wire: ``topk`` and ``topk_both`` of the ``compression`` group."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,20 +12,21 @@ from fedpeft.compression import largest
 from fedpeft.compression.base import Codec, Compression, OfUpdate
 from fedpeft.state import STRATEGY, State, check, prefixed, split_prefixed
 
-VECTOR = "compression:vector"  # all parameters in one
+VECTOR = "compression:vector"  # name of the vector of all parameters
 
 
 class Largest(Codec):
     """The entries of largest magnitude of each tensor, as values and their places.
 
     Args:
-        share: of a tensor's entries, in (0, 1]; one entry at least.
+        share: share of a tensor's entries that is sent, in (0, 1]; one entry at least.
     """
 
     def __init__(self, share: float) -> None:
         self.share = share
 
     def encode(self, state: State, reference: State, rng: np.random.Generator) -> State:
+        """See ``Codec.encode``."""
         wire: State = {}
         for name, value in state.items():
             count = largest.count(self.share, value.numel())
@@ -47,16 +48,18 @@ class Largest(Codec):
 class LargestOfAll(Codec):
     """The entries of largest magnitude of all parameters as one vector, in the order of names.
 
-    A strategy's extras go whole: on another scale, they or the parameters would take all places.
+    A strategy's extras are sent whole, because they have another scale: in one vector, they or the
+    parameters would take all places.
 
     Args:
-        share: of the vector's entries, in (0, 1]; one entry at least.
+        share: share of the vector's entries that is sent, in (0, 1]; one entry at least.
     """
 
     def __init__(self, share: float) -> None:
         self.share = share
 
     def encode(self, state: State, reference: State, rng: np.random.Generator) -> State:
+        """See ``Codec.encode``."""
         floats = {name: value.float() for name, value in state.items()}
         parameters, extras = split_prefixed(floats)
         wire = prefixed(extras, STRATEGY)
@@ -73,11 +76,11 @@ class LargestOfAll(Codec):
         if parameters:
             wanted |= largest.expected(VECTOR, numel, largest.count(self.share, numel))
         check(wire, wanted)
-        found = {name: value for name, value in wire.items() if name in reference}
+        values = {name: value for name, value in wire.items() if name in reference}
         if parameters:
             parts = largest.decoded(VECTOR, wire, numel).split(list(sizes.values()))
-            found |= {n: p.reshape(reference[n].shape) for n, p in zip(sizes, parts, strict=True)}
-        return {name: found[name].to(value.dtype) for name, value in reference.items()}
+            values |= {n: p.reshape(reference[n].shape) for n, p in zip(sizes, parts, strict=True)}
+        return {name: values[name].to(value.dtype) for name, value in reference.items()}
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,13 @@ class TopK(Compression):
     """The entries of largest magnitude of each tensor of a client's update.
 
     The client keeps what is left out and adds it to its next update (error feedback). A client
-    whose reply is lost has kept the error as if it had arrived. Clients alone compress, and only
-    for methods whose server takes the mean: where it sets factors anew, what was kept would be
+    whose reply is lost has kept the error as if the reply had arrived. Clients alone compress, and
+    only for methods whose server takes the mean: where it sets factors anew, the error would be
     added to other factors.
 
     Args:
-        ratio: share of a tensor's entries that is sent, in (0, 1]; one at least. Each takes 4
-            bytes; the places take a bit for each entry of the tensor, or 4 bytes for each that is
+        ratio: share of a tensor's entries that is sent, in (0, 1]; one entry at least. Each takes 4
+            bytes. The places take a bit for each entry of the tensor, or 4 bytes for each entry
             sent where that is not more.
     """
 
@@ -120,25 +123,27 @@ class TopKBoth(Compression):
     """The entries of largest magnitude of all that is sent, both ways: FLASC's communication.
 
     https://arxiv.org/abs/2406.05233. The server keeps dense parameters P and sends their k largest
-    entries; a client takes zero for the others, trains all, and sends the k largest entries of its
-    update. What it leaves out is lost (no error feedback). The server adds the strategy's step,
-    reckoned from what clients got, to P: what is not sent in a round is not forgotten.
+    entries. A client takes zero for the others, trains all, and sends the k largest entries of its
+    update; what it leaves out is lost (no error feedback). The strategy's step starts from what
+    clients got, and the server adds it to P, so that entries that are not sent are not forgotten.
 
-    All parameters are one vector, in the order of their names, and k the integer nearest to
-    density times its length, one at least. Open in the paper: the head stands in the vector (the
-    authors' code has it both ways); of equals the earlier entry goes; the first round is like the
-    others, so that, B being zero, LoRA's A and the head are sent. What the server changed but does
-    not train in a round stands in the vector too, what is never sent is as it was. A strategy's
-    extras (SCAFFOLD's controls) go whole both ways: on another scale, they or the parameters would
+    All parameters are one vector, in the order of their names, and k is the integer nearest to
+    density times its length, one at least. The paper leaves open three choices. The head is in the
+    vector (the authors' code has it both ways). Of equal entries the earlier one is sent. The first
+    round is like the others, so that LoRA's A and the head are sent in it, because B is zero.
+    Parameters that the server changed but clients do not train in a round are in the vector too;
+    those that are never sent stay as they were. A strategy's extras (SCAFFOLD's controls) are sent
+    whole both ways, because they have another scale: in one vector, they or the parameters would
     take all places, and the server's control would not be the clients' mean.
 
-    Training adapts to the entries that are sent. They are what clients and server measure, as the
-    authors' code does; P, which is saved, has other entries, which can make it worse. Made for what
-    adds to a frozen weight: where a parameter replaces one (bitfit, full), most is taken for zero.
+    Training adapts to the entries that are sent. Clients and server measure the model of these
+    entries, as the authors' code does; P, which is saved, has other entries, which can make it
+    worse. The scheme suits parameters that add to a frozen weight: where they replace one (bitfit,
+    full), most entries become zero.
 
     Args:
         density_down: share of the entries that the server sends, in (0, 1].
-        density_up: share that a client sends, in (0, 1].
+        density_up: share of the entries that a client sends, in (0, 1].
     """
 
     density_down: float = 0.25

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +25,7 @@ from fedpeft.config.sentences import hydra_sentence, omegaconf_sentence
 _PACKAGE = Path(__file__).parent.parent
 _packaged = _PACKAGE / "conf"  # in a wheel; in a checkout or bundle it stands beside the package
 CONF = _packaged if _packaged.is_dir() else _PACKAGE.parent / "conf"
-GROUPS = {  # each with its base class, by name: torch is imported when a group is made, not before
+GROUPS = {  # base classes by name, because torch is imported only when a group is built
     "method": "fedpeft.methods.base.Method",
     "model": "fedpeft.models.pretrained.Pretrained",
     "data": "fedpeft.data.tasks.base.Task",
@@ -37,7 +38,7 @@ _lock = Lock()  # Hydra's compose is not thread-safe; a launch composes in a thr
 
 
 def split(overrides: str | Sequence[str]) -> list[str]:
-    """Overrides as a list; a string is split as a shell would.
+    """Return overrides as a list; a string is split as a shell would.
 
     Raises:
         ConfigError: a quotation has no end.
@@ -49,24 +50,30 @@ def split(overrides: str | Sequence[str]) -> list[str]:
 
 
 def join(overrides: Sequence[str]) -> str:
-    """Overrides as the one string that messages and run configurations carry."""
+    """Return overrides as the one string that messages and run configurations carry."""
     return shlex.join(overrides)
 
 
 def sent(overrides: Sequence[str]) -> str:
-    """Return what clients get: where results go is the server's own affair."""
-    return join([o for o in overrides if not o.startswith("run_dir=")])
+    """Return the overrides that clients get, without those that only the server needs."""
+    return join([o for o in overrides if not _of_server(o)])
+
+
+def _of_server(override: str) -> bool:
+    """Tell whether an override sets a key that clients need not know."""
+    return override.startswith("run_dir=")
 
 
 def addable(override: str) -> str:
-    """Lets ``group.field=value`` name any field of the group's class, listed in its YAML or not.
+    """Return an override that may name any field of a group's class.
 
-    Hydra only overrides what the YAML lists; which fields exist is checked when it is typed.
+    Hydra alone overrides only fields that the YAML lists. Unknown fields are refused when the
+    group is typed.
     """
     return "++" + override if _FIELD.match(override) else override
 
 
-# Keys of earlier versions, and what to write now.
+# Keys of earlier versions, and their replacements.
 _OLD = {
     "runtime.cohort": "is now runtime.clients_per_pass",
     "method.head": "is now personal=head, or personal=null, for every method",
@@ -84,7 +91,7 @@ def _override(text: str) -> str:
 
 
 def composed(overrides: str | Sequence[str]) -> DictConfig:
-    """The composed, untyped configuration.
+    """Return the composed, untyped configuration.
 
     Raises:
         ConfigError: an unknown key, group or name, or an override that is none.
@@ -92,10 +99,29 @@ def composed(overrides: str | Sequence[str]) -> DictConfig:
     return deepcopy(_composed(tuple(split(overrides))))
 
 
-@lru_cache(maxsize=16)  # a run asks for its own thrice, .1 s each
+@lru_cache(maxsize=16)
 def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    """Compose once for the server and the clients, because it takes 0.1 s.
+
+    The keys that only the server needs are set afterwards, in a copy.
+    """
+    of_server = [o for o in overrides if _of_server(o)]
+    try:
+        parsed = [OverridesParser.create().parse_override(o) for o in of_server]
+        if not of_server or any(override.is_sweep_override() for override in parsed):
+            return _from_files(overrides)
+    except HydraException:
+        return _from_files(overrides)  # raises the error with its sentence
+    tree = deepcopy(_from_files(tuple(o for o in overrides if not _of_server(o))))
+    for override in parsed:
+        OmegaConf.update(tree, override.key_or_group, override.value())
+    return tree
+
+
+@lru_cache(maxsize=16)
+def _from_files(overrides: tuple[str, ...]) -> DictConfig:
     with _lock:
-        outer = GlobalHydra.instance().hydra  # a sweep's own, when this is one of its jobs
+        outer = GlobalHydra.instance().hydra  # of a sweep, if this is one of its jobs
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(CONF), version_base="1.3", job_name="fedpeft"):
@@ -109,31 +135,31 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
 
 
 def load_config(overrides: str | Sequence[str] = ()) -> Config:
-    """The typed configuration for a list of overrides.
+    """Return the typed configuration.
 
     Raises:
         ConfigError: as ``composed``, or a value of the wrong type or outside its rule.
     """
-    tree = composed(overrides)
-    with _told():
+    tree = _composed(tuple(split(overrides)))
+    with _config_errors():
         groups = {name: _group(tree, name, get_class(base)) for name, base in GROUPS.items()}
         return Config(**_numbers(tree), **groups)
 
 
 def settings(overrides: str | Sequence[str] = ()) -> Settings:
-    """The same without the groups; needs no torch.
+    """Return the typed configuration without the groups, which needs no torch.
 
     Raises:
-        ConfigError: as ``load``.
+        ConfigError: as ``load_config``.
     """
-    tree = composed(overrides)
-    with _told():
+    tree = _composed(tuple(split(overrides)))
+    with _config_errors():
         return Settings(**_numbers(tree))
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Turns what is wrong with a value into a ConfigError."""
+def _config_errors() -> Iterator[None]:
+    """Turn the error of a wrong value into a ConfigError."""
     try:
         yield
     except OmegaConfBaseException as error:
@@ -152,13 +178,13 @@ def _numbers(tree: DictConfig) -> dict[str, Any]:
 
 
 def _check_nested(tree: DictConfig) -> None:
-    """Refuses one value in the place of a nested dataclass's fields: OmegaConf names no key."""
+    """Refuse one value in place of a nested dataclass, because OmegaConf's error names no key."""
     for field in fields(Settings):
         cls = field.type
         if not (isinstance(cls, type) and is_dataclass(cls)):
             continue
-        if not OmegaConf.is_dict(given := tree.get(field.name, {})):
-            got = "null" if given is None else given
+        if not OmegaConf.is_dict(node := tree.get(field.name, {})):
+            got = "null" if node is None else node
             raise ConfigError(f"expected key=value pairs of {cls.__name__}, got {got}")
 
 
@@ -167,8 +193,9 @@ def _plain(tree: Any, key: str) -> Any:
     return OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
 
 
+@cache  # OmegaConf copies what it merges into
 def _writable(cls: type) -> Any:
-    """OmegaConf's schema of a dataclass; that of a frozen one would refuse to be merged into."""
+    """Return OmegaConf's schema of a dataclass, writable because a frozen one takes no merge."""
     schema = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)
     for key in schema:
@@ -178,9 +205,9 @@ def _writable(cls: type) -> Any:
 
 
 def _group(tree: DictConfig, name: str, base: type) -> Any:
-    """Instance of a group's ``_target_``, its fields checked against the dataclass.
+    """Return the instance of a group's ``_target_``, its fields checked against the dataclass.
 
-    Only classes of fedpeft are accepted: a client takes its configuration from the server.
+    Only classes of fedpeft are accepted, because a client takes its configuration from the server.
     """
     node: Any = OmegaConf.create(OmegaConf.to_container(tree[name], resolve=True))
     target = node.pop("_target_", None)

@@ -1,1 +1,1 @@
-"""Data sets, tasks, partitions and batches; nothing here knows of methods."""
+"""Data sets, tasks, partitions and batches, which know nothing of methods."""

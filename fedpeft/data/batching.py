@@ -1,4 +1,4 @@
-"""Encoded rows, and the batches a client sees in a round."""
+"""Encoded rows, and the batches that a client trains on in a round."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,26 +11,26 @@ import torch
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
-PER_SEQUENCE = ("prompts", "right")  # the others have one entry a row
-SEQUENCES = ("tokens", "offsets", "groups", *PER_SEQUENCE)
-REPORTED = ("cut_prompt", "cut_answer")  # for the summary alone
-# A forward pass takes about as long as with so many tokens more; cuda: not measured.
+PER_SEQUENCE = ("prompts", "right")  # arrays with one entry a sequence
+SEQUENCES = ("tokens", "offsets", "groups", *PER_SEQUENCE)  # the others have one entry a row
+REPORTED = ("cut_prompt", "cut_answer")  # in no batch, because only the summary reads them
+# Fixed cost of a forward pass in tokens, by kind of device; the number for cuda is not measured.
 PASS_COST = {"cpu": 64, "cuda": 4096}
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded rows in flat arrays, which may be memory-mapped, and a choice of them.
+    """A split's encoded rows in flat arrays, which may be memory-mapped, and a selection of rows.
 
     Attributes:
         arrays: ``tokens`` int32 (sum of lengths,) and ``offsets`` int64 (sequences + 1,): sequence
-            s is ``tokens[offsets[s]:offsets[s + 1]]``. ``prompts`` int64 (sequences,): how many
-            tokens at its beginning are given, not predicted; ``right`` bool (sequences,): whether
-            it is a right candidate. ``groups`` int64 (rows + 1,): row i has sequences
-            ``groups[i]`` to ``groups[i + 1]``; without it, sequence i alone. Every other array has
-            one entry a row, such as ``labels`` or ``pixels``.
-        rows: int64, the rows of this choice by their numbers in the split.
-        split: the split of the data set that they stand in.
+            s is ``tokens[offsets[s]:offsets[s + 1]]``. ``prompts`` int64 (sequences,): number of
+            tokens at a sequence's beginning that are not predicted. ``right`` bool (sequences,):
+            true for a right candidate. ``groups`` int64 (rows + 1,): row i has the sequences
+            ``groups[i]`` to ``groups[i + 1] - 1``; without it, sequence i alone. Every other array
+            has one entry a row, such as ``labels`` or ``pixels``.
+        rows: int64, numbers of the selected rows in the split.
+        split: name of the split.
         pad_id: the tokenizer's padding token.
     """
 
@@ -41,15 +41,27 @@ class Examples:
 
     @classmethod
     def whole(cls, arrays: Mapping[str, np.ndarray], split: str, pad_id: int) -> "Examples":
-        """All rows of a split."""
-        count = len(arrays["groups"]) - 1 if "groups" in arrays else len(_first(arrays))
+        """Return all rows of a split.
+
+        Args:
+            arrays: see ``Examples``.
+            split: name of the split.
+            pad_id: the tokenizer's padding token.
+        """
+        count = len(arrays["groups"]) - 1 if "groups" in arrays else len(_per_row(arrays))
         return cls(arrays, np.arange(count), split, pad_id)
 
     @classmethod
     def from_lists(
         cls, rows: Sequence[Sequence[int]], labels: np.ndarray, pad_id: int
     ) -> "Examples":
-        """One sequence a row and its label."""
+        """Return training rows of one sequence and one label each.
+
+        Args:
+            rows: token ids of each row.
+            labels: class numbers (rows,).
+            pad_id: the tokenizer's padding token.
+        """
         arrays = flat(rows) | {"labels": np.asarray(labels, np.int64)}
         return cls.whole(arrays, "train", pad_id)
 
@@ -57,17 +69,17 @@ class Examples:
         return len(self.rows)
 
     def select(self, rows: np.ndarray) -> "Examples":
-        """Some rows, by their numbers in the split."""
+        """Return the rows that have these numbers in the split."""
         return replace(self, rows=np.asarray(rows))
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """int64 (rows,) class numbers, or float32 targets."""
+        """Labels of the selected rows (rows,): int64 class numbers or float32 targets."""
         return self.arrays["labels"][self.rows]
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens per row; of several sequences, the longest's. Zeros where there are no tokens."""
+        """Length of each row's longest sequence in tokens (rows,); zeros if there are no tokens."""
         if "tokens" not in self.arrays:
             return np.zeros(len(self), np.int64)
         lengths = np.diff(self.arrays["offsets"])
@@ -77,16 +89,21 @@ class Examples:
 
     @cached_property
     def sequences(self) -> np.ndarray:
-        """Sequences per row: its candidates, or one."""
+        """Number of each row's sequences (rows,): its candidates, or one."""
         if "groups" not in self.arrays:
             return np.ones(len(self), np.int64)
         return np.diff(self.arrays["groups"])[self.rows]
 
     def batch(self, positions: np.ndarray) -> Batch:
-        """Rows by their position in this choice, padded on the right.
+        """Return rows as a batch, with tokens padded on the right.
 
-        input_ids and attention_mask (sequences, L), prompts (sequences,), choices (B,) sequences
-        a row, row (B,) numbers in the split, and the other arrays' entries (B, ...).
+        Args:
+            positions: of the rows in this selection, (B,).
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (sequences, L), ``prompts`` and ``right``
+            (sequences,), ``choices`` (B,) sequences a row, ``row`` (B,) numbers in the split, and
+            the other arrays' entries (B, ...).
         """
         rows = self.rows[positions]
         batch = {"row": torch.from_numpy(np.asarray(rows, np.int64))}
@@ -98,6 +115,7 @@ class Examples:
         return batch
 
     def _padded(self, rows: np.ndarray) -> Batch:
+        """Return the padded sequences of some rows, and the arrays with one entry a sequence."""
         batch: Batch = {}
         sequences = rows
         if (groups := self.arrays.get("groups")) is not None:
@@ -120,7 +138,7 @@ class Examples:
 
 
 def merged(batches: Sequence[Batch], pad_id: int) -> Batch:
-    """Batches one after another, their tokens padded on the right to the longest."""
+    """Concatenate batches, with tokens padded on the right to the longest."""
     if "input_ids" in batches[0]:
         longest = max(batch["input_ids"].shape[1] for batch in batches)
         batches = [padded(batch, longest, pad_id) for batch in batches]
@@ -128,9 +146,10 @@ def merged(batches: Sequence[Batch], pad_id: int) -> Batch:
 
 
 def lengthened(batch: Batch, pad_id: int) -> Batch:
-    """A batch whose rows of tokens, if it has any, are padded to one of few lengths.
+    """Pad a batch's tokens, if it has any, to one of few lengths.
 
-    Multiples of 8 up to 64, of 16 up to 128, and so on: at most an eighth more above 64.
+    Lengths are multiples of 8 up to 64, of 16 up to 128, and so on, because each length needs a
+    CUDA graph. Above 64, a sequence grows by less than a quarter.
     """
     if "input_ids" not in batch:
         return batch
@@ -140,28 +159,40 @@ def lengthened(batch: Batch, pad_id: int) -> Batch:
 
 
 def padded(batch: Batch, length: int, pad_id: int) -> Batch:
-    """A batch whose rows of tokens are padded on the right to a length."""
+    """Pad a batch's tokens on the right.
+
+    Args:
+        batch: with ``input_ids`` and ``attention_mask``, (sequences, L).
+        length: the new L.
+        pad_id: the tokenizer's padding token.
+    """
     more = (0, length - batch["input_ids"].shape[1])
     ids = nn.functional.pad(batch["input_ids"], more, value=pad_id)
     mask = nn.functional.pad(batch["attention_mask"], more)
     return batch | {"input_ids": ids, "attention_mask": mask}
 
 
-def _first(arrays: Mapping[str, np.ndarray]) -> Any:
-    """An array with one entry a row (``offsets`` has one more than sequences)."""
-    others = [array for name, array in arrays.items() if name not in SEQUENCES]
-    return others[0] if others else arrays["offsets"][1:]
+def _per_row(arrays: Mapping[str, np.ndarray]) -> Any:
+    """Return an array with one entry a row; ``offsets`` has one entry more than sequences."""
+    per_row = [array for name, array in arrays.items() if name not in SEQUENCES]
+    return per_row[0] if per_row else arrays["offsets"][1:]
 
 
 def flat(sequences: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """Lists of token ids as ``tokens`` and ``offsets``."""
+    """Return lists of token ids as the arrays ``tokens`` and ``offsets``."""
     offsets = np.concatenate([[0], np.cumsum([len(s) for s in sequences])]).astype(np.int64)
     tokens = np.fromiter((t for s in sequences for t in s), np.int32, int(offsets[-1]))
     return {"tokens": tokens, "offsets": offsets}
 
 
 def by_length(rows: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Cuts rows into batches of neighbouring length, shortest first; the order is stable."""
+    """Cut rows into batches of neighbouring length, shortest first; the order is stable.
+
+    Args:
+        rows: numbers of the rows.
+        lengths: tokens of every row, by number.
+        batch_size: rows a batch; the last batch may have fewer.
+    """
     order = rows[np.argsort(lengths[rows], kind="stable")]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
@@ -173,20 +204,27 @@ def within(
     sequences: np.ndarray | None = None,
     device: str = "cpu",
 ) -> list[np.ndarray]:
-    """All rows in batches of neighbouring length: sequences x longest length <= ``max_tokens``.
+    """Cut all rows into batches of neighbouring length that keep two limits.
 
-    Of all such cuts, the one with the fewest padded tokens, a batch itself counted as
-    ``PASS_COST``. A row that is longer alone is a batch of its own.
+    The cut is the one with the smallest total of tokens, padding included, and ``PASS_COST`` for
+    each batch.
 
     Args:
-        sequences: of each row, (rows,); one each if not given.
-        device: on which a pass runs.
+        lengths: tokens of each row's longest sequence, (rows,).
+        batch_size: most rows in a batch.
+        max_tokens: most tokens in a batch: its sequences x its longest length. A row that exceeds
+            the limit alone is a batch by itself.
+        sequences: number of each row's sequences, (rows,); null for one each.
+        device: kind of the device on which a pass runs, a key of ``PASS_COST``.
+
+    Returns:
+        Positions of each batch's rows, shortest rows first.
     """
     order = np.argsort(lengths, kind="stable")
     sizes = np.ones_like(lengths) if sequences is None else sequences
     before = np.concatenate([[0], np.cumsum(sizes[order])])  # sequences before each row
-    cost = np.zeros(len(order) + 1, np.int64)  # of the first rows, cut best
-    first = np.zeros(len(order) + 1, np.int64)  # where their last batch begins
+    cost = np.zeros(len(order) + 1, np.int64)  # smallest cost of the first rows, by their number
+    first = np.zeros(len(order) + 1, np.int64)  # start of the last batch in that cut
     for end in range(1, len(order) + 1):
         starts = np.arange(max(0, end - batch_size), end)
         tokens = (before[end] - before[starts]) * lengths[order[end - 1]]
@@ -209,11 +247,18 @@ def training_batches(
     rng: np.random.Generator,
     bucket: bool = True,
 ) -> Iterator[np.ndarray]:
-    """Row numbers of the batches of one round: epochs over all rows, or exactly ``steps`` batches.
+    """Yield the row numbers of one round's batches: whole epochs, or exactly ``steps`` batches.
 
-    Each epoch is a fresh permutation, of which only what the steps need is drawn. With
-    ``bucket`` its rows are grouped by length, and the batches are shuffled: less padding, and no
-    row twice in a batch.
+    Each epoch is a fresh permutation, and the last one is cut to the rows that the steps need. No
+    batch spans two epochs, so no row stands twice in a batch.
+
+    Args:
+        lengths: tokens of each row, (rows,).
+        batch_size: rows a batch; an epoch's last rows may make a smaller one.
+        steps: number of batches; null for whole epochs.
+        epochs: passes over the rows if ``steps`` is null; null for 1.
+        rng: draws the permutations.
+        bucket: group an epoch's rows by length, for less padding, and shuffle the batches.
 
     Raises:
         ValueError: there are no rows.

@@ -1,4 +1,4 @@
-"""The encoded rows of a run, whole and by client; read once in a process."""
+"""The encoded rows of a run, whole and by client, read once in a process."""
 
 import math
 from functools import cached_property, lru_cache
@@ -15,24 +15,25 @@ class ClientRows:
     """The encoded rows of a configuration, whole and by client.
 
     Args:
+        config: the run.
         processor: the model's tokenizer or image processor.
-        owns_all_rows: the data are one client's own, undivided.
+        owns_all_rows: true if the data are one client's, undivided.
     """
 
     def __init__(self, config: Config, processor: Any, owns_all_rows: bool) -> None:
         self.config, self.task, self.processor = config, config.data, processor
         self.owns_all_rows = owns_all_rows
-        # The caches belong to the object: those of the class would keep every object alive.
+        # The caches belong to the object, because those of the class would keep every object alive.
         self.examples = lru_cache(maxsize=None)(self._examples)
         self.client_examples = lru_cache(maxsize=256)(self._client_examples)
 
     def _examples(self, split: str) -> Examples:
-        """A split of the whole data set."""
+        """Return a split of the whole data set."""
         return self.task.encode(split, self.processor)
 
     @cached_property
     def by_client(self) -> list[np.ndarray]:
-        """Row numbers of the training split by client."""
+        """Numbers of each client's rows in the training split, int64."""
         if self.owns_all_rows:
             return [np.arange(len(self.examples("train")))] * self.config.num_clients
         partition = self.config.partition
@@ -40,7 +41,7 @@ class ClientRows:
         return partition.once(groups, self.config.num_clients, self.config.seed)
 
     def _client_examples(self, client: int) -> dict[str, Examples]:
-        """A client's own train, validation and test rows."""
+        """Return a client's train, validation and test rows."""
         if not 0 <= client < self.config.num_clients:
             raise ValueError(
                 f"partition-id must be from 0 to num_clients - 1 = {self.config.num_clients - 1}, "
@@ -55,9 +56,13 @@ class ClientRows:
         }
 
     def training(self, client: int) -> tuple[Examples, int | None]:
-        """A client's rows and its steps a round, null for ``local_epochs`` passes over them.
+        """Return a client's training rows and its steps in a round.
 
-        Where the strategy pools, they are all clients' rows, for the steps of a round's clients.
+        Null steps stand for ``local_epochs`` passes over the rows. If the strategy pools, the rows
+        are all clients', and the steps are those of a whole cohort.
+
+        Raises:
+            ValueError: the strategy pools, but the data are one client's.
         """
         config = self.config
         if not config.strategy.pooled:

@@ -1,4 +1,4 @@
-"""Dropout and attention that a CPU computes faster than PyTorch's own; checkpoints; freed pages."""
+"""Faster dropout and attention for a CPU, checkpointed blocks, and the return of freed memory."""
 
 import ctypes
 import sys
@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 SHORT = 256
-"""Tokens up to which torch 2.13's bfloat16 backward pass takes longer than float32's, casts
-included: 10 times at 16 tokens, 1.3 times at 256, and .7 times at 512, forward and backward."""
+"""Longest sequence, in tokens, for which attention trains in float32 under bfloat16 autocast.
+
+In torch 2.13, bfloat16 takes 10 times as long as float32 at 16 tokens, 1.3 times at 256 and .7
+times at 512, forward and backward, casts included."""
 PARTS = 2**16
-GIVE_BACK_EVERY = 3.0  # seconds; pages that return cost about .07 s, 2 % of that
+GIVE_BACK_EVERY = 3.0  # seconds; getting the pages again costs about .07 s, 2 % of that
 _given_back = -GIVE_BACK_EVERY
 
 
 class OnCPU(TorchFunctionMode):
-    """Dropout whose draws are cheap; attention in float32 where it drops or is short.
+    """Replaces dropout by one with cheap draws, and dropping or short attention by float32's.
 
-    Elsewhere, in evaluation and for what it does not know PyTorch's own functions are called. The
-    dtype of a result is what it would be without.
+    On other devices, in evaluation and for all other functions, PyTorch's own are called. Results
+    have the dtype that PyTorch's own functions would give them.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -36,13 +38,17 @@ class OnCPU(TorchFunctionMode):
 
 
 def kept(shape: torch.Size | tuple[int, ...], p: float) -> tuple[Tensor, float]:
-    """Draw what dropout keeps, true with probability 1 - p to 16 bits, and its factor.
+    """Draw a mask of the entries that dropout keeps.
 
-    PyTorch draws a Bernoulli number in 7 ns, this in .7: one number of torch's own generator
-    seeds another whose 64 bits decide about four entries.
+    PyTorch draws a Bernoulli number in 7 ns, this function in .7: one number of torch's generator
+    seeds a faster generator, and each 64-bit number of that one decides about four entries.
 
     Args:
-        p: in [0, 1).
+        shape: of the mask.
+        p: probability that an entry is dropped, in [0, 1), rounded to 16 bits.
+
+    Returns:
+        The mask, bool, and the factor of the kept entries, 1 / (1 - p).
     """
     dropped = min(round(p * PARTS), PARTS - 1)
     seed = int(torch.empty((), dtype=torch.int64).random_().numpy())
@@ -51,9 +57,15 @@ def kept(shape: torch.Size | tuple[int, ...], p: float) -> tuple[Tensor, float]:
     return torch.from_numpy(draws >= dropped).view(shape), PARTS / (PARTS - dropped)
 
 
-def scaled(x: Tensor, kept: Tensor, factor: float) -> Tensor:
-    """Multiply what is kept of x by the factor, and the rest by zero."""
-    return x * kept.to(x.dtype).mul_(factor)
+def scaled(x: Tensor, mask: Tensor, factor: float) -> Tensor:
+    """Multiply the kept entries by a factor and the others by zero.
+
+    Args:
+        x: any shape.
+        mask: bool, of the same shape; true where an entry is kept.
+        factor: of the kept entries.
+    """
+    return x * mask.to(x.dtype).mul_(factor)
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -69,21 +81,25 @@ def attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    **how: Any,
+    **kwargs: Any,
 ) -> Tensor:
-    """``F.scaled_dot_product_attention``."""
+    """Compute ``F.scaled_dot_product_attention``, which documents the arguments.
+
+    On a CPU it runs step by step if it drops, and in float32 under autocast if it drops or is a
+    training step over at most ``SHORT`` tokens.
+    """
     trains = query.requires_grad or key.requires_grad or value.requires_grad
     short = trains and max(query.size(-2), key.size(-2)) <= SHORT
-    given = (attn_mask, dropout_p, is_causal)
+    options = (attn_mask, dropout_p, is_causal)
     if not (query.is_cpu and (short or dropout_p > 0)):
-        return F.scaled_dot_product_attention(query, key, value, *given, **how)
+        return F.scaled_dot_product_attention(query, key, value, *options, **kwargs)
     if not torch.is_autocast_enabled("cpu"):
-        return _wide(query, key, value, *given, **how)
+        return _wide(query, key, value, *options, **kwargs)
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.float()
     with torch.autocast("cpu", enabled=False):
-        given = (attn_mask, dropout_p, is_causal)
-        return _wide(query.float(), key.float(), value.float(), *given, **how).bfloat16()
+        options = (attn_mask, dropout_p, is_causal)
+        return _wide(query.float(), key.float(), value.float(), *options, **kwargs).bfloat16()
 
 
 def _wide(
@@ -96,7 +112,10 @@ def _wide(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """With dropout, (B, heads, L, S) in memory as PyTorch holds them too."""
+    """Compute attention in the inputs' dtype.
+
+    With dropout, the scores (B, heads, L, S) are held in memory, as PyTorch does.
+    """
     if not 0 < dropout_p < 1 or enable_gqa:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -105,18 +124,18 @@ def _wide(
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if attn_mask is not None:
-        least = torch.finfo(scores.dtype).min  # for -inf: a row without any must not become nan
+        least = torch.finfo(scores.dtype).min  # not -inf, or a row without keys would be nan
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros(attn_mask.shape).masked_fill_(~attn_mask, least)
         scores = scores + attn_mask.clamp(min=least)
-    where, factor = kept(scores.shape, dropout_p)
-    return (scores.softmax(-1) * where.to(scores.dtype)) @ (value * factor)
+    mask, factor = kept(scores.shape, dropout_p)
+    return (scores.softmax(-1) * mask.to(scores.dtype)) @ (value * factor)
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Let every block keep its inputs alone and compute the rest again for the gradient.
+    """Let every block keep only its inputs and compute the rest again in the backward pass.
 
-    The cache of keys and values, of no use in training, is switched off: it excludes this.
+    The cache of keys and values is switched off, because it excludes checkpoints.
     """
     from transformers import PreTrainedModel
 
@@ -136,9 +155,10 @@ def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any
 
 
 def give_back() -> None:
-    """Give the system the pages that training freed and glibc keeps, but not at every call.
+    """Return the pages that training freed to the system, once in ``GIVE_BACK_EVERY`` at most.
 
-    Without it a worker that trains MiniLM keeps about 200 MiB of activations of past batches.
+    Without it, glibc keeps about 200 MiB of past batches' activations in a worker that trains
+    MiniLM.
     """
     global _given_back
     now = time.monotonic()

@@ -62,15 +62,15 @@ class Engine:
     # --- training ------------------------------------------------------------------------------
 
     def train(self, jobs: Sequence[Job], round: int) -> Sequence[Result | Exception]:
-        """Train several clients, in one pass a step where the model allows it.
+        """Train several clients, all in one pass per step where the model allows it.
 
         Returns:
-            In each client's place its result, or the error that ended its training.
+            For each job, in order, its result or the error that ended its training.
         """
         if len(jobs) > 1 and self.vectorised and self.config.accumulate == 1:
             try:
                 return self._train_together(jobs, round)
-            except Exception as error:  # alone, it may be one client's error, or no client's
+            except Exception as error:  # trained alone, only clients at fault fail
                 log.warning("clients train one by one from here on, for in one pass: %r", error)
                 self.vectorised = None
         return [self._train_alone(job, round) for job in jobs]
@@ -88,30 +88,30 @@ class Engine:
             plan = self._plan(job.client, path, phase)
             passes = self._ready(names, phase.setting)
             passes.flat.load(values)
-            others = {n: v for n, v in values.items() if n not in passes.flat.named}
-            load_state(self.replica.model, others)
+            resting = {n: v for n, v in values.items() if n not in passes.flat.named}
+            load_state(self.replica.model, resting)
             with torch_seed(self.config.seed, "dropout", *path):
-                loss, kept = train(
+                loss, state = train(
                     passes, plan.steps, plan.rate, self.config.optimizer, job.terms, moments
                 )
-            values, moments = values | passes.flat.state(), moments | kept
+            values, moments = values | passes.flat.state(), moments | state
             parts.append((names, plan, loss))
         return Result(self._trained(round, parts), values, moments)
 
     def _phases(self, job: Job, round: int) -> list[tuple[list[int], Phase, list[str]]]:
-        """Return of each phase the place of its draws, itself, and the names that train."""
+        """Return each phase with the path of its draws and the names that train."""
         trained = self.replica.roles.trained(round)
-        found = []
+        phases = []
         for number, phase in enumerate(self.config.method.phases(job.at)):
             path = [round, job.client] + ([number] if number else [])
             if names := [name for name in trained if phase.trains(name)]:
-                found.append((path, phase, names))
-        if not found:
+                phases.append((path, phase, names))
+        if not phases:
             raise ValueError(f"no parameter trains in round {round}")
-        return found
+        return phases
 
     def _trained(self, round: int, parts: list[tuple[list[str], Plan, float]]) -> Trained:
-        """Sum up a client's phases."""
+        """Sum up a client's phases; see ``Trained`` for the phases that count."""
         shared = set(self.replica.roles.shared(round))
         counted = [p for names, p, _ in parts if shared & set(names)] or [p for _, p, _ in parts]
         rates = [plan.rate(step) for plan in counted for step in range(len(plan.steps))]
@@ -168,7 +168,7 @@ class Engine:
             member.parts.append((names, member.plan, member.loss))
 
     def _stacked(self, names: Sequence[str], setting: str) -> Together:
-        """Return the cached stacks of some trained parameters."""
+        """Return the cached ``Together`` of some trained parameters."""
         key = (tuple(names), setting)
         if key not in self._together:
             random = self.vectorised is not None and self.vectorised.random
@@ -191,7 +191,7 @@ class Engine:
         return vectorised(self.replica, self.rows.examples("train"))
 
     def clients_per_pass(self) -> int:
-        """Return ``runtime.clients_per_pass`` or, by the tokens of a step, the fastest number."""
+        """Return ``runtime.clients_per_pass``; if null, the fastest number by a step's tokens."""
         config = self.config
         if config.runtime.clients_per_pass is not None:
             return config.runtime.clients_per_pass
@@ -208,14 +208,14 @@ class Engine:
         return clients_in_a_pass(config.batch_size * tokens, numbers, kind)
 
     def passes(self, clients: Sequence[int]) -> list[list[int]]:
-        """Part clients into those that train in one pass, the longest work first."""
+        """Divide clients into groups that train in one pass, those with the most work first."""
         size = self.clients_per_pass()
         ordered = sorted(clients, key=self.work, reverse=True)
         count = -(-len(ordered) // size)
         return [[int(c) for c in part] for part in np.array_split(ordered, count)]
 
     def work(self, client: int) -> float:
-        """Estimate the tokens that a client sees in a round; rows where there are no tokens."""
+        """Estimate a client's tokens in a round, or its rows if the task has no tokens."""
         config, lengths = self.config, np.maximum(self.rows.training(client)[0].lengths, 1)
         if config.local_steps is None:
             return float(lengths.sum())
@@ -226,10 +226,10 @@ class Engine:
     def evaluate(
         self, examples: Examples, workers: int = 1, last: bool = False
     ) -> dict[str, float]:
-        """Measure the loaded model.
+        """Return the loaded model's measures by name.
 
         Args:
-            examples: the rows.
+            examples: rows to measure on.
             workers: threads that run batches at once.
             last: the run's last evaluation, in which tasks may also measure generated text.
         """
@@ -247,7 +247,12 @@ class Engine:
         return self.task.evaluate_batch(self.task.forward(model, batch), batch)
 
     def baseline(self, train: Examples, examples: Examples) -> float | None:
-        """Return the headline measure of a constant answer that the training rows suggest."""
+        """Return the headline measure of one answer for all rows; null without labels.
+
+        Args:
+            train: rows that choose the answer.
+            examples: rows to measure it on.
+        """
         if "labels" not in train.arrays:
             return None
         return self.task.baseline(train.labels, examples.labels)
@@ -262,12 +267,12 @@ class Engine:
 
 @lru_cache(maxsize=1)
 def open_engine(overrides: str, data_path: str | None) -> Engine:
-    """Return the process's engine; another configuration takes the place of the last one.
+    """Return the process's engine of a configuration; only the last one is kept.
 
     In one process the server and its clients share it. No argument has a default, because
     ``lru_cache`` would take a call that leaves one out for another engine.
     """
-    given: list[Any] = configuration.split(overrides)
+    extended: list[Any] = configuration.split(overrides)
     if data_path is not None:
-        given.append(f"data.path='{data_path}'")
-    return Engine(configuration.load_config(given), data_path)
+        extended.append(f"data.path='{data_path}'")
+    return Engine(configuration.load_config(extended), data_path)

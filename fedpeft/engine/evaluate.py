@@ -25,16 +25,16 @@ def evaluate(
 
     Args:
         model: with the values to measure.
-        evaluate_batch: of the model and a batch where the model is; what a row's score needs.
-        examples: the rows.
-        batch_size: rows a batch, at most.
-        max_tokens: a batch's rows x its longest length, at most.
+        evaluate_batch: takes the model and a batch on its device; returns tensors by name.
+        examples: rows to evaluate.
+        batch_size: most rows in a batch.
+        max_tokens: most tokens in a batch: its sequences x its longest length.
         precision: ``fp32``, or ``bf16`` for autocast.
         workers: threads that run batches at once on a CPU.
 
     Returns:
-        Of each batch, in a fixed order, what ``evaluate_batch`` gives, and ``row`` (B,), the rows'
-        numbers in their split.
+        For each batch, in a fixed order, the tensors of ``evaluate_batch`` and ``row`` (B,), the
+        rows' numbers in their split.
     """
     device = next(model.parameters()).device
     model.eval()

@@ -18,7 +18,7 @@ class Flat:
 
     Args:
         named: parameters by name, of one dtype on one device.
-        device: where they go; null for where they are.
+        device: to move the vector to; null for the parameters' own.
     """
 
     def __init__(
@@ -31,14 +31,14 @@ class Flat:
         self.attach()
 
     def attach(self) -> None:
-        """Make the parameters views of this vector, also if another ``Flat`` had them."""
+        """Make the parameters views of this vector, even if another ``Flat`` has them."""
         assert self.vector.grad is not None
         data, grads = (self.parts(x) for x in (self.vector.data, self.vector.grad))
         for name, parameter in self.named.items():
             parameter.data, parameter.grad = data[name], grads[name]
 
     def parts(self, vectors: Tensor) -> State:
-        """Return views of (..., numbers) by name, (..., *shape)."""
+        """Cut (..., numbers) into one view a parameter, (..., *shape), by name."""
         parts, at = {}, 0
         for name, parameter in self.named.items():
             part = vectors[..., at : at + parameter.numel()]
@@ -62,7 +62,7 @@ class Flat:
         self.vector.grad.zero_()
 
     def release(self) -> None:
-        """Take the gradients from the parameters."""
+        """Remove the parameters' gradients; the vector keeps its own."""
         for parameter in self.named.values():
             parameter.grad = None
 
@@ -81,8 +81,8 @@ class Stepper:
     Args:
         flat: the parameters and gradients.
         optimization: name and settings of the optimizer.
-        lr: at the first step.
-        moments: what ``moments`` gave in an earlier round, for any names; empty for a fresh start.
+        lr: learning rate of the first step.
+        moments: result of ``moments`` in an earlier round, for any names; null or empty for none.
     """
 
     def __init__(
@@ -110,7 +110,12 @@ class Stepper:
         return slices
 
     def step(self, lr: float, terms: Sequence[Term]) -> None:
-        """Step by the gradients that are there, which are zero afterwards."""
+        """Take one step by the accumulated gradients, and set them to zero.
+
+        Args:
+            lr: learning rate of this step.
+            terms: corrections of the gradients, in order.
+        """
         for term in terms:
             term.correct(self.flat.named)
         if self.optimization.max_grad_norm is not None:
@@ -126,7 +131,7 @@ class Stepper:
         Kinds are ``exp_avg``, ``exp_avg_sq`` or ``momentum_buffer``, of a parameter's shape, and
         ``step``, a scalar.
         """
-        found: State = {}
+        moments: State = {}
         for tensor, names in zip(self._tensors, self._runs, strict=True):
             for kind, value in self._optimizer.state[tensor].items():
                 if value is None:
@@ -135,8 +140,8 @@ class Stepper:
                 parts = value.split(sizes) if value.dim() else [value] * len(names)
                 for name, part in zip(names, parts, strict=True):
                     shape = self.flat.named[name].shape if value.dim() else ()
-                    found[f"{kind}:{name}"] = part.detach().to("cpu", copy=True).reshape(shape)
-        return found
+                    moments[f"{kind}:{name}"] = part.detach().to("cpu", copy=True).reshape(shape)
+        return moments
 
 
 def _runs(flat: Flat, moments: State) -> list[list[str]]:

@@ -18,8 +18,8 @@ from fedpeft.data.batching import Batch, lengthened
 
 log = logging.getLogger(__name__)
 
-EAGER = 2  # passes of a shape before it is captured: a rare one would not earn it back
-MOST = 256  # graphs of a process
+EAGER = 2  # passes of a shape before its capture, because a rare shape would not pay it back
+MOST = 256  # graphs of one ``Graphs``
 
 
 @dataclass
@@ -34,12 +34,12 @@ class Graph:
 class Graphs:
     """A pass over batches, captured for each shape that comes often, and then replayed.
 
-    A replay draws dropout from the generator as it then stands. A pass that decides by values on
-    the GPU cannot be captured; it runs as it is, and the log says so once.
+    A replay draws dropout from the generator's current state. A pass that needs values of the GPU
+    on the host cannot be captured; it runs without a graph, and the log says so once.
 
     Args:
-        backward: forward and backward pass over a batch on the GPU; returns the loss. What it
-            reads and adds gradients to must stay in place.
+        backward: forward and backward pass over a batch on the GPU; returns the loss. The
+            tensors that it reads and the gradients that it adds to must stay in place.
         device: the GPU.
         pad_id: a token that the model does not attend to.
     """
@@ -56,7 +56,7 @@ class Graphs:
         self.works = True
 
     def run(self, batch: Batch) -> Tensor:
-        """A pass over a batch of the CPU's; the loss."""
+        """Run a pass over a batch on the CPU, and return its loss."""
         batch = lengthened(batch, self.pad_id)
         batch = {name: value.pin_memory() for name, value in batch.items()}
         shapes = tuple((name, tuple(v.shape), v.dtype) for name, v in sorted(batch.items()))
@@ -69,11 +69,11 @@ class Graphs:
             self._capture(shapes, batch)
         if Graphs.failed or shapes not in self.graphs:
             return self.backward(self._moved(batch))
-        found = self.graphs[shapes]
+        captured = self.graphs[shapes]
         for name, value in batch.items():
-            found.batch[name].copy_(value, non_blocking=True)
-        found.graph.replay()
-        return found.loss.clone()
+            captured.batch[name].copy_(value, non_blocking=True)
+        captured.graph.replay()
+        return captured.loss.clone()
 
     def _moved(self, batch: Batch) -> Batch:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -86,18 +86,18 @@ class Graphs:
         return loss
 
     def _capture(self, shapes: object, batch: Batch) -> None:
-        graph, given = torch.cuda.CUDAGraph(), self._moved(batch)
+        graph, inputs = torch.cuda.CUDAGraph(), self._moved(batch)
         generator = torch.cuda.default_generators[self.device.index or 0]
         before = generator.clone_state()
         try:
             with torch.cuda.graph(graph, pool=self.pool):
-                loss = self.backward(given)
+                loss = self.backward(inputs)
         except RuntimeError as error:
-            Graphs.failed = True  # and no other replays: it would draw from the state left behind
+            Graphs.failed = True  # a replay would draw from the state left behind
             generator.graphsafe_set_state(before)
             _say(str(error).splitlines()[0])
             return
-        self.graphs[shapes] = Graph(graph, given, loss)
+        self.graphs[shapes] = Graph(graph, inputs, loss)
 
 
 def _say(reason: str) -> None:
@@ -117,17 +117,17 @@ def rehearsed(backward: Callable[[Batch], Tensor], batch: Batch) -> tuple[Tensor
 
 @contextmanager
 def _as_if_capturing() -> Iterator[None]:
-    """Tell libraries that ask that a capture is under way.
+    """Make torch say that a capture is under way.
 
-    Transformers then leaves out the looks at values that it can do without, as it will in the
-    capture itself. PyTorch has no other way to say so.
+    Transformers then skips the checks of values that it can do without, as it will in the capture
+    itself. PyTorch has no other way to say so.
     """
-    asked = torch.cuda.is_current_stream_capturing
+    original = torch.cuda.is_current_stream_capturing
     torch.cuda.is_current_stream_capturing = lambda: True
     try:
         yield
     finally:
-        torch.cuda.is_current_stream_capturing = asked
+        torch.cuda.is_current_stream_capturing = original
 
 
 class Waits(TorchDispatchMode):
@@ -144,7 +144,7 @@ class Waits(TorchDispatchMode):
 
 
 def _by_mask(func: Any, args: Any) -> bool:
-    """Indexing has a shape that depends on values only if by a mask."""
+    """Return false for an indexing without a mask, because values do not decide its shape."""
     if func is not torch.ops.aten.index.Tensor:
         return True
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])

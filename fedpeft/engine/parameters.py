@@ -13,11 +13,16 @@ from fedpeft.models.precision import train_in_float32
 
 
 def parameter_counts(roles: Roles, model: nn.Module) -> dict[str, Any]:
-    """Count parameters, each [least, most] over the rounds that ``roles`` is asked for.
+    """Count parameters and bytes of one client, each as [least, most] over the rounds.
 
-    ``sent_down`` counts what a client that keeps nothing between rounds needs, ``bytes_up`` and
-    ``bytes_down`` the arrays of what is sent, without compression and a strategy's extras;
-    ``total`` the whole model with what the method added.
+    Args:
+        roles: of the rounds to count.
+        model: with the method in it.
+
+    Returns:
+        ``trained``, ``sent_up`` and ``sent_down`` parameters; ``bytes_up`` and ``bytes_down`` of
+        their arrays, without compression and a strategy's extras; ``total``, the parameters of the
+        whole model.
     """
     parameters = dict(model.named_parameters())
     sizes = {name: p.numel() for name, p in parameters.items()}
@@ -36,10 +41,11 @@ def count_on_meta(config: Config, rounds: int = 24) -> dict[str, Any]:
 
     Args:
         config: the run.
-        rounds: enough for every factor of FedTT+ to have its turn.
+        rounds: number of rounds; the default gives every factor of FedTT+ its turn.
 
     Returns:
-        ``parameter_counts``, whose ``total`` is the model's own, and ``trained_percent``.
+        ``parameter_counts``, with ``total`` without the method's parameters, and
+        ``trained_percent``.
     """
     task = config.data
     model = config.model.build_meta(task.auto_class, task.num_labels)

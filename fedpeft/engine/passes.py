@@ -19,14 +19,14 @@ from fedpeft.state import State
 
 @contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """Compute a pass under bfloat16 autocast or not, and on a CPU with ``OnCPU``'s functions."""
-    own = OnCPU() if device.type == "cpu" else nullcontext()
+    """Run the block under autocast if ``precision`` is bf16, and under ``OnCPU`` on a CPU."""
+    functions = OnCPU() if device.type == "cpu" else nullcontext()
     # A cast is used once in a pass, so a cache of casts gains nothing, and a captured pass must
     # not read a cast that another pass made.
     with torch.autocast(
         device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
     ):
-        with own:
+        with functions:
             yield
 
 
@@ -36,8 +36,8 @@ class Passes:
     On a GPU a pass over a shape that comes often is captured as a graph and replayed.
 
     Args:
-        model: whatever of it requires a gradient trains.
-        loss_fn: mean loss of a batch.
+        model: its parameters that require a gradient train.
+        loss_fn: returns the mean loss of a batch.
         precision: ``fp32``, or ``bf16`` for autocast.
     """
 
@@ -55,7 +55,7 @@ class Passes:
             self.graphs = Graphs(self.backward, self.device, pad_id(model))
 
     def run(self, parts: Sequence[Batch]) -> Tensor:
-        """Add a step's gradients to those that are there, and return its loss."""
+        """Add the gradients of a step, given in parts, and return the step's loss."""
         losses = [self._run(part) for part in parts]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
@@ -91,10 +91,10 @@ def train(
 
     Args:
         passes: over the model, which holds the values to start from.
-        steps: of each step its batch, or the parts of it.
-        rate: learning rate of a step.
+        steps: for each step its batch, whole or in parts.
+        rate: learning rate of step 0, 1, ....
         optimization: name and settings of the optimizer.
-        terms: corrections of the gradients.
+        terms: corrections of the gradients, in order.
         moments: the optimizer's state of earlier rounds; null for a fresh one.
 
     Returns:
@@ -125,7 +125,7 @@ def mean_loss(losses: Sequence[Tensor]) -> float:
     """Return the mean over all steps; it is the round's one synchronisation with a GPU.
 
     Raises:
-        FloatingPointError: it is not finite.
+        FloatingPointError: the mean is not finite.
     """
     mean = float(torch.stack(list(losses)).double().mean())
     if not math.isfinite(mean):

@@ -21,8 +21,8 @@ class Trained(NamedTuple):
     Attributes:
         num_examples: rows that the client has.
         loss: mean over all steps of all phases.
-        steps: of the phases that train what is shared.
-        lr: mean over these steps.
+        steps: number of steps in phases that train shared parameters; in all phases if none does.
+        lr: mean learning rate of these steps.
     """
 
     num_examples: int
@@ -58,8 +58,8 @@ class Plan(NamedTuple):
 
     Attributes:
         num_examples: rows that the client has.
-        steps: of each step its batch, or the parts of it.
-        rate: learning rate of a step.
+        steps: for each step its batch, or parts of it with ``WEIGHT``.
+        rate: learning rate of step 0, 1, ....
     """
 
     num_examples: int
@@ -75,9 +75,9 @@ def plan(
     Args:
         config: batch size, epochs, learning rate and schedule.
         examples: the client's training rows.
-        steps: of the round; null for ``local_epochs`` passes over the rows.
-        path: round, client and, after the first one, the phase's number: the place of the draws.
-        phase: multiples of steps and rate.
+        steps: number of steps of the round; null for ``local_epochs`` passes over the rows.
+        path: round, client and, except for the first phase, the phase's number; it seeds the draws.
+        phase: multiplies steps and learning rate.
     """
     count, epochs = _count(config, len(examples), steps, phase.steps)
     draws = generator(config.seed, "batches", *path)
@@ -96,7 +96,7 @@ def plan(
 def _count(
     config: Config, rows: int, steps: int | None, multiple: float
 ) -> tuple[int | None, int | None]:
-    """Return steps, or null and whole epochs."""
+    """Return the number of steps, null for whole epochs, and the number of epochs."""
     if multiple == 1.0:
         return steps, config.local_epochs
     if steps is None:
@@ -110,7 +110,7 @@ def _parts(config: Config, examples: Examples, rows: np.ndarray) -> list[Batch]:
         return [examples.batch(rows)]
     cut = np.array_split(rows, min(config.accumulate, len(rows)))
     batches = [examples.batch(part) for part in cut]
-    batches = [batch for batch in batches if config.data.terms(batch)]  # a mean of none is NaN
+    batches = [batch for batch in batches if config.data.terms(batch)]  # no terms: loss is NaN
     if len(batches) < 2:
         return [examples.batch(rows)]
     terms = [config.data.terms(batch) for batch in batches]

@@ -1,4 +1,4 @@
-"""Tries whether a model can train several clients in one pass, before any client does."""
+"""Tests whether a model can train several clients in one pass, before any client does."""
 
 import logging
 from collections.abc import Sequence
@@ -23,21 +23,21 @@ class Vectorised(NamedTuple):
     """The way in which clients can train in one pass.
 
     Attributes:
-        random: the model draws at random while it trains.
+        random: true if the model draws at random while it trains.
     """
 
     random: bool
 
 
 def vectorised(replica: Replica, rows: Examples) -> Vectorised | None:
-    """Try how clients can train in one pass.
+    """Test how clients can train in one pass.
 
     Args:
         replica: the model, its method and the names that train in some round.
-        rows: of the training split; one and two of them are tried.
+        rows: training rows; the model runs on the first one and the first two.
 
     Returns:
-        Null if clients must train one by one; the log then says why.
+        The way, or null if clients must train one by one; the log then says why.
     """
     config, model = replica.config, replica.model
     model.train()
@@ -55,7 +55,7 @@ def vectorised(replica: Replica, rows: Examples) -> Vectorised | None:
 
 
 def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, precision: str) -> bool:
-    """Try whether copies of parameters can be told apart, in a forward pass without gradients.
+    """Test in a forward pass whether modules can apply a copy of their parameters a client.
 
     Args:
         model: in training mode.
@@ -65,7 +65,7 @@ def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, prec
         precision: ``fp32`` or ``bf16``.
 
     Returns:
-        Whether the model drew at random.
+        True if the model drew at random.
 
     Raises:
         Unsupported: a module that holds some of the parameters does not turn one tensor with an
@@ -74,9 +74,9 @@ def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, prec
     rows, called, otherwise = size_of(batch)[0], set(), set()
     device = next(model.parameters()).device
 
-    def note(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        tensors = [x for x in (*given, *named.values()) if isinstance(x, Tensor)]
-        alone = len(tensors) == 1 and given and given[0] is tensors[0]
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        alone = len(tensors) == 1 and args and args[0] is tensors[0]
         split = alone and isinstance(output, Tensor) and _by_sequence(tensors[0], rows)
         (called if split else otherwise).add(module)
 

@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 class Replica:
     """A configuration's injected model, its tokenizer or image processor, and its roles.
 
-    The model is one for all clients of a process, so every use begins with ``load``, which sets
-    every parameter that can change: nothing of the client before is left.
+    All clients of a process share the model. So every use begins with ``load``, which sets every
+    parameter that can change and leaves nothing of the client before.
 
     Args:
         config: the run.
@@ -46,7 +46,7 @@ class Replica:
         self.device = next(self.model.parameters()).device
         self.roles = Roles(config, self.model)
         self.initial = snapshot(self.model, self.roles.names)
-        setting = self._setting()
+        setting = self.setting()
         config.strategy.check(setting)
         config.compression.check(setting)
 
@@ -61,8 +61,8 @@ class Replica:
             model.config.pad_token_id = self.processor.pad_token_id
         return model
 
-    def _setting(self) -> Setting:
-        """Return what a strategy or compression may refuse this run for."""
+    def setting(self) -> Setting:
+        """Return the facts by which a strategy or a compression may refuse this run."""
         config, rounds = self.config, range(1, self.config.num_rounds + 1)
         shares = any(self.roles.shared(round) for round in rounds)
         return Setting(config.method, shares, self._whole(), config.cohort_size())
@@ -98,7 +98,7 @@ class Replica:
 
         Args:
             states: full or block; the last one that has a name wins, else it is initial.
-            at: whose blocks they are, the rest being zero; null for whole parameters.
+            at: client whose blocks they are, the rest being zero; null for whole parameters.
         """
         initial = self.initial
         if at is not None:
@@ -119,7 +119,7 @@ class Replica:
 
 
 def injected(config: Config, model: nn.Module) -> nn.Module:
-    """Put the method into the blocks of a model that ``layers`` chooses.
+    """Put the method into the blocks that ``layers`` chooses, and return the model.
 
     Raises:
         ValueError: ``layers`` leaves blocks out, but the method trains nothing inside of blocks.

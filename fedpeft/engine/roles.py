@@ -18,7 +18,7 @@ class Roles:
     Args:
         config: method, strategy, and the patterns of ``personal`` and ``frozen``.
         model: with the method in it.
-        rounds: how many rounds are asked for, at least.
+        rounds: number of rounds; null for the run's.
     """
 
     def __init__(self, config: Config, model: nn.Module, rounds: int | None = None) -> None:
@@ -33,7 +33,7 @@ class Roles:
         self.down = lru_cache(maxsize=None)(self._down)
 
     def at(self, round: int, client: int | None = None) -> At:
-        """Return where a question about a round of this run is asked."""
+        """Return the ``At`` of a round and a client of this run."""
         return At(round, client, self.rounds)
 
     def role(self, name: str, round: int) -> Role:
@@ -58,7 +58,7 @@ class Roles:
         return names_with(self.by_name(round), Role.SHARED)
 
     def _down(self, round: int) -> list[str]:
-        """Return the names that a client needs of the server in a round.
+        """Return the names that a client needs from the server in a round.
 
         A client keeps nothing of the server's between rounds, so it needs everything that has left
         its seeded start: what was shared in a round so far, also if it is frozen now (FedTT+,
@@ -90,10 +90,10 @@ class Roles:
 def _matching(
     key: str, patterns: str | Sequence[str] | None, names: Iterable[str], head: set[str]
 ) -> set[str]:
-    """Return the names that ``head`` or a shell pattern means."""
-    found: set[str] = set()
-    given = [patterns] if isinstance(patterns, str) else patterns or []
-    for pattern in given:
+    """Return the names that ``head`` or a shell pattern matches."""
+    result: set[str] = set()
+    listed = [patterns] if isinstance(patterns, str) else patterns or []
+    for pattern in listed:
         matched = {n for n in names if n in head} if pattern == "head" else set()
         if pattern != "head":
             matched = {name for name in names if fnmatchcase(name, pattern)}
@@ -102,5 +102,5 @@ def _matching(
                     f"{key}={pattern} matches no trained parameter: give head, or a pattern of "
                     f"names such as {next(iter(names), '*')}"
                 )
-        found |= matched
-    return found
+        result |= matched
+    return result

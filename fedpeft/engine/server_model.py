@@ -46,8 +46,8 @@ class EngineModel:
         """Return the loss of the loaded model on a batch and its gradients, on the CPU.
 
         Args:
-            names: of parameters, also of some that never train.
-            batch: of ``batches``.
+            names: of any parameters, also of those that never train.
+            batch: one of ``batches``.
         """
         model, replica = self.model.eval(), self.engine.replica
         parameters = {name: model.get_parameter(name) for name in names}
@@ -57,9 +57,9 @@ class EngineModel:
             loss = self.task.loss(self.task.forward(model, moved), moved)
         if not names:
             return float(loss.detach()), {}
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         gradients = {
             name: torch.zeros_like(parameter) if gradient is None else gradient
-            for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
+            for (name, parameter), gradient in zip(parameters.items(), grads, strict=True)
         }
         return float(loss.detach()), {n: g.float().cpu() for n, g in gradients.items()}

@@ -15,11 +15,11 @@ from fedpeft.seeding import rng_state, set_rng_state
 
 
 class Unsupported(Exception):
-    """A model cannot be computed in another way than its own; the message says why."""
+    """The model cannot train several clients in one pass; the message says why."""
 
 
 def owners(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
-    """The called module of each parameter, by path, and its parameters' names below it.
+    """Return the called modules of some parameters, by path, with the names below each.
 
     Raises:
         Unsupported: a parameter belongs to no module below the model.
@@ -28,22 +28,28 @@ def owners(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
     if "" in paths:
         raise Unsupported("a trained parameter belongs to the model as a whole")
     tops = sorted(p for p in paths if not any(p.startswith(f"{q}.") for q in paths))
-    found: dict[str, list[str]] = {top: [] for top in tops}
+    below: dict[str, list[str]] = {top: [] for top in tops}
     for name in names:
         top = next(t for t in tops if name.startswith(f"{t}."))
-        found[top].append(name.removeprefix(f"{top}."))
-    return found
+        below[top].append(name.removeprefix(f"{top}."))
+    return below
 
 
 def _called(model: nn.Module, path: str) -> str:
-    """The nearest module at or above a path that has a forward of its own (lists have none)."""
+    """Return the path of the nearest module at or above with a forward (lists have none)."""
     while path and type(model.get_submodule(path)).forward is nn.Module.forward:
         path = path.rpartition(".")[0]
     return path
 
 
 class Stack:
-    """Stands for a module's forward: its call with every client's own parameters."""
+    """Takes the place of a module's forward and computes it with each client's parameters.
+
+    Args:
+        model: holds the module.
+        path: of the module.
+        names: of the parameters, below the module, that differ by client.
+    """
 
     def __init__(self, model: nn.Module, path: str, names: Sequence[str]) -> None:
         self.path, self.names = path, names
@@ -81,7 +87,14 @@ class Stack:
 def calling(
     stacks: Sequence[Stack], copies: Mapping[str, Tensor], count: int, draws: "Draws"
 ) -> Iterator[None]:
-    """Puts the stacks in their modules' place."""
+    """Put stacks in the place of their modules' forward.
+
+    Args:
+        stacks: of the modules.
+        copies: (K, ...) by the parameter's name in the model.
+        count: K, the number of clients.
+        draws: the clients' random draws.
+    """
     for stack in stacks:
         stack.count, stack.draws = count, draws
         stack.copies = {name: copies[f"{stack.path}.{name}"] for name in stack.names}
@@ -94,14 +107,20 @@ def calling(
 
 
 class Draws(TorchFunctionMode):
-    """Dropout that draws for each member as it would alone: its own state, its own length."""
+    """Lets dropout draw for each member as it would alone.
+
+    Args:
+        states: of each member's random generator; new ones take their place.
+        sizes: each member's sequences and padded length.
+        device: draws.
+    """
 
     def __init__(
         self, states: Sequence[Tensor], sizes: Sequence[tuple[int, int]], device: torch.device
     ) -> None:
         super().__init__()
         self.states, self.device = list(states), device
-        self.drew = False  # whether anything was drawn
+        self.drew = False  # true once anything was drawn
         self.apart = True  # False within vmap, where members cannot be told apart
         self.rows = [rows for rows, _ in sizes]
         longest = max(length for _, length in sizes)
@@ -131,32 +150,33 @@ class Draws(TorchFunctionMode):
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, mask, **kwargs)
 
-        given = [(x, (2,)) for x in (q, k, v)]  # (B, heads, L, d)
-        return self._each(attend, (2,), *given, (attn_mask, (2, 3)))
+        inputs = [(x, (2,)) for x in (q, k, v)]  # (B, heads, L, d)
+        return self._each(attend, (2,), *inputs, (attn_mask, (2, 3)))
 
     def _each(
         self,
         function: Callable[..., Tensor],
         tokens: Sequence[int],
-        *given: tuple[Tensor | None, Sequence[int]],
+        *inputs: tuple[Tensor | None, Sequence[int]],
     ) -> Tensor:
-        """Apply a function to each member's part under its own generator, and fill up with zeros.
+        """Apply a function to each member's part under its own generator, and pad with zeros.
 
         Args:
-            tokens: where the result's tokens stand.
-            given: arguments, and where theirs stand.
+            function: of the members' parts of ``inputs``.
+            tokens: axes of tokens in the result.
+            inputs: each with its axes of tokens.
         """
         self.drew = True
-        parts = [self._split(tensor, dims) for tensor, dims in given]
-        found = []
+        parts = [self._split(tensor, dims) for tensor, dims in inputs]
+        results = []
         before = rng_state(self.device)
         for i, excess in enumerate(self.excess):
             set_rng_state(self.states[i], self.device)
             value = function(*(part[i] for part in parts))
             self.states[i] = rng_state(self.device)
-            found.append(_filled(value, excess, tokens))
+            results.append(_filled(value, excess, tokens))
         set_rng_state(before, self.device)
-        return torch.cat(found)
+        return torch.cat(results)
 
     def _split(self, tensor: Tensor | None, dims: Sequence[int]) -> Sequence[Tensor | None]:
         if tensor is None:
@@ -170,7 +190,13 @@ class Draws(TorchFunctionMode):
 
 
 def cut(tensor: Tensor, excess: int, dims: Sequence[int]) -> Tensor:
-    """Without the last ``excess`` tokens, which stand on ``dims``; one for all stays."""
+    """Cut the last tokens off; an axis of size 1 serves all tokens and stays.
+
+    Args:
+        tensor: of one member.
+        excess: number of tokens to cut off.
+        dims: axes of tokens.
+    """
     for dim in dims if excess else ():
         if tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, tensor.shape[dim] - excess)
@@ -178,7 +204,7 @@ def cut(tensor: Tensor, excess: int, dims: Sequence[int]) -> Tensor:
 
 
 def _filled(tensor: Tensor, excess: int, dims: Sequence[int]) -> Tensor:
-    """Put zeros in the place of the tokens that ``cut`` took."""
+    """Put zeros in the place of the tokens that ``cut`` cut off."""
     for dim in dims if excess else ():
         tensor = F.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim) + [0, excess])
     return tensor

@@ -1,9 +1,9 @@
 """Several clients in one forward and backward pass over the frozen base that they share.
 
 The clients' batches stand one after another along the first axis. Only modules that hold trained
-parameters know of it: each is called with K stacked copies of its parameters, one a client. The
-frozen rest, which is most of the arithmetic, sees one large batch. Gradients, clipping, optimizer
-and random draws are each client's own, as if it had trained alone.
+parameters tell clients apart: each is called with K stacked copies of its parameters, one a client.
+The frozen rest, which is most of the arithmetic, sees one large batch. Gradients, clipping,
+optimizer and random draws are each client's own, as if it had trained alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,18 +29,18 @@ from fedpeft.state import State
 STEP_TOKENS = {"cpu": 56, "cuda": 16384}
 PASS_TOKENS = {"cpu": 384, "cuda": 16384}
 IMAGE_TOKENS = 196  # an image of 224 pixels in patches of 16
-MOST = 16
+MOST = 16  # clients in a pass
 
 
 def clients_in_a_pass(tokens: float, numbers: int, device: str) -> int:
     """Return how many clients to train in one pass.
 
-    A pass of few tokens costs about the same with some more; where there are many, copies only
-    cost. The copies with gradients and moments take 1 GiB at most.
+    A pass over few tokens takes about as long with some more; over many tokens, it saves less than
+    the copies cost. The copies with gradients and moments take 1 GiB at most.
 
     Args:
-        tokens: of a client's step.
-        numbers: that a client trains.
+        tokens: in one client's step.
+        numbers: entries of the parameters that one client trains.
         device: ``cpu`` or ``cuda``.
     """
     if tokens > STEP_TOKENS[device]:
@@ -54,7 +54,7 @@ class Member:
 
     Args:
         job: where the client starts.
-        phases: of each phase the place of its draws, itself, and the names that train.
+        phases: path of the draws, phase, and names that train, for each phase.
     """
 
     def __init__(self, job: Job, phases: Sequence[tuple[list[int], Phase, list[str]]]) -> None:
@@ -72,11 +72,17 @@ class Member:
         return self.error is None and number < len(self.phases)
 
     def begin(self, plan: Plan, draws: Tensor) -> None:
-        """Begin a phase."""
+        """Begin a phase with its plan and the state of its random generator."""
         self.plan, self.draws, self.losses = plan, draws, []
 
     def finish(self, flat: Flat, stepper: Stepper, keep: bool) -> None:
-        """Take the phase's loss, values and moments, or the error if the loss is not finite."""
+        """Take the phase's loss, values and moments, or the error if the loss is not finite.
+
+        Args:
+            flat: the member's trained parameters.
+            stepper: its optimizer.
+            keep: true to keep the optimizer's moments.
+        """
         try:
             self.loss = mean_loss(self.losses)
         except FloatingPointError as error:
@@ -87,15 +93,15 @@ class Member:
 
 
 class Together:
-    """Trains members together, whose batches are put in passes so that little is padded.
+    """Trains members together; batches of like length share a pass, so that little is padded.
 
-    It stands ready from round to round. On a GPU passes that come often are captured, unless the
-    model draws at random, which each member does from a generator of its own.
+    It is used again from round to round. On a GPU, passes that come often are captured, unless the
+    model draws at random, because each member draws from a generator of its own.
 
     Args:
         replica: the model.
         trained: names of the parameters that train.
-        random: whether the model draws at random while it trains.
+        random: true if the model draws at random while it trains.
     """
 
     def __init__(self, replica: Replica, trained: Sequence[str], random: bool) -> None:
@@ -114,7 +120,7 @@ class Together:
         steps.finish()
 
     def lane(self, count: int, like: Flat) -> "_Lane":
-        """Return the buffers for so many members in a pass."""
+        """Return the cached buffers for ``count`` members with parameters ``like`` these."""
         if count not in self.lanes:
             self.lanes[count] = _Lane(self, count, like)
         return self.lanes[count]
@@ -122,13 +128,13 @@ class Together:
     def losses(
         self, stacks: Sequence[Stack], copies: State, draws: Draws, batches: Sequence[Batch]
     ) -> Tensor:
-        """Return each member's loss (K,), with what its gradients need.
+        """Return each member's loss (K,), from which gradients can be computed.
 
         Args:
             stacks: of the modules that hold trained parameters.
             copies: of the parameters, (K, ...) by name.
-            draws: of the members.
-            batches: one a member, where the model is.
+            draws: the members' random draws.
+            batches: one a member, on the model's device.
         """
         with autocast(self.device, self.precision):
             with draws, calling(stacks, copies, len(batches), draws):
@@ -136,7 +142,7 @@ class Together:
             return torch.stack(self._apart(outputs, batches))
 
     def _apart(self, outputs: Tensor, batches: Sequence[Batch]) -> list[Tensor]:
-        """Compute each member's own loss, of its own rows and length."""
+        """Return each member's loss of its own rows, cut to its own length."""
         sizes = [size_of(batch) for batch in batches]
         longest = max(length for _, length in sizes)
         tokens = (1,) if outputs.dim() > 2 else ()  # (sequences, L, V) has an axis of tokens
@@ -157,7 +163,7 @@ class _Lane:
         self.grads = torch.zeros(self.values.numel(), device=together.device)
         sizes = [copy.numel() for copy in self.copies.values()]
         for copy, grad in zip(self.copies.values(), self.grads.split(sizes), strict=True):
-            # contiguous, as autograd wants the gradient of what is not
+            # contiguous, because autograd expects that where the parameter is not
             copy.requires_grad_().grad = grad.view(copy.shape)
         self.stacks = stacks_of(together.model, together.trained)
         self.graphs: Graphs | None = None
@@ -166,21 +172,23 @@ class _Lane:
 
     @torch.no_grad()
     def set(self, flats: Sequence[Flat]) -> None:
-        """Members' values, and no gradients."""
+        """Copy the members' values, and set the gradients to zero."""
         torch.stack([flat.vector for flat in flats], out=self.values)
         self.grads.zero_()
 
     def gradients(self) -> Tensor:
-        """Each member's, (K, numbers)."""
+        """Return each member's gradients, (K, numbers)."""
         sizes = [copy.numel() for copy in self.copies.values()]
         parts = self.grads.split(sizes)
         return torch.cat([part.view(self.count, -1) for part in parts], dim=1)
 
     def run(self, batches: Sequence[Batch], draws: Draws, fixed: State) -> Tensor:
-        """A pass over the members' batches; their losses (K,).
+        """Run a pass over the members' batches, and return their losses (K,).
 
         Args:
-            fixed: what else differs by member, (K, ...).
+            batches: one a member, on the CPU.
+            draws: the members' random draws.
+            fixed: parameters that do not train but differ by member, (K, ...) by name.
         """
         shapes = [{name: value.shape[0] for name, value in batch.items()} for batch in batches]
         if self.graphs is not None and not fixed and all(s == shapes[0] for s in shapes):
@@ -192,7 +200,7 @@ class _Lane:
         )
 
     def _captured(self, batch: Batch) -> Tensor:
-        """A pass over batches of equal shapes, one after another in one."""
+        """Run a pass over K batches of equal shapes, merged into one."""
         parts = [
             dict(zip(batch, each, strict=True))
             for each in zip(*(value.chunk(self.count) for value in batch.values()), strict=True)
@@ -209,33 +217,33 @@ class _Lane:
 
 
 def stacks_of(model: nn.Module, names: Sequence[str]) -> list[Stack]:
-    """A stack for every module that holds some of the parameters."""
-    return [Stack(model, path, own) for path, own in owners(model, names).items()]
+    """Return a stack for every module that holds some of the parameters."""
+    return [Stack(model, path, below) for path, below in owners(model, names).items()]
 
 
 def _groups(members: Sequence[Member], step: int, device: str) -> Iterator[list[int]]:
-    """Members that take a step together: as many sequences each, of neighbouring lengths."""
+    """Yield members with equally many sequences in a step, of neighbouring lengths."""
     sizes: dict[int, list[tuple[int, int]]] = {}
     for k, member in enumerate(members):
         if step < len(member.plan.steps):
             rows, length = size_of(member.plan.steps[step][0])
             sizes.setdefault(rows, []).append((k, length))
-    for rows, found in sizes.items():
-        lengths = np.array([length for _, length in found])
+    for rows, alike in sizes.items():
+        lengths = np.array([length for _, length in alike])
         for group in within(
-            rows * lengths, len(found), sum(lengths) * rows * len(found), None, device
+            rows * lengths, len(alike), sum(lengths) * rows * len(alike), None, device
         ):
-            yield [found[i][0] for i in sorted(group)]
+            yield [alike[i][0] for i in sorted(group)]
 
 
 def size_of(batch: Batch) -> tuple[int, int]:
-    """Sequences and their padded length; of images, their number and 1."""
+    """Return the number of sequences and their padded length; for images, their number and 1."""
     ids = batch.get("input_ids")
     return (len(batch["row"]), 1) if ids is None else (ids.shape[0], ids.shape[1])
 
 
 class _Steps:
-    """The members' parameters and optimizers, and a step of some of them."""
+    """Holds the members' parameters and optimizers, and takes their steps."""
 
     def __init__(self, together: Together, members: Sequence[Member]) -> None:
         self.together, self.members, trained = together, members, together.trained
@@ -250,7 +258,7 @@ class _Steps:
         ]
 
     def run(self, group: Sequence[int], step: int) -> None:
-        """Take one step of some members."""
+        """Take one step of a group of members."""
         members, flats = [self.members[k] for k in group], [self.flats[k] for k in group]
         batches = [m.plan.steps[step][0] for m in members]
         sizes, device = [size_of(batch) for batch in batches], self.together.device
@@ -267,13 +275,13 @@ class _Steps:
             self.steppers[k].step(member.plan.rate(step), member.job.terms)
 
     def finish(self) -> None:
-        """Hand the members what they trained."""
+        """Hand each member its loss, values and moments."""
         keep = self.together.optimization.keep_state
         for member, flat, stepper in zip(self.members, self.flats, self.steppers, strict=True):
             member.finish(flat, stepper, keep)
 
     def _fixed(self, group: Sequence[int]) -> State:
-        """Return (K, ...) of what does not train and differs by member."""
+        """Stack the parameters that do not train but differ by member, (K, ...)."""
         return {
             name: torch.stack([self.members[k].values[name] for k in group]).to(
                 self.together.device

@@ -1,1 +1,1 @@
-"""The methods: one file per family; nothing here knows of Flower."""
+"""The methods, one file per family, which know nothing of Flower."""

@@ -22,7 +22,7 @@ from fedpeft.nn.tensor_train import AdaptedOutput
 class Adapter(Method):
     """An adapter on the output of each block's attention and MLP; adapters and head are shared.
 
-    They stand before dropout, residual and LayerNorm. HF PEFT has no bottleneck adapter.
+    The adapters stand before dropout, residual and LayerNorm. HF PEFT has no bottleneck adapter.
 
     Args:
         bottleneck: inner width, >= 1; the paper tries 8 to 256.

@@ -1,8 +1,8 @@
 """The seam: what a federated fine-tuning method is.
 
 A method answers questions about parameters by name: which role one has, which block of it a client
-trains. Where a question is asked stands in an ``At``; what an aggregation may look at stands in a
-``Round``. A later need is a new field of one of them and changes no method.
+trains. An ``At`` says for which round and client a question is asked; a ``Round`` holds what an
+aggregation may look at. A later need becomes a new field of one of them and changes no method.
 """
 
 from abc import ABC, abstractmethod
@@ -19,12 +19,12 @@ Memory = dict[str, State]  # what the server keeps for a method or strategy from
 
 
 class At(NamedTuple):
-    """The place of a question: round, client and what both know.
+    """The round and client that a question is about.
 
     Attributes:
         round: 1, 2, ...; 0 is before the first round, where ``Method.start`` sets parameters.
-        client: null asks for any client that trains whole parameters.
-        rounds: how many rounds the run has; null where nobody knows.
+        client: its number; null for any client that trains whole parameters.
+        rounds: number of the run's rounds; null where it is not known.
         memory: what ``Method.down`` gave this client.
     """
 
@@ -35,7 +35,7 @@ class At(NamedTuple):
 
 
 class ServerModel(Protocol):
-    """The server's resident model, for steps of a server that need data."""
+    """The server's resident model, for aggregations and starts that need data."""
 
     model: nn.Module
     task: Any  # fedpeft.data.tasks.base.Task
@@ -51,7 +51,9 @@ class ServerModel(Protocol):
     def gradients(self, names: Sequence[str], batch: Any) -> tuple[float, State]:
         """Return the loss of the loaded model on a batch and its gradients, on the CPU.
 
-        Names may be of any parameter, also of one that never trains.
+        Args:
+            names: of any parameters, also of those that never train.
+            batch: one of ``batches``.
         """
         ...
 
@@ -62,16 +64,17 @@ class Round:
 
     Attributes:
         number: 1, 2, ....
-        ats: one a client whose reply is used, sorted by client; the rows of what follows.
+        ats: one for each client whose reply is used, sorted by client. ``states``, ``weights``,
+            ``steps`` and ``extras`` are in the same order.
         states: shared parameters, equal names and full shapes; filled with zeros where a client
             trains a block.
         weights: of the clients, summing to 1.
-        before: all that can change, as the clients received it.
+        before: every parameter that can change, full, as the clients received it.
         steps: local steps of each client.
         extras: what each client's strategy term sent beside its parameters.
         share: clients of this round / all clients.
         server: the resident model; null only in tests.
-        memory: the method's own, from round to round; empty at the beginning.
+        memory: what the server keeps for the method from round to round; empty at the beginning.
     """
 
     number: int
@@ -87,7 +90,7 @@ class Round:
 
 
 class Term:
-    """One client's correction of its training in one round; this one does nothing."""
+    """A correction of one client's training in one round; the base corrects nothing."""
 
     def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Change the gradients of the parameters that train, before they are clipped."""
@@ -96,9 +99,9 @@ class Term:
         """Return what goes to the server beside the parameters, and what the client keeps.
 
         Args:
-            trained: shared parameters after the last step.
-            steps: how many were taken.
-            lr: mean over the steps.
+            trained: shared parameters after the last step, full.
+            steps: number of steps taken.
+            lr: mean learning rate of these steps.
         """
         return {}, {}
 
@@ -113,7 +116,7 @@ class Phase:
     """A part of a client's training in a round, with a fresh optimizer and batches of its own.
 
     Args:
-        trains: selects, by name, from the parameters whose role trains this round.
+        trains: selects, by name, among the parameters that train in this round by their role.
         setting: passed to ``Method.arrange`` before the phase begins.
         steps: multiple of the round's steps, > 0.
         lr: multiple of the learning rate, > 0.
@@ -126,10 +129,10 @@ class Phase:
 
 
 class Method(ABC):
-    """A method is a frozen dataclass whose fields are its hyperparameters."""
+    """Base of methods: a method is a frozen dataclass whose fields are its hyperparameters."""
 
     def check(self, num_rounds: int) -> None:  # noqa: B027
-        """Raise ValueError for a number of rounds that the method makes no sense in."""
+        """Raise ValueError if the method makes no sense in a run of so many rounds."""
 
     @abstractmethod
     def inject(self, model: nn.Module) -> nn.Module:
@@ -148,15 +151,20 @@ class Method(ABC):
         """Return the shape of the leading block of a parameter that a client trains and sends.
 
         The rest of the parameter is zero on that client.
+
+        Args:
+            name: of the parameter.
+            shape: of the whole parameter.
+            at: the round and the client.
         """
         return shape
 
     def phases(self, at: At) -> Sequence[Phase]:
-        """Return the parts of a client's training, in order; one that trains everything if not."""
+        """Return the parts of a client's training, in order; the base has one for everything."""
         return (Phase(),)
 
     def arrange(self, model: nn.Module, setting: str) -> None:  # noqa: B027
-        """Prepare the model for a phase; ``""`` is how the model is evaluated."""
+        """Prepare the model for a phase's setting; ``""`` is also that of evaluation."""
 
     def term(self, at: At, start: State, kept: State) -> Term:
         """Return a correction of the client's gradients.
@@ -164,8 +172,8 @@ class Method(ABC):
         Args:
             at: the round and the client.
             start: every parameter that can change, full, as the client starts the round.
-            kept: what ``Term.finish`` last kept on this client; empty the first time. What it
-                sends is for strategies: a method that sends more has a parameter for it.
+            kept: what ``Term.finish`` last kept on this client; empty the first time. What
+                ``finish`` sends is not used, because a method has parameters for what it sends.
         """
         return Term()
 
@@ -184,8 +192,8 @@ class Method(ABC):
     def down(self, memory: Memory, at: At) -> State:
         """Return what a client gets beside its parameters, as ``At.memory``.
 
-        Names, shapes and dtypes must not depend on ``memory``: the client checks them against an
-        empty one.
+        Names, shapes and dtypes must not depend on ``memory``, because the client checks them
+        against those of an empty one.
         """
         return {}
 
@@ -195,12 +203,12 @@ class Method(ABC):
 
     @property
     def averages(self) -> bool:
-        """True if ``aggregate`` is the weighted mean and nothing else; strategies may ask."""
+        """True if ``aggregate`` is the weighted mean and nothing else."""
         return type(self).aggregate is Method.aggregate
 
     def effective(self, module: nn.Module) -> Tensor | None:
         """Return the dense matrix that a module's trained factors stand for, or None.
 
-        Read by the interference diagnostic: B A alpha/r, W2' C, a TT's product.
+        Examples are B A alpha/r, W2' C, and a TT's product. The interference diagnostic reads it.
         """
         return None

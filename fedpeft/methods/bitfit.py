@@ -12,14 +12,14 @@ from fedpeft.models.sites import freeze_all_but_head, head_names, unused
 class BitFit(Method):
     """Every bias of the backbone, the LayerNorms' too, and the head train and are shared.
 
-    DeBERTa's ``q_bias`` and ``v_bias`` are such biases. HF PEFT has no BitFit of its own.
+    DeBERTa's ``q_bias`` and ``v_bias`` are such biases. HF PEFT has no BitFit.
     """
 
     def inject(self, model: nn.Module) -> nn.Module:
-        """The biases train.
+        """Let the biases and the head train.
 
         Raises:
-            ValueError: the backbone has none, as Llama's, Gemma's and Mistral's.
+            ValueError: the backbone has no biases, as Llama's, Gemma's and Mistral's.
         """
         heads, skip = head_names(model), unused(model)
         biases = [

@@ -12,27 +12,27 @@ from fedpeft.methods.lora import LoRA
 from fedpeft.models.sites import add_by_peft
 from fedpeft.state import Role, State
 
-GLOBAL, PERSONAL = "global", "personal"  # names of PEFT's adapters, and of the settings
+GLOBAL, PERSONAL = "global", "personal"  # names of PEFT's adapters and of the settings
 
 
 @dataclass(frozen=True)
 class Ditto(LoRA):
-    """W0 + (alpha/r) B_w A_w, which is shared, or W0 + (alpha/r) B_v A_v, which is personal.
+    """Two LoRAs of which one is on: w, (B_w, A_w), is shared and v, (B_v, A_v), is personal.
 
-    A client trains w with v off, as LoRA's, and then v with w off, both for the round's steps. The
-    gradient of v gets ``pull`` times (v - w), entry by entry of A and B, where w is what the client
-    received in this round. Clients are measured with v.
+    A client trains w with v off, as LoRA does, and then v with w off, both for the round's steps.
+    ``pull`` times (v - w), entry by entry of A and B, is added to the gradient of v, where w is as
+    the client received it in this round. Clients are measured with v.
 
     v starts from the same random values as w. The pull is a part of the gradient, so it is clipped
     and, under AdamW, scaled with it; SGD is stable where lr x ``pull`` is below 2.
 
-    Open: who trains the head, which the paper's models do not set apart. Here it is shared and w
-    trains it, so that v meets the client's head in training and the mean head when it is measured;
-    ``personal=head`` keeps it on the client. Open too: where a client that joins late starts v,
-    here at w's start and not at the w that it receives.
+    The paper leaves open who trains the head, because its models do not set one apart. Here it is
+    shared and w trains it, so that v meets the client's head in training and the mean head when it
+    is measured; ``personal=head`` keeps it on the client. Open too is where a client that joins
+    late starts v. Here it is at w's start and not at the w that the client receives.
 
     Args:
-        pull: lambda >= 0; 0 is training alone, but for the head.
+        pull: lambda >= 0. With 0, every client trains v alone, but for the shared head.
     """
 
     pull: float = 0.1
@@ -70,19 +70,20 @@ class Ditto(LoRA):
                     module.set_scale(adapter, float(adapter == on))
 
     def term(self, at: At, start: State, kept: State) -> Term:
+        """See ``Method.term``."""
         return Pull(self.pull, start)
 
     def effective(self, module: nn.Module) -> Tensor | None:
-        """Return the global adapter's product: the personal one is not averaged."""
+        """Return the global adapter's product, because the personal one is not averaged."""
         return self.product(module, GLOBAL)
 
 
 class Pull(Term):
-    """pull (v - w) on the gradients of the personal adapter; the others stay as they are.
+    """Adds pull (v - w) to the gradients of the personal adapter.
 
     Args:
         pull: lambda.
-        start: of the round; its global adapter is w.
+        start: every parameter that can change at the round's start, full; its global adapter is w.
     """
 
     def __init__(self, pull: float, start: State) -> None:
@@ -97,10 +98,10 @@ class Pull(Term):
 
 
 def is_personal(name: str) -> bool:
-    """Tell whether a parameter is the personal adapter's."""
+    """Tell whether a parameter belongs to the personal adapter."""
     return f".{PERSONAL}." in name
 
 
 def twin(name: str) -> str:
-    """Return the global adapter's parameter that stands where a personal one does."""
+    """Map the name of a personal parameter to that of its global counterpart."""
     return name.replace(f".{PERSONAL}.", f".{GLOBAL}.")

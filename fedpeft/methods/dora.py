@@ -15,15 +15,15 @@ from fedpeft.methods.lora import LoRA
 class DoRA(LoRA):
     """m (W0 + (alpha/r) B A) / |W0 + (alpha/r) B A|, whose A, B, m and the head are shared.
 
-    HF PEFT's ``use_dora``: m and the norm have one number for each output, m starts as the norm of
-    W0, and the norm counts as a constant in the gradient. The matrix is not linear in any of A, B
-    and m together, so their mean is not exact.
+    HF PEFT's ``use_dora`` computes it: m and the norm have one number for each output, m starts as
+    the norm of W0, and the norm counts as a constant in the gradient. The matrix is not linear in
+    A, B and m together, so their mean is not exact.
 
-    ``dropout`` must be 0: PEFT calls A on the identity matrix too, so that with dropout those
-    clients would mix that train in one pass.
+    ``dropout`` must be 0, because PEFT calls A on the identity matrix too: with dropout, clients
+    that train in one pass would mix.
 
-    The paper is not federated. Open there: how the clients' m go together, which is the weighted
-    mean here. ``personal=*lora_magnitude*`` keeps m on the client.
+    The paper is not federated, so it leaves open how the clients' m are aggregated. Here it is by
+    the weighted mean. ``personal=*lora_magnitude*`` keeps m on the client.
     """
 
     def __post_init__(self) -> None:

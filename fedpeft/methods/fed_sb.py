@@ -17,21 +17,21 @@ GRADIENT = "gradient"
 
 @dataclass(frozen=True)
 class FedSB(Cores):
-    """W0 + B R A with B, A frozen: R, (r, r), and the head are shared, so the mean is exact.
+    """W0 + B R A with frozen B and A: R, (r, r), and the head are shared, so the mean is exact.
 
     As in LoRA-SB (https://arxiv.org/abs/2411.19557), on which the paper builds, B R A starts as the
     best rank-r approximation of the first step of full fine-tuning, -start_lr sign(G), which is
     AdamW's. G is the mean gradient of the weight over ``start_batches`` batches. As in the paper
     there is no alpha. B and A go down in every round, because clients keep nothing between rounds.
 
-    Open in the paper: whose rows G is of. Here they are the server's validation rows, so that no
+    The paper leaves open whose rows give G. Here they are the server's validation rows, so that no
     client sends a whole gradient.
 
     Args:
         init: ``gradient`` (the paper's), or B and A as leading singular vectors of the weight
             (``svd``) or random (``orthogonal``), both with R = 0 and never sent.
-        start_lr: of that first step, > 0.
-        start_batches: >= 1.
+        start_lr: learning rate of that first step, > 0.
+        start_batches: number of batches for G, >= 1.
         start_batch_size: rows a batch, >= 1.
     """
 
@@ -51,7 +51,7 @@ class FedSB(Cores):
         return (GRADIENT, *BASES)
 
     def bases(self) -> str:
-        """Return what bases are built as; a start by the gradient replaces them."""
+        """Return how ``CoreAdapter`` starts its bases; a start by the gradient replaces them."""
         return "orthogonal" if self.starts else self.init
 
     @property
@@ -71,8 +71,8 @@ class FedSB(Cores):
 
     def role(self, name: str, at: At) -> Role:
         if at.round == 0:
-            ours = name.endswith((".basis_in", ".basis_out", ".core"))
-            return Role.RECEIVED if ours else Role.FROZEN
+            started = name.endswith((".basis_in", ".basis_out", ".core"))
+            return Role.RECEIVED if started else Role.FROZEN
         return Role.FROZEN if name.endswith((".basis_in", ".basis_out")) else Role.SHARED
 
     def start(self, server: ServerModel) -> State:

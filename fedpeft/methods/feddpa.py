@@ -19,20 +19,19 @@ ALONE = "global alone"  # the setting in which the local adapter is off
 class FedDPA(LoRA):
     """W0 + (alpha/r) ((1 - w) B_g A_g + w B_l A_l): g and the head are shared, l is personal.
 
-    As the authors' code does, the two never train at once. The local adapter trains with the
-    global one frozen and both mixed as above. The global one and the head train with the local one
-    off and at full scale, W0 + (alpha/r) B_g A_g. Clients are measured with both mixed.
+    As in the authors' code, the two never train at once. The local adapter trains with the global
+    one frozen and both mixed as above. The global one and the head train with the local one off and
+    at full scale, W0 + (alpha/r) B_g A_g. Clients are measured with both mixed.
 
     The paper weighs the adapters anew for each test instance, by its likeness to the client's
-    rows; w is fixed here. Whose the head is, is open in the paper: ``personal=head`` keeps it on
-    the client.
+    rows; w is fixed here. The paper leaves open whether the head is shared: ``personal=head`` keeps
+    it on the client.
 
     Args:
         local_weight: w in (0, 1); the official code's start is 0.5.
         variant: ``turns`` (FedDPA-T) trains the local adapter and then the global one in every
             round, each for the round's steps. ``after`` (FedDPA-F) trains the global one in all
-            rounds but the last, and in the last one the local one alone: of the clients that take
-            part in it.
+            rounds but the last, in which the clients of its cohort train the local one alone.
     """
 
     local_weight: float = 0.5
@@ -82,5 +81,5 @@ class FedDPA(LoRA):
                     module.set_scale(adapter, share)
 
     def effective(self, module: nn.Module) -> Tensor | None:
-        """Return the global adapter's product: the local one is not averaged."""
+        """Return the global adapter's product, because the local one is not averaged."""
         return self.product(module, GLOBAL)

@@ -10,21 +10,21 @@ from fedpeft.models.sites import add_by_peft, attention_projections, linear_weig
 
 @dataclass(frozen=True)
 class FeDeRA(LoRA):
-    """(alpha/r) B A are the weight's r largest components, W0 keeps the rest, which is frozen.
+    """LoRA whose (alpha/r) B A starts as the weight's r largest components; W0 is the frozen rest.
 
-    HF PEFT's ``init_lora_weights="pissa"``. What is frozen is computed by every process for
-    itself: the product of U and V is equal up to rounding wherever it is computed, also where
-    another processor turns a pair of singular vectors round. A base in bfloat16 rounds the rest.
+    HF PEFT's ``init_lora_weights="pissa"`` computes the start. Every process computes the frozen
+    rest for itself, because the product of U and V is equal up to rounding on every processor, also
+    where one flips the signs of a pair of singular vectors. A base in bfloat16 rounds the rest.
     """
 
     def inject(self, model: nn.Module) -> nn.Module:
-        """Decomposes every target.
+        """Add LoRA and decompose every target's weight.
 
         Raises:
             ValueError: a weight is quantised, so it cannot be decomposed.
         """
         targets = attention_projections(model, self.targets)
         weights = [linear_weight(model.get_submodule(name))[0] for name in targets]
-        without = any(weight.is_meta for weight in weights)  # when parameters are counted
-        add_by_peft(model, default=self.config(model, init_lora_weights=without or "pissa"))
+        on_meta = any(weight.is_meta for weight in weights)  # to count parameters; has no SVD
+        add_by_peft(model, default=self.config(model, init_lora_weights=on_meta or "pissa"))
         return model

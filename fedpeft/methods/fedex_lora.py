@@ -12,7 +12,7 @@ class FedExLoRA(BaseChangingLoRA):
     """LoRA that averages A and B, and adds alpha/r (avg(B A) - avg(B) avg(A)) to the base weight.
 
     The aggregation is exact. The paper sends the residual as factors, of a rank that grows with
-    the number of clients; here the base weight goes down whole, see ``BaseChangingLoRA``.
+    the number of clients; here the server sends the whole base weight, see ``BaseChangingLoRA``.
     """
 
     def aggregate(self, round: Round) -> State:

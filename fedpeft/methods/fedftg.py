@@ -22,16 +22,16 @@ MLP_SITE = re.compile(f"{MLP_INPUT.pattern}|{MLP_OUTPUT.pattern}")
 
 @dataclass(frozen=True)
 class FedFTG(Method):
-    """Every MLP's whole weights and the head train, are sent and averaged, which is exact.
+    """The whole weights of every MLP and the head train and are averaged, which is exact.
 
     The weights' gradients are projected to rank r in every step, as GaLore's are; biases stay
-    frozen. GaLore keeps one projection for many steps, and the optimizer's moments inside it.
-    Here a step has its own, so that a client carries nothing over, and the moments are as large as
-    the weights: the rank limits each gradient and saves no memory. Bytes are those of the weights:
-    for RoBERTa-base 56.6 M numbers or 226 MB each way.
+    frozen. GaLore keeps one projection for many steps, and the optimizer's moments inside it. Here
+    every step computes its projection, so that a client carries nothing over. The moments are then
+    as large as the weights: the rank limits each gradient and saves no memory. The weights are sent
+    whole: for RoBERTa-base 56.6 M numbers or 226 MB each way.
 
     Args:
-        rank: r >= 1; at least as large as a weight's smaller side, nothing is cut.
+        rank: r >= 1. The gradient of a weight whose smaller side is at most r stays whole.
     """
 
     rank: int = 8
@@ -49,13 +49,15 @@ class FedFTG(Method):
         return model
 
     def term(self, at: At, start: State, kept: State) -> Term:
+        """See ``Method.term``."""
         return Projection(self)
 
     def project(self, gradient: Tensor) -> Tensor:
-        """Q Q^T G, Q spanning about the leading r left singular vectors of the wider G.
+        """Return about the best approximation of rank r of a gradient G.
 
-        By two power iterations from a fixed random start, eight columns wider: the same in every
-        step, and without a decomposition of G.
+        It is Q Q^T G, where Q spans about the leading r left singular vectors of G, or of G^T if G
+        is tall. Two power iterations find Q from a random start of r + 8 columns, without a
+        decomposition of G. The start is fixed, so every call draws the same one.
         """
         if min(gradient.shape) <= self.rank:
             return gradient

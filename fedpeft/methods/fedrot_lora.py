@@ -17,12 +17,12 @@ class FedRotLoRA(LoRA):
 
     R_c brings client c's factors next to those that the round began with: it is the orthogonal
     Procrustes solution of |B_c R - B|^2 + |R^T A_c - A|^2 (``align=both``) or of one of the two.
-    The mean comes nearer to avg(B A), and is not exact. Open here: what the paper aligns in which
-    round, and its strength of the alignment, which is full here. The server rotates, so that
-    clients are LoRA's; the bytes are the same.
+    The mean comes nearer to avg(B A), and is not exact. It is open which factors the paper aligns
+    in which round, and how strongly; here the alignment is full. The server rotates, so clients
+    train and send what LoRA's do.
 
     Args:
-        align: ``both``, ``A`` or ``B``.
+        align: factors that the rotation brings into line: ``both``, ``A`` or ``B``.
     """
 
     align: str = "both"
@@ -45,7 +45,7 @@ class FedRotLoRA(LoRA):
         return weighted_mean(turned, round.weights)
 
     def _rotation(self, b: Tensor, a: Tensor, b_before: Tensor, a_before: Tensor) -> Tensor:
-        """R = U V^T of the SVD of B_c^T B + A_c A^T; the identity where that is zero."""
+        """Return R = U V^T of the SVD of B_c^T B + A_c A^T; the identity if that sum is zero."""
         match = torch.zeros(self.rank, self.rank, dtype=b.dtype)
         if self.align != "A":
             match = match + b.T @ b_before

@@ -1,4 +1,4 @@
-"""FedSVD: clients train B, the server turns A by an SVD (https://arxiv.org/abs/2505.12805)."""
+"""FedSVD: clients train B, the server sets A by an SVD (https://arxiv.org/abs/2505.12805)."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from fedpeft.state import Role, State, weighted_mean
 class FedSVD(LoRA):
     """LoRA whose clients train and send B; the server makes A = V^T, B = U S of avg(B) A.
 
-    The product has rank r, so this changes the factors and not what they stand for: the
-    aggregation is exact. A goes down beside B after round 1. In round 1 it is LoRA's random one;
-    the paper may start otherwise (open).
+    The product has rank r, so the SVD changes the factors and not their product: the aggregation is
+    exact. A is sent to clients with B after round 1. In round 1, A is LoRA's random one; the paper
+    may start otherwise (open).
 
     Args:
-        every: rounds between two decompositions, >= 1.
+        every: decompose in every so many rounds, >= 1.
     """
 
     every: int = 1
@@ -32,7 +32,7 @@ class FedSVD(LoRA):
 
     def aggregate(self, round: Round) -> State:
         after = weighted_mean(round.states, round.weights)
-        if round.number % self.every or not round.states[0]:  # nothing came
+        if round.number % self.every or not round.states[0]:  # no parameter is shared
             return after
         values = {n: v for n, v in (round.before | after).items() if n.endswith((A, B))}
         for site, (b, a) in factors(values).items():

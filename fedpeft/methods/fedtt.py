@@ -32,14 +32,15 @@ class FedTT(Method):
 
     Args:
         tt_rank: inner ranks of every tensor train, >= 1.
-        bottleneck: inner width of the adapters.
+        bottleneck: inner width of the adapters, >= 2.
         init: ``normal`` (LoRETTA's; not the identity at the start) or ``zero_last`` (identity).
         classifier: make the classifier's hidden layer, where there is one, a TT layer.
         train_layernorm: train and share LayerNorms; open in the paper, frozen here.
         shapes: TT axes by "INxOUT", in place of the papers' table and the computed ones.
-        tt_ranks: inner ranks r_c by client, each <= ``tt_rank``, which the papers lack: client c
-            has ``tt_ranks[c mod length]``, or give a rank by client. It trains and sends the
-            leading r_c of every inner axis; an entry is averaged over the clients that hold it.
+        tt_ranks: inner ranks r_c by client, each <= ``tt_rank``; a list, of which client c has
+            ``tt_ranks[c mod length]``, or a mapping from clients. Client c trains and sends the
+            leading r_c of every inner axis, and an entry is averaged over the clients that hold it.
+            The papers have equal ranks alone.
     """
 
     tt_rank: int = 5
@@ -78,9 +79,9 @@ class FedTT(Method):
         return TTAdapter(width, self.bottleneck, self.tt_rank, self.shapes, zero_last, device)
 
     def _compress_classifier(self, model: nn.Module) -> None:
-        """The classifier's hidden layer as a TT layer; the output layer stays dense and trains.
+        """Replace the classifier's hidden layer by a TT layer; the output layer stays dense.
 
-        Models whose head is one output layer (Llama's ``score``) have nothing to compress.
+        A head of one output layer, such as Llama's ``score``, stays as it is.
         """
         for name, module in list(model.named_modules()):
             if CLASSIFIER.search(name) and isinstance(module, nn.Linear):
@@ -89,6 +90,7 @@ class FedTT(Method):
                 replace(model, name, TTLinear(i, o, shape, self.tt_rank, module.weight.device))
 
     def block(self, name: str, shape: Sequence[int], at: At) -> Sequence[int]:
+        """See ``Method.block``."""
         factor = FACTOR.search(name)
         if factor is None:
             return shape
@@ -114,15 +116,16 @@ class FedTT(Method):
 class FedTTPlus(FedTT):
     """FedTT that trains and sends few factors of every tensor train a round; the rest is frozen.
 
-    Factors that train together make the mean less wrong, not exact; one alone makes it exact.
+    The mean of several factors is less wrong than that of all, and not exact. With one factor a
+    round it is exact.
 
     Args:
-        schedule: the middle factor m_t of round t: ``cyclic`` (2 + t mod (J-2)) or ``random``
-            (drawn from (schedule_seed, t)); open in the paper. The same on all clients.
-        active: ``three`` factors {1, m_t, J} (the paper's), or ``one``: in turn one of all J, a
-            variant that the paper lacks, whose aggregation is exact.
+        schedule: chooses the middle factor m_t of round t, the same on all clients: ``cyclic``
+            (2 + t mod (J-2)) or ``random`` (drawn from (schedule_seed, t)); open in the paper.
+        active: ``three`` trains factors {1, m_t, J} (the paper's); ``one`` trains one of all J by
+            the schedule, which the paper lacks.
         train_bias: also train and send the TT biases; open in the paper.
-        schedule_seed: for ``random``.
+        schedule_seed: seeds the ``random`` schedule.
     """
 
     schedule: str = "cyclic"
@@ -145,7 +148,12 @@ class FedTTPlus(FedTT):
         return model
 
     def active_factors(self, count: int, round: int) -> set[int]:
-        """Numbers, from 1, of the factors of a train of ``count`` that train in a round."""
+        """Return the numbers, from 1, of a train's factors that train in a round.
+
+        Args:
+            count: number of the train's factors.
+            round: 1, 2, ....
+        """
         turn = round if self.schedule == "cyclic" else derive(self.schedule_seed, "factor", round)
         if self.active == "one":
             return {1 + turn % count}

@@ -12,9 +12,9 @@ from fedpeft.state import State, weighted_mean
 class FlexLoRA(RankedLoRA):
     """LoRA whose server factorises avg(B A) by its SVD: B = U S, A = V^T, cut to ``rank``.
 
-    The first r columns and rows, which a client of rank r gets, are the best approximation of that
-    rank. The aggregation is exact only where ``rank`` is at least the rank of the mean, e.g.
-    min(in, out) or the sum of the clients' ranks.
+    The first r columns of B and rows of A, which a client of rank r gets, are the best
+    approximation of that rank. The aggregation is exact only where ``rank`` is at least the rank of
+    the mean, e.g. min(in, out) or the sum of the clients' ranks.
     """
 
     def aggregate(self, round: Round) -> State:

@@ -14,15 +14,15 @@ from fedpeft.state import State, weighted_mean
 
 @dataclass(frozen=True)
 class FLoRA(RankedLoRA, BaseChangingLoRA):
-    """LoRA whose server adds alpha/r avg(B A) to the base weight; each round starts with a new one.
+    """LoRA whose server adds alpha/r avg(B A) to the base weight; rounds start with new factors.
 
-    Stacking [w_1 B_1, w_2 B_2, ...] [A_1; A_2; ...] is that mean whatever the clients' ranks, so
-    the aggregation is exact. The next A is drawn by the server, kaiming-uniform, from the round;
-    the next B is zero. The paper sends the stack down, (sum of ranks) x (in + out) numbers a
-    module; here the base weight goes whole, see ``BaseChangingLoRA``.
+    The stack [w_1 B_1, w_2 B_2, ...] [A_1; A_2; ...] is that mean whatever the clients' ranks, so
+    the aggregation is exact. The server draws the next A, kaiming-uniform, by the round's number;
+    the next B is zero. The paper's server sends the stack, (sum of ranks) x (in + out) numbers a
+    module; here it sends the whole base weight, see ``BaseChangingLoRA``.
 
     Args:
-        fresh_seed: of the new A.
+        fresh_seed: seeds the new A.
     """
 
     fresh_seed: int = 0

@@ -13,10 +13,10 @@ class Full(Method):
     """Every parameter that the model computes with trains and is shared, in float32."""
 
     def inject(self, model: nn.Module) -> nn.Module:
-        """All train.
+        """Let all parameters train that the model computes with.
 
         Raises:
-            ValueError: a weight is quantised, and such weights do not train.
+            ValueError: a weight is quantised, so it cannot train.
         """
         skip = unused(model)
         for name, parameter in model.named_parameters():

@@ -18,21 +18,21 @@ from fedpeft.state import State, weighted_mean
 
 @dataclass(frozen=True)
 class HetLoRA(RankedLoRA):
-    """LoRA of a rank per client: padded with zeros on the way up, cut off on the way down.
+    """LoRA of a rank per client: the server pads factors with zeros and cuts them for a client.
 
-    Self-pruning lets a client's rank r_c shrink. The client's loss gets ``penalty`` times the sum
-    over modules of |B_c[:, k:]| |A_c[k:]|, with k = floor(prune r_c) and Frobenius norms. If that
-    sum is smaller after a client's round than before it, r_c becomes k for the rounds to come. The
-    server decides, because it has both states, and tells the client its rank. Open in the paper:
-    how modules go together (summed here).
+    Self-pruning lets a client's rank r_c shrink. ``penalty`` times the sum over modules of
+    |B_c[:, k:]| |A_c[k:]|, with k = floor(prune r_c) and Frobenius norms, is added to the client's
+    loss. If that sum is smaller after a client's round than before it, r_c becomes k for the rounds
+    to come. The server decides, because it has both states, and tells the client its rank. The
+    paper leaves open how modules are combined; here they are summed.
 
     Args:
+        weighting: ``norm`` (the paper's) weighs A and B of a module by |B_c A_c|_F; ``examples``
+            weighs by training rows. The paper leaves open whether numbers of examples enter the
+            norm's weights (here they do not), and whether norms are a module's (as here) or the
+            model's. The head, and a module whose products are all zero, are weighed by examples.
         prune: gamma in (0, 1]; the paper's is 0.99. 1 keeps every rank.
-        penalty: lambda >= 0; the paper's is 5e-3. Only where ``prune`` is below 1.
-        weighting: ``norm`` (the paper's): A and B of a module by |B_c A_c|_F; or ``examples``. The
-            paper leaves open whether numbers of examples enter too, and whether norms are a
-            module's or the model's: here they do not, and they are a module's. The head, and a
-            module whose products are all zero, go by examples.
+        penalty: lambda >= 0; the paper's is 5e-3. It is used only if ``prune`` is below 1.
     """
 
     weighting: str = "norm"
@@ -49,7 +49,7 @@ class HetLoRA(RankedLoRA):
             raise ValueError(f"weighting must be norm or examples, got {self.weighting}")
 
     def down(self, memory: Memory, at: At) -> State:
-        """Return the client's rank, where ranks shrink."""
+        """Return the client's rank if ranks can shrink, else nothing."""
         if self.prune == 1 or at.client is None:
             return {}
         start = torch.tensor(rank_of(self.ranks, at, self.rank))
@@ -63,6 +63,7 @@ class HetLoRA(RankedLoRA):
         return max(1, math.floor(self.prune * rank))
 
     def term(self, at: At, start: State, kept: State) -> Term:
+        """See ``Method.term``."""
         rank = self.client_rank(at)
         if self.prune == 1 or self.kept(rank) == rank:
             return Term()
@@ -74,10 +75,10 @@ class HetLoRA(RankedLoRA):
         ranks = round.memory.setdefault("ranks", {})
         for at, state in zip(round.ats, round.states, strict=True):
             rank = self.client_rank(at)
-            kept = self.kept(rank)
-            tails = [_tail(factors(s), kept, rank) for s in (round.before, state)]
+            pruned = self.kept(rank)
+            tails = [_tail(factors(s), pruned, rank) for s in (round.before, state)]
             if tails[1] < tails[0]:
-                ranks[str(at.client)] = torch.tensor(kept)
+                ranks[str(at.client)] = torch.tensor(pruned)
 
     def aggregate(self, round: Round) -> State:
         if self.prune < 1:
@@ -96,23 +97,23 @@ class HetLoRA(RankedLoRA):
 
 
 class TailPenalty(Term):
-    """The gradient of penalty x sum |B[:, k:r]| |A[k:r]|.
+    """Adds the gradient of penalty x sum |B[:, k:r]| |A[k:r]|.
 
     Args:
         penalty: lambda.
-        kept: k.
+        first: k.
         rank: r.
     """
 
-    def __init__(self, penalty: float, kept: int, rank: int) -> None:
-        self.penalty, self.kept, self.rank = penalty, kept, rank
+    def __init__(self, penalty: float, first: int, rank: int) -> None:
+        self.penalty, self.first, self.rank = penalty, first, rank
 
     def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
         for name, a in parameters.items():
             b = parameters.get(name.removesuffix(A) + B) if name.endswith(A) else None
             if b is None or a.grad is None or b.grad is None:
                 continue
-            tail = slice(self.kept, self.rank)
+            tail = slice(self.first, self.rank)
             a_tail, b_tail = a.detach()[tail], b.detach()[:, tail]
             a_norm, b_norm = a_tail.norm(), b_tail.norm()
             if a_norm > 0 and b_norm > 0:  # the norm has no gradient at zero
@@ -120,11 +121,11 @@ class TailPenalty(Term):
                 b.grad[:, tail].add_(b_tail * (self.penalty * a_norm / b_norm))
 
 
-def _tail(pairs: Mapping[str, tuple[Tensor, Tensor]], kept: int, rank: int) -> float:
-    """Return the sum over modules of |B[:, k:r]| |A[k:r]|."""
-    return sum(float(b[:, kept:rank].norm() * a[kept:rank].norm()) for b, a in pairs.values())
+def _tail(pairs: Mapping[str, tuple[Tensor, Tensor]], first: int, rank: int) -> float:
+    """Return the sum over modules of |B[:, k:r]| |A[k:r]|, where k is ``first``."""
+    return sum(float(b[:, first:rank].norm() * a[first:rank].norm()) for b, a in pairs.values())
 
 
 def _norm(b: Tensor, a: Tensor) -> float:
-    """|B A|_F^2 = trace of (B^T B) (A A^T): r x r matrices do."""
+    """Return |B A|_F, the root of trace((B^T B) (A A^T)), because r x r matrices suffice for it."""
     return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())

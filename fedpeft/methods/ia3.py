@@ -13,8 +13,8 @@ from fedpeft.models.sites import MLP_OUTPUT, add_by_peft, attention_projections,
 class IA3(Method):
     """Vectors, 1 at the start, that scale k, v and the input of each MLP's second projection.
 
-    They enter linearly, so their average is exact. Where q, k and v are one matrix (GPT-2,
-    DeBERTa) the scales of q train too, as PEFT has it; the paper leaves that case open.
+    A layer's output is linear in them, so their mean is exact. Where q, k and v are one matrix
+    (GPT-2, DeBERTa) the scales of q train too, as in PEFT; the paper leaves that case open.
     """
 
     def inject(self, model: nn.Module) -> nn.Module:

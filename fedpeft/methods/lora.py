@@ -20,13 +20,13 @@ from fedpeft.state import Role
 
 @dataclass(frozen=True)
 class LoRA(Method):
-    """A kaiming-uniform (r, in), B zero (out, r), on the attention's ``targets``.
+    """B A, with A (r, in) kaiming-uniform and B (out, r) zero, on the attention's ``targets``.
 
     Args:
         rank: r >= 1.
-        alpha: scale; B A is multiplied by alpha/r.
+        alpha: > 0; B A is multiplied by alpha/r.
         targets: q, k, v, o or ends of module names.
-        dropout: on the input of A, in [0, 1).
+        dropout: probability on the input of A, in [0, 1).
     """
 
     rank: int = 8
@@ -49,10 +49,10 @@ class LoRA(Method):
         return model
 
     def config(self, model: nn.Module, **more: Any) -> LoraConfig:
-        """PEFT's, for this model; ``more`` wins."""
+        """Return PEFT's configuration for a model; fields in ``more`` win."""
         fields: dict[str, Any] = {
             "r": self.rank,
-            "lora_alpha": self.alpha,  # peft divides it: any number will do
+            "lora_alpha": self.alpha,  # PEFT only divides it, so a float will do
             "lora_dropout": self.dropout,
             "target_modules": attention_projections(model, self.targets),
             "fan_in_fan_out": getattr(model.config, "model_type", "") == "gpt2",
@@ -63,7 +63,7 @@ class LoRA(Method):
         return self.product(module, "default")
 
     def product(self, module: nn.Module, adapter: str) -> Tensor | None:
-        """(alpha/r) B A of a PEFT adapter, or None where there is no LoRA."""
+        """Return (alpha/r) B A of a module's PEFT adapter, or None if it has no LoRA."""
         if not isinstance(module, LoraLayer) or not isinstance(module, nn.Module):
             return None
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
@@ -73,7 +73,7 @@ class LoRA(Method):
 
 @dataclass(frozen=True)
 class FFALoRA(LoRA):
-    """LoRA with A frozen at its seeded start: avg(B) A = avg(B A)."""
+    """LoRA with A frozen at its seeded start, so that avg(B) A = avg(B A)."""
 
     def inject(self, model: nn.Module) -> nn.Module:
         super().inject(model)

@@ -16,15 +16,15 @@ class LoRAFair(LoRA):
     """LoRA that averages A and B, and adds to B what brings B A nearer to avg(B_c A_c).
 
     The residual dB minimises |avg(B_c A_c) - (B + dB) A|_F^2 + penalty |dB|_F^2, so that
-    dB = (avg(B_c A_c) - B A) A^T (A A^T + penalty I)^-1. Clients go on from A and B + dB; the bytes
-    are LoRA's. The mean is not exact, because A has rank r and avg(B_c A_c) may have more.
+    dB = (avg(B_c A_c) - B A) A^T (A A^T + penalty I)^-1. Clients go on from A and B + dB, and send
+    what LoRA's do. The mean is not exact, because A has rank r and avg(B_c A_c) may have more.
 
-    Open here: the paper measures likeness by a similarity (the cosine), whose optimum has no closed
-    form; the Frobenius norm stands in its place. Products are compared without alpha/r, so
-    ``penalty`` does not depend on it.
+    The paper compares products by a similarity (the cosine), whose optimum has no closed form; here
+    the Frobenius norm takes its place. Products are compared without alpha/r, so ``penalty`` does
+    not depend on it.
 
     Args:
-        penalty: lambda >= 0; 0 takes the smallest dB of the best ones.
+        penalty: lambda >= 0; 0 takes the smallest of the dB that minimise the first term.
     """
 
     penalty: float = 0.01
@@ -36,7 +36,7 @@ class LoRAFair(LoRA):
 
     def aggregate(self, round: Round) -> State:
         after = weighted_mean(round.states, round.weights)
-        if not any(name.endswith(B) for name in after):  # ``personal`` or ``frozen`` keeps it
+        if not any(name.endswith(B) for name in after):  # B is in ``personal`` or ``frozen``
             return after
         stacks = stacked(round.states, round.weights)
         for site, (b, a) in factors(after).items():

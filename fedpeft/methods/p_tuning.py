@@ -15,11 +15,11 @@ from fedpeft.nn.virtual import Prompted
 class PTuning(Method):
     """The virtual tokens' vectors, the network that transforms them, and the head are shared.
 
-    The network is HF PEFT's ``PromptEncoder``; all of it is sent, for the next round trains it on.
-    PEFT's wrapper around the model is not used, see ``Prompted``.
+    The network is HF PEFT's ``PromptEncoder``. All of it is sent, because the next round goes on
+    training it. PEFT's wrapper around the model is not used, see ``Prompted``.
 
     Args:
-        num_tokens: >= 1.
+        num_tokens: number of virtual tokens, >= 1.
         encoder: ``mlp`` (three layers) or ``lstm`` (bidirectional, then two layers, as in the
             paper).
         hidden: the network's inner width, >= 1; open in the paper.
@@ -38,7 +38,7 @@ class PTuning(Method):
             raise ValueError(f"hidden must be >= 1, got {self.hidden}")
 
     def inject(self, model: nn.Module) -> nn.Module:
-        """A ``Prompted`` around the model.
+        """Return a ``Prompted`` around the model.
 
         Raises:
             ValueError: the model reads images.

@@ -15,16 +15,16 @@ from fedpeft.nn.virtual import Prefixed
 
 @dataclass(frozen=True)
 class Prefix(Method):
-    """``num_tokens`` keys and values a layer, what computes them, and the head are shared.
+    """``num_tokens`` keys and values a layer, their network if any, and the head are shared.
 
-    They are HF PEFT's ``PrefixEncoder``. PEFT's wrapper around the model is not used: it knows no
-    mean-pooled classifier and copies the head. Where a model looks back through a window
+    They are HF PEFT's ``PrefixEncoder``. PEFT's wrapper around the model is not used, because it
+    knows no mean-pooled classifier and copies the head. Where a model attends within a window
     (Mistral), a token sees the prefix only within it.
 
     Args:
-        num_tokens: >= 1.
-        projection: the paper's network over the vectors (two layers, tanh); else the keys and
-            values train themselves.
+        num_tokens: number of keys and values, >= 1.
+        projection: compute them by the paper's network (two layers, tanh); if false, they are
+            parameters themselves.
         hidden: the network's inner width, >= 1.
     """
 
@@ -39,7 +39,7 @@ class Prefix(Method):
             raise ValueError(f"hidden must be >= 1, got {self.hidden}")
 
     def inject(self, model: nn.Module) -> nn.Module:
-        """A ``Prefixed`` around the model.
+        """Return a ``Prefixed`` around the model.
 
         Raises:
             ValueError: the model reads images, takes no keys and values from outside, or
@@ -64,7 +64,7 @@ class Prefix(Method):
 
 
 def check_takes_cache(model: Any) -> None:
-    """Raises ValueError where transformers drops or does not take keys and values."""
+    """Raise ValueError if a model does not take keys and values from outside, or drops them."""
     name, backbone = type(model).__name__, getattr(model, model.base_model_prefix)
     if "past_key_values" not in signature(backbone.forward).parameters:
         raise ValueError(

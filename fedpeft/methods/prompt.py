@@ -16,11 +16,11 @@ class Prompt(Method):
     """``num_tokens`` vectors and the head are shared.
 
     The vectors are HF PEFT's ``PromptEmbedding``; PEFT's wrapper around the model is not used, see
-    ``Prompted``. As with PEFT they stand before an encoder's first token, so that a head which
-    reads the first place reads a virtual token.
+    ``Prompted``. As with PEFT, they stand before an encoder's first token, so a head that reads the
+    first place reads a virtual token.
 
     Args:
-        num_tokens: >= 1.
+        num_tokens: number of virtual tokens, >= 1.
         init: ``vocabulary`` (embeddings of tokens drawn from the vocabulary) or ``normal``.
     """
 
@@ -34,7 +34,7 @@ class Prompt(Method):
             raise ValueError(f"init must be vocabulary or normal, got {self.init}")
 
     def inject(self, model: nn.Module) -> nn.Module:
-        """A ``Prompted`` around the model.
+        """Return a ``Prompted`` around the model.
 
         Raises:
             ValueError: the model reads images.

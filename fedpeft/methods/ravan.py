@@ -12,14 +12,14 @@ from fedpeft.state import State, weighted_mean
 
 @dataclass(frozen=True)
 class Ravan(Cores):
-    """W0 + sum of s_i B_i H_i A_i with B_i, A_i frozen: the server averages s_i H_i, exactly.
+    """W0 + sum of s_i B_i H_i A_i with frozen B_i, A_i: the server averages s_i H_i, exactly.
 
-    Clients send H_i and the numbers s_i apart, one more number a head than their products; the
-    server makes H_i the mean product and s_i one. Training some heads only, for weak clients, is
-    not offered; H_i = 0 and s_i = 1 at the start (open).
+    Clients send H_i and s_i apart, which is one number a head more than their product. The server
+    sets H_i to the mean product and s_i to 1. The paper's training of some heads only, for weak
+    clients, is not offered. H_i = 0 and s_i = 1 at the start (open in the paper).
 
     Args:
-        heads: >= 1.
+        heads: number of heads, >= 1.
     """
 
     scaled: ClassVar[bool] = True

@@ -11,7 +11,8 @@ from fedpeft.state import Role
 class RoLoRA(LoRA):
     """One of A and B is frozen each round, so the aggregation is exact.
 
-    Which comes first is open in the paper: B does, since A has no gradient while B is zero.
+    The paper leaves open which trains first. Here it is B, because A has no gradient while B is
+    zero.
     """
 
     def role(self, name: str, at: At) -> Role:

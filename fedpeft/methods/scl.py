@@ -17,10 +17,10 @@ from fedpeft.nn.scl import INITS, CompressedProjection
 
 @dataclass(frozen=True)
 class SCL(Method):
-    """Replaces each MLP's second projection W2 by W2' C; C, W2' and the head train and are sent.
+    """Each MLP's second projection W2 becomes W2' C; C, W2' and the head train and are shared.
 
     Args:
-        rank: r, rows of C; r (f + d) parameters per block. Open in the paper; 64 here.
+        rank: r, rows of C, which makes r (f + d) parameters a block. Open in the paper; 64 here.
         init: ``random_pinv`` (the paper's), ``svd`` or ``residual``; see ``CompressedProjection``.
     """
 

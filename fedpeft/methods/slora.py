@@ -21,21 +21,21 @@ FACTOR = re.compile(r"\.lora_[AB]\.")
 
 @dataclass(frozen=True)
 class SLoRA(LoRA):
-    """Rounds 1 to ``sparse_rounds`` train weights at random places, later ones LoRA's A and B.
+    """Rounds 1 to ``sparse_rounds`` train weights at random places, later rounds LoRA's A and B.
 
     After the last sparse round the server sets (alpha/r) B A to the best rank-r approximation of
     the accumulated change, B = U S^.5 and A = S^.5 V^T up to the scale, and the change itself to
     zero: the base weight is the pretrained one again. The head trains in all rounds.
 
     The mean of sparse rounds is exact, but for the cut to rank r at their end; that of later
-    rounds is LoRA's. The zeros go down in later rounds, ``density`` x in x out numbers a module.
-    Open in the paper: the places, here drawn uniformly for each module of ``targets``, and the
-    split of S.
+    rounds is LoRA's. Later rounds still send the zeros down, ``density`` x in x out numbers a
+    module. The paper leaves open the places, here drawn uniformly for each module of ``targets``,
+    and the split of S.
 
     Args:
-        sparse_rounds: >= 1, and fewer than the run's. Open in the paper.
+        sparse_rounds: >= 1, and fewer than the run's rounds. Open in the paper.
         density: share of a weight's numbers that train, in (0, 1].
-        mask_seed: of the places.
+        mask_seed: seeds the places.
     """
 
     sparse_rounds: int = 3
@@ -67,7 +67,12 @@ class SLoRA(LoRA):
         return model
 
     def places(self, site: str, shape: tuple[int, int]) -> Tensor:
-        """Rows and columns, (2, n), of a module's numbers that train."""
+        """Return rows and columns, (2, n), of a module's numbers that train.
+
+        Args:
+            site: the module's name, which seeds its places with ``mask_seed``.
+            shape: (out, in) of its weight.
+        """
         size = shape[0] * shape[1]
         draws = generator(self.mask_seed, f"mask {site}")
         count = max(1, round(self.density * size))
@@ -88,14 +93,15 @@ class SLoRA(LoRA):
         return after
 
     def _dense_start(self, site: str, values: Tensor, before: State) -> State:
+        """Return A and B that stand for a module's sparse change, and zeros for the change."""
         a, b = before[site + A], before[site + B]
         shape = (b.shape[0], a.shape[1])
         change = scattered(values.double(), self.places(site, shape), shape)
         u, s, v = torch.linalg.svd(change * self.rank / self.alpha, full_matrices=False)
-        kept = min(self.rank, len(s))
+        rank = min(self.rank, len(s))
         new_a, new_b = torch.zeros_like(a), torch.zeros_like(b)
-        new_b[:, :kept] = (u[:, :kept] * s[:kept].sqrt()).to(b.dtype)
-        new_a[:kept] = (s[:kept].sqrt()[:, None] * v[:kept]).to(a.dtype)
+        new_b[:, :rank] = (u[:, :rank] * s[:rank].sqrt()).to(b.dtype)
+        new_a[:rank] = (s[:rank].sqrt()[:, None] * v[:rank]).to(a.dtype)
         return {site + A: new_a, site + B: new_b, site + VALUES: torch.zeros_like(values)}
 
     def effective(self, module: nn.Module) -> Tensor | None:

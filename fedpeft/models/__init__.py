@@ -1,1 +1,1 @@
-"""Base models, their tokenizers, and where methods attach to them."""
+"""Base models, their tokenizers, and the modules that methods attach to."""

@@ -1,11 +1,15 @@
-"""Checks that an architecture fits a task; transformers builds some that make no sense."""
+"""Checks that an architecture fits a task, because transformers also builds some that do not."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 def _writes_text(config: Any) -> bool:
-    """A decoder: an encoder that predicts masked tokens has a causal class too, but sees ahead."""
+    """Tell whether an architecture is a decoder.
+
+    A causal class is not enough: an encoder that predicts masked tokens has one too, but its
+    tokens attend to later ones.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     kind = type(config)
@@ -49,19 +53,30 @@ PROCESSORS: dict[str, Rule] = {
 
 
 def check_fits(auto_class: str, config: Any, name: str) -> None:
-    """Checks that an architecture can do a task.
+    """Check that an architecture can do a task.
+
+    Args:
+        auto_class: name of transformers' auto class for the task; one that ``TASKS`` lacks is not
+            checked.
+        config: the model's transformers configuration.
+        name: names the model in the error.
 
     Raises:
-        ValueError: it cannot; names the model and what to choose instead.
+        ValueError: it cannot; the error says what to choose instead.
     """
     _check(TASKS.get(auto_class), config, name)
 
 
 def check_modality(processor: str, config: Any, name: str) -> None:
-    """Checks that an architecture takes what a ``tokenizer`` or ``image processor`` gives.
+    """Check that an architecture reads the output of a processor.
+
+    Args:
+        processor: ``tokenizer`` or ``image processor``.
+        config: the model's transformers configuration.
+        name: names the model in the error.
 
     Raises:
-        ValueError: it does not; names the model and what to choose instead.
+        ValueError: it does not; the error says what to choose instead.
     """
     _check(PROCESSORS[processor], config, name)
 

@@ -1,9 +1,9 @@
-"""Conversations as text: the tokenizer's own template, a given one, or plain instructions."""
+"""Chat templates, which write conversations as text."""
 
 from typing import Any
 
-# For tokenizers that have none: an instruction, and where the answer begins. No token of the
-# tokenizer's own but the end of an answer, so it serves any of them.
+# For tokenizers that have no template. The end of an answer is its only special token, so it suits
+# every tokenizer.
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{%- if message['role'] == 'user' %}"
@@ -19,19 +19,21 @@ CHAT_TEMPLATE = (
 )
 
 
-def set_template(tokenizer: Any, given: str | None) -> None:
-    """Makes sure that ``tokenizer.apply_chat_template`` works.
+def set_template(tokenizer: Any, template: str | None) -> None:
+    """Set the template that ``tokenizer.apply_chat_template`` uses.
 
     Args:
-        given: a Jinja template that wins over the tokenizer's own.
+        tokenizer: changed in place.
+        template: a Jinja template of messages. If null, the tokenizer keeps its own, or gets
+            ``CHAT_TEMPLATE`` if it has none.
 
     Raises:
-        ValueError: ``given`` cannot render a user's message.
+        ValueError: ``template`` cannot render a user's message.
     """
     from jinja2 import TemplateError
 
-    tokenizer.chat_template = given or tokenizer.chat_template or CHAT_TEMPLATE
-    if given is None:
+    tokenizer.chat_template = template or tokenizer.chat_template or CHAT_TEMPLATE
+    if template is None:
         return
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)

@@ -1,4 +1,4 @@
-"""The hub: whether it can be reached, its errors as one sentence each, files' hashes."""
+"""The model hub: reachability, errors as one sentence each, and hashes of weights."""
 
 import hashlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-PATIENCE = 5.0  # seconds; transformers' own retries take over 20 a file
+PATIENCE = 5.0  # seconds; transformers' retries take over 20 a file
 
 
 @cache
@@ -19,13 +19,17 @@ def reachable() -> bool:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
-    except Exception:  # each HTTP library and proxy has its own
+    except Exception:  # each HTTP library and proxy raises its own
         return False
     return True
 
 
 def fetching(source: str, revision: str | None) -> dict[str, object]:
-    """Keywords of ``from_pretrained``: for a hub name the revision, and whether only the cache."""
+    """Return keywords of ``from_pretrained``: none for a folder.
+
+    For a hub name, they set the revision, and that only the cache is read if the hub cannot be
+    reached.
+    """
     if Path(source).is_dir():
         return {}
     return {"revision": revision, "local_files_only": not reachable()}
@@ -33,14 +37,16 @@ def fetching(source: str, revision: str | None) -> dict[str, object]:
 
 @contextmanager
 def one_sentence(source: str, revision: str | None, key: str = "model.path") -> Iterator[None]:
-    """Turns what loading raises into a sentence that says what to give instead.
+    """Turn an error of loading into one sentence that says what to set instead.
 
     Args:
-        source: folder or hub name.
+        source: folder or hub name that is loaded in the context.
+        revision: the hub model's commit or tag, or null.
         key: the configuration key that takes a folder.
 
     Raises:
-        ValueError: for every OSError, as hub clients and missing files raise, or ValueError.
+        ValueError: in place of every ValueError, and of every OSError, which hub clients and
+            missing files raise.
     """
     try:
         yield
@@ -83,7 +89,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def weights_sha256(source: str) -> str | None:
-    """sha256 over a folder's safetensors files in the order of their names; None without any."""
+    """Hash a folder's safetensors files in the order of their names; None if there are none."""
     files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
     if not files:
         return None

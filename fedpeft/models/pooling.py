@@ -1,4 +1,4 @@
-"""A classifier on the mean of a backbone's last layer, as sentence encoders are trained."""
+"""A classifier on the mean of a backbone's last layer, because sentence encoders train it."""
 
 from typing import Any
 
@@ -7,7 +7,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class MeanPooledClassifier(nn.Module):
-    """A backbone, the mean of its last layer over real tokens, and one linear layer."""
+    """A linear classifier on the mean of a backbone's last layer over real tokens.
+
+    Args:
+        backbone: a transformers model without a head; ``num_labels`` stands in its configuration.
+    """
 
     base_model_prefix = "backbone"
 
@@ -16,18 +20,19 @@ class MeanPooledClassifier(nn.Module):
         self.config: Any = backbone.config
         self.backbone = backbone
         if getattr(backbone, "pooler", None) is not None:
-            backbone.register_module(
-                "pooler", None
-            )  # reads the first token only; nothing would use it
+            # A pooler reads the first token alone, and nothing would use its output.
+            backbone.register_module("pooler", None)
         self.classifier = nn.Linear(self.config.hidden_size, self.config.num_labels)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, **more: Any
     ) -> SequenceClassifierOutput:
-        """(B, L) token ids and mask to logits (B, num_labels).
+        """Return logits (B, num_labels).
 
         Args:
-            more: the backbone's, such as keys and values, which a longer mask then begins with.
+            input_ids: (B, L).
+            attention_mask: (B, L), or (B, n + L) if ``more`` holds n cached keys and values.
+            more: further arguments of the backbone, such as ``past_key_values``.
         """
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **more)[0]
         mask = attention_mask[:, -hidden.shape[1] :].unsqueeze(-1).to(hidden.dtype)

@@ -1,4 +1,4 @@
-"""Few bits for frozen weights, float32 for trained ones."""
+"""Precision of weights: few bits for frozen ones, float32 for trained ones."""
 
 from collections import Counter
 from importlib.util import find_spec
@@ -16,11 +16,11 @@ def has_gpu() -> bool:
 
 
 def quantisation(load_in: str, model: nn.Module) -> Any:
-    """The ``BitsAndBytesConfig`` for a model of this shape; its task head is left as it is.
+    """Return the ``BitsAndBytesConfig`` for a model; its task head is not quantised.
 
     Args:
         load_in: ``8bit``, or ``4bit`` for NF4 (QLoRA, https://arxiv.org/abs/2305.14314).
-        model: on the meta device will do.
+        model: says which modules are the head; it may be on the meta device.
 
     Raises:
         ValueError: no GPU, or bitsandbytes is not installed.
@@ -37,7 +37,7 @@ def quantisation(load_in: str, model: nn.Module) -> Any:
             f"model.load_in={load_in} needs the package bitsandbytes, which is not installed: "
             "install fedpeft with its extra [quantised]"
         )
-    skip = head_names(model) or None  # None: transformers spares a language model's head
+    skip = head_names(model) or None  # with None, transformers spares a language model's head
     if load_in == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
@@ -49,10 +49,11 @@ def quantisation(load_in: str, model: nn.Module) -> Any:
 
 
 def halve_frozen(model: nn.Module) -> nn.Module:
-    """Holds frozen linear layers in bfloat16, for a model that computes under autocast.
+    """Store frozen linear layers in bfloat16, for a model that computes under autocast.
 
-    Autocast would cast their weights in every pass, to the same bits. What another module holds
-    too, such as an embedding tied to a language model's head, stays as it is.
+    Results stay the same, because autocast would cast these weights to the same bits in every pass.
+    A layer that shares a parameter with another module, such as a language model's head tied to
+    the embedding, stays as it is.
     """
     holders = Counter(
         id(parameter)
@@ -61,15 +62,15 @@ def halve_frozen(model: nn.Module) -> nn.Module:
     )
     for module in model.modules():
         if type(module) is nn.Linear:
-            own = [p for p in module.parameters() if p.dtype == torch.float32]
-            if all(not p.requires_grad and holders[id(p)] == 1 for p in own):
-                for parameter in own:
+            parameters = [p for p in module.parameters() if p.dtype == torch.float32]
+            if all(not p.requires_grad and holders[id(p)] == 1 for p in parameters):
+                for parameter in parameters:
                     parameter.data = parameter.data.bfloat16()
     return model
 
 
 def train_in_float32(model: nn.Module) -> nn.Module:
-    """Makes whatever requires a gradient float32: small steps are lost in bfloat16's 8 bits."""
+    """Make parameters that train float32, because small steps are lost in bfloat16's 8 bits."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -1,4 +1,4 @@
-"""Base models with their tokenizers and image processors: pure in (configuration, seed)."""
+"""Base models with their tokenizers and image processors, functions of (configuration, seed)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,27 +22,27 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A transformers model: a local folder, a hub name, or a folder inside a Python package.
+    """A transformers model from a local folder, the hub, or a folder inside a Python package.
 
     Args:
         path: folder or hub name; wins over ``package``.
         revision: the hub model's commit or tag.
         package: ``module/folder`` of an installed package that carries the weights.
         extra: the extra of fedpeft that installs ``package``.
-        sha256: of the package's ``model.safetensors``, checked before it is loaded.
-        architecture: the published configuration (``model_type`` and its fields), enough to count
-            parameters on the meta device, or to build the model with random weights.
+        sha256: hash of the package's safetensors files, checked before they are loaded.
+        architecture: the published configuration (``model_type`` and its fields). It suffices to
+            count parameters on the meta device, or to build the model with random weights.
         random: build from ``architecture`` (or the folder's configuration) with random weights.
         settings: configuration fields to set on top, e.g. dropout probabilities.
         pooling: ``mean`` reads a classifier off the mean of the last layer's tokens, as sentence
             encoders are trained; null takes the architecture's own classifier.
         tokenizer_path: folder or hub name of the tokenizer or image processor, if not the model's.
-        dtype: of the frozen weights: ``float32`` or ``bfloat16``, which needs ``precision=bf16``.
-            The task head, which trains, is float32 in both.
-        load_in: ``8bit`` or ``4bit`` (NF4) quantises the linear layers but for the head, by
+        dtype: dtype of the frozen weights, ``float32`` or ``bfloat16``, which needs
+            ``precision=bf16``. The task head, which trains, is float32 in both.
+        load_in: ``8bit`` or ``4bit`` (NF4) quantises all linear layers but the head, with
             bitsandbytes on a GPU; null does not.
-        gradient_checkpointing: keep only the blocks' inputs while training and compute the rest
-            again for the gradient: less memory, a third more work.
+        gradient_checkpointing: keep only the blocks' inputs in training and recompute the rest for
+            the gradient, which takes less memory and a third more work.
         chat_template: a Jinja template of conversations, in place of the tokenizer's own.
     """
 
@@ -72,10 +72,11 @@ class Pretrained:
             raise ValueError(f"load_in={self.load_in} is for pretrained weights: set random=false")
 
     def source(self) -> str:
-        """The folder or hub name that transformers gets.
+        """Return the folder or hub name that transformers loads.
 
         Raises:
-            ValueError: neither path nor package is set, or the package is not installed.
+            ValueError: neither path nor package is set, the path is no model's folder, or the
+                package is not installed.
         """
         if self.path is not None:
             return _checked(self.path, "model.path", "config.json")
@@ -91,11 +92,15 @@ class Pretrained:
         return str(Path(spec.origin).parent / inner)
 
     def config(self, num_labels: int | None, of_weights: bool = False) -> Any:
-        """The transformers configuration.
+        """Return the transformers configuration, with ``settings`` on top.
 
         Args:
-            of_weights: the one beside the weights; else the published one where they may not be
-                at hand, which needs no network.
+            num_labels: number of classes; null leaves it as it is.
+            of_weights: read the file beside the weights. If false, ``architecture`` is taken where
+                the weights may not be on this machine, because it needs no network.
+
+        Raises:
+            ValueError: the configuration cannot be loaded, or lacks a field of ``settings``.
         """
         from transformers import AutoConfig, logging
 
@@ -126,7 +131,7 @@ class Pretrained:
         return self.path or self.package or "the model"
 
     def check_precision(self, precision: str) -> None:
-        """Checks that the computation's ``precision``, fp32 or bf16, suits the weights.
+        """Check that the computation's ``precision``, fp32 or bf16, suits the weights.
 
         Raises:
             ValueError: it does not.
@@ -142,13 +147,18 @@ class Pretrained:
             )
 
     def build_meta(self, auto_class: str, num_labels: int | None) -> nn.Module:
-        """The architecture without weights, to count parameters."""
+        """Build the model on the meta device, without weights, to count parameters."""
         config = self.config(num_labels)
         with torch.device("meta"):
             return self._built(auto_class, config, lambda f: f.from_config(config))
 
     def build(self, auto_class: str, num_labels: int | None, seed: int) -> nn.Module:
-        """The model on the CPU, or on the GPU if quantised; new parts, e.g. the head, are seeded.
+        """Build the model on the CPU, or on the GPU if it is quantised.
+
+        Args:
+            auto_class: name of transformers' auto class for the task.
+            num_labels: number of classes; null leaves the configuration's.
+            seed: seeds what the files lack, such as a new head.
 
         Raises:
             ValueError: the weights cannot be had, differ from ``sha256``, are of an architecture
@@ -190,7 +200,7 @@ class Pretrained:
         return load(getattr(transformers, auto_class))
 
     def tokenizer(self) -> Any:
-        """The fast tokenizer, with a padding token and a chat template.
+        """Return the fast tokenizer, with a padding token and a chat template.
 
         Raises:
             ValueError: the model reads images, the tokenizer cannot be had, or the template is
@@ -205,10 +215,11 @@ class Pretrained:
         return tokenizer
 
     def image_processor(self) -> Any:
-        """The image processor on PIL alone, giving (B, C, H, W) ``pixel_values``.
+        """Return the image processor, on PIL alone, which gives (B, C, H, W) ``pixel_values``.
 
-        A random model without files gets squares of its configuration's size with mean and
-        standard deviation 0.5. Grey images are made RGB for a model of three channels.
+        A random model without files gets one that makes squares of the configuration's size and
+        normalises by mean and standard deviation 0.5. Grey images become RGB for a model of three
+        channels.
 
         Raises:
             ValueError: the model reads text, or the processor cannot be had.
@@ -233,9 +244,9 @@ class Pretrained:
         size = {"height": side, "width": side}
         return ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
 
-    def _processor(self, auto: Any, what: str, **settings: Any) -> Any:
+    def _processor(self, auto: Any, kind: str, **settings: Any) -> Any:
         """Load the tokenizer or image processor from ``tokenizer_path`` or the model's source."""
-        check_modality(what, self.config(None), self._name())
+        check_modality(kind, self.config(None), self._name())
         if self.tokenizer_path is not None:
             source, revision = _checked(self.tokenizer_path, "model.tokenizer_path"), None
             key = "model.tokenizer_path"
@@ -243,13 +254,13 @@ class Pretrained:
             source, revision, key = self.source(), self.revision, "model.path"
         try:
             with one_sentence(source, revision, key):
-                found = auto.from_pretrained(source, **settings, **fetching(source, revision))
-                _check_vocabulary(found)
-                return found
+                processor = auto.from_pretrained(source, **settings, **fetching(source, revision))
+                _check_vocabulary(processor)
+                return processor
         except ValueError as error:
             if self.random and self.tokenizer_path is None:
                 raise ValueError(
-                    f"{self._name()} with random weights still needs its {what}, which is not at "
+                    f"{self._name()} with random weights still needs its {kind}, which is not at "
                     "hand: set model.tokenizer_path to a folder that has one"
                 ) from error
             raise
@@ -257,16 +268,25 @@ class Pretrained:
     def _check_hash(self, source: str) -> None:
         if self.sha256 is None or self.path is not None:
             return
-        found = weights_sha256(source)
-        if found != self.sha256:
+        actual = weights_sha256(source)
+        if actual != self.sha256:
             raise ValueError(
-                f"weights in {source} have sha256 {found}, expected {self.sha256}: "
+                f"weights in {source} have sha256 {actual}, expected {self.sha256}: "
                 "install the pinned package again"
             )
 
 
 def _checked(path: str, key: str, file: str = "") -> str:
-    """A hub name as it is; a path that can only be a folder, if it is one."""
+    """Return a hub name as it is, and a folder's path with ``~`` expanded.
+
+    Args:
+        path: a folder if it starts with ``.``, ``/`` or ``~``; else it may be a hub name.
+        key: names the path in the error.
+        file: a file that the folder must hold.
+
+    Raises:
+        ValueError: a path that can only be a folder is none, or lacks ``file``.
+    """
     if not path.startswith((".", "/", "~")):
         return path
     folder = Path(path).expanduser()
@@ -276,7 +296,7 @@ def _checked(path: str, key: str, file: str = "") -> str:
 
 
 def _check_vocabulary(processor: Any) -> None:
-    """Transformers makes tokenizers of special tokens alone where it finds no file."""
+    """Refuse a tokenizer of special tokens alone, which transformers makes if it finds no file."""
     if not hasattr(processor, "get_vocab"):
         return
     if len(processor.get_vocab()) <= len(set(processor.all_special_tokens)):

@@ -1,4 +1,4 @@
-"""Finds the places in a transformers model where methods put their parameters."""
+"""The modules of a transformers model where methods put their parameters."""
 
 import re
 import warnings
@@ -9,8 +9,8 @@ from typing import Any
 from peft import PeftConfig, inject_adapter_in_model
 from torch import nn
 
-# Names end alike within a family: BERT/RoBERTa/DeBERTa/older ViT, SigLIP/CLIP/newer ViT,
-# DistilBERT, Llama/Gemma/Qwen/Mistral, GPT-2. SigLIP's pooling head, named alike, is no block.
+# Module names end alike within a family: BERT/RoBERTa/DeBERTa/older ViT, SigLIP/CLIP/newer ViT,
+# DistilBERT, Llama/Gemma/Qwen/Mistral, GPT-2. SigLIP's pooling head has such names but is no block.
 MLP_OUTPUT = re.compile(
     r"(?:(?<!attention)\.output\.dense|(?<!\.head)\.mlp\.fc2|"
     r"\.ffn\.lin2|\.mlp\.down_proj|\.mlp\.c_proj)$"
@@ -29,7 +29,7 @@ PROJECTIONS = {
     "v": ("value", "v_proj", "v_lin", "value_proj"),
 }
 FUSED_PROJECTIONS = ("c_attn", "in_proj")  # GPT-2, DeBERTa: q, k and v in one matrix
-# Parts that transformers builds with a classifier of images, whose logits do not pass them.
+# Name prefixes of parts of image classifiers that transformers builds but logits do not depend on.
 UNUSED = {
     "SiglipForImageClassification": "vision_model.head.",
     "CLIPForImageClassification": "vision_model.post_layernorm.",
@@ -37,9 +37,9 @@ UNUSED = {
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Children of a transformers model outside its backbone: the task head.
+    """Return the names of a model's children outside its backbone, which are the task head.
 
-    A language-model head is pretrained and no task head: models with output embeddings have none.
+    A model with output embeddings has none, because a language model's head is pretrained.
     """
     prefix = getattr(model, "base_model_prefix", "")
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
@@ -54,7 +54,7 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def head_parameters(model: nn.Module) -> set[str]:
-    """Return names of the task head's parameters, also inside of a wrapper such as ``Prompted``."""
+    """Return the task head's parameter names, also inside a wrapper such as ``Prompted``."""
     inner = getattr(model, "inner", None)
     prefix, owner = ("inner.", inner) if isinstance(inner, nn.Module) else ("", model)
     return {
@@ -65,35 +65,31 @@ def head_parameters(model: nn.Module) -> set[str]:
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the lists of a transformer's blocks by name: those with attention in every entry."""
-    found: dict[str, nn.ModuleList] = {}
+    """Return by name the outermost lists of modules with attention in every entry."""
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not _inside(name, found):
+        if isinstance(module, nn.ModuleList) and len(module) and not _inside(name, lists):
             names = [
                 [f"{i}.{n}" for n, _ in block.named_modules()] for i, block in enumerate(module)
             ]
-            if all(any(ATTENTION_OUTPUT.search(n) for n in own) for own in names):
-                found[name] = module
-    return found
+            if all(any(ATTENTION_OUTPUT.search(n) for n in part) for part in names):
+                lists[name] = module
+    return lists
 
 
-def _has_attention(block: nn.Module) -> bool:
-    return any(ATTENTION_OUTPUT.search(f"0.{name}") for name, _ in block.named_modules())
-
-
-def _inside(name: str, found: Iterable[str]) -> bool:
-    return any(name.startswith(f"{other}.") for other in found)
+def _inside(name: str, outer: Iterable[str]) -> bool:
+    return any(name.startswith(f"{other}.") for other in outer)
 
 
 def chosen_blocks(layers: str | Sequence[int], count: int) -> list[int]:
-    """Return the numbers, from 0, of the blocks that ``layers`` means.
+    """Return the numbers, from 0, of the blocks that ``layers`` chooses.
 
     Args:
         layers: ``all``, ``first:N``, ``last:N``, or a list of numbers, where -1 is the last block.
-        count: how many blocks the model has.
+        count: number of the model's blocks.
 
     Raises:
-        ValueError: no such block, or another text.
+        ValueError: the model has no such block, or the text is another.
     """
     if layers == "all":
         return list(range(count))
@@ -116,13 +112,17 @@ def chosen_blocks(layers: str | Sequence[int], count: int) -> list[int]:
 def hidden_blocks(model: nn.Module, layers: str | Sequence[int]) -> Iterator[list[str]]:
     """Hide the blocks that ``layers`` does not choose, so that a method cannot touch them.
 
-    Inside the context empty modules stand in their places. Afterwards they are back and frozen.
+    Inside the context, identities stand in their places. Afterwards they are back and frozen.
+
+    Args:
+        model: changed in place.
+        layers: see ``chosen_blocks``.
 
     Yields:
         Names of the chosen blocks.
 
     Raises:
-        ValueError: the architecture's blocks are not known here, or ``layers`` means none of them.
+        ValueError: the architecture's blocks are not known here, or the model has no such block.
     """
     lists = block_lists(model)
     if not lists:
@@ -146,21 +146,21 @@ def hidden_blocks(model: nn.Module, layers: str | Sequence[int]) -> Iterator[lis
 
 
 def freeze_all_but_head(model: nn.Module) -> None:
-    """Sets ``requires_grad`` on the task head alone."""
+    """Set ``requires_grad`` on the task head alone."""
     model.requires_grad_(False)
     for name in head_names(model):
         model.get_submodule(name).requires_grad_(True)
 
 
 def unused(model: nn.Module) -> set[str]:
-    """Names of the parameters that the model's logits do not depend on."""
+    """Return the names of parameters that the model's logits do not depend on."""
     prefix = UNUSED.get(type(model).__name__)
     names = [name for name, _ in model.named_parameters()]
     return set() if prefix is None else {name for name in names if name.startswith(prefix)}
 
 
 def train_layernorms(model: nn.Module) -> None:
-    """Sets ``requires_grad`` on every LayerNorm and RMSNorm that the model computes with."""
+    """Set ``requires_grad`` on every LayerNorm and RMSNorm that the logits depend on."""
     skip = unused(model)
     for path, module in model.named_modules():
         if "norm" in type(module).__name__.lower():
@@ -169,22 +169,32 @@ def train_layernorms(model: nn.Module) -> None:
 
 
 def add_by_peft(model: nn.Module, **adapters: PeftConfig) -> None:
-    """Puts HF PEFT's layers into the model, by adapter name; they and the task head train."""
+    """Add HF PEFT's layers to the model; they and the task head train.
+
+    Args:
+        model: changed in place.
+        adapters: PEFT's configurations by adapter name.
+    """
     freeze_all_but_head(model)
     head = [p for p in model.parameters() if p.requires_grad]
-    with warnings.catch_warnings():  # of a second adapter, which is meant
+    with warnings.catch_warnings():  # PEFT warns of a second adapter, which is meant
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         for name, config in adapters.items():
             inject_adapter_in_model(config, model, name)
-    for parameter in head:  # peft froze all but its own
+    for parameter in head:  # PEFT froze all but its adapters
         parameter.requires_grad_(True)
 
 
-def named_sites(model: nn.Module, pattern: re.Pattern[str], what: str) -> list[str]:
-    """Names of the modules with a weight that match.
+def named_sites(model: nn.Module, pattern: re.Pattern[str], kind: str) -> list[str]:
+    """Return the names of modules that match a pattern and have a weight.
+
+    Args:
+        model: a transformers model.
+        pattern: searched in the modules' full names.
+        kind: says in the error what is searched.
 
     Raises:
-        ValueError: none does, which names the architecture.
+        ValueError: no module matches.
     """
     names = [
         name
@@ -192,18 +202,23 @@ def named_sites(model: nn.Module, pattern: re.Pattern[str], what: str) -> list[s
         if pattern.search(name) and getattr(module, "weight", None) is not None
     ]
     if not names:
-        raise ValueError(f"{type(model).__name__} has no {what} that is known here")
+        raise ValueError(f"{type(model).__name__} has no {kind} that is known here")
     return names
 
 
 def attention_projections(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Full names of the modules meant by ``q``, ``k``, ``v``, ``o`` or by a module name's end.
+    """Return the full names of the modules that ``targets`` mean.
+
+    Args:
+        model: a transformers model.
+        targets: ``q``, ``k``, ``v``, ``o``, or ends of module names. Where one matrix computes q, k
+            and v together, each of the three means that matrix.
 
     Raises:
-        ValueError: a target matches no module, which names it and the architecture.
+        ValueError: a target matches no module.
     """
     linear = [name for name, m in model.named_modules() if getattr(m, "weight", None) is not None]
-    found: list[str] = []
+    sites: list[str] = []
     for target in targets:
         endings = PROJECTIONS.get(target, (target,))
         matches = [n for n in linear if any(n.endswith("." + e) or n == e for e in endings)]
@@ -213,12 +228,12 @@ def attention_projections(model: nn.Module, targets: Iterable[str]) -> list[str]
             matches = [n for n in linear if n.endswith(FUSED_PROJECTIONS)]
         if not matches:
             raise ValueError(f"target {target} matches no module of {type(model).__name__}")
-        found += [name for name in matches if name not in found]
-    return found
+        sites += [name for name in matches if name not in sites]
+    return sites
 
 
 def reads_text(model: nn.Module) -> nn.Module:
-    """The model, which reads text.
+    """Return the model if it reads text.
 
     Raises:
         ValueError: it reads images.
@@ -232,19 +247,27 @@ def reads_text(model: nn.Module) -> nn.Module:
 
 
 def word_embedding(model: nn.Module) -> nn.Embedding:
-    """The embedding of a text model's tokens."""
+    """Return the embedding of a text model's tokens."""
     owner: Any = getattr(model, "backbone", model)
     return owner.get_input_embeddings()
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts ``module`` at the dotted ``name``."""
+    """Put a module in another's place.
+
+    Args:
+        model: changed in place.
+        name: dotted name of the module that is replaced.
+        module: takes its place.
+    """
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 def linear_weight(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None, bool]:
-    """Weight, bias and whether the weight stands transposed, (in, out), as in GPT-2's Conv1D.
+    """Return a linear layer's weight and bias, and True if the weight is transposed.
+
+    A transposed weight is (in, out), as in GPT-2's Conv1D; else it is (out, in).
 
     Raises:
         ValueError: the weight is quantised, so its numbers cannot be read.
@@ -261,7 +284,7 @@ def linear_weight(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None,
 
 
 def output_width(module: nn.Module) -> int:
-    """Width of what a linear layer gives; a quantised weight's own shape does not tell."""
+    """Return a linear layer's number of outputs, which a quantised weight's shape does not tell."""
     width = module.nf if type(module).__name__ == "Conv1D" else module.out_features
     assert isinstance(width, int)
     return width

@@ -1,1 +1,1 @@
-"""Layers only: nothing here knows of federation."""
+"""Neural network layers, which know nothing of federation."""

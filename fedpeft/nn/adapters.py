@@ -7,15 +7,16 @@ ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": torch.relu}
 
 
 class BottleneckAdapter(nn.Module):
-    """``x + up(act(down(x)))``, the identity at the start: ``up`` and the biases are zero.
+    """``x + up(act(down(x)))``, the identity at the start.
 
-    ``down`` is normal with standard deviation 0.01, cut at two of them, as in the paper, whose
-    ``up`` is drawn alike, so that its start is near the identity and not the identity.
+    ``up`` and the biases start at zero. ``down`` is normal with standard deviation 0.01, cut at two
+    of them, as in the paper. The paper draws ``up`` alike, so its start is only near the identity.
 
     Args:
-        width: of input and output.
+        width: features of input and output.
         bottleneck: inner width.
         activation: ``gelu`` or ``relu``; open in the paper.
+        device: of the parameters.
     """
 
     def __init__(
@@ -30,5 +31,5 @@ class BottleneckAdapter(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) to (..., width)."""
+        """Map (..., width) to (..., width)."""
         return x + self.up(self.activation(self.down(x)))

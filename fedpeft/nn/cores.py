@@ -1,4 +1,4 @@
-"""Small trained matrices between frozen bases, beside a frozen linear layer."""
+"""An adapter of small trained matrices between frozen bases, beside a frozen linear layer."""
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,19 @@ class CoreAdapter(nn.Module):
     ``core`` is H, (heads, r, r), zero at the start; ``scales`` s, (heads,), one at the start, or
     absent. ``basis_in`` holds the A_i, (heads r, in), ``basis_out`` the B_i, (out, heads r).
 
+    Unless the server sets them, bases are not sent. Where clients have processors of different
+    kinds, only ``orthogonal`` bases are then the same everywhere, because singular vectors of
+    nearly equal singular values may turn into one another.
+
     Args:
-        base_layer: whose output is added to.
-        weight: the base layer's, as (out, in).
+        base_layer: the frozen layer, to whose output the products are added.
+        weight: the base layer's weight, as (out, in).
         rank: r; heads r <= min(out, in) for ``svd``.
-        init: of the bases: leading singular vectors of the weight (``svd``), each pair's sign such
-            that the largest number of the left one is positive, or random with orthonormal rows or
-            columns, whichever are fewer (``orthogonal``). Bases are never sent: where clients have
-            processors of different kinds, ``orthogonal`` is the one that is the same everywhere, as
-            vectors of nearly equal singular values may turn into one another.
-        scaled: whether there are scales.
+        heads: number of the r x r matrices.
+        init: ``svd`` takes leading singular vectors of the weight as bases, with signs that make
+            the largest number of each left one positive. ``orthogonal`` draws random bases with
+            orthonormal rows or columns, whichever are fewer.
+        scaled: true if every head has a scale.
     """
 
     def __init__(
@@ -47,15 +50,15 @@ class CoreAdapter(nn.Module):
         self.scales = nn.Parameter(torch.ones(heads, device=weight.device)) if scaled else None
 
     def cores(self) -> Tensor:
-        """s_i H_i, (heads, r, r)."""
+        """Return s_i H_i, (heads, r, r)."""
         return self.core if self.scales is None else self.scales[:, None, None] * self.core
 
     def dense(self) -> Tensor:
-        """Sum of s_i B_i H_i A_i, (out, in)."""
+        """Return the sum of s_i B_i H_i A_i, (out, in)."""
         return self.basis_out.float() @ torch.block_diag(*self.cores()) @ self.basis_in.float()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out), in the base layer's dtype."""
+        """Map (..., in) to (..., out), in the base layer's dtype."""
         y = self.base_layer(x)
         inner = (x @ self.basis_in.T).unflatten(-1, self.core.shape[:2]).to(self.core.dtype)
         inner = torch.einsum("...hi,hoi->...ho", inner, self.cores()).flatten(-2)
@@ -63,7 +66,7 @@ class CoreAdapter(nn.Module):
 
 
 def _bases(weight: Tensor, width: int, init: str) -> tuple[Tensor, Tensor]:
-    """(out, width) and (width, in), in the weight's dtype."""
+    """Return the bases (out, width) and (width, in), in the weight's dtype."""
     rows, columns = weight.shape
     if init == "svd" and not weight.is_meta:
         u, _, v = torch.linalg.svd(weight.float(), full_matrices=False)

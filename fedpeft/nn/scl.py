@@ -9,7 +9,7 @@ INITS = ("random_pinv", "svd", "residual")
 class CompressedProjection(nn.Module):
     """``W2 x + b2`` becomes ``W2' C x + b2``: C (r, f) compresses, W2' (d, r) projects.
 
-    There is no activation between them, and C has no bias (open in the paper). ``init``:
+    There is no activation between them, and C has no bias (open in the paper). The start is one of:
 
     - ``random_pinv``: C Gaussian, W2' = W2 C^+ (the paper's). Exact only where x lies in the row
       space of C; elsewhere the relative error is about sqrt(1 - r/f).
@@ -20,6 +20,7 @@ class CompressedProjection(nn.Module):
         weight: W2 as (d, f).
         bias: b2 (d,), frozen, or None.
         rank: r, 1 <= r <= min(d, f).
+        init: one of the starts above.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rank: int, init: str) -> None:
@@ -38,7 +39,7 @@ class CompressedProjection(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., f) to (..., d), by the two thin products."""
+        """Map (..., f) to (..., d) without building W2' C."""
         y = x @ self.compress.T @ self.project.T
         if self.weight is not None:
             y = y + x @ self.weight.T
@@ -46,7 +47,7 @@ class CompressedProjection(nn.Module):
 
 
 def _initial(weight: Tensor, rank: int, init: str) -> tuple[Tensor, Tensor]:
-    """C and W2' at the start; the decompositions run in float32."""
+    """Return C and W2' at the start; the decompositions run in float32."""
     width, hidden = weight.shape
     if init == "svd" and not weight.is_meta:
         u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)

@@ -5,7 +5,13 @@ from torch import Tensor, nn
 
 
 class SparseDelta(nn.Module):
-    """``base(x) + D x``, D (out, in) zero but for ``values`` at the places ``index`` (2, n)."""
+    """``base(x) + D x``, where D (out, in) is zero but for ``values`` (n,) at the places ``index``.
+
+    Args:
+        base_layer: the frozen layer.
+        index: rows and columns of the values, (2, n).
+        shape: (out, in).
+    """
 
     def __init__(self, base_layer: nn.Module, index: Tensor, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -17,11 +23,11 @@ class SparseDelta(nn.Module):
         self.values = nn.Parameter(torch.zeros(index.shape[1], device=device))
 
     def dense(self) -> Tensor:
-        """D."""
+        """Return D, (out, in)."""
         return scattered(self.values, self.index, self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out), in the base layer's dtype."""
+        """Map (..., in) to (..., out), in the base layer's dtype."""
         y = self.base_layer(x)
         rows, columns = self.index
         added = (x[..., columns] * self.values).to(y.dtype)
@@ -29,5 +35,11 @@ class SparseDelta(nn.Module):
 
 
 def scattered(values: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Zeros of a shape but for values at places (2, n)."""
+    """Return a matrix of zeros but for given values.
+
+    Args:
+        values: (n,).
+        index: rows and columns of the values, (2, n).
+        shape: the matrix's rows and columns.
+    """
     return values.new_zeros(shape).index_put((index[0], index[1]), values)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from fedpeft.nn.thin import ThinAdapter, ThinLinear, without_autocast
 
-# The papers' factorisations (FedTT, and LoRETTA on which it builds), by (in, out). Their entry for
-# 2304, [8, 8, 8, 8, 8, 9], is that of a bottleneck of 128: 2304 x 64 is computed.
+# TT axes by (in, out), from the papers of FedTT and of LoRETTA, on which it builds. Their entry for
+# 2304, [8, 8, 8, 8, 8, 9], fits a bottleneck of 128, so axes of 2304 x 64 are computed.
 SHAPES: dict[tuple[int, int], tuple[int, ...]] = {
     (768, 64): (8, 8, 12, 8, 8),
     (64, 768): (8, 8, 12, 8, 8),
@@ -30,7 +30,7 @@ LARGEST_FACTOR = 32
 
 
 def factorize(width: int) -> tuple[int, ...]:
-    """Splits a width into about log2(width)/3 balanced factors, largest last: 768 = 8 x 8 x 12.
+    """Split a width into about log2(width)/3 balanced factors, largest last: 768 = 8 x 8 x 12.
 
     Raises:
         ValueError: a prime factor of ``width`` is larger than 32, so the TT would not be small.
@@ -56,17 +56,21 @@ def factorize(width: int) -> tuple[int, ...]:
 def tt_shape(
     in_features: int, out_features: int, shapes: Mapping[str, Sequence[int]] | None = None
 ) -> tuple[int, ...]:
-    """The TT axes (k_1..k_J) of an (in, out) matrix: given, from the papers' table, or computed.
+    """Return the TT axes (k_1..k_J) of an (in, out) matrix.
+
+    They come from ``shapes``, else from the papers' table, else from ``factorize``.
 
     Args:
-        shapes: user's factorisations, keyed ``"{in}x{out}"``.
+        in_features: the matrix's rows.
+        out_features: the matrix's columns.
+        shapes: the user's TT axes, by ``"{in}x{out}"``.
 
     Raises:
         ValueError: the axes' product is not ``in_features * out_features``, or there are fewer
             than three, or a width has no small factors.
     """
-    given = (shapes or {}).get(f"{in_features}x{out_features}")
-    shape = tuple(given) if given else SHAPES.get((in_features, out_features))
+    axes = (shapes or {}).get(f"{in_features}x{out_features}")
+    shape = tuple(axes) if axes else SHAPES.get((in_features, out_features))
     if shape is None:
         shape = factorize(in_features) + factorize(out_features)[::-1]
     if math.prod(shape) != in_features * out_features or len(shape) < 3 or min(shape) < 1:
@@ -78,17 +82,22 @@ def tt_shape(
 
 
 class TensorTrain(nn.Module):
-    """W and b of ``y = x W + b``.
+    """W, as a tensor train, and b of ``y = x W + b``.
 
     ``W[a_1..a_J] = G_1[:,a_1,:] ... G_J[:,a_J,:]``, reshaped to (in, out).
 
     Parameter ``factor_j_of_J`` is G_j, (r_{j-1}, k_j, r_j), r_0 = r_J = 1, inner ranks ``rank``.
-    Cuts the train where input turns into output and multiplies by the two thin sides, in the
-    dtype of x whatever autocast says, unless the dense W costs fewer multiply-adds a token.
+    The train is cut where input turns into output, and x is multiplied by the two thin sides,
+    unless the dense W costs fewer multiply-adds a token. Products are in the dtype of x, also under
+    autocast.
 
     Args:
+        in_features: rows of W.
+        out_features: columns of W.
         shape: axes k_1..k_J with product in_features * out_features.
         rank: inner TT rank, >= 1.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     def __init__(
@@ -115,9 +124,10 @@ class TensorTrain(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0,1)/sqrt(r_j) * s^(1/J), so that entries of W have std s = sqrt(1/(in+out)).
+        """Draw the factors and the bias, as LoRETTA's code does, on which FedTT builds.
 
-        Source: LoRETTA's code, on which FedTT builds.
+        Entries of G_j are N(0, 1) / sqrt(r_j) * s^(1/J), so that entries of W have standard
+        deviation s = sqrt(1 / (in + out)).
         """
         scale = math.sqrt(1 / (self.in_features + self.out_features)) ** (1 / len(self.shape))
         for factor in self.factors():
@@ -126,16 +136,16 @@ class TensorTrain(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def factors(self) -> list[Tensor]:
-        """The factors G_1..G_J in order."""
+        """Return the factors G_1..G_J in order."""
         return [getattr(self, name) for name in self._names]
 
     def _cut(self) -> tuple[int, int, int] | None:
-        """The cheapest cut (j, s, q): L is made of the first j factors, R of the others.
+        """Return the cheapest cut (j, s, q), or None if W costs no more multiply-adds a token.
 
-        Where the axes' product meets the input's width only across an axis, either s slots of the
-        input stay for R, or q slots of the output already come out of L; else both are 1.
-        None where W costs no more multiply-adds a token. Forward and the two products of backward
-        cost alike, and every build is a part of W's, so the choice holds for any number of tokens.
+        L is made of the first j factors, R of the others. Where the axes' product meets the input's
+        width only across an axis, either s slots of the input stay for R, or q slots of the output
+        already come out of L; else both are 1. Forward and the two products of backward cost alike,
+        and every build is a part of W's, so the choice holds for any number of tokens.
         """
         options: list[tuple[int, tuple[int, int, int] | None]]
         options = [(self.in_features * self.out_features, None)]
@@ -149,23 +159,23 @@ class TensorTrain(nn.Module):
         return min(options, key=lambda option: option[0])[1]
 
     def dense(self) -> Tensor:
-        """W, (in, out)."""
+        """Return W, (in, out)."""
         return _chain(self.factors()).reshape(self.in_features, self.out_features)
 
     def parts(self, dtype: torch.dtype) -> list[Tensor]:
-        """L (in, q * m), R (m, out / q) and b (1, out) of ``ThinLinear``, m = s * rank."""
+        """Return L (in, q * m), R (m, out / q) and b (1, out) of ``ThinLinear``, m = s * rank."""
         assert self.cut is not None, "the dense matrix costs less"
         j, s, _ = self.cut
         factors = self.factors()
         left = _chain(factors[:j]).reshape(self.in_features // s, -1)
         right = _chain(factors[j:]).reshape(self.rank, -1)
-        if s > 1:  # columns of its own for every slot: one product with x as it lies in memory
+        if s > 1:  # every slot gets its columns of L, so one product takes x as it lies in memory
             left = torch.kron(left, torch.eye(s, dtype=left.dtype, device=left.device))
             right = right.reshape(left.shape[1], -1)
         return [part.to(dtype) for part in (left, right, self.bias[None])]
 
     def times(self, x: Tensor) -> Tensor:
-        """x W + b, (..., in) to (..., out)."""
+        """Return x W + b, from (..., in) to (..., out)."""
         rows = x.reshape(-1, self.in_features)
         with without_autocast(x.device):
             if self.cut is None:
@@ -179,17 +189,18 @@ class TensorTrain(nn.Module):
 
 
 class TTLinear(TensorTrain):
-    """A linear layer by a tensor train."""
+    """A linear layer whose weight is a tensor train."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
+        """Map (..., in) to (..., out)."""
         return self.times(x)
 
 
 def _chain(factors: Sequence[Tensor]) -> Tensor:
-    """Contracts neighbouring factors from the cheaper end: (r_first * k.. , r_last) as one matrix.
+    """Contract neighbouring factors (r_0, k_1, r_1) .. (r_{n-1}, k_n, r_n) from the cheaper end.
 
-    Rows run over (r_first, k_1, k_2, ...) in row-major order.
+    Returns:
+        (k_1 * .. * k_n, r_n) if r_0 is 1, else (r_0, k_1 * .. * k_n * r_n), in row-major order.
     """
     first, last = factors[0].shape[0], factors[-1].shape[2]
     if last == 1:  # from the right every intermediate is (r, k..) and stays thin
@@ -208,12 +219,18 @@ def _chain(factors: Sequence[Tensor]) -> Tensor:
 class TTAdapter(nn.Module):
     """``x + up(relu(down(x)))`` with TT matrices down (width, bottleneck) and up.
 
-    It multiplies by them at once; they are not called.
-
-    The activation is open in the paper; ReLU is used.
+    ``down`` and ``up`` only hold parameters and are not called, because the adapter is one product
+    where both have a cut. The activation is open in the paper; ReLU is used.
 
     Args:
-        zero_last: last factor of ``up`` and its bias start at zero, so the adapter is the identity.
+        width: features of input and output.
+        bottleneck: inner width.
+        rank: inner TT rank of both matrices, >= 1.
+        shapes: the user's TT axes, see ``tt_shape``.
+        zero_last: start the last factor of ``up`` and its bias at zero, so that the adapter starts
+            as the identity.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     def __init__(
@@ -235,7 +252,7 @@ class TTAdapter(nn.Module):
             nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) to (..., width)."""
+        """Map (..., width) to (..., width)."""
         if self.down.cut is None or self.up.cut is None:
             return x + self.up.times(torch.relu(self.down.times(x)))
         with without_autocast(x.device):
@@ -245,9 +262,13 @@ class TTAdapter(nn.Module):
 
 
 class AdaptedOutput(nn.Module):
-    """An adapter on the output of a frozen projection, before dropout, residual and LayerNorm.
+    """A frozen projection with an adapter on its output, before dropout, residual and LayerNorm.
 
-    What comes out has the projection's dtype, whatever the adapter's own.
+    The output has the projection's dtype, also if the adapter has another.
+
+    Args:
+        projection: a linear layer.
+        adapter: maps the projection's output to the same shape.
     """
 
     def __init__(self, projection: nn.Module, adapter: nn.Module) -> None:

@@ -10,8 +10,8 @@ class PromptedEmbedding(nn.Module):
     """An embedding whose ids from V on are the virtual tokens 0, 1, ... of ``prompt``.
 
     Args:
-        embedding: of a vocabulary of V.
-        prompt: gives the vectors (n, d) of the numbers (n,), as HF PEFT's prompt encoders do.
+        embedding: has a vocabulary of V.
+        prompt: maps the numbers 0..n-1, (n,), to vectors (n, d), as HF PEFT's prompt encoders do.
         num_tokens: n.
     """
 
@@ -21,7 +21,7 @@ class PromptedEmbedding(nn.Module):
         self.vocabulary, self.num_tokens = embedding.num_embeddings, num_tokens
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(B, L) to (B, L, d)."""
+        """Map ids (B, L) to vectors (B, L, d)."""
         virtual = ids >= self.vocabulary
         text = self.embedding(ids.masked_fill(virtual, 0))
         vectors = self.prompt(torch.arange(self.num_tokens, device=ids.device))
@@ -30,7 +30,7 @@ class PromptedEmbedding(nn.Module):
 
 
 class _Around(nn.Module):
-    """The common part: the model inside, and the attributes that transformers asks for."""
+    """Base of wrappers around a model, with the attributes that transformers reads."""
 
     base_model_prefix = "inner"
 
@@ -42,17 +42,17 @@ class _Around(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The inner model's."""
+        """Configuration of the inner model."""
         return self.inner.config
 
     @property
     def device(self) -> torch.device:
-        """The inner model's."""
+        """Device of the inner model."""
         return next(self.inner.parameters()).device
 
     @property
     def generation_config(self) -> Any:
-        """The inner model's."""
+        """Generation settings of the inner model."""
         return self.inner.generation_config
 
     @generation_config.setter
@@ -60,7 +60,7 @@ class _Around(nn.Module):
         self.inner.generation_config = value
 
     def _before(self, tokens: Tensor, values: Tensor) -> Tensor:
-        """(B, L) with the (n,) values before every row."""
+        """Put values (n,) before every row of tokens (B, L)."""
         return torch.cat([values.expand(len(tokens), -1).to(tokens.dtype), tokens], dim=1)
 
     def _check_length(self, ids: Tensor) -> None:
@@ -72,23 +72,25 @@ class _Around(nn.Module):
             )
 
     def _mask(self, mask: Tensor) -> Tensor:
-        """Every text attends to all virtual tokens."""
+        """Return a mask (B, n + L) by which every text attends to all virtual tokens."""
         return self._before(mask, mask.new_ones(self.num_tokens))
 
 
 class Prompted(_Around):
     """A model that reads virtual tokens before every text; they take up positions.
 
-    Ids, not vectors, go in: a decoder that classifies looks for its last token among them, and
-    HF PEFT's wrapper, which passes vectors, makes it read padding. Logits are the text's alone.
+    The model gets ids, because a decoder that classifies looks for its last token among them; HF
+    PEFT's wrapper passes vectors, so such a decoder reads padding. Logits are the text's alone.
 
     Args:
-        prompt: gives the vectors (n, d) of the numbers (n,).
+        model: a transformers model that reads text; its input embedding is replaced.
+        prompt: maps the numbers 0..n-1, (n,), to vectors (n, d).
+        num_tokens: n.
     """
 
     def __init__(self, model: Any, prompt: nn.Module, num_tokens: int) -> None:
         super().__init__(model, num_tokens)
-        owner = getattr(model, "backbone", model)  # a mean-pooled classifier's
+        owner = getattr(model, "backbone", model)  # in a mean-pooled classifier
         owner.set_input_embeddings(
             PromptedEmbedding(owner.get_input_embeddings(), prompt, num_tokens)
         )
@@ -100,22 +102,27 @@ class Prompted(_Around):
 
     @property
     def inner_embedding(self) -> PromptedEmbedding:
-        """The embedding that knows the virtual tokens."""
+        """Embedding of the inner model, which knows the virtual tokens."""
         return getattr(self.inner, "backbone", self.inner).get_input_embeddings()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """(B, L) token ids and mask to logits (B, labels) or (B, L, V)."""
-        found = self.inner(
+        """Map token ids and mask, both (B, L), to logits (B, labels) or (B, L, V)."""
+        output = self.inner(
             input_ids=self._ids(input_ids), attention_mask=self._mask(attention_mask)
         )
-        if found.logits.dim() == 3:
-            found.logits = found.logits[:, self.num_tokens :]
-        return found
+        if output.logits.dim() == 3:
+            output.logits = output.logits[:, self.num_tokens :]
+        return output
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Tensor:
-        """The given ids (B, L) and those that follow, as of transformers' ``generate``.
+        """Return the ids (B, L) and those that the model adds, as transformers' ``generate`` does.
 
         A repetition penalty counts the new tokens alone.
+
+        Args:
+            input_ids: (B, L).
+            attention_mask: (B, L).
+            settings: passed to ``generate``.
         """
         new = self.inner.generate(
             inputs_embeds=self.inner_embedding(self._ids(input_ids)),
@@ -128,12 +135,14 @@ class Prompted(_Around):
 class Prefixed(_Around):
     """A model whose every attention layer sees n trained keys and values before the text's own.
 
-    They go in as a filled cache. A text's positions begin at n, as with HF PEFT.
+    The model gets them as a filled cache. A text's positions begin at n, as with HF PEFT.
 
     Args:
-        prefix: gives (n, 2 * layers * kv_heads * head_dim) of the numbers (n,), as PEFT's
+        model: a transformers model that takes ``past_key_values``.
+        prefix: maps the numbers 0..n-1, (n,), to (n, 2 * layers * kv_heads * head_dim), as PEFT's
             ``PrefixEncoder`` does.
-        heads: of keys and values.
+        num_tokens: n.
+        heads: number of key and value heads.
         head_dim: width of a head.
     """
 
@@ -162,7 +171,7 @@ class Prefixed(_Around):
         return next(p.dtype for p in self.inner.parameters() if p.is_floating_point())
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """(B, L) token ids and mask to logits (B, labels) or (B, L, V)."""
+        """Map token ids and mask, both (B, L), to logits (B, labels) or (B, L, V)."""
         self._check_length(input_ids)
         return self.inner(
             input_ids=input_ids,
@@ -171,27 +180,34 @@ class Prefixed(_Around):
         )
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Tensor:
-        """The given ids (B, L) and those that follow, as of transformers' ``generate``."""
-        # Ids for what is in the cache already: transformers counts them and reads none.
+        """Return the ids (B, L) and those that the model adds, as transformers' ``generate`` does.
+
+        Args:
+            input_ids: (B, L).
+            attention_mask: (B, L).
+            settings: passed to ``generate``.
+        """
+        # transformers counts the ids of what is cached and does not read them, so zeros do.
         ids = self._before(input_ids, input_ids.new_zeros(self.num_tokens))
-        found = self.inner.generate(
+        generated = self.inner.generate(
             input_ids=ids,
             attention_mask=self._mask(attention_mask),
             past_key_values=self._cache(len(ids) * self._copies(**settings)),
             **settings,
         )
-        return found[:, self.num_tokens :]
+        return generated[:, self.num_tokens :]
 
     def _copies(self, generation_config: Any = None, **_: Any) -> int:
-        """Rows that ``generate`` makes of each; it does not copy a cache that it is given."""
+        """Return how many rows ``generate`` makes of each, because it does not copy the cache."""
         config = generation_config or self.generation_config
         return max(config.num_beams or 1, config.num_return_sequences or 1)
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """Tokens that a model with learned positions can read; None if its positions are computed."""
+    """Return how many tokens a model can read; None if its positions are not learned."""
     for name, module in model.named_modules():
         if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
-            start = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's
+            # RoBERTa's positions start after that of padding.
+            start = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - start
     return None

@@ -1,4 +1,4 @@
-"""Each client alone, all data in one place, and the proximal term between them."""
+"""Bounds on federated training: each client alone, all data in one place; and FedProx."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ from tests.conftest import Runner
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, State, State]]:
-    """(client, round, trainable values before, and after) of each training."""
+    """Client, round, trainable values before and after of each training of the run."""
     seen: list[tuple[int, int, State, State]] = []
     train_client = Engine.train_client
 
-    def watch(session: Engine, job: Job, round: int) -> Result:
-        result = train_client(session, job, round)
+    def watch(engine: Engine, job: Job, round: int) -> Result:
+        result = train_client(engine, job, round)
         seen.append((job.client, round, dict(job.start), result.after))
         return result
 
@@ -35,7 +35,7 @@ def equal(a: State, b: State) -> bool:
 
 
 @pytest.mark.parametrize("method", ["lora", "fedsa_lora"])
-def test_local_only_sends_nothing_and_goes_on_where_it_stopped(
+def test_local_only_sends_nothing_and_goes_on_from_the_last_round(
     method: str, run: Runner, trained: list[tuple[int, int, State, State]]
 ) -> None:
     summary = run(f"method={method}", "strategy=local_only")
@@ -50,30 +50,30 @@ def test_local_only_sends_nothing_and_goes_on_where_it_stopped(
     assert all(equal(starts[client], ends[client]) for client in (0, 1, 2))
     assert not equal(ends[0], ends[1])
     assert 0 <= summary["final"]["client_test_accuracy"] <= 1
-    assert "test_accuracy" not in summary["final"]  # there is no model of all
+    assert "test_accuracy" not in summary["final"]  # because there is no common model
 
 
 def test_centralized_trains_one_model_on_all_rows(
     run: Runner, opened: Any, trained: list[tuple[int, int, State, State]]
 ) -> None:
     summary = run("strategy=centralized", "evaluation.clients=always", "clients_per_round=2")
-    session = opened("strategy=centralized")
-    own = [session.rows.client_examples(client) for client in range(3)]
-    rows = np.concatenate([examples["train"].rows for examples in own])
+    engine = opened("strategy=centralized")
+    by_client = [engine.rows.client_examples(client) for client in range(3)]
+    rows = np.concatenate([examples["train"].rows for examples in by_client])
     assert len(np.unique(rows)) == len(rows)
     sent = run.recorder.of("train")
     assert [(e.client, e.round) for e in sent] == [(0, 1), (0, 2)]
     for exchange in sent:
         metrics = exchange.up.content.metric_records["metrics"]
         assert metrics["num-examples"] == len(rows)
-        assert metrics["num-steps"] == 2 * 2  # local_steps of each of the cohort's two
-    assert np.array_equal(session.rows.training(0)[0].rows, rows)
+        assert metrics["num-steps"] == 2 * 2  # local_steps=2 of each of two clients a round
+    assert np.array_equal(engine.rows.training(0)[0].rows, rows)
     assert equal(trained[1][2], trained[0][3])
-    asked = run.recorder.of("evaluate")  # measured on each client's own rows
-    assert [e.client for e in asked] == [0, 1, 2] * 3
-    for exchange in asked:
+    evaluations = run.recorder.of("evaluate")
+    assert [e.client for e in evaluations] == [0, 1, 2] * 3
+    for exchange in evaluations:
         metrics = exchange.up.content.metric_records["metrics"]
-        assert metrics["validation-num-examples"] == len(own[exchange.client]["validation"])
+        assert metrics["validation-num-examples"] == len(by_client[exchange.client]["validation"])
     assert {"test_accuracy", "client_test_accuracy"} <= summary["final"].keys()
 
 
@@ -81,35 +81,35 @@ def test_centralized_trains_one_model_on_all_rows(
 def test_centralized_has_nothing_personal(
     method: str, epochs: int, run: Runner, opened: Any
 ) -> None:
-    """Clients are measured with the one model; it takes the mean cohort's share of the epochs."""
-    given = [f"method={method}", "strategy=centralized", "evaluation.clients=always"]
-    given += ["clients_per_round=1", "local_steps=null", f"local_epochs={epochs}"]
-    summary = run(*given)
-    session = opened(*given)
-    assert not session.replica.roles.has_personal
-    rows = len(session.rows.training(0)[0])
+    """All clients evaluate the one model, and a round takes one of three clients' epochs."""
+    overrides = [f"method={method}", "strategy=centralized", "evaluation.clients=always"]
+    overrides += ["clients_per_round=1", "local_steps=null", f"local_epochs={epochs}"]
+    summary = run(*overrides)
+    engine = opened(*overrides)
+    assert not engine.replica.roles.has_personal
+    rows = len(engine.rows.training(0)[0])
     for exchange in run.recorder.of("train"):
         steps = exchange.up.content.metric_records["metrics"]["num-steps"]
-        phases = len(session.config.method.phases(At(1, 0, 2)))  # each takes so many steps
+        phases = len(engine.config.method.phases(At(1, 0, 2)))
         assert steps == phases * round(-(-rows // 8) * epochs / 3)
-    assert summary["final"]["client_test_loss"] == pytest.approx(client_loss(session, run.saved()))
+    assert summary["final"]["client_test_loss"] == pytest.approx(client_loss(engine, run.saved()))
 
 
-def client_loss(session: Engine, state: State) -> float:
-    """Of one model on the clients' test rows."""
-    session.replica.load(state)
-    own = [session.rows.client_examples(client)["test"] for client in range(3)]
-    losses = [session.evaluate(examples)["loss"] for examples in own]
-    return float(np.average(losses, weights=[len(examples) for examples in own]))
+def client_loss(engine: Engine, state: State) -> float:
+    """Return one model's mean loss on the clients' test rows."""
+    engine.replica.load(state)
+    by_client = [engine.rows.client_examples(client)["test"] for client in range(3)]
+    losses = [engine.evaluate(examples)["loss"] for examples in by_client]
+    return float(np.average(losses, weights=[len(examples) for examples in by_client]))
 
 
 @pytest.mark.parametrize("method", ["flora", "fedex_lora", "fedsvd", "lora", "fedtt_plus"])
-def test_clients_measure_what_the_server_has(method: str, run: Runner, opened: Any) -> None:
-    """Also what it set in the last round, which no training would ever send."""
-    given = [f"method={method}", "num_rounds=1", "evaluation.clients=always", "lr=0.03"]
-    summary = run(*given)
-    session = opened(*given)
-    assert summary["final"]["client_test_loss"] == pytest.approx(client_loss(session, run.saved()))
+def test_clients_evaluate_the_server_s_model(method: str, run: Runner, opened: Any) -> None:
+    """They also receive values that the server set in the last round, which no training gets."""
+    overrides = [f"method={method}", "num_rounds=1", "evaluation.clients=always", "lr=0.03"]
+    summary = run(*overrides)
+    loss = client_loss(opened(*overrides), run.saved())
+    assert summary["final"]["client_test_loss"] == pytest.approx(loss)
     assert summary["final"]["client_test_loss"] != summary["initial"]["client_validation_loss"]
 
 
@@ -118,33 +118,36 @@ def test_sparse_rounds_alone_are_refused(run: Runner) -> None:
         run("method=slora", "method.sparse_rounds=2")
 
 
-def test_clients_measure_lora_after_the_sparse_rounds(run: Runner, opened: Any) -> None:
-    given = ["method=slora", "evaluation.clients=always"]
-    run(*given)
-    session = opened(*given)
-    at = run.recorder.of("evaluate", 2)[0].down_state()
-    assert any(at[name].any() for name in at if ".lora_B." in name)
-    line = run.lines()[1]
-    assert line["client_test_loss"] == pytest.approx(client_loss(session, at))
+def test_clients_evaluate_lora_after_the_sparse_rounds(run: Runner, opened: Any) -> None:
+    overrides = ["method=slora", "evaluation.clients=always"]
+    run(*overrides)
+    state = run.recorder.of("evaluate", 2)[0].down_state()
+    assert any(state[name].any() for name in state if ".lora_B." in name)
+    loss = client_loss(opened(*overrides), state)
+    assert run.lines()[1]["client_test_loss"] == pytest.approx(loss)
 
 
 def test_fedprox_by_hand() -> None:
-    """Gradient 1 at theta = 3, received 1, mu = 0.5: 1 + 0.5 * 2."""
-    parameter, other = nn.Parameter(torch.tensor([3.0])), nn.Parameter(torch.tensor([7.0]))
-    parameter.grad, other.grad = torch.tensor([1.0]), torch.tensor([1.0])
+    """At theta = 3, received as 1, mu = 0.5 makes a gradient of 1 one of 1 + 0.5 * 2."""
+    parameter, personal = nn.Parameter(torch.tensor([3.0])), nn.Parameter(torch.tensor([7.0]))
+    parameter.grad, personal.grad = torch.tensor([1.0]), torch.tensor([1.0])
     term = FedProx(proximal_mu=0.5).term({"a": torch.tensor([1.0])}, {}, {})
-    term.correct({"a": parameter, "personal": other})
-    assert (parameter.grad.item(), other.grad.item()) == (2.0, 1.0)
+    term.correct({"a": parameter, "personal": personal})
+    assert (parameter.grad.item(), personal.grad.item()) == (2.0, 1.0)
     assert term.finish({}, 1, 0.1) == ({}, {})
+
+
+def test_proximal_mu_outside_its_rule() -> None:
     with pytest.raises(ValueError, match="proximal_mu must be > 0, got 0"):
         FedProx(proximal_mu=0.0)
 
 
 def test_fedprox_keeps_clients_nearer(run: Runner) -> None:
-    def moved(*overrides: str) -> float:
+    def update_norm(*overrides: str) -> float:
         run("num_rounds=1", "local_steps=8", "optimizer.name=sgd", "lr=0.5", *overrides)
         return run.lines()[1]["update_norm_mean"]
 
-    free = moved()
-    assert moved("strategy=fedprox", "strategy.proximal_mu=1e-6") == pytest.approx(free, rel=1e-3)
-    assert moved("strategy=fedprox", "strategy.proximal_mu=1.0") < 0.8 * free
+    free = update_norm()
+    weak = update_norm("strategy=fedprox", "strategy.proximal_mu=1e-6")
+    assert weak == pytest.approx(free, rel=1e-3)
+    assert update_norm("strategy=fedprox", "strategy.proximal_mu=1.0") < 0.8 * free

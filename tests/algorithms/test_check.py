@@ -1,4 +1,4 @@
-"""What algorithms refuse to work with, each with one reason."""
+"""Algorithms refuse methods and numbers of clients that they cannot work with."""
 
 from dataclasses import dataclass
 
@@ -18,64 +18,86 @@ from fedpeft.state import State, weighted_mean
 
 @dataclass(frozen=True)
 class Plain(Method):
+    """A method that leaves aggregation to the algorithm."""
+
     def inject(self, model: nn.Module) -> nn.Module:
         return model
 
 
 @dataclass(frozen=True)
-class Own(Plain):
+class WithRule(Plain):
+    """A method that has its own rule of aggregation."""
+
     def aggregate(self, round: Round) -> State:
         return weighted_mean(round.states, round.weights)
 
 
-OPTIMISERS = [FedAvgM(), FedAdagrad(), FedAdam(), FedYogi()]
-WHOLE = [FedNova(), Scaffold(), Median(), TrimmedMean(), Krum(), NormClipping()]
-OF_ANY = [FedAvg(), FedProx(), LocalOnly()]
+OPTIMISERS = [FedAvgM(), FedAdagrad(), FedAdam(), FedYogi()]  # take blocks of parameters too
+WHOLE_ONLY = [FedNova(), Scaffold(), Median(), TrimmedMean(), Krum(), NormClipping()]
+FOR_ANY_METHOD = [FedAvg(), FedProx(), LocalOnly()]
 
 
-def names(algorithm: FedAvg) -> str:
-    return type(algorithm).__name__
+def name_of(value: object) -> str:
+    return type(value).__name__
 
 
-@pytest.mark.parametrize("algorithm", OPTIMISERS + WHOLE, ids=names)
-def test_refused(algorithm: FedAvg) -> None:
-    name = type(algorithm).__name__
-    algorithm.check(Setting(Plain(), True, True, 5))
+def setting(method: Method, shares: bool = True, whole: bool = True, clients: int = 5) -> Setting:
+    """Return the setting in which an algorithm is checked.
+
+    Args:
+        method: trained by the clients.
+        shares: whether it shares any parameter.
+        whole: whether every client trains whole parameters, not blocks.
+        clients: a round.
+    """
+    return Setting(method, shares, whole, clients)
+
+
+@pytest.mark.parametrize("algorithm", OPTIMISERS + WHOLE_ONLY, ids=name_of)
+def test_methods_that_share_nothing_or_aggregate_are_refused(algorithm: FedAvg) -> None:
+    name = name_of(algorithm)
+    algorithm.check(setting(Plain()))
     with pytest.raises(ValueError, match=f"strategy {name} .* method Plain shares none here"):
-        algorithm.check(Setting(Plain(), False, True, 5))
-    with pytest.raises(ValueError, match=f"strategy {name} .* method Own aggregates by a rule"):
-        algorithm.check(Setting(Own(), True, True, 5))
-    if algorithm in OPTIMISERS:
-        algorithm.check(Setting(Plain(), True, False, 5))
-    else:
-        with pytest.raises(ValueError, match=f"strategy {name} needs whole parameters"):
-            algorithm.check(Setting(Plain(), True, False, 5))
+        algorithm.check(setting(Plain(), shares=False))
+    with pytest.raises(ValueError, match=f"strategy {name} .* WithRule aggregates by a rule"):
+        algorithm.check(setting(WithRule()))
 
 
-@pytest.mark.parametrize("algorithm", OF_ANY, ids=names)
-def test_taken(algorithm: FedAvg) -> None:
-    for method in (Plain(), Own()):
-        for shares in (True, False):
-            algorithm.check(Setting(method, shares, False, 1))
+@pytest.mark.parametrize("algorithm", OPTIMISERS, ids=name_of)
+def test_server_optimisers_take_blocks(algorithm: FedAvg) -> None:
+    algorithm.check(setting(Plain(), whole=False))
+
+
+@pytest.mark.parametrize("algorithm", WHOLE_ONLY, ids=name_of)
+def test_blocks_are_refused(algorithm: FedAvg) -> None:
+    with pytest.raises(ValueError, match=f"strategy {name_of(algorithm)} needs whole parameters"):
+        algorithm.check(setting(Plain(), whole=False))
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("method", [Plain(), WithRule()], ids=name_of)
+@pytest.mark.parametrize("algorithm", FOR_ANY_METHOD, ids=name_of)
+def test_algorithms_for_any_method(algorithm: FedAvg, method: Method, shares: bool) -> None:
+    algorithm.check(setting(method, shares=shares, whole=False, clients=1))
 
 
 def test_one_model_is_whole() -> None:
-    Centralized().check(Setting(Own(), True, True, 1))
-    with pytest.raises(ValueError, match="strategy Centralized trains one whole model, but .* Own"):
-        Centralized().check(Setting(Own(), True, False, 1))
+    Centralized().check(setting(WithRule(), clients=1))
+    with pytest.raises(ValueError, match="Centralized trains one whole model, but .* WithRule"):
+        Centralized().check(setting(WithRule(), whole=False, clients=1))
 
 
 def test_krum_needs_clients() -> None:
     algorithm = Krum(num_malicious=2)
-    algorithm.check(Setting(Plain(), True, True, 7))
+    algorithm.check(setting(Plain(), clients=7))
     with pytest.raises(ValueError, match=r"num_malicious=2 needs .* = 7 clients .* got 6"):
-        algorithm.check(Setting(Plain(), True, True, 6))
-    Krum(num_selected=4).check(Setting(Plain(), True, True, 5))
+        algorithm.check(setting(Plain(), clients=6))
+    Krum(num_selected=4).check(setting(Plain()))
     with pytest.raises(ValueError, match="num_selected must be <= .* = 4, got 5"):
-        Krum(num_selected=5).check(Setting(Plain(), True, True, 5))
+        Krum(num_selected=5).check(setting(Plain()))
 
 
 def test_trimming_needs_clients() -> None:
-    TrimmedMean(beta=0.2).check(Setting(Plain(), True, True, 5))
+    TrimmedMean(beta=0.2).check(setting(Plain()))
     with pytest.raises(ValueError, match=r"beta=0.2 trims .* 0 of 4 at each end"):
-        TrimmedMean(beta=0.2).check(Setting(Plain(), True, True, 4))
+        TrimmedMean(beta=0.2).check(setting(Plain(), clients=4))

@@ -1,4 +1,4 @@
-"""Server optimisers by hand, with keys that change by round, and against Flower's own."""
+"""Server optimisers by hand, with keys that change by round, and against Flower's."""
 
 import math
 
@@ -10,20 +10,27 @@ from fedpeft.algorithms.base import FedAvg
 from fedpeft.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi, ServerOptimizer
 from fedpeft.methods.base import Round
 from fedpeft.state import State
-from tests.algorithms.flower import drawn, flowers, ours, record
+from tests.algorithms.aggregation import aggregate, aggregate_by_flower, random_states, record
 
 
-def given_before(before: State) -> Round:
-    """Return a round of which only what clients received counts."""
+def round_from(before: State) -> Round:
+    """Return a round whose clients received this state; its other fields do not matter."""
     return Round(1, [], [], [], before)
 
 
 def after(
     algorithm: ServerOptimizer, memory: dict[str, State], before: float, mean: float
 ) -> float:
-    """One round of one number."""
-    given = [{"a": torch.tensor([value], dtype=torch.float64)} for value in (mean, before)]
-    return algorithm.server(given[0], given_before(given[1]), memory)["a"].item()
+    """Return the server's new value after a round with one number.
+
+    Args:
+        algorithm: computes it.
+        memory: its moments, which change.
+        before: the value that the clients received.
+        mean: the clients' mean.
+    """
+    trained, received = ({"a": torch.tensor([v], dtype=torch.float64)} for v in (mean, before))
+    return algorithm.server(trained, round_from(received), memory)["a"].item()
 
 
 def test_momentum_by_hand() -> None:
@@ -49,7 +56,7 @@ def test_adagrad_by_hand() -> None:
 def test_yogi_by_hand() -> None:
     algorithm, memory = FedYogi(beta_1=0.0, beta_2=0.75, tau=1.0, server_lr=1.0), {}
     assert after(algorithm, memory, 0.0, 2.0) == 1.0  # v = 0 + 0.25 * 4 = 1: 2 / (1 + 1)
-    # delta 4: v = 1 + 0.25 * 16 = 5;  delta 1: v = 5 - 0.25 = 4.75, where Adam's would be 4
+    # delta 4: v = 1 + 0.25 * 16 = 5;  delta 1: v = 5 - 0.25 = 4.75, but 4 by Adam's rule
     assert after(algorithm, memory, 0.0, 4.0) == pytest.approx(4 / (math.sqrt(5) + 1))
     assert after(algorithm, memory, 0.0, 1.0) == pytest.approx(1 / (math.sqrt(4.75) + 1))
 
@@ -60,78 +67,87 @@ by_class = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: type(a
 
 @by_class
 def test_a_round_without_a_name_leaves_its_moments(algorithm: ServerOptimizer) -> None:
-    """a in rounds 1 and 3, b in round 2: as if each had been alone."""
+    """With a in rounds 1 and 3 and b in round 2, a moves as if b did not exist."""
     before = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3.0]])}
     first, other = {"a": torch.tensor([1.5, 1.0])}, {"b": torch.tensor([[4.0]])}
     both: dict[str, State] = {}
     alone: dict[str, State] = {}
     for mean in (first, other, first):
-        found = algorithm.server(mean, given_before(before), both)
-        assert found.keys() == mean.keys()
+        values = algorithm.server(mean, round_from(before), both)
+        assert values.keys() == mean.keys()
         if mean is first:
-            expected = algorithm.server(mean, given_before(before), alone)
-            assert torch.equal(found["a"], expected["a"])
+            expected = algorithm.server(mean, round_from(before), alone)
+            assert torch.equal(values["a"], expected["a"])
     assert all(set(moments) == {"a", "b"} for moments in both.values())
-    fresh = algorithm.server(other, given_before(before), {})
-    again = algorithm.server(other, given_before(before), both)
+    fresh = algorithm.server(other, round_from(before), {})
+    again = algorithm.server(other, round_from(before), both)
     assert not torch.equal(again["b"], fresh["b"])
 
 
 @by_class
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_dtypes_are_kept_and_nothing_is_changed(
+def test_dtypes_stay_and_arguments_are_not_changed(
     algorithm: ServerOptimizer, dtype: torch.dtype
 ) -> None:
     mean, before = {"a": torch.ones(2, dtype=dtype)}, {"a": torch.zeros(2, dtype=dtype)}
-    after = algorithm.server(mean, given_before(before), {})
-    assert after["a"].dtype is dtype and after["a"].all()
+    values = algorithm.server(mean, round_from(before), {})
+    assert values["a"].dtype is dtype and values["a"].all()
     assert mean["a"].tolist() == [1, 1] and before["a"].tolist() == [0, 0]
 
 
-def test_one_momentumless_step_of_one_is_the_mean() -> None:
-    states, before = drawn(1), drawn(2, 1)[0]
-    algorithm = FedAvgM(server_momentum=0.0)
-    found = ours(algorithm, states, before)
-    for name, value in ours(FedAvg(), states, before).items():
-        torch.testing.assert_close(found[name], value)
+def test_without_momentum_and_with_rate_one_the_step_is_the_mean() -> None:
+    states, before = random_states(1), random_states(2, 1)[0]
+    values = aggregate(FedAvgM(server_momentum=0.0), states, before)
+    for name, value in aggregate(FedAvg(), states, before).items():
+        torch.testing.assert_close(values[name], value)
 
 
-# --- Flower's own, on equal keys -----------------------------------------------------------------
+# --- Flower's strategies, on equal keys ----------------------------------------------------------
 
 
-def rounds(algorithm: ServerOptimizer, theirs: flower.FedAvg, bias: bool = False) -> None:
-    """Three rounds of five clients, each from where the last one ended."""
-    state, memory = drawn(0, 1)[0], {}
+def assert_as_flower_s(
+    algorithm: ServerOptimizer, theirs: flower.FedAvg, bias: bool = False
+) -> None:
+    """Compare three rounds of five clients, each from where the last one ended.
+
+    Args:
+        algorithm: of fedpeft.
+        theirs: Flower's strategy with the same hyperparameters.
+        bias: undo Flower's correction of Adam's bias.
+    """
+    state, memory = random_states(0, 1)[0], {}
     eta = getattr(theirs, "eta", 0.0)
     for round in (1, 2, 3):
         numpy = {n: v.numpy() for n, v in state.items()}
         theirs.current_arrays = record(state) if isinstance(theirs, flower.FedAvgM) else numpy  # type: ignore[attr-defined]
-        if bias:  # Flower's correction of Adam's bias, taken back
+        if bias:
             theirs.eta = eta * (1 - 0.9 ** (round + 1)) / math.sqrt(1 - 0.99 ** (round + 1))  # type: ignore[attr-defined]
-        states = drawn(round)
-        expected = flowers(theirs, states, round)
-        after = ours(algorithm, states, state, memory)
+        states = random_states(round)
+        expected = aggregate_by_flower(theirs, states, round)
+        values = aggregate(algorithm, states, state, memory)
         for name, value in expected.items():
-            torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-5)
-            assert (after[name] - state[name]).abs().max() > 1e-3
-        state = after
+            torch.testing.assert_close(values[name], value, rtol=1e-4, atol=1e-5)
+            assert (values[name] - state[name]).abs().max() > 1e-3
+        state = values
 
 
 def test_momentum_as_flower_s() -> None:
     theirs = flower.FedAvgM(server_learning_rate=0.5, server_momentum=0.9)
-    rounds(FedAvgM(server_lr=0.5, server_momentum=0.9), theirs)
+    assert_as_flower_s(FedAvgM(server_lr=0.5, server_momentum=0.9), theirs)
 
 
 def test_adagrad_as_flower_s() -> None:
-    rounds(FedAdagrad(server_lr=0.1, tau=0.01), flower.FedAdagrad(eta=0.1, tau=0.01))
+    assert_as_flower_s(FedAdagrad(server_lr=0.1, tau=0.01), flower.FedAdagrad(eta=0.1, tau=0.01))
 
 
 def test_adam_as_flower_s_but_for_the_bias_correction() -> None:
-    rounds(FedAdam(server_lr=0.1, tau=0.01), flower.FedAdam(eta=0.1, tau=0.01), bias=True)
+    assert_as_flower_s(
+        FedAdam(server_lr=0.1, tau=0.01), flower.FedAdam(eta=0.1, tau=0.01), bias=True
+    )
 
 
 def test_yogi_as_flower_s() -> None:
-    rounds(FedYogi(server_lr=0.1, tau=0.01), flower.FedYogi(eta=0.1, tau=0.01))
+    assert_as_flower_s(FedYogi(server_lr=0.1, tau=0.01), flower.FedYogi(eta=0.1, tau=0.01))
 
 
 @pytest.mark.parametrize(

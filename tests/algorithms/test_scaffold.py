@@ -1,4 +1,6 @@
-"""SCAFFOLD by hand on one parabola a client, and on the wire."""
+"""SCAFFOLD by hand, with one parabola a client, and in runs."""
+
+import re
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from fedpeft.client.app import app as client_app
 from fedpeft.methods.base import At, Round, Term
 from fedpeft.state import State, split_prefixed, weighted_mean
 from fedpeft.wire import pack
-from tests.conftest import Answer, Runner, state_of
+from tests.conftest import Runner, state_of
 
 LR, STEPS = 0.1, 2
 
@@ -20,7 +22,13 @@ def one(value: float) -> State:
 
 
 def descend(term: Term, start: State, target: float) -> State:
-    """Steps of SGD on (theta - target)^2 / 2."""
+    """Take ``STEPS`` steps of SGD on (theta - target)^2 / 2.
+
+    Args:
+        term: corrects the gradients.
+        start: theta before the first step.
+        target: the client's optimum.
+    """
     parameter = nn.Parameter(start["a"].clone())
     for _ in range(STEPS):
         parameter.grad = parameter.detach() - target
@@ -30,23 +38,29 @@ def descend(term: Term, start: State, target: float) -> State:
 
 
 class Clients:
-    """The clients of (theta - target)^2 / 2 and their server."""
+    """A server and clients, each with the loss (theta - target)^2 / 2.
+
+    Args:
+        targets: one a client.
+        algorithm: ``Scaffold()`` by default.
+    """
 
     def __init__(self, *targets: float, algorithm: Scaffold | None = None) -> None:
         self.algorithm = algorithm or Scaffold()
         self.targets = targets
-        self.kept: list[State] = [{} for _ in targets]
+        self.controls: list[State] = [{} for _ in targets]
         self.memory: dict[str, State] = {}
         self.state = one(0.0)
 
     def round(self, *cohort: int) -> list[float]:
+        """Train a cohort, aggregate, and return theta of each client after training."""
         states, extras = [], []
         down = self.algorithm.down(self.memory, self.state)
         for client in cohort:
-            term = self.algorithm.term(self.state, down, self.kept[client])
+            term = self.algorithm.term(self.state, down, self.controls[client])
             states.append(descend(term, self.state, self.targets[client]))
-            more, self.kept[client] = term.finish(states[-1], STEPS, LR)
-            extras.append(more)
+            change, self.controls[client] = term.finish(states[-1], STEPS, LR)
+            extras.append(change)
         weights = [1 / len(cohort)] * len(cohort)
         share = len(cohort) / len(self.targets)
         ats = [At(1, client) for client in cohort]
@@ -56,33 +70,32 @@ class Clients:
         self.state = self.algorithm.server(mean, round, self.memory)
         return [state["a"].item() for state in states]
 
-    def controls(self) -> list[float]:
-        return [kept["a"].item() for kept in self.kept]
+    def client_controls(self) -> list[float]:
+        return [control["a"].item() for control in self.controls]
 
-    def control(self) -> float:
+    def server_control(self) -> float:
         return self.memory["control"]["a"].item()
 
 
 def test_two_rounds_by_hand() -> None:
     clients = Clients(1.0, 3.0)
     assert clients.round(0, 1) == pytest.approx([0.19, 0.57])  # controls are zero: plain SGD
-    assert clients.controls() == pytest.approx([-0.95, -2.85])  # (0 - y) / (2 * 0.1)
-    assert clients.control() == pytest.approx(-1.9)
+    assert clients.client_controls() == pytest.approx([-0.95, -2.85])  # (0 - y) / (2 * 0.1)
+    assert clients.server_control() == pytest.approx(-1.9)
     assert clients.state["a"].item() == pytest.approx(0.38)
     # gradients theta - 1 + 0.95 - 1.9 = theta - 1.95 and theta - 3 + 2.85 - 1.9 = theta - 2.05
     assert clients.round(0, 1) == pytest.approx([0.6783, 0.6973])
-    assert clients.controls() == pytest.approx([0.95 - 1.4915, -0.95 - 1.5865])
-    assert clients.control() == pytest.approx(-1.539)
+    assert clients.client_controls() == pytest.approx([0.95 - 1.4915, -0.95 - 1.5865])
+    assert clients.server_control() == pytest.approx(-1.539)
 
 
 def test_half_of_the_clients_move_the_control_by_half() -> None:
     clients = Clients(1.0, 3.0)
     clients.round(1)
-    assert clients.control() == pytest.approx(-2.85 / 2)
+    assert clients.server_control() == pytest.approx(-2.85 / 2)
     assert clients.state["a"].item() == pytest.approx(0.57)
     clients.round(0)
-    known = [kept["a"].item() for kept in clients.kept]
-    assert clients.control() == pytest.approx(sum(known) / 2)
+    assert clients.server_control() == pytest.approx(sum(clients.client_controls()) / 2)
 
 
 def test_the_optimum_of_all_is_where_each_client_stays() -> None:
@@ -90,7 +103,7 @@ def test_the_optimum_of_all_is_where_each_client_stays() -> None:
     for _ in range(60):
         clients.round(0, 1)
     assert clients.round(0, 1) == pytest.approx([2.0, 2.0], abs=1e-4)
-    assert clients.controls() == pytest.approx([1.0, -1.0], abs=1e-3)
+    assert clients.client_controls() == pytest.approx([1.0, -1.0], abs=1e-3)
 
 
 def test_server_lr() -> None:
@@ -101,11 +114,11 @@ def test_server_lr() -> None:
         Scaffold(server_lr=-1.0)
 
 
-def test_controls_of_names_that_rest_are_kept() -> None:
+def test_a_parameter_that_does_not_train_leaves_its_control() -> None:
     term = ControlTerm(one(1.0), one(0.5), {"b": torch.ones(2)})
-    change, kept = term.finish(one(0.0), 2, 0.25)
+    change, controls = term.finish(one(0.0), 2, 0.25)
     assert change["a"].item() == pytest.approx(-0.5 + 1 / 0.5)
-    assert set(kept) == {"a", "b"} and torch.equal(kept["b"], torch.ones(2))
+    assert set(controls) == {"a", "b"} and torch.equal(controls["b"], torch.ones(2))
     memory = {"control": {"b": torch.ones(2)}}
     round = Round(1, [At(1, 0)], [one(0.0)], [1.0], one(1.0), [2], [change])
     Scaffold().server(one(0.0), round, memory)
@@ -126,7 +139,7 @@ SGD = ["optimizer.name=sgd", "optimizer.max_grad_norm=null", "lr=0.1", "evaluati
 
 @pytest.mark.parametrize("method", ["lora", "fedtt_plus"])
 def test_the_control_is_the_mean_of_all_clients_controls(method: str, run: Runner) -> None:
-    """With two of three clients a round; FedTT+ shares other factors in each."""
+    """Two of three clients train in a round, and FedTT+ shares other factors in each."""
     run(f"method={method}", "strategy=scaffold", "clients_per_round=2", "num_rounds=4", *SGD)
     total: State = {}
     for round in range(1, 5):
@@ -145,12 +158,12 @@ def test_the_control_is_the_mean_of_all_clients_controls(method: str, run: Runne
 
 
 def test_the_first_round_is_fedavg_s_and_the_second_is_not(run: Runner) -> None:
-    shas = []
-    for strategy in ("fedavg", "scaffold"):
-        for rounds in (1, 2):
-            given = [f"strategy={strategy}", "strategy.weights=uniform", f"num_rounds={rounds}"]
-            shas.append(run(*given, *SGD)["shared_state_sha256"])
-    assert shas[0] == shas[2] and shas[1] != shas[3]
+    def digest(strategy: str, rounds: int) -> str:
+        overrides = [f"strategy={strategy}", "strategy.weights=uniform", f"num_rounds={rounds}"]
+        return run(*overrides, *SGD)["shared_state_sha256"]
+
+    assert digest("fedavg", 1) == digest("scaffold", 1)
+    assert digest("fedavg", 2) != digest("scaffold", 2)
 
 
 def test_evaluation_carries_no_controls(run: Runner) -> None:
@@ -162,8 +175,9 @@ def test_evaluation_carries_no_controls(run: Runner) -> None:
 NAME = "strategy:classifier.bias"
 
 
+@pytest.mark.parametrize("direction", ["up", "down"])
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("value", "error"),
     [
         (torch.full((4,), float("nan")), f"{NAME} holds values that are not finite"),
         (torch.zeros(3), rf"{NAME} is torch.float32 \(3,\), expected torch.float32 \(4,\)"),
@@ -172,34 +186,26 @@ NAME = "strategy:classifier.bias"
     ],
 )
 def test_bad_controls_are_refused_on_both_sides(
-    value: torch.Tensor | None, message: str, run: Runner
+    value: torch.Tensor | None, error: str, direction: str, run: Runner
 ) -> None:
-    def changed(state: State) -> State:
-        rest = {n: v for n, v in state.items() if n != NAME}
-        return rest if value is None else rest | {NAME: value}
-
-    def up(message: Message, context: Context) -> Message:
-        reply = client_app(message=message, context=context)
-        return spoilt(reply) if message.metadata.message_type == "train" and own(context) else reply
-
-    def down(message: Message, context: Context) -> Message:
-        if message.metadata.message_type == "train" and own(context):
-            spoilt(message)
-        return client_app(message=message, context=context)
-
-    def own(context: Context) -> bool:
-        return context.node_config["partition-id"] == 1
-
-    def spoilt(message: Message) -> Message:
+    def spoil(message: Message) -> None:
+        """Set the control in a message to ``value``, or remove it."""
+        state = {n: v for n, v in state_of(message).items() if n != NAME}
         content = message.content
-        content["arrays"], index = pack(changed(state_of(message)))
+        content["arrays"], index = pack(state if value is None else state | {NAME: value})
         content.config_records["config"]["index"] = index
-        return message
 
-    answers: list[Answer] = [up, down]
-    for answer in answers:
-        run("strategy=scaffold", "num_rounds=1", "evaluation.clients=never", answer=answer)
-        refused = run.lines()[1]["refused"]
-        assert list(refused)[0] == "1"
-        with pytest.raises(ValueError, match=message):
-            raise ValueError(refused["1"])
+    def answer(message: Message, context: Context) -> Message:
+        spoils = message.metadata.message_type == "train"
+        spoils = spoils and context.node_config["partition-id"] == 1
+        if spoils and direction == "down":
+            spoil(message)
+        reply = client_app(message=message, context=context)
+        if spoils and direction == "up":
+            spoil(reply)
+        return reply
+
+    run("strategy=scaffold", "num_rounds=1", "evaluation.clients=never", answer=answer)
+    refused = run.lines()[1]["refused"]
+    assert list(refused)[0] == "1"
+    assert re.search(error, refused["1"])

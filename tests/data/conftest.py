@@ -1,40 +1,19 @@
 """A tiny decoder with a tokenizer of whole words."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.conftest import COMMON, TOPICS
+from tests.data.stand_ins import tokenizer_of_words
 
 PLAIN = "### Instruction: Response: . , ? because so"
 
 
-def tokenizer_of_words(*words: str, single: str = "<s> $A") -> Any:
-    """Splits at white space; ``single`` is what it puts around a text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    vocabulary = {word: i for i, word in enumerate([*special, *dict.fromkeys(words)])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.post_processor = processors.TemplateProcessing(
-        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    )
-
-
 @pytest.fixture(scope="session")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of hidden size 32, two layers, with random weights; no template of its own."""
+    """A Llama of hidden size 32, two layers, with random weights and without a chat template."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("llama")

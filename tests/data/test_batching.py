@@ -1,4 +1,4 @@
-"""Which rows a client sees in a round, and how they are padded."""
+"""The order in which a client sees its rows in a round, and how batches are padded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ from tests.conftest import job_of
 LENGTHS = np.random.default_rng(0).integers(3, 60, size=53)
 
 
-def drawn(
+def draw(
     steps: int | None = None,
     epochs: int | None = None,
     bucket: bool = True,
@@ -33,10 +33,19 @@ def drawn(
     batch_size: int = 8,
     path: tuple[int, int, int] = (0, 1, 2),
 ) -> list[list[int]]:
+    """Return the row numbers of each training batch.
+
+    Args:
+        steps: batches to draw; null if ``epochs`` decides.
+        epochs: passes over all rows; null if ``steps`` decides.
+        bucket: join rows of similar lengths.
+        rows: use so many of ``LENGTHS``.
+        batch_size: rows a batch.
+        path: seed, round and client, from which the order is drawn.
+    """
     rng = generator(path[0], "batches", *path[1:])
-    return [
-        b.tolist() for b in training_batches(LENGTHS[:rows], batch_size, steps, epochs, rng, bucket)
-    ]
+    batches = training_batches(LENGTHS[:rows], batch_size, steps, epochs, rng, bucket)
+    return [batch.tolist() for batch in batches]
 
 
 def rows_of(batches: list[list[int]]) -> list[int]:
@@ -46,7 +55,7 @@ def rows_of(batches: list[list[int]]) -> list[int]:
 @pytest.mark.parametrize("bucket", [True, False])
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_an_epoch_covers_every_row_once(bucket: bool, epochs: int) -> None:
-    batches = drawn(epochs=epochs, bucket=bucket)
+    batches = draw(epochs=epochs, bucket=bucket)
     assert len(batches) == 7 * epochs  # 53 rows in batches of 8
     for epoch in range(epochs):
         part = batches[7 * epoch : 7 * (epoch + 1)]
@@ -56,14 +65,14 @@ def test_an_epoch_covers_every_row_once(bucket: bool, epochs: int) -> None:
 
 @pytest.mark.parametrize("bucket", [True, False])
 def test_epochs_differ(bucket: bool) -> None:
-    batches = drawn(epochs=2, bucket=bucket)
+    batches = draw(epochs=2, bucket=bucket)
     assert batches[:7] != batches[7:]
 
 
 @pytest.mark.parametrize("bucket", [True, False])
 @pytest.mark.parametrize("steps", [1, 3, 7, 8, 20])
 def test_steps_are_exact(bucket: bool, steps: int) -> None:
-    batches = drawn(steps=steps, bucket=bucket)
+    batches = draw(steps=steps, bucket=bucket)
     assert len(batches) == steps
     for batch in batches:
         assert len(set(batch)) == len(batch)
@@ -75,45 +84,47 @@ def test_steps_are_exact(bucket: bool, steps: int) -> None:
 
 @pytest.mark.parametrize("bucket", [True, False])
 def test_few_rows(bucket: bool) -> None:
-    assert [sorted(b) for b in drawn(steps=3, rows=5, bucket=bucket)] == [[0, 1, 2, 3, 4]] * 3
-    assert drawn(epochs=2, rows=1, bucket=bucket) == [[0], [0]]
+    assert [sorted(b) for b in draw(steps=3, rows=5, bucket=bucket)] == [[0, 1, 2, 3, 4]] * 3
+    assert draw(epochs=2, rows=1, bucket=bucket) == [[0], [0]]
 
 
 def test_no_rows() -> None:
     with pytest.raises(ValueError, match="a client needs at least one training row, got 0"):
-        drawn(steps=1, rows=0)
+        draw(steps=1, rows=0)
 
 
 @pytest.mark.parametrize("bucket", [True, False])
 def test_order_by_seed_round_and_client(bucket: bool) -> None:
-    """Bug 10: the same for the same (seed, round, client), another for any other."""
-    first = drawn(steps=5, bucket=bucket)
-    assert first == drawn(steps=5, bucket=bucket)
-    others = [drawn(steps=5, bucket=bucket, path=p) for p in ((1, 1, 2), (0, 2, 2), (0, 1, 3))]
-    orders = [rows_of(first), *map(rows_of, others)]
+    """Equal (seed, round, client) give the same order, any other another."""
+    first = draw(steps=5, bucket=bucket)
+    assert first == draw(steps=5, bucket=bucket)
+    paths = ((1, 1, 2), (0, 2, 2), (0, 1, 3))
+    orders = [rows_of(first)]
+    orders += [rows_of(draw(steps=5, bucket=bucket, path=path)) for path in paths]
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
     assert all(set(a) != set(b) for i, a in enumerate(orders) for b in orders[:i])
 
 
 def padding(batches: list[list[int]]) -> int:
+    """Count the padding tokens of all batches."""
     return sum(int((LENGTHS[b].max() - LENGTHS[b]).sum()) for b in map(np.array, batches))
 
 
 def test_bucketing_lessens_padding() -> None:
-    grouped, plain = drawn(epochs=4), drawn(epochs=4, bucket=False)
+    grouped, plain = draw(epochs=4), draw(epochs=4, bucket=False)
     assert sorted(rows_of(grouped)) == sorted(rows_of(plain))
     assert padding(grouped) < padding(plain) / 3
 
 
 def test_bucketed_batches_are_not_sorted_by_length() -> None:
-    longest = [LENGTHS[batch].max() for batch in drawn(epochs=1)]
+    longest = [LENGTHS[batch].max() for batch in draw(epochs=1)]
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
 
 
 def test_by_length_is_stable() -> None:
     lengths = np.array([4, 2, 4, 2, 9, 4])
-    cut = by_length(np.array([5, 4, 3, 2, 1, 0]), lengths, 4)
-    assert [c.tolist() for c in cut] == [[3, 1, 5, 2], [0, 4]]
+    batches = by_length(np.array([5, 4, 3, 2, 1, 0]), lengths, 4)
+    assert [batch.tolist() for batch in batches] == [[3, 1, 5, 2], [0, 4]]
 
 
 # --- padding ------------------------------------------------------------------------------------
@@ -177,7 +188,7 @@ def test_rows_without_tokens() -> None:
 
 
 def test_batches_of_mapped_arrays_can_be_written(tmp_path: Path) -> None:
-    """Loops may work in place; what stands on the disk must stay."""
+    """A training loop may change a batch in place, but never the arrays on disk."""
     mapped: dict[str, np.ndarray] = {}
     for name, array in CHOICES.items():
         np.save(tmp_path / f"{name}.npy", array)
@@ -190,7 +201,10 @@ def test_batches_of_mapped_arrays_can_be_written(tmp_path: Path) -> None:
 
 
 def test_evaluation_counts_every_sequence() -> None:
-    """Of 2, 30 and 4 candidates of 10, 11 and 12 tokens: at most 72 tokens, padding and all."""
+    """The limit of 72 tokens a batch holds for all candidates of its rows and their padding.
+
+    The rows have 2 candidates of 10 tokens, 4 of 12, and 30 of 11.
+    """
     lengths, sequences = np.array([10, 12, 11]), np.array([2, 4, 30])
     assert [b.tolist() for b in within(lengths, 8, 72, sequences)] == [[0], [2], [1]]
     assert [b.tolist() for b in within(lengths, 8, 72)] == [[0, 2, 1]]
@@ -199,32 +213,29 @@ def test_evaluation_counts_every_sequence() -> None:
 
 
 def test_padding_does_not_change_the_logits(opened: Callable[..., Engine]) -> None:
-    session = opened()
-    rows = session.rows.examples("test")
-    session.replica.load()
+    engine = opened()
+    rows, model = engine.rows.examples("test"), engine.replica.model
+    engine.replica.load()
     shortest, longest = int(rows.lengths.argmin()), int(rows.lengths.argmax())
     assert rows.lengths[longest] > rows.lengths[shortest] + 5
 
     def loss(batch: Batch) -> float:
-        session.replica.model.eval()
+        model.eval()
         with torch.no_grad():
-            return float(
-                session.task.evaluate_batch(
-                    session.task.forward(session.replica.model, batch), batch
-                )["loss"][0]
-            )
+            output = engine.task.forward(model, batch)
+            return float(engine.task.evaluate_batch(output, batch)["loss"][0])
 
     alone = loss(rows.batch(np.array([shortest])))
     beside = loss(rows.batch(np.array([shortest, longest])))
     assert beside == pytest.approx(alone, rel=1e-5)
 
 
-# --- in a session --------------------------------------------------------------------------------
+# --- with an engine ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
-    """The batches that training gets."""
+    """The batches of the last training, which does nothing else."""
     batches: list[Batch] = []
 
     def record(_: object, steps: list[list[Batch]], *rest: object) -> tuple[float, State]:
@@ -240,46 +251,44 @@ def tokens(batches: list[Batch]) -> list[list[list[int]]]:
 
 
 def test_a_client_s_batches_by_round(opened: Callable[..., Engine], seen: list[Batch]) -> None:
-    """Bug 10, as the client app trains."""
-    session, other = opened("local_steps=3"), opened("local_steps=3", "seed=1")
-    found: dict[tuple[int, int], list[list[list[int]]]] = {}
+    """The batches differ by client, round and seed, and do not depend on what trained before."""
+    engine, other_seed = opened("local_steps=3"), opened("local_steps=3", "seed=1")
+    batches: dict[tuple[int, int], list[list[list[int]]]] = {}
     for client in (0, 1):
         for round in (1, 2):
-            number = session.train_client(
-                job_of(session, client, round), round
-            ).trained.num_examples
-            found[client, round] = tokens(seen)
-            assert number == len(session.rows.client_examples(client)["train"])
-            assert [len(batch) for batch in found[client, round]] == [8, 8, 8]
-    assert all(found[a] != found[b] for a in found for b in found if a != b)
-    session.train_client(job_of(session, 0, 1), 1)
-    assert tokens(seen) == found[0, 1]
-    other.train_client(job_of(other, 0, 1), 1)
-    assert tokens(seen) != found[0, 1]
+            trained = engine.train_client(job_of(engine, client, round), round).trained
+            batches[client, round] = tokens(seen)
+            assert trained.num_examples == len(engine.rows.client_examples(client)["train"])
+            assert [len(batch) for batch in batches[client, round]] == [8, 8, 8]
+    assert all(batches[a] != batches[b] for a in batches for b in batches if a != b)
+    engine.train_client(job_of(engine, 0, 1), 1)
+    assert tokens(seen) == batches[0, 1]
+    other_seed.train_client(job_of(other_seed, 0, 1), 1)
+    assert tokens(seen) != batches[0, 1]
 
 
 def test_local_epochs(opened: Callable[..., Engine], seen: list[Batch]) -> None:
-    session = opened("local_steps=null", "local_epochs=2")
-    number = session.train_client(job_of(session, 1, 1), 1).trained.num_examples
-    own = session.rows.client_examples(1)["train"]
-    assert number == len(own)
+    engine = opened("local_steps=null", "local_epochs=2")
+    number = engine.train_client(job_of(engine, 1, 1), 1).trained.num_examples
+    examples = engine.rows.client_examples(1)["train"]
+    assert number == len(examples)
     assert sum(len(batch["labels"]) for batch in seen) == 2 * number
-    assert sum(int(batch["attention_mask"].sum()) for batch in seen) == 2 * own.lengths.sum()
+    assert sum(int(batch["attention_mask"].sum()) for batch in seen) == 2 * examples.lengths.sum()
 
 
 def test_batches_are_a_client_s_own_rows(opened: Callable[..., Engine], seen: list[Batch]) -> None:
-    session = opened("local_steps=null", "local_epochs=1")
+    engine = opened("local_steps=null", "local_epochs=1")
     for client in range(3):
-        session.train_client(job_of(session, client, 1), 1)
-        own = session.rows.client_examples(client)["train"]
-        tokens, offsets = own.arrays["tokens"], own.arrays["offsets"]
-        expected = sorted(tokens[offsets[row] : offsets[row + 1]].tolist() for row in own.rows)
-        given = sorted(
+        engine.train_client(job_of(engine, client, 1), 1)
+        examples = engine.rows.client_examples(client)["train"]
+        tokens, offsets = examples.arrays["tokens"], examples.arrays["offsets"]
+        expected = sorted(tokens[offsets[row] : offsets[row + 1]].tolist() for row in examples.rows)
+        sequences = sorted(
             row[: int(mask.sum())].tolist()
             for batch in seen
             for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         )
-        assert given == expected
+        assert sequences == expected, f"client {client}"
 
 
 @pytest.mark.parametrize(
@@ -288,11 +297,11 @@ def test_batches_are_a_client_s_own_rows(opened: Callable[..., Engine], seen: li
 def test_a_batch_is_lengthened_to_one_of_few_lengths(length: int, expected: int) -> None:
     ids = torch.full((2, length), 5)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "row": torch.tensor([3, 4])}
-    found = lengthened(batch, 9)
-    assert found["input_ids"].tolist() == [[5] * length + [9] * (expected - length)] * 2
-    assert found["attention_mask"].sum(1).tolist() == [length, length]
-    assert found["attention_mask"].shape == found["input_ids"].shape
-    assert found["row"].tolist() == [3, 4]
+    longer = lengthened(batch, 9)
+    assert longer["input_ids"].tolist() == [[5] * length + [9] * (expected - length)] * 2
+    assert longer["attention_mask"].sum(1).tolist() == [length, length]
+    assert longer["attention_mask"].shape == longer["input_ids"].shape
+    assert longer["row"].tolist() == [3, 4]
 
 
 def test_images_have_no_length() -> None:
@@ -305,6 +314,6 @@ def test_merged_batches_are_padded_with_the_given_token() -> None:
         {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row)).long()}
         for row in ([1, 2], [3, 4, 5])
     ]
-    found = merged(batches, 9)
-    assert found["input_ids"].tolist() == [[1, 2, 9], [3, 4, 5]]
-    assert found["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    batch = merged(batches, 9)
+    assert batch["input_ids"].tolist() == [[1, 2, 9], [3, 4, 5]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]

@@ -1,4 +1,4 @@
-"""Encoded data on disk: found again by what it holds, built once, whole or not at all."""
+"""Encoded data on disk: reused for equal contents, built once, written whole or not at all."""
 
 import json
 import subprocess
@@ -20,8 +20,8 @@ from fedpeft.data.tasks.base import Task
 from fedpeft.data.tasks.choice import MultipleChoice
 from fedpeft.data.tasks.instruction import InstructionTuning
 from fedpeft.data.tasks.text import TextClassification
-from tests.data.conftest import tokenizer_of_words
-from tests.data.made import Refusing, Rows, write
+from tests.data.files import Rows, write
+from tests.data.stand_ins import Refusing, tokenizer_of_words
 
 ROWS: Rows = [
     {"text": "sun and rain", "two": "a", "label": "weather"},
@@ -33,19 +33,18 @@ WORDS = "sun and rain a goal the snow b c".split()
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache."""
+    """The cache's folder, empty."""
     monkeypatch.setenv("FEDPEFT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 def entries(folder: Path) -> list[str]:
-    """Of the cache, locks apart."""
-    found = (folder / "encoded").glob("*")
-    return sorted(f.name for f in found if f.suffix != ".lock")
+    """Return the names of the cache's entries, without the locks."""
+    return sorted(f.name for f in (folder / "encoded").glob("*") if f.suffix != ".lock")
 
 
 def is_built(task: Task, tokenizer: Any, split: str = "test") -> bool:
-    """Whether a split stands in the cache; if not, nothing is left there."""
+    """Tell whether the cache has a split; if not, the attempt leaves nothing there."""
     try:
         task.encode(split, Refusing(tokenizer))
     except AssertionError:
@@ -53,13 +52,13 @@ def is_built(task: Task, tokenizer: Any, split: str = "test") -> bool:
     return True
 
 
-# --- what is found again ------------------------------------------------------------------------
+# --- keys ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def task(tmp_path: Path) -> TextClassification:
-    """Its test rows are encoded."""
-    path = write(tmp_path / "given", train=ROWS, validation=ROWS, test=ROWS)
+    """A task whose test rows are in the cache."""
+    path = write(tmp_path / "tables", train=ROWS, validation=ROWS, test=ROWS)
     task = TextClassification(path=path)
     assert not is_built(task, tokenizer_of_words(*WORDS))
     task.encode("test", tokenizer_of_words(*WORDS))
@@ -70,18 +69,18 @@ def test_the_same_rows_are_not_encoded_again(task: TextClassification, tmp_path:
     tokenizer = tokenizer_of_words(*WORDS)
     first, again = task.encode("test", tokenizer), replace(task)
     assert is_built(again, tokenizer)
-    assert is_built(again, tokenizer, "train")  # the same rows here
+    assert is_built(again, tokenizer, "train")  # because its rows are equal
     other = write(tmp_path / "parquet", "parquet", train=ROWS, validation=ROWS, test=ROWS)
     assert is_built(TextClassification(path=other), tokenizer)
     assert is_built(TextClassification(path=other, metrics=["f1"], bad_rows="skip"), tokenizer)
-    found = TextClassification(path=other).encode("test", Refusing(tokenizer))
-    assert found.arrays.keys() == first.arrays.keys() == {"tokens", "offsets", "labels"}
-    assert all((found.arrays[n] == first.arrays[n]).all() for n in first.arrays)
-    assert found.labels.tolist() == [1, 0, 1] and found.pad_id == 0
+    reused = TextClassification(path=other).encode("test", Refusing(tokenizer))
+    assert reused.arrays.keys() == first.arrays.keys() == {"tokens", "offsets", "labels"}
+    assert all((reused.arrays[n] == first.arrays[n]).all() for n in first.arrays)
+    assert reused.labels.tolist() == [1, 0, 1] and reused.pad_id == 0
 
 
 def test_a_tokenizer_that_was_used_is_the_same(task: TextClassification) -> None:
-    """Calls leave truncation and padding set; they are not part of it."""
+    """A call leaves truncation and padding set, which are no part of the key."""
     tokenizer = tokenizer_of_words(*WORDS)
     tokenizer(["a b c", "a"], truncation=True, max_length=2, padding=True)
     assert is_built(replace(task), tokenizer)
@@ -116,7 +115,7 @@ def test_a_changed_cell_is_another_entry(
 
 
 def test_labels_that_train_numbers_otherwise(task: TextClassification, tmp_path: Path) -> None:
-    """The same test rows, beside train rows of one more class: other numbers."""
+    """Equal test rows get other numbers where the train rows have one more class."""
     path = write(tmp_path / "c", train=[*ROWS, ROWS[0] | {"label": "art"}], test=ROWS)
     other = TextClassification(path=path, validation_split="test")
     assert other.encode("test", tokenizer_of_words(*WORDS)).labels.tolist() == [2, 1, 2]
@@ -124,32 +123,32 @@ def test_labels_that_train_numbers_otherwise(task: TextClassification, tmp_path:
 
 
 def test_names_and_positions_are_not_confused(tmp_path: Path) -> None:
-    """A column of numbers that stand for names, and one of the numbers alone."""
+    """Numbers that stand for names have another entry than equal numbers without names."""
     columns = {"text": ["a", "b"], "label": [0, 1]}
     named = Features({"text": Value("string"), "label": ClassLabel(names=["1", "0"])})
-    found = []
+    numbers = []
     for i, features in enumerate((named, None)):
         for split in ("train", "validation", "test"):
             file = tmp_path / str(i) / f"{split}.parquet"
             file.parent.mkdir(exist_ok=True)
             Dataset.from_dict(columns, features).to_parquet(str(file))
         task = TextClassification(path=str(tmp_path / str(i)), labels=["1", "0"])
-        found.append(task.encode("test", tokenizer_of_words(*WORDS)).labels.tolist())
-    assert found == [[0, 1], [1, 0]]
+        numbers.append(task.encode("test", tokenizer_of_words(*WORDS)).labels.tolist())
+    assert numbers == [[0, 1], [1, 0]]
 
 
 def test_another_tokenizer_is_another_entry(task: TextClassification) -> None:
     assert is_built(task, tokenizer_of_words(*WORDS))
-    others = [
+    tokenizers = [
         tokenizer_of_words(*WORDS[::-1]),
         tokenizer_of_words(*WORDS, single="<s> $A </s>"),
         tokenizer_of_words(*WORDS),
     ]
-    others[2].eos_token = "<unk>"
-    assert [is_built(task, other) for other in others] == [False, False, False]
+    tokenizers[2].eos_token = "<unk>"
+    assert [is_built(task, tokenizer) for tokenizer in tokenizers] == [False, False, False]
 
 
-def test_prompts_and_templates_are_of_the_key(tmp_path: Path) -> None:
+def test_prompts_and_templates_are_part_of_the_key(tmp_path: Path) -> None:
     rows = [{"q": "sun", "a": "rain"}, {"q": "snow", "a": "goal"}]
     path = write(tmp_path / "q", train=rows, test=rows)
     tokenizer = tokenizer_of_words(*WORDS)
@@ -173,7 +172,7 @@ def test_arrays_stay_on_the_disk(task: TextClassification, folder: Path) -> None
     assert arrays["labels"].tolist() == [1, 0, 1]
     with pytest.raises(ValueError, match="read-only"):
         arrays["labels"][0] = 5
-    assert len(entries(folder)) == 1  # train's rows are test's
+    assert len(entries(folder)) == 1  # because the rows of train and test are equal
 
 
 # --- contents -----------------------------------------------------------------------------------
@@ -201,29 +200,29 @@ def test_contents_that_differ(case: str) -> None:
 
 
 def test_images_are_their_bytes_wherever_they_stand(tmp_path: Path) -> None:
-    def of(value: dict[str, Any]) -> str:
+    def digest(value: dict[str, Any]) -> str:
         return content_sha256(Dataset.from_list([{"x": value}]), ["x"])
 
     for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
         (tmp_path / name).write_bytes(content)
-    inside = [of({"bytes": content, "path": "z.png"}) for content in (b"one", b"two")]
-    outside = [of({"bytes": None, "path": str(tmp_path / name)}) for name in "abc"]
+    inside = [digest({"bytes": content, "path": "z.png"}) for content in (b"one", b"two")]
+    outside = [digest({"bytes": None, "path": str(tmp_path / name)}) for name in "abc"]
     assert [inside[0], inside[0], inside[1]] == outside and inside[0] != inside[1]
-    (tmp_path / "a").write_bytes(b"two")  # at the same path
-    assert of({"bytes": None, "path": str(tmp_path / "a")}) == inside[1]
+    (tmp_path / "a").write_bytes(b"two")  # another image at the same path
+    assert digest({"bytes": None, "path": str(tmp_path / "a")}) == inside[1]
 
 
 # --- building -----------------------------------------------------------------------------------
 
 
-def three() -> dict[str, np.ndarray]:
+def arrays() -> dict[str, np.ndarray]:
     return {"a": np.arange(3), "b": np.ones((2, 2), np.float32)}
 
 
 def test_the_folder_follows_the_environment(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cached(["x"], three)
+    cached(["x"], arrays)
     assert cache_folder() == folder and len(entries(folder)) == 1
     monkeypatch.delenv("FEDPEFT_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -239,18 +238,18 @@ def test_an_interrupted_build_leaves_nothing(
         raise error
 
     with monkeypatch.context() as patch, pytest.raises(error):
-        if at == "write":  # the first array stands there, the second does not
+        if at == "write":  # the first array is written, the second fails
             patch.setattr(np, "save", lambda f, a: fail() if a.ndim == 2 else f.write_bytes(b"x"))
-        cached(["x"], fail if at == "build" else three)
+        cached(["x"], fail if at == "build" else arrays)
     assert entries(folder) == []
-    assert cached(["x"], three)["a"].tolist() == [0, 1, 2]
+    assert cached(["x"], arrays)["a"].tolist() == [0, 1, 2]
     assert cached(["x"], fail)["b"].tolist() == [[1, 1], [1, 1]]
 
 
 def test_a_folder_that_cannot_be_written(folder: Path) -> None:
     folder.write_text("a file stands here")
     with pytest.raises(ValueError) as error:
-        cached(["x"], three)
+        cached(["x"], arrays)
     assert str(error.value) == (
         f"cannot write encoded data to {folder} ([Errno 20] Not a directory: "
         f"'{folder}/encoded'): set FEDPEFT_CACHE"
@@ -263,7 +262,7 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(np, "save", fail)
     with pytest.raises(ValueError) as error:
-        cached(["x"], three)
+        cached(["x"], arrays)
     assert str(error.value) == (
         f"cannot write encoded data to {folder} ([Errno 28] No space left on device): "
         "set FEDPEFT_CACHE"
@@ -272,22 +271,22 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_build_once(folder: Path) -> None:
-    built: list[int] = []
-    found: list[dict[str, np.ndarray]] = []
+    calls: list[int] = []
+    results: list[dict[str, np.ndarray]] = []
 
     def build() -> dict[str, np.ndarray]:
-        built.append(1)
+        calls.append(1)
         time.sleep(0.1)
-        return three()
+        return arrays()
 
-    work: Callable[[], None] = lambda: found.append(cached(["x"], build))  # noqa: E731
+    work: Callable[[], None] = lambda: results.append(cached(["x"], build))  # noqa: E731
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(built) == 1 and len(entries(folder)) == 1
-    assert [f["a"].tolist() for f in found] == [[0, 1, 2]] * 4
+    assert len(calls) == 1 and len(entries(folder)) == 1
+    assert [result["a"].tolist() for result in results] == [[0, 1, 2]] * 4
 
 
 PROCESS = """
@@ -316,7 +315,7 @@ def test_processes_build_once(folder: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("built-*"))) == 1 and len(entries(folder)) == 1
 
 
-# --- what an earlier start found out -------------------------------------------------------------
+# --- facts of an earlier start -------------------------------------------------------------------
 
 
 def test_tables_that_have_not_changed_are_not_read_again(
@@ -324,29 +323,28 @@ def test_tables_that_have_not_changed_are_not_read_again(
 ) -> None:
     tokenizer = tokenizer_of_words(*WORDS)
 
-    def found(task: TextClassification) -> tuple[Any, ...]:
+    def facts(task: TextClassification) -> tuple[Any, ...]:
         arrays = task.encode("train", tokenizer).arrays
         groups = task.group_numbers(None).tolist()
         return task.label_names, task.fingerprint(), groups, arrays["labels"].tolist()
 
-    first = found(replace(task))
+    def read(*_: Any) -> None:
+        raise AssertionError("tables were read")
+
+    first = facts(replace(task))
     assert first[0] == ["sport", "weather"] and first[2] == [1, 0, 1]
-    monkeypatch.setattr("fedpeft.data.rows.source.load_tables", _unwanted)
-    assert found(replace(task)) == first
+    monkeypatch.setattr("fedpeft.data.rows.source.load_tables", read)
+    assert facts(replace(task)) == first
     changed = Path(str(task.path)) / "train.jsonl"
     changed.write_text(changed.read_text().replace("the snow", "snow and snow"))
     with pytest.raises(AssertionError, match="tables were read"):
-        found(replace(task))
+        facts(replace(task))
     monkeypatch.undo()
-    again = found(replace(task))
+    again = facts(replace(task))
     assert again[1]["sha256"] != first[1]["sha256"] and again[2:] == first[2:]
 
 
-def _unwanted(*_: Any) -> None:
-    raise AssertionError("tables were read")
-
-
-def test_a_half_written_memory_is_made_again(folder: Path) -> None:
+def test_a_half_written_file_of_facts_is_written_again(folder: Path) -> None:
     assert remembered(["a", 1], lambda: {"x": 1}) == {"x": 1}
     (file,) = (folder / "remembered").glob("*.json")
     assert remembered(["a", 1], lambda: {"x": 2}) == {"x": 1}
@@ -355,25 +353,22 @@ def test_a_half_written_memory_is_made_again(folder: Path) -> None:
 
 
 def test_a_partition_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(*_: Any) -> None:
+        raise AssertionError("drawn again")
+
     labels = np.arange(60) % 3
     first = Dirichlet(alpha=0.5).once(labels, 4, 7)
-    assert all(
-        np.array_equal(a, b)
-        for a, b in zip(first, Dirichlet(alpha=0.5).indices(labels, 4, 7), strict=True)
-    )
-    monkeypatch.setattr(Dirichlet, "_indices", _drawn)
+    drawn = Dirichlet(alpha=0.5).indices(labels, 4, 7)
+    assert [rows.tolist() for rows in first] == [rows.tolist() for rows in drawn]
+    monkeypatch.setattr(Dirichlet, "indices", draw)
     again = Dirichlet(alpha=0.5).once(labels, 4, 7)
     assert [rows.tolist() for rows in again] == [rows.tolist() for rows in first]
-    others = (
+    other_draws = (
         (0.6, labels, 4, 7),
         (0.5, labels[::-1], 4, 7),
         (0.5, labels, 5, 7),
         (0.5, labels, 4, 8),
     )
-    for alpha, given, clients, seed in others:
+    for alpha, numbers, clients, seed in other_draws:
         with pytest.raises(AssertionError, match="drawn again"):
-            Dirichlet(alpha=alpha).once(given, clients, seed)
-
-
-def _drawn(*_: Any) -> None:
-    raise AssertionError("drawn again")
+            Dirichlet(alpha=alpha).once(numbers, clients, seed)

@@ -1,4 +1,4 @@
-"""Multiple choice: candidates as sequences, scores by row, and several that are right."""
+"""Multiple choice: candidates as sequences, scores by row, and rows with several right answers."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +13,9 @@ from fedpeft.data.rows.tables import values
 from fedpeft.data.tasks.choice import MultipleChoice
 from fedpeft.engine.engine import Engine
 from tests.conftest import Runner
-from tests.data.made import Logits, Rows, composed, write
+from tests.data.files import Rows, write
+from tests.data.shortcuts import composed
+from tests.data.stand_ins import Logits
 
 COPA: Rows = [
     {"premise": "Snow was old.", "choice1": "The house", "choice2": "A cloud", "question": "cause"}
@@ -31,16 +33,19 @@ NO_ROW = "mend it, or leave such rows out with data.bad_rows=skip"
 Make = Callable[..., Engine]
 
 
-def several(rows: Rows, times: int = 12) -> Rows:
+def repeated(rows: Rows, times: int = 12) -> Rows:
     return [dict(row) for _ in range(times) for row in rows]
 
 
 @pytest.fixture
-def session(base: list[str], decoder: Path, tmp_path: Path) -> Make:
-    """A session of these rows on the tiny BERT or, by likelihood, on the tiny Llama."""
+def make_engine(base: list[str], decoder: Path, tmp_path: Path) -> Make:
+    """``make_engine("copa", rows)`` gives an engine with these rows on the tiny BERT.
+
+    With ``likelihood=True`` the tiny Llama scores the candidates.
+    """
 
     def make(data: str, rows: Rows, likelihood: bool = False, **fields: Any) -> Engine:
-        path = write(tmp_path / data, train=several(rows), validation=rows)
+        path = write(tmp_path / data, train=repeated(rows), validation=rows)
         model = [f"model.path={decoder}"] if likelihood else []
         scoring = "likelihood" if likelihood else "head"
         task = replace(composed(f"data={data}").data, path=path, scoring=scoring, **fields)
@@ -49,64 +54,66 @@ def session(base: list[str], decoder: Path, tmp_path: Path) -> Make:
     return make
 
 
-def sequences(session: Engine, split: str = "test") -> list[list[str]]:
-    examples = session.rows.examples(split)
-    ids, cuts = examples.arrays["tokens"].tolist(), examples.arrays["offsets"].tolist()
-    pairs = zip(cuts, cuts[1:], strict=False)
-    return [session.replica.processor.convert_ids_to_tokens(ids[a:b]) for a, b in pairs]
+def sequences(engine: Engine, split: str = "test") -> list[list[str]]:
+    """Return the tokens of each candidate of a split."""
+    examples = engine.rows.examples(split)
+    ids, offsets = examples.arrays["tokens"].tolist(), examples.arrays["offsets"].tolist()
+    pairs = zip(offsets, offsets[1:], strict=False)
+    return [engine.replica.processor.convert_ids_to_tokens(ids[a:b]) for a, b in pairs]
 
 
 # --- encoding -----------------------------------------------------------------------------------
 
 
-def test_pairs_for_an_encoder(session: Make) -> None:
-    own = session("copa", COPA)
-    because = so = "[UNK]"  # to the tiny BERT
-    assert sequences(own) == [
+def test_pairs_for_an_encoder(make_engine: Make) -> None:
+    engine = make_engine("copa", COPA)
+    because = so = "[UNK]"  # the tiny BERT's vocabulary has neither
+    assert sequences(engine) == [
         ["[CLS]", "snow", "was", "old", because, "[SEP]", "the", "house", "[SEP]"],
         ["[CLS]", "snow", "was", "old", because, "[SEP]", "a", "cloud", "[SEP]"],
         ["[CLS]", "rain", "and", "wind", so, "[SEP]", "the", "storm", "[SEP]"],
         ["[CLS]", "rain", "and", "wind", so, "[SEP]", "old", "plate", "[SEP]"],
     ]
-    arrays = own.rows.examples("test").arrays
+    arrays = engine.rows.examples("test").arrays
     assert arrays["groups"].tolist() == [0, 2, 4]
     assert arrays["right"].tolist() == [False, True, True, False]
-    assert own.task.num_labels == 1 and own.task.auto_class.endswith("SequenceClassification")
-    assert own.task.selects == ("accuracy", 1)
+    assert engine.task.num_labels == 1 and engine.task.auto_class.endswith("SequenceClassification")
+    assert engine.task.selects == ("accuracy", 1)
 
 
-def test_continuations_for_a_decoder(session: Make) -> None:
-    own = session("copa", COPA[1:], likelihood=True)
-    assert sequences(own) == [
+def test_continuations_for_a_decoder(make_engine: Make) -> None:
+    engine = make_engine("copa", COPA[1:], likelihood=True)
+    assert sequences(engine) == [
         ["<s>", "rain", "and", "wind", "so", "the", "storm"],
         ["<s>", "rain", "and", "wind", "so", "old", "plate"],
     ]
-    assert own.rows.examples("test").arrays["prompts"].tolist() == [5, 5]
-    assert own.task.num_labels is None and own.task.auto_class == "AutoModelForCausalLM"
+    assert engine.rows.examples("test").arrays["prompts"].tolist() == [5, 5]
+    assert engine.task.num_labels is None and engine.task.auto_class == "AutoModelForCausalLM"
 
 
-def test_entities_that_fill_the_gap(session: Make) -> None:
-    """Each once, though one stands twice; two of the three are right."""
-    own = session("record", RECORD, likelihood=True)
+def test_entities_that_fill_the_gap(make_engine: Make) -> None:
+    """An entity that is listed twice is one candidate; two of the first row's three are right."""
+    engine = make_engine("record", RECORD, likelihood=True)
     passage = ["<s>", "rain", "and", "snow", "wind"]
-    assert sequences(own) == [
+    assert sequences(engine) == [
         [*passage, "then", "rain", "was", "near"],
         [*passage, "then", "snow", "was", "near"],
         [*passage, "then", "wind", "was", "near"],
         ["<s>", "goal", "and", "team", "goal"],
         ["<s>", "goal", "and", "team", "team"],
     ]
-    arrays = own.rows.examples("test").arrays
+    arrays = engine.rows.examples("test").arrays
     assert arrays["groups"].tolist() == [0, 3, 5]
     assert arrays["right"].tolist() == [True, False, True, False, True]
     assert arrays["prompts"].tolist() == [5, 5, 5, 4, 4]
-    groups, names = own.task.grouped(None)
-    assert names == ["all"] and len(groups) == len(own.task.train_rows)
+    groups, names = engine.task.grouped(None)
+    assert names == ["all"] and len(groups) == len(engine.task.train_rows)
 
 
-def test_cuts_are_counted_by_row(session: Make) -> None:
-    """At most 7 tokens: one of a prompt of 5 goes, one of an answer of 4; row 1 is shorter."""
-    arrays = session("record", RECORD, likelihood=True, max_length=7).rows.examples("test").arrays
+def test_cuts_are_counted_by_row(make_engine: Make) -> None:
+    """Row 0 has a prompt of 5 tokens and answers of 4, and 7 fit: each loses one. Row 1 fits."""
+    engine = make_engine("record", RECORD, likelihood=True, max_length=7)
+    arrays = engine.rows.examples("test").arrays
     assert arrays["cut_prompt"].tolist() == [True, False]
     assert arrays["cut_answer"].tolist() == [True, False]
     assert np.diff(arrays["offsets"]).tolist() == [7, 7, 7, 5, 5]
@@ -138,82 +145,77 @@ def test_losses_by_hand() -> None:
         [1, 3, 2],
         [1, 0, inf],
     ]
-    found = task.evaluate_batch(task.forward(model, BATCH), BATCH)
-    assert found["loss"].tolist() == pytest.approx(LOSSES)
-    assert found["prediction"].tolist() == [1, 1, 0]
-    assert found["hit"].tolist() == [False, False, True]
+    measures = task.evaluate_batch(task.forward(model, BATCH), BATCH)
+    assert measures["loss"].tolist() == pytest.approx(LOSSES)
+    assert measures["prediction"].tolist() == [1, 1, 0]
+    assert measures["hit"].tolist() == [False, False, True]
     assert float(task.loss(task.forward(model, BATCH), BATCH)) == pytest.approx(np.mean(LOSSES))
 
 
 def test_scores_by_hand(tmp_path: Path) -> None:
-    """Batches' rows are numbers in the split: 2, 0 and 1."""
-    given: Rows = [
+    """A batch's rows are numbers in the split, here 2, 0 and 1."""
+    rows: Rows = [
         {"premise": "x", "c": ["the old house", "big house", "old big house"]}
         | {"a": ["the old house", "old big house"]},
         {"premise": "x", "c": ["team", "goal"], "a": ["team"]},
         {"premise": "x", "c": ["rain", "rain and snow"], "a": ["rain"]},
     ]
     task = MultipleChoice(
-        path=write(tmp_path, train=given, test=given[:1]),
+        path=write(tmp_path, train=rows, test=rows[:1]),
         validation_split="test",
         choices=["c"],
         answers="a",
         label=None,
         metrics=["accuracy", "token_f1", "exact_match"],
     )
-    found = task.score(
-        [task.evaluate_batch(task.forward(Logits(SCORES), BATCH), BATCH) | {"row": BATCH["row"]}],
-        task.train_rows,
-        None,
-    )
-    assert set(found) == {"loss", "accuracy", "token_f1", "exact_match"}
-    assert found["loss"] == pytest.approx(np.mean(LOSSES))
-    assert found["accuracy"] == found["exact_match"] == pytest.approx(1 / 3)
+    measures = task.evaluate_batch(task.forward(Logits(SCORES), BATCH), BATCH)
+    metrics = task.score([measures | {"row": BATCH["row"]}], task.train_rows, None)
+    assert set(metrics) == {"loss", "accuracy", "token_f1", "exact_match"}
+    assert metrics["loss"] == pytest.approx(np.mean(LOSSES))
+    assert metrics["accuracy"] == metrics["exact_match"] == pytest.approx(1 / 3)
     # row 2: "rain and snow" beside "rain"; 0: "big house" beside "old big house"; 1 is right
-    assert found["token_f1"] == pytest.approx((1 / 2 + 4 / 5 + 1) / 3)
+    assert metrics["token_f1"] == pytest.approx((1 / 2 + 4 / 5 + 1) / 3)
 
 
 @pytest.mark.parametrize("likelihood", [True, False])
-def test_scores_of_a_model(session: Make, likelihood: bool) -> None:
-    """Of a batch with padding, as of each candidate alone; by hand where it is a likelihood."""
+def test_scores_of_a_model(make_engine: Make, likelihood: bool) -> None:
+    """A batch with padding has the scores of each candidate alone."""
     rows = RECORD if likelihood else COPA
-    own = session("record" if likelihood else "copa", rows, likelihood=likelihood)
-    own.replica.model.eval()
-    examples = own.rows.examples("test")
+    engine = make_engine("record" if likelihood else "copa", rows, likelihood=likelihood)
+    model = engine.replica.model.eval()
+    examples = engine.rows.examples("test")
     expected: list[list[float]] = []
     for row in range(2):
         alone = examples.batch(np.array([row]))
         scores = []
         for ids, mask in zip(alone["input_ids"], alone["attention_mask"], strict=True):
+            candidate = ids[: int(mask.sum())][None]
             with torch.no_grad():
-                given = ids[: int(mask.sum())][None]
-                logits = own.replica.model(
-                    input_ids=given, attention_mask=torch.ones_like(given)
+                logits = model(
+                    input_ids=candidate, attention_mask=torch.ones_like(candidate)
                 ).logits[0]
             if likelihood:
                 prompt = int(alone["prompts"][0])
                 logp = logits.log_softmax(-1)
-                places = range(prompt, given.shape[1])
+                places = range(prompt, candidate.shape[1])
                 scores.append(float(np.mean([float(logp[i - 1, ids[i]]) for i in places])))
             else:
                 scores.append(float(logits[0]))
         expected.append(scores)
+    batch = examples.batch(np.arange(2))
     with torch.no_grad():
-        found = own.task.scores(
-            own.task.forward(own.replica.model, examples.batch(np.arange(2))),
-            examples.batch(np.arange(2)),
-        ).tolist()
-    for got, scores in zip(found, expected, strict=True):
-        assert got[: len(scores)] == pytest.approx(scores, abs=1e-5)
-        assert set(got[len(scores) :]) <= {float("-inf")}
+        together = engine.task.scores(engine.task.forward(model, batch), batch).tolist()
+    for row, scores in zip(together, expected, strict=True):
+        assert row[: len(scores)] == pytest.approx(scores, abs=1e-5)
+        assert set(row[len(scores) :]) <= {float("-inf")}
 
 
 @pytest.mark.parametrize("likelihood", [True, False])
 def test_a_run(run: Runner, decoder: Path, tmp_path: Path, likelihood: bool) -> None:
-    path = write(tmp_path / "c", train=several(COPA, 30), validation=COPA)
+    path = write(tmp_path / "c", train=repeated(COPA, 30), validation=COPA)
     model = [f"model.path={decoder}", "data.scoring=likelihood"] if likelihood else []
-    given = ["method.rank=4", "data=copa", f"data.path={path}", "local_steps=6", "lr=0.01"]
-    summary = run(*model, *given)
+    data = ["data=copa", f"data.path={path}"]
+    summary = run(*model, *data, "method.rank=4", "local_steps=6", "lr=0.01")
     assert summary["refused"] == {} and summary["selected_by"] == "validation_accuracy"
     measured = {key for key in summary["final"] if key.startswith("test_")}
     assert measured == {"test_loss", "test_accuracy"}
@@ -254,7 +256,7 @@ def test_rows_that_have_no_choice(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("label", [2, -1, None])
-def test_a_label_that_is_no_candidate_s(tmp_path: Path, label: int | None) -> None:
+def test_a_label_that_names_no_candidate(tmp_path: Path, label: int | None) -> None:
     path = write(tmp_path, train=[*COPA, COPA[0] | {"label": label}], validation=COPA)
     with pytest.raises(ValueError) as error:
         replace(composed("data=copa").data, path=path).split_rows("train")

@@ -1,4 +1,4 @@
-"""Every YAML in conf/data, on small tables in its hub data set's columns and layout."""
+"""Every YAML in conf/data, on small tables with the columns and layout of its hub data set."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +13,8 @@ from fedpeft.data.rows.tables import values
 from fedpeft.data.rows.templates import rendered
 from fedpeft.engine.engine import Engine
 from tests.conftest import TOPICS, job_of
-from tests.data.made import composed, image
+from tests.data.files import image
+from tests.data.shortcuts import composed
 
 NAMES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
 WORDS = sum((words.split() for words in TOPICS.values()), [])
@@ -23,7 +24,7 @@ BINARY = ["not_entailment", "entailment"]
 VIT = "{model_type: vit, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
 VIT += "intermediate_size: 64, image_size: 8, patch_size: 4, num_channels: 3}"
 
-# Class, share of train that validates, the dev set or null for rows of train, metrics, classes.
+# Class, validation_fraction, test_split (null: rows of train are set aside), metrics, classes.
 EXPECTED: dict[str, tuple[str, float, str | None, list[str], list[str] | None]] = {
     "cola": (
         "TextClassification",
@@ -78,17 +79,22 @@ EXPECTED: dict[str, tuple[str, float, str | None, list[str], list[str] | None]] 
         ["glioma", "meningioma"],
     ),
 }
-OWN = {"docstrings": "Docstrings", "docstrings_lm": "DocstringsLM", "table": "TextClassification"}
+# Class of each YAML that names no data set of the hub.
+NOT_OF_THE_HUB = {
+    "docstrings": "Docstrings",
+    "docstrings_lm": "DocstringsLM",
+    "table": "TextClassification",
+}
 
 
 def test_every_yaml_is_here() -> None:
-    assert sorted([*EXPECTED, *OWN]) == NAMES
+    assert sorted([*EXPECTED, *NOT_OF_THE_HUB]) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_yaml_composes(name: str) -> None:
     data = composed(f"data={name}").data
-    assert type(data).__name__ == (OWN.get(name) or EXPECTED[name][0])
+    assert type(data).__name__ == (NOT_OF_THE_HUB.get(name) or EXPECTED[name][0])
     if name not in EXPECTED:
         return
     _, fraction, test, metrics, _ = EXPECTED[name]
@@ -99,14 +105,24 @@ def test_every_yaml_composes(name: str) -> None:
         assert data.subset == name and len(data.revision) == 40
 
 
-# --- on tables as the hub's ---------------------------------------------------------------------
+# --- rows as the hub's --------------------------------------------------------------------------
 
 
 def words(i: int, count: int) -> str:
+    """Return so many words, which differ by row ``i``."""
     return " ".join(WORDS[(7 * i + j) % len(WORDS)] for j in range(count))
 
 
-def glue(names: list[str], *columns: str) -> tuple[Features, Callable[[int], dict[str, Any]]]:
+Tables = tuple[Features | None, Callable[[int], dict[str, Any]]]
+
+
+def glue(names: list[str], *columns: str) -> Tables:
+    """Return features and rows of a GLUE data set.
+
+    Args:
+        names: its classes, in the order of their numbers.
+        columns: its columns of text.
+    """
     features = {column: TEXT for column in columns}
     features |= {"label": ClassLabel(names=names), "idx": Value("int32")}
     return (
@@ -119,29 +135,42 @@ def glue(names: list[str], *columns: str) -> tuple[Features, Callable[[int], dic
 
 
 def entities(i: int) -> dict[str, Any]:
-    given = [words(i, 1), words(i + 1, 1), words(i, 1), words(i + 2, 2)]
-    right = [] if i == 4 else [given[i % 3], given[3]]  # one row names none of them
+    names = [words(i, 1), words(i + 1, 1), words(i, 1), words(i + 2, 2)]
+    answers = [] if i == 4 else [names[i % 3], names[3]]  # one row has no right entity
     text = {"passage": f"{words(i, 6)}\n@highlight\n{words(i + 1, 4)}", "query": "the @placeholder"}
-    spans = {"text": given, "start": [0] * 4, "end": [1] * 4}
+    spans = {"text": names, "start": [0] * 4, "end": [1] * 4}
     idx = {"idx": {"passage": i, "query": 0}}
-    return text | {"entities": given, "entity_spans": spans, "answers": right} | idx
+    return text | {"entities": names, "entity_spans": spans, "answers": answers} | idx
 
 
 def question(i: int) -> dict[str, Any]:
     answers = {"text": [words(i, 2), words(i, 1)], "answer_start": [0, 0]}
-    given = {"id": str(i), "title": f"t{i % 3}", "context": words(i, 9), "question": words(i, 3)}
-    return given | {"answers": answers}
+    return {
+        "id": str(i),
+        "title": f"t{i % 3}",
+        "context": words(i, 9),
+        "question": words(i, 3),
+        "answers": answers,
+    }
 
 
 def dolly(i: int) -> dict[str, Any]:
-    given = {"instruction": words(i, 3), "context": words(i, 4) if i % 2 else ""}
-    return given | {"response": words(i, 5), "category": ["open_qa", "brainstorming"][i % 2]}
+    return {
+        "instruction": words(i, 3),
+        "context": words(i, 4) if i % 2 else "",
+        "response": words(i, 5),
+        "category": ["open_qa", "brainstorming"][i % 2],
+    }
 
 
 def medquad(i: int) -> dict[str, Any]:
-    answer = None if i % 5 == 4 else words(i, 4)  # as the hub's, whose copyright forbids them
-    given = {"document_id": str(i), "question": words(i, 3), "question_type": f"k{i % 3}"}
-    return given | {"answer": answer, "question_focus": "x"}
+    return {
+        "document_id": str(i),
+        "question": words(i, 3),
+        "question_type": f"k{i % 3}",
+        "answer": None if i % 5 == 4 else words(i, 4),  # the hub omits answers under copyright
+        "question_focus": "x",
+    }
 
 
 def picture(i: int) -> dict[str, Any]:
@@ -149,11 +178,16 @@ def picture(i: int) -> dict[str, Any]:
 
 
 def choice(i: int) -> dict[str, Any]:
-    given = {"premise": words(i, 4) + ".", "choice1": words(i + 1, 2), "choice2": words(i + 2, 3)}
-    return given | {"question": ["cause", "effect"][i % 2], "idx": i, "label": i % 2}
+    return {
+        "premise": words(i, 4) + ".",
+        "choice1": words(i + 1, 2),
+        "choice2": words(i + 2, 3),
+        "question": ["cause", "effect"][i % 2],
+        "idx": i,
+        "label": i % 2,
+    }
 
 
-Tables = tuple[Features | None, Callable[[int], dict[str, Any]]]
 HUB: dict[str, Tables] = {
     "cola": glue(["unacceptable", "acceptable"], "sentence"),
     "sst2": glue(["negative", "positive"], "sentence"),
@@ -181,22 +215,21 @@ HUB: dict[str, Tables] = {
     "brain_tumor": (None, picture),
     "images": (None, picture),
 }
-DEV, TEST = 7, 4  # rows, beside 25 to train on
+TRAIN, DEV, TEST = 25, 7, 4  # rows of each split
 
 
 def hub(folder: Path, name: str) -> str:
-    """Files as ``hf download`` leaves them; a test's labels are hidden where GLUE hides them."""
+    """Write files as ``hf download`` leaves them; GLUE's test rows have the label -1."""
     features, make = HUB[name]
     test = EXPECTED[name][2]
-    splits = {"train": range(25)}
+    splits = {"train": range(TRAIN)}
     if name == "mnli":
         splits |= {"validation_matched": range(30, 37), "validation_mismatched": range(40, 49)}
     elif test is not None:
         splits |= {test: range(30, 30 + DEV)}
     folder.mkdir()
     for split, numbers in splits.items():
-        rows = [make(i) for i in numbers]
-        table = Dataset.from_list(rows, features)
+        table = Dataset.from_list([make(i) for i in numbers], features)
         table.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
     if features is not None and test == "validation":
         hidden = [make(i) | ({} if name == "squad" else {"label": -1}) for i in range(TEST)]
@@ -204,25 +237,25 @@ def hub(folder: Path, name: str) -> str:
     return str(folder)
 
 
-# train, validation and test rows; what is set aside is rounded up
+# Rows that train, validate and test, by validation_fraction; numbers set aside are rounded up.
 ROWS = {0.1: (22, 3, DEV), 0.01: (24, 1, DEV)}
 OTHER_ROWS = {
-    "record": (23, 1, DEV),  # of 24 that name an entity
-    "medquad": (16, 2, 2),  # of 20 with an answer: 2 to test, 2 of 18 to validate
-    "dolly": (19, 3, 3),  # 3 of 25, 3 of 22
+    "record": (23, 1, DEV),  # of the 24 rows with a right entity
+    "medquad": (16, 2, 2),  # of the 20 rows with an answer 2 test; of the other 18, 2 validate
+    "dolly": (19, 3, 3),  # of 25 rows 3 test; of the other 22, 3 validate
     "instructions": (19, 3, 3),
 }
 
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[[str], Any]:
-    """A data set's small tables, without a model."""
+    """``read("cola")`` gives the data set's task on its small tables."""
     return lambda name: replace(composed(f"data={name}").data, path=hub(tmp_path / name, name))
 
 
 @pytest.fixture
 def opened(base: list[str], decoder: Path, read: Callable[[str], Any]) -> Callable[[str], Engine]:
-    """A session of a data set's small tables, with a tiny model of its kind."""
+    """``opened("cola")`` gives an engine on the data set's small tables and a tiny model."""
 
     def make(name: str) -> Engine:
         kind, *_ = EXPECTED[name]
@@ -238,29 +271,29 @@ def opened(base: list[str], decoder: Path, read: Callable[[str], Any]) -> Callab
     return make
 
 
-# The slow ones differ from another in columns and classes alone.
+# These differ from another data set in columns and classes alone.
 SLOW = {"qqp", "rte", "instructions", "images"}
 CASES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in EXPECTED]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_small_tables(opened: Callable[[str], Engine], name: str) -> None:
-    """Sizes of the splits, classes, groups, and which measures the test rows get."""
-    session = opened(name)
-    task, (_, fraction, _, metrics, classes) = session.task, EXPECTED[name]
+    """Splits have their sizes, labels their classes, and test rows their metrics."""
+    engine = opened(name)
+    task, (_, fraction, _, metrics, classes) = engine.task, EXPECTED[name]
     expected = OTHER_ROWS.get(name) or ROWS[fraction]
     rows = task.fingerprint()["rows"]
     assert (rows["train"], rows["validation"], rows["test"]) == expected
     assert getattr(task, "label_names", None) == classes
-    found = session.evaluate(session.rows.examples("test"), last=True)
-    named = set(metrics)
+    measured = engine.evaluate(engine.rows.examples("test"), last=True)
+    names = set(metrics)
     if EXPECTED[name][0] in ("InstructionTuning", "QuestionAnswering"):
         forms = ("teacher_forced", "generated")
-        named = {"token_accuracy", *(f"{m}_{form}" for m in metrics for form in forms)}
-        assert len(session.samples) == expected[2]
-    assert set(found) == {"loss", *named}
-    assert all(value == value for value in found.values())  # no NaN
-    trained = session.train_client(job_of(session, 0), 1).trained
+        names = {"token_accuracy", *(f"{m}_{form}" for m in metrics for form in forms)}
+        assert len(engine.samples) == expected[2]
+    assert set(measured) == {"loss", *names}
+    assert all(value == value for value in measured.values())  # no NaN
+    trained = engine.train_client(job_of(engine, 0), 1).trained
     assert trained.num_examples > 0 and trained.loss > 0
 
 
@@ -276,22 +309,21 @@ def test_mnli_s_two_tests(read: Callable[[str], Any]) -> None:
     assert values(task.split_rows("mismatched"), "idx") == list(range(40, 49))
 
 
-def test_what_is_left_out(read: Callable[[str], Any]) -> None:
+def test_bad_rows_are_left_out(read: Callable[[str], Any]) -> None:
     assert read("record").fingerprint()["skipped"] == {"has answers []: no candidate's": 1}
     assert read("medquad").fingerprint()["skipped"] == {"has an empty answer": 5}
 
 
 def test_groups_by_which_clients_differ(read: Callable[[str], Any]) -> None:
-    found = {name: read(name).grouped(None)[1] for name in ("dolly", "medquad", "squad")}
-    assert found == {
+    groups = {name: read(name).grouped(None)[1] for name in ("dolly", "medquad", "squad")}
+    assert groups == {
         "dolly": ["brainstorming", "open_qa"],
         "medquad": ["k0", "k1", "k2"],
         "squad": ["t0", "t1", "t2"],
     }
 
 
-def test_prompts(read: Callable[[str], Any]) -> None:
-    """Dolly's context where there is one; COPA's sentence goes on."""
+def test_dolly_s_prompt_has_the_context_where_there_is_one(read: Callable[[str], Any]) -> None:
     task = read("dolly")
     rows = task.as_given("train")
     first, second = dolly(0), dolly(1)
@@ -299,8 +331,10 @@ def test_prompts(read: Callable[[str], Any]) -> None:
         first["instruction"],
         f"{second['instruction']}\n\n{second['context']}",
     ]
+
+
+def test_copa_s_prompt_goes_on_from_the_premise(read: Callable[[str], Any]) -> None:
     task = read("copa")
-    rows = task.as_given("train")
+    prompts = rendered(task.prompt, task.as_given("train"))
     premise = choice(0)["premise"].removesuffix(".")
-    assert rendered(task.prompt, rows)[0] == f"{premise} because "
-    assert rendered(task.prompt, rows)[1].endswith(" so ")
+    assert prompts[0] == f"{premise} because " and prompts[1].endswith(" so ")

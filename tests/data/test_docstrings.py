@@ -19,7 +19,7 @@ SHARED = "This {} sentence stands in both of the fake packages."
 
 
 def content_hash(folder: Path) -> str:
-    """SHA-256 of the rows of all splits, in order; of text and label, not of the files' bytes."""
+    """Return the SHA-256 of the texts and labels of all splits, in their order."""
     digest = hashlib.sha256()
     for split in docstrings.SPLITS:
         for row in pq.read_table(folder / f"{split}.parquet").to_pylist():
@@ -28,7 +28,14 @@ def content_hash(folder: Path) -> str:
 
 
 def install(site: Path, distribution: str, package: str, sources: dict[str, str]) -> None:
-    """Lays out what a wheel leaves in site-packages: the files, METADATA and RECORD."""
+    """Write a wheel's files to site-packages, with METADATA and RECORD.
+
+    Args:
+        site: the folder of packages.
+        distribution: the wheel's name.
+        package: the name by which it is imported.
+        sources: texts by path in the package.
+    """
     info = site / f"{distribution.replace('-', '_')}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
@@ -40,6 +47,7 @@ def install(site: Path, distribution: str, package: str, sources: dict[str, str]
 
 
 def functions(*sentences: str) -> str:
+    """Return Python code of functions with these docstrings."""
     return "".join(f'def f{i}():\n    """{text}"""\n' for i, text in enumerate(sentences))
 
 
@@ -49,7 +57,10 @@ def sentences(package: str, count: int) -> list[str]:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two fake packages of 20 sentences each, and one more that they share but for its case."""
+    """A folder with two fake packages of 20 sentences each.
+
+    Both have one sentence more, which is equal where names are masked and case is ignored.
+    """
     folder = tmp_path / "site"
     alpha, beta = sentences("alpha", 20), sentences("beta", 20)
     skipped = functions("This sentence of a test folder is never to be read.")
@@ -64,8 +75,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "tests/test_more.py": skipped,
         },
     )
-    shared = SHARED.format("torch").upper()  # equal to alpha's only when masked and folded
-    twice = beta[0].replace("Return", "return")  # one row with beta[0]
+    shared = SHARED.format("torch").upper()
+    twice = beta[0].replace("Return", "return")  # makes one row with beta[0]
     install(folder, "fake-beta", "beta", {"__init__.py": functions(*beta, twice, shared)})
     monkeypatch.syspath_prepend(str(folder))
     return folder
@@ -119,10 +130,9 @@ def test_mask_leaves_other_words(text: str) -> None:
     assert docstrings.mask(text) == text
 
 
-def test_mask_knows_every_package() -> None:
-    names = {*docstrings.PACKAGES, *docstrings.PACKAGES.values()}
-    for name in names:
-        assert docstrings.mask(f"the {name} library") == "the package library"
+@pytest.mark.parametrize("name", sorted({*docstrings.PACKAGES, *docstrings.PACKAGES.values()}))
+def test_mask_knows_every_package(name: str) -> None:
+    assert docstrings.mask(f"the {name} library") == "the package library"
 
 
 def test_labels_are_alphabetical() -> None:
@@ -200,42 +210,46 @@ def test_is_sentence(text: str, usable: bool) -> None:
 def test_distinct_drops_shared_texts_and_repeats() -> None:
     ordered = {"a": ["One", "both", "ONE", "Two"], "b": ["Both", "three"], "c": ["four"]}
     expected = {"a": ["One", "Two"], "b": ["three"], "c": ["four"]}
-    assert docstrings._distinct(ordered) == expected
+    assert docstrings.distinct(ordered) == expected
 
 
-def test_sources_are_the_wheels_own_without_tests(site: Path) -> None:
+def test_sources_are_those_of_the_wheel_without_tests(site: Path) -> None:
     with (site / "fake_alpha-1.0.dist-info" / "RECORD").open("a") as record:
         record.write("../bin/tool.py,,\nalpha/data.txt,,\n")
     (site / "alpha" / "stray.py").write_text(functions("Not of the wheel, so not a source."))
-    found = {
-        path.relative_to(site).as_posix() for path in docstrings.sources("fake-alpha", "alpha")
-    }
-    assert found == {"alpha/__init__.py", "alpha/sub/more.py", "alpha/broken.py"}
+    paths = docstrings.sources("fake-alpha", "alpha")
+    names = {path.relative_to(site).as_posix() for path in paths}
+    assert names == {"alpha/__init__.py", "alpha/sub/more.py", "alpha/broken.py"}
 
 
 def test_extract_gives_texts_to_their_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(docstrings.os, "cpu_count", lambda: 2)
-    names = {"a": ["a0", "a1", "a2"], "b": ["b0", "b1"]}
-    files = {key: [tmp_path / f"{name}.py" for name in own] for key, own in names.items()}
+    files = {
+        "a": [tmp_path / "a0.py", tmp_path / "a1.py", tmp_path / "a2.py"],
+        "b": [tmp_path / "b0.py", tmp_path / "b1.py"],
+    }
     for path in (path for paths in files.values() for path in paths):
         path.write_text(f'"""Text of {path.stem}."""')
-    found = {key: sorted(texts) for key, texts in docstrings._extract(files).items()}
-    assert found == {key: [f"Text of {name}." for name in own] for key, own in names.items()}
+    texts = {package: sorted(texts) for package, texts in docstrings.extract(files).items()}
+    assert texts == {
+        "a": ["Text of a0.", "Text of a1.", "Text of a2."],
+        "b": ["Text of b0.", "Text of b1."],
+    }
 
 
 def test_build_keeps_each_usable_sentence_once(site: Path, tmp_path: Path) -> None:
-    found = all_rows(docstrings._build(FAKES, 20, tmp_path / "cache"))
-    # Of two spellings of beta's first sentence the hash decides.
+    pairs = all_rows(docstrings.build(20, tmp_path / "cache", FAKES))
+    # The hash decides which of two spellings of beta's first sentence stays.
     expected = {(text, 0) for text in sentences("alpha", 20)}
     expected |= {(text.casefold(), 1) for text in sentences("beta", 20)}
-    assert len(found) == 40
-    assert {(text.casefold() if label else text, label) for text, label in found} == expected
+    assert len(pairs) == 40
+    assert {(text.casefold() if label else text, label) for text, label in pairs} == expected
 
 
 def test_build_splits_each_label_80_10_10(site: Path, tmp_path: Path) -> None:
-    folder = docstrings._build(FAKES, 20, tmp_path)
+    folder = docstrings.build(20, tmp_path, FAKES)
     counts = {s: Counter(label for _, label in rows(folder, s)) for s in docstrings.SPLITS}
     assert counts == {
         "train": {0: 16, 1: 16},
@@ -245,19 +259,19 @@ def test_build_splits_each_label_80_10_10(site: Path, tmp_path: Path) -> None:
 
 
 def test_build_mixes_labels(site: Path, tmp_path: Path) -> None:
-    labels = [label for _, label in rows(docstrings._build(FAKES, 20, tmp_path), "train")]
+    labels = [label for _, label in rows(docstrings.build(20, tmp_path, FAKES), "train")]
     assert labels not in (sorted(labels), sorted(labels, reverse=True))
 
 
 def test_larger_set_keeps_rows_in_their_split(site: Path, tmp_path: Path) -> None:
-    small, large = (docstrings._build(FAKES, count, tmp_path) for count in (10, 20))
+    small, large = (docstrings.build(count, tmp_path, FAKES) for count in (10, 20))
     for split in docstrings.SPLITS:
         assert set(rows(small, split)) < set(rows(large, split))
 
 
-def test_builds_are_equal_and_content_hash_tells_others(site: Path, tmp_path: Path) -> None:
-    first = docstrings._build(FAKES, 20, tmp_path / "a")
-    second = docstrings._build(FAKES, 20, tmp_path / "b")
+def test_builds_are_equal_and_their_hash_sees_every_change(site: Path, tmp_path: Path) -> None:
+    first = docstrings.build(20, tmp_path / "a", FAKES)
+    second = docstrings.build(20, tmp_path / "b", FAKES)
     assert first != second
     digest = content_hash(first)
     assert content_hash(second) == digest
@@ -272,35 +286,35 @@ def test_builds_are_equal_and_content_hash_tells_others(site: Path, tmp_path: Pa
 
 
 def test_build_uses_the_cache(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = docstrings._build(FAKES, 10, tmp_path)
+    folder = docstrings.build(10, tmp_path, FAKES)
 
     def extract(files: object) -> None:
         raise AssertionError("built again")
 
-    monkeypatch.setattr(docstrings, "_extract", extract)
-    assert docstrings._build(FAKES, 10, tmp_path) == folder
+    monkeypatch.setattr(docstrings, "extract", extract)
+    assert docstrings.build(10, tmp_path, FAKES) == folder
     metadata = site / "fake_beta-1.0.dist-info" / "METADATA"
     metadata.write_text(metadata.read_text().replace("1.0", "1.1"))
     with pytest.raises(AssertionError, match="built again"):
-        docstrings._build(FAKES, 10, tmp_path)  # another version, another key
+        docstrings.build(10, tmp_path, FAKES)  # another version, another key
 
 
 def test_unfinished_folder_is_ignored_and_none_is_left(site: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    name = docstrings._build(FAKES, 10, tmp_path).name
+    name = docstrings.build(10, tmp_path, FAKES).name
     stale = cache / f".{name}.killed"
     stale.mkdir(parents=True)
     (stale / "train.parquet").write_bytes(b"half")
-    folder = docstrings._build(FAKES, 10, cache)
+    folder = docstrings.build(10, cache, FAKES)
     assert len(all_rows(folder)) == 20
     assert {path.name for path in cache.iterdir()} == {name, stale.name}
 
 
 def test_second_of_two_racing_builds_leaves_the_first(site: Path, tmp_path: Path) -> None:
-    folder = docstrings._build(FAKES, 10, tmp_path / "cache")
+    folder = docstrings.build(10, tmp_path / "cache", FAKES)
     before = content_hash(folder)
     other = {split: [("Another text.", 0)] for split in docstrings.SPLITS}
-    docstrings._write(other, tuple(FAKES), folder)  # its process saw no folder when it began
+    docstrings.write(other, tuple(FAKES), folder)  # as a process that began without the folder
     assert content_hash(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
@@ -308,14 +322,14 @@ def test_second_of_two_racing_builds_leaves_the_first(site: Path, tmp_path: Path
 def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
     unwritable: Any = {"train": [("text", 0)], "test": [("text", "no label")]}
     with pytest.raises(ValueError, match="no label"):
-        docstrings._write(unwritable, ("a",), tmp_path / "set")
+        docstrings.write(unwritable, ("a",), tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_load_dataset_reads_splits_and_label_names(site: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
-    folder = docstrings._build(FAKES, 10, tmp_path / "cache")
+    folder = docstrings.build(10, tmp_path / "cache", FAKES)
     loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "hf"))
     assert {name: len(table) for name, table in loaded.items()} == {
         "train": 16,
@@ -335,27 +349,26 @@ def test_build_runs_where_threads_and_no_importable_main_are(site: Path, tmp_pat
         "from pathlib import Path\n"
         "from fedpeft.data.rows import docstrings\n"
         "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
-        f"print(docstrings._build({FAKES!r}, 10, Path(sys.argv[3])))\n"
+        f"print(docstrings.build(10, Path(sys.argv[3]), {FAKES!r}))\n"
     )
     root = str(Path(docstrings.__file__).parents[2])
     command = [sys.executable, "-", root, str(site), str(tmp_path / "cache")]
     done = subprocess.run(command, input=script, capture_output=True, text=True, check=True)
-    here = content_hash(docstrings._build(FAKES, 10, tmp_path / "here"))
-    assert (
-        content_hash(Path(done.stdout.strip())) == here
-    )  # another process, so other hash() values too
+    here = content_hash(docstrings.build(10, tmp_path / "here", FAKES))
+    # Equal although hash() of a text differs by process.
+    assert content_hash(Path(done.stdout.strip())) == here
     assert done.stderr == ""
 
 
 def test_missing_package_is_named(site: Path, tmp_path: Path) -> None:
-    packages = {**FAKES, "fake-absent": "absent"}
+    packages = FAKES | {"fake-absent": "absent"}
     with pytest.raises(ValueError, match="needs the package fake-absent, not installed"):
-        docstrings._build(packages, 10, tmp_path)
+        docstrings.build(10, tmp_path, packages)
 
 
 def test_too_few_rows_are_counted(site: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fake-alpha has 20 docstrings.*rows_per_label=21"):
-        docstrings._build(FAKES, 21, tmp_path / "cache")
+        docstrings.build(21, tmp_path / "cache", FAKES)
     assert not (tmp_path / "cache").exists()
 
 
@@ -367,15 +380,15 @@ def test_rows_per_label_leaves_no_split_empty(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_full_set_names_no_package(tmp_path: Path) -> None:
     folder = docstrings.build(1500, tmp_path)
-    found = all_rows(folder)
-    assert Counter(label for _, label in found) == dict.fromkeys(range(10), 1500)
-    assert len({text.casefold() for text, _ in found}) == 15_000
+    pairs = all_rows(folder)
+    assert Counter(label for _, label in pairs) == dict.fromkeys(range(10), 1500)
+    assert len({text.casefold() for text, _ in pairs}) == 15_000
     assert len(rows(folder, "test")) == 1500
-    # Written apart from the module's own pattern: identifiers cut at case and underscore.
+    # These patterns are independent of the module's: identifiers are cut at case and underscore.
     long = re.compile(r"matplotlib|pyplot|networkx|numpy|pandas|scikit|sklearn|scipy|sympy")
     long_cased = re.compile(r"[Pp]y-?[Tt]orch|\b[Tt]orch|TORCH|(?i:transformers|hugging.?face)")
     short = {"ray", "mpl", "plt", "np", "nx", "pd", "hf", "torch"}
-    for text, _ in found:
+    for text, _ in pairs:
         assert not long.search(text.casefold()), text
         assert not long_cased.search(text), text
         parts = re.findall(r"[A-Z]?[a-z]+", re.sub(r"(?i)x-rays?", "", text))

@@ -1,4 +1,4 @@
-"""What fedpeft asks of flwr-datasets beside its documentation still stands there."""
+"""The undocumented parts of flwr-datasets that fedpeft reads are still there."""
 
 from importlib.metadata import version
 from typing import Any
@@ -37,7 +37,7 @@ PARTITIONERS = {
 @pytest.mark.parametrize("name", PARTITIONERS)
 def test_the_private_row_numbers_are_those_of_the_public_partitions(name: str) -> None:
     partitioner: Any = PARTITIONERS[name]()
-    # The rows' own numbers, beside the labels: the public way gives rows, not numbers.
+    # load_partition gives rows, not their numbers, so a column holds the numbers.
     partitioner.dataset = table(LABELS).add_column("row", np.arange(len(LABELS)))  # type: ignore
     public = [np.array(partitioner.load_partition(i)["row"]) for i in range(3)]
     if not hasattr(partitioner, INDICES):
@@ -52,8 +52,8 @@ def test_the_private_row_numbers_are_those_of_the_public_partitions(name: str) -
 
 
 def test_natural_parts_are_the_values_rows(capfd: pytest.CaptureFixture) -> None:
-    found = [sorted(part) for part in natural(LABELS)]
-    assert sorted(found) == [[0, 4, 8, 11], [1, 3, 6, 7], [2, 5, 9, 10]]
+    parts = [sorted(part) for part in natural(LABELS)]
+    assert sorted(parts) == [[0, 4, 8, 11], [1, 3, 6, 7], [2, 5, 9, 10]]
     assert capfd.readouterr() == ("", "")
 
 

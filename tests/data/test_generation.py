@@ -1,4 +1,4 @@
-"""Generated text: the same in a batch as alone, measured when asked, and kept to be read."""
+"""Generated text: the same in a batch as alone, measured when asked, and saved as samples."""
 
 import json
 from collections.abc import Callable
@@ -11,18 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedpeft.data.batching import Batch
 from fedpeft.data.tasks.instruction import IGNORED, InstructionTuning, QuestionAnswering
 from fedpeft.engine.engine import Engine
 from tests.conftest import TOPICS, Runner
-from tests.data.conftest import tokenizer_of_words
-from tests.data.made import Rows, composed, write
+from tests.data.files import Rows, write
+from tests.data.shortcuts import composed
+from tests.data.stand_ins import tokenizer_of_words
 
 ROOM = 6
 WORDS = sum((words.split() for words in TOPICS.values()), [])
 
 
 def instructions(rows: int) -> Rows:
-    """Prompts of 1 to 12 words."""
+    """Draw prompts of 1 to 12 words and responses of two."""
     rng = np.random.default_rng(0)
     return [
         {
@@ -35,7 +37,7 @@ def instructions(rows: int) -> Rows:
 
 @pytest.fixture(scope="module")
 def settings(decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides of a run on the tiny Llama: 24 rows to train on, 8 to validate, 24 to test."""
+    """The overrides of a run on the tiny Llama; 24 rows train, 8 validate and 24 test."""
     rows = instructions(56)
     folder = tmp_path_factory.mktemp("d")
     path = write(folder, train=rows[:24], validation=rows[24:32], test=rows[32:])
@@ -53,77 +55,87 @@ def settings(decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[st
 
 
 @pytest.fixture
-def session(base: list[str], settings: list[str]) -> Callable[..., Engine]:
-    def make(*given: str, **fields: Any) -> Engine:
-        config = composed(*base, *settings, "data.generate=always", "lr=0.01", *given)
+def make_engine(base: list[str], settings: list[str]) -> Callable[..., Engine]:
+    """``make_engine("lr=1", max_length=16)`` gives an engine that always generates.
+
+    Keywords are fields of the task.
+    """
+
+    def make(*overrides: str, **fields: Any) -> Engine:
+        config = composed(*base, *settings, "data.generate=always", "lr=0.01", *overrides)
         return Engine(replace(config, data=replace(config.data, **fields)))
 
     return make
 
 
 def greedy(model: nn.Module, ids: list[int], room: int, end: int) -> list[int]:
-    """The most likely token, again and again, without padding or cache; the end is left out."""
-    found: list[int] = []
-    while len(found) < room:
+    """Generate the most likely tokens without padding or cache.
+
+    Args:
+        model: a causal language model.
+        ids: the prompt's tokens.
+        room: tokens to generate at most.
+        end: the token that ends the text and is not returned.
+    """
+    tokens: list[int] = []
+    while len(tokens) < room:
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids + found])).logits
+            logits = model(input_ids=torch.tensor([ids + tokens])).logits
         token = int(logits[0, -1].argmax())
         if token == end:
             break
-        found.append(token)
-    return found
+        tokens.append(token)
+    return tokens
 
 
-def test_a_batch_generates_what_each_row_does_alone(session: Callable[..., Engine]) -> None:
-    own = session()
-    own.replica.model.eval()
-    rows, tokenizer = own.rows.examples("test"), own.replica.processor
+def test_a_batch_generates_what_each_row_does_alone(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    model: Any = engine.replica.model.eval()
+    rows, tokenizer = engine.rows.examples("test"), engine.replica.processor
+
+    def generate(batch: Batch) -> Tensor:
+        return engine.task.generate_batch(model, batch, tokenizer)["generated"]
+
     batch = rows.batch(np.arange(len(rows)))
     assert len(set(batch["prompts"].tolist())) > 8  # so most are padded
-    config: Any = own.replica.model.generation_config
-    config.repetition_penalty = 9.0  # as some models' files say
-    whole = own.task.generate_batch(own.replica.model, batch, tokenizer)["generated"]
-    assert whole.shape == (24, ROOM)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(whole[0, 3]))  # one that comes
-    found = own.task.generate_batch(own.replica.model, batch, tokenizer)["generated"]
+    model.generation_config.repetition_penalty = 9.0  # as some models' files say
+    endless = generate(batch)
+    assert endless.shape == (24, ROOM)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(endless[0, 3]))  # one that comes
     lengths = []
-    for row, generated in enumerate(found):
+    for row, generated in enumerate(generate(batch)):
         prompt = batch["input_ids"][row, : int(batch["prompts"][row])].tolist()
-        assert whole[row].tolist() == greedy(own.replica.model, prompt, ROOM, -1)
-        expected = greedy(own.replica.model, prompt, ROOM, tokenizer.eos_token_id)
+        assert endless[row].tolist() == greedy(model, prompt, ROOM, -1)
+        expected = greedy(model, prompt, ROOM, tokenizer.eos_token_id)
         assert generated[generated != IGNORED].tolist() == expected
         assert (generated[len(expected) :] == IGNORED).all()
         lengths.append(len(expected))
     assert lengths[0] <= 3 and max(lengths) == ROOM  # some stop early, some do not
-    alone = own.task.generate_batch(own.replica.model, rows.batch(np.array([0])), tokenizer)[
-        "generated"
-    ]
+    alone = generate(rows.batch(np.array([0])))
     assert alone.shape[1] == lengths[0] + 1  # nothing is computed after the end
 
 
-def test_settings_of_generation(session: Callable[..., Engine]) -> None:
-    def of(**fields: Any) -> list[list[int]]:
-        own = session(**fields)
-        own.replica.model.eval()
-        batch = own.rows.examples("test").batch(np.arange(24))
-        return own.task.generate_batch(own.replica.model, batch, own.replica.processor)[
-            "generated"
-        ].tolist()
+def test_settings_of_generation(make_engine: Callable[..., Engine]) -> None:
+    def generate(**fields: Any) -> list[list[int]]:
+        engine = make_engine(**fields)
+        model, tokenizer = engine.replica.model.eval(), engine.replica.processor
+        batch = engine.rows.examples("test").batch(np.arange(24))
+        return engine.task.generate_batch(model, batch, tokenizer)["generated"].tolist()
 
-    plain = of()
+    plain = generate()
     assert {len(row) for row in plain} == {ROOM}
-    assert of(generation={"max_new_tokens": 2}) == [row[:2] for row in plain]
-    assert of(generation={"num_beams": 3}) != plain
+    assert generate(generation={"max_new_tokens": 2}) == [row[:2] for row in plain]
+    assert generate(generation={"num_beams": 3}) != plain
 
 
-def test_threads_change_nothing(session: Callable[..., Engine]) -> None:
-    own = session("evaluation.batch_size=3")
-    rows = own.rows.examples("test")
-    assert own.samples == []
-    one = own.evaluate(rows)
-    samples = own.samples
+def test_threads_change_nothing(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine("evaluation.batch_size=3")
+    rows = engine.rows.examples("test")
+    assert engine.samples == []
+    one = engine.evaluate(rows)
+    samples = engine.samples
     assert len(samples) == 24
-    assert own.evaluate(rows, workers=2) == one and own.samples == samples
+    assert engine.evaluate(rows, workers=2) == one and engine.samples == samples
     assert {"rouge_l_generated", "rouge_l_teacher_forced"} <= set(one)
 
 
@@ -137,8 +149,8 @@ def test_scores_of_generated_text_by_hand(tmp_path: Path) -> None:
     """Batches come by length, not in the rows' order; the best of several references counts."""
     answers = [["the rain", "snow rain"], ["goal"], ["snow"], ["a goal", "team"]]
     rows: Rows = [
-        {"context": f"c{i}", "question": "?", "answers": {"text": given}}
-        for i, given in enumerate(answers)
+        {"context": f"c{i}", "question": "?", "answers": {"text": texts}}
+        for i, texts in enumerate(answers)
     ]
     task = QuestionAnswering(path=write(tmp_path, train=rows), label=None)
     tokenizer = tokenizer_of_words("rain", "snow", "goal", "team", "the", "a")
@@ -146,10 +158,10 @@ def test_scores_of_generated_text_by_hand(tmp_path: Path) -> None:
         batch_of("goal", "rain", tokenizer=tokenizer, rows=[3, 0]),
         batch_of("goal goal team", "", tokenizer=tokenizer, rows=[1, 2]),
     ]
-    found, samples = task.score_generated(batches, task.as_given("train"), tokenizer)
+    metrics, samples = task.score_generated(batches, task.as_given("train"), tokenizer)
     # F1: 3 and 0 are right but for an article, 1 has precision 1/3 and recall 1, 2 is empty
-    assert found["token_f1_generated"] == pytest.approx((1 + 1 / 2 + 0 + 1) / 4)
-    assert found["exact_match_generated"] == pytest.approx(2 / 4)
+    assert metrics["token_f1_generated"] == pytest.approx((1 + 1 / 2 + 0 + 1) / 4)
+    assert metrics["exact_match_generated"] == pytest.approx(2 / 4)
     assert [(s["row"], s["generated"], s["reference"]) for s in samples] == [
         ("0", "rain", "the rain"),
         ("1", "goal goal team", "goal"),
@@ -159,23 +171,26 @@ def test_scores_of_generated_text_by_hand(tmp_path: Path) -> None:
     assert samples[1]["prompt"] == "c1\n\n?"
 
 
-def test_when_a_task_generates() -> None:
-    found = {
-        when: (task.generates(False), task.generates(True), task.headline)
-        for when in ("last", "always", "never")
-        for task in [InstructionTuning(generate=when)]
-    }
-    assert found == {
-        "last": (False, True, "rouge_l_generated"),
-        "always": (True, True, "rouge_l_generated"),
-        "never": (False, False, "rouge_l_teacher_forced"),
-    }
+@pytest.mark.parametrize(
+    ("when", "each_round", "at_the_end", "headline"),
+    [
+        ("last", False, True, "rouge_l_generated"),
+        ("always", True, True, "rouge_l_generated"),
+        ("never", False, False, "rouge_l_teacher_forced"),
+    ],
+)
+def test_when_a_task_generates(
+    when: str, each_round: bool, at_the_end: bool, headline: str
+) -> None:
+    task = InstructionTuning(generate=when)
+    assert (task.generates(False), task.generates(True)) == (each_round, at_the_end)
+    assert task.headline == headline
 
 
-def forms(measures: dict[str, Any], prefix: str) -> set[str]:
-    """Forms of ROUGE-L among the measures."""
+def forms(metrics: dict[str, Any], prefix: str) -> set[str]:
+    """Return the forms in which the metrics have ROUGE-L."""
     start = f"{prefix}_rouge_l_"
-    return {key.removeprefix(start) for key in measures if key.startswith(start)}
+    return {key.removeprefix(start) for key in metrics if key.startswith(start)}
 
 
 BOTH, FORCED = {"generated", "teacher_forced"}, {"teacher_forced"}
@@ -208,47 +223,45 @@ def test_samples_can_be_read(run: Runner, settings: list[str]) -> None:
     assert forms(summary["final"], "test_more") == forms(summary["final"], "test") == BOTH
     lines = (run.run_dir / "samples.jsonl").read_text().split("\n")
     samples = [json.loads(line) for line in lines[:-1]]
-    given = instructions(56)[32:]  # of the test, not of the one more
+    rows = instructions(56)[32:]  # those of test, which is evaluated last
     assert lines[-1] == "" and [sample["row"] for sample in samples] == [str(i) for i in range(24)]
-    assert [s["prompt"] for s in samples] == [row["instruction"] for row in given]
-    assert [s["reference"] for s in samples] == [row["response"] for row in given]
+    assert [s["prompt"] for s in samples] == [row["instruction"] for row in rows]
+    assert [s["reference"] for s in samples] == [row["response"] for row in rows]
     known = {*WORDS, "<unk>"}
     assert any(set(s["generated"].split()) & known for s in samples)
 
 
 def test_clients_generate_with_their_own_parameters(run: Runner, settings: list[str]) -> None:
-    """After the last round; in the rounds before, their metrics are teacher-forced alone."""
+    """They do so after the last round only; earlier metrics are teacher-forced."""
     summary = run(*settings, "method=fedsa_lora", "method.rank=4")
-    found = [[forms(line, f"client_{s}") for s in ("validation", "test")] for line in run.lines()]
-    assert found == [[FORCED, FORCED], [FORCED, FORCED], [BOTH, BOTH]]
+    splits = ("client_validation", "client_test")
+    by_round = [[forms(line, split) for split in splits] for line in run.lines()]
+    assert by_round == [[FORCED, FORCED], [FORCED, FORCED], [BOTH, BOTH]]
     assert summary["selected_by"] == "client_validation_loss" and summary["refused"] == {}
     assert forms(summary["final"], "client_test") == BOTH and not forms(summary["final"], "test")
-    assert not (run.run_dir / "samples.jsonl").exists()  # they are each client's own
+    assert not (run.run_dir / "samples.jsonl").exists()  # samples of clients stay with them
 
 
 def test_generation_leaves_room_in_max_length(
-    session: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt beside a short answer may be longer; what is generated must fit all the same."""
-    made = session(max_length=16)
-    task, examples = made.task, made.rows.examples("test")
-    seen: list[Tensor] = []
-    generate = made.replica.model.generate
+    """A prompt beside a short answer may be longer, so it is cut before generation."""
+    engine = make_engine(max_length=16)
+    model, examples = engine.replica.model, engine.rows.examples("test")
+    seen: list[list[int]] = []
+    generate = model.generate
     assert callable(generate)
 
-    def watch(**given: Any) -> Any:
-        seen.append(given["input_ids"][given["attention_mask"].bool()])
-        return generate(**given)
+    def watch(**arguments: Any) -> Any:
+        seen.append(arguments["input_ids"][arguments["attention_mask"].bool()].tolist())
+        return generate(**arguments)
 
-    monkeypatch.setattr(made.replica.model, "generate", watch)
-    rows = np.arange(len(examples))
-    for row in rows:
-        task.generate_batch(
-            made.replica.model, examples.batch(rows[row : row + 1]), made.replica.processor
-        )
-    prompts = [examples.batch(rows[i : i + 1]) for i in rows]
-    given = [b["input_ids"][0, : int(b["prompts"][0])].tolist() for b in prompts]
-    assert max(map(len, given)) > 16 - ROOM
-    for ids, used in zip(given, (s.tolist() for s in seen), strict=True):
-        short = len(ids) <= 16 - ROOM
-        assert used == (ids if short else ids[:5] + ids[-5:])
+    monkeypatch.setattr(model, "generate", watch)
+    batches = [examples.batch(np.array([row])) for row in range(len(examples))]
+    for batch in batches:
+        engine.task.generate_batch(model, batch, engine.replica.processor)
+    prompts = [b["input_ids"][0, : int(b["prompts"][0])].tolist() for b in batches]
+    assert max(map(len, prompts)) > 16 - ROOM
+    for prompt, used in zip(prompts, seen, strict=True):
+        short = len(prompt) <= 16 - ROOM
+        assert used == (prompt if short else prompt[:5] + prompt[-5:])

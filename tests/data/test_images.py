@@ -1,4 +1,4 @@
-"""Images: every layout, each image once whatever its file, and pixels as the processor's own."""
+"""Images: every layout, each image once whatever its format, and the processor's pixels."""
 
 import csv
 import io
@@ -17,7 +17,9 @@ from fedpeft.data.rows.tables import values
 from fedpeft.data.tasks import images
 from fedpeft.data.tasks.images import ImageClassification
 from tests.conftest import Runner
-from tests.data.made import Refusing, Rows, image
+from tests.data.files import Rows, image
+from tests.data.shortcuts import error_of
+from tests.data.stand_ins import Refusing
 
 NO_ROW = "mend it, or leave such rows out with data.bad_rows=skip"
 RED, BLUE = (250, 10, 10), (10, 10, 250)
@@ -27,12 +29,13 @@ ARCHITECTURE = (
 )
 
 
-def row(content: bytes | None, label: Any = 0, **more: Any) -> dict[str, Any]:
-    return {"image": {"bytes": content, "path": "x.png"}, "label": label} | more
+def row(content: bytes | None, label: Any = 0, **columns: Any) -> dict[str, Any]:
+    """Return a row with an image as the hub stores it: a struct of bytes and a path."""
+    return {"image": {"bytes": content, "path": "x.png"}, "label": label} | columns
 
 
 def parquet(folder: Path, **splits: Rows) -> str:
-    """Images as hubs store them: a struct of bytes and a path."""
+    """Write one Parquet file a split and return the folder."""
     folder.mkdir(exist_ok=True)
     for split, rows in splits.items():
         Dataset.from_list(rows).to_parquet(str(folder / f"{split}.parquet"))
@@ -40,16 +43,17 @@ def parquet(folder: Path, **splits: Rows) -> str:
 
 
 def task_of(path: str, **fields: Any) -> ImageClassification:
-    """Two classes, and nothing set aside."""
-    given = {"labels": ["a", "b"], "validation_split": "test"} | fields
-    return ImageClassification(path=path, **given)
+    """Return a task of two classes that validates on the test rows."""
+    defaults: dict[str, Any] = {"labels": ["a", "b"], "validation_split": "test"}
+    return ImageClassification(path=path, **(defaults | fields))
 
 
-def kept(task: ImageClassification, split: str) -> list[int]:
+def ids(task: ImageClassification, split: str) -> list[int]:
+    """Return the ``id`` column of a split's rows."""
     return values(task.split_rows(split), "id")
 
 
-def processor(side: int = 16) -> ViTImageProcessorPil:
+def vit_processor(side: int = 16) -> ViTImageProcessorPil:
     return ViTImageProcessorPil(size={"height": side, "width": side})
 
 
@@ -58,9 +62,9 @@ def processor(side: int = 16) -> ViTImageProcessorPil:
 
 @pytest.fixture
 def layouts(tmp_path: Path) -> dict[str, str]:
-    """The same images as a folder, as structs, as bytes and as paths; a class each."""
+    """Paths of the same images as files by class, as structs, as bytes and as paths."""
     rows = [(image(i), "cat" if i < 3 else "dog") for i in range(5)]
-    table = [{"label": label, "image": {"bytes": b, "path": "p"}} for b, label in rows]
+    structs = [{"label": label, "image": {"bytes": b, "path": "p"}} for b, label in rows]
     paths = []
     for i, (content, label) in enumerate(rows):
         for split in ("train", "test"):
@@ -77,7 +81,7 @@ def layouts(tmp_path: Path) -> dict[str, str]:
     plain = [{"label": label, "image": content} for content, label in rows]
     return {
         "folder": str(tmp_path / "folder"),
-        "structs": parquet(tmp_path / "structs", train=table, test=table),
+        "structs": parquet(tmp_path / "structs", train=structs, test=structs),
         "bytes": parquet(tmp_path / "bytes", train=plain, test=plain),
         "paths": str(tmp_path / "paths"),
     }
@@ -89,13 +93,13 @@ def layouts(tmp_path: Path) -> dict[str, str]:
 def test_layouts(layouts: dict[str, str], layout: str) -> None:
     task = ImageClassification(path=layouts[layout], duplicates="keep", validation_split="test")
     assert task.label_names == ["cat", "dog"] and task.num_labels == 2
-    examples = task.encode("train", processor(8))
+    examples = task.encode("train", vit_processor(8))
     assert examples.labels.tolist() == [0, 0, 0, 1, 1] and examples.pad_id == 0
     pixels = examples.arrays["pixels"]
     assert pixels.dtype == np.uint8 and pixels.shape == (5, 3, 8, 8)
-    for i in range(5):  # of the size that is wanted: nothing is resized
-        given = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
-        assert (pixels[i] == given.transpose(2, 0, 1)).all()
+    for i in range(5):  # the images have the processor's size, so nothing is resized
+        noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+        assert (pixels[i] == noise.transpose(2, 0, 1)).all()
     groups, names = task.grouped(None)
     assert (groups.tolist(), names) == ([0, 0, 0, 1, 1], ["cat", "dog"])
     batch = examples.batch(np.array([3]))
@@ -106,50 +110,50 @@ def test_layouts(layouts: dict[str, str], layout: str) -> None:
 
 
 def test_each_image_once(tmp_path: Path) -> None:
-    """Image 0 stands twice in train, 3 in train and test, 4 twice in test, in other formats."""
+    """Image 0 is twice in train, 3 in train and test, 4 twice in test, in different formats."""
     train = [(0, "PNG"), (1, "PNG"), (0, "BMP"), (3, "BMP"), (2, "PNG")]
     test = [(4, "PNG"), (3, "PNG"), (4, "TIFF")]
     splits = {
-        split: [row(image(n, kind=kind), n % 2, id=i) for i, (n, kind) in enumerate(given)]
-        for split, given in (("train", train), ("test", test))
+        split: [row(image(n, kind=kind), n % 2, id=i) for i, (n, kind) in enumerate(pictures)]
+        for split, pictures in (("train", train), ("test", test))
     }
     path = parquet(tmp_path, **splits)
     task = task_of(path)
-    assert kept(task, "train") == [0, 1, 4] and kept(task, "test") == [0, 1]
-    found = task.fingerprint()
-    assert found["rows"] == {"train": 3, "validation": 2, "test": 2}
-    assert found["skipped"] == {"is a repeat in train": 2, "is a repeat in test": 1}
+    assert ids(task, "train") == [0, 1, 4] and ids(task, "test") == [0, 1]
+    fingerprint = task.fingerprint()
+    assert fingerprint["rows"] == {"train": 3, "validation": 2, "test": 2}
+    assert fingerprint["skipped"] == {"is a repeat in train": 2, "is a repeat in test": 1}
     whole = task_of(path, duplicates="keep")
-    assert [len(kept(whole, s)) for s in ("train", "test")] == [5, 3] and whole.skipped == {}
-    only = task_of(path, test_split="train")  # no other test: image 3 stays
-    assert kept(only, "train") == [0, 1, 3, 4]
+    assert [len(ids(whole, s)) for s in ("train", "test")] == [5, 3] and whole.skipped == {}
+    untested = task_of(path, test_split="train")  # image 3 stays, because no other split tests
+    assert ids(untested, "train") == [0, 1, 3, 4]
 
 
 def test_a_validation_split_and_further_tests_have_no_image_of_a_test(tmp_path: Path) -> None:
-    given = {"train": [0, 1, 2, 3, 4], "dev": [5, 1, 6, 2], "test": [1, 7], "more": [2, 7]}
-    splits = {s: [row(image(n), n % 2, id=n) for n in found] for s, found in given.items()}
+    seeds = {"train": [0, 1, 2, 3, 4], "dev": [5, 1, 6, 2], "test": [1, 7], "more": [2, 7]}
+    splits = {s: [row(image(n), n % 2, id=n) for n in numbers] for s, numbers in seeds.items()}
     path = parquet(tmp_path, **splits)
     task = task_of(path, validation_split="dev", extra_tests={"more": "more"})
-    assert kept(task, "train") == [0, 3, 4] and kept(task, "validation") == [5, 6]
-    assert kept(task, "test") == [1, 7] and kept(task, "more") == [2, 7]
+    assert ids(task, "train") == [0, 3, 4] and ids(task, "validation") == [5, 6]
+    assert ids(task, "test") == [1, 7] and ids(task, "more") == [2, 7]
 
 
 def test_images_are_set_aside_after_repeats_went(tmp_path: Path) -> None:
-    """Else one could stand in train and validation."""
+    """Otherwise an image could be in train and in validation."""
     rows = [row(image(n), n % 2, id=n) for n in [*range(20), *range(20)]]
     task = task_of(
         parquet(tmp_path, train=rows, test=rows[:4]), validation_split=None, validation_fraction=0.5
     )
-    train, validation = kept(task, "train"), kept(task, "validation")
+    train, validation = ids(task, "train"), ids(task, "validation")
     assert len(train) == len(validation) == 8
     assert sorted([*train, *validation]) == list(range(4, 20))
 
 
 def test_images_of_one_colour_and_other_sizes_differ(tmp_path: Path) -> None:
-    """8 by 8 pixels have the bytes of 4 by 16."""
-    flat = io.BytesIO()
-    Image.new("RGB", (4, 16), RED).save(flat, "PNG")
-    rows = [row(image(*RED)), row(flat.getvalue(), 1), row(image(*BLUE)), row(image(*RED))]
+    """Red images of 8 by 8 and of 4 by 16 pixels have equal bytes, but another shape."""
+    narrow = io.BytesIO()
+    Image.new("RGB", (4, 16), RED).save(narrow, "PNG")
+    rows = [row(image(*RED)), row(narrow.getvalue(), 1), row(image(*BLUE)), row(image(*RED))]
     task = task_of(parquet(tmp_path, train=rows, test=[row(image(1))]))
     assert len(task.train_rows) == 3
 
@@ -178,7 +182,7 @@ def test_a_broken_image(tmp_path: Path, case: str) -> None:
     skipping = task_of(path, bad_rows="skip")
     assert len(skipping.train_rows) == 3
     assert skipping.fingerprint()["skipped"] == {"has a broken image": 1}
-    assert skipping.encode("train", processor()).labels.tolist() == [0, 1, 0]
+    assert skipping.encode("train", vit_processor()).labels.tolist() == [0, 1, 0]
 
 
 def test_a_broken_file_of_a_folder(layouts: dict[str, str]) -> None:
@@ -191,17 +195,15 @@ def test_a_broken_file_of_a_folder(layouts: dict[str, str]) -> None:
 def test_other_errors(tmp_path: Path) -> None:
     path = parquet(tmp_path, train=[row(image(1), 0), row(image(2), 5)], test=[row(image(3))])
 
-    def said(**fields: Any) -> str:
-        with pytest.raises(ValueError) as error:
-            _ = task_of(path, **fields).train_rows
-        return str(error.value)
+    def error(**fields: Any) -> str:
+        return error_of(lambda: task_of(path, **fields).train_rows)
 
     unknown = "row 1 of train has label 5, which is none of the 2 labels a, b"
-    assert said() == f"{unknown}: {NO_ROW}"
-    assert said(image="picture") == (
+    assert error() == f"{unknown}: {NO_ROW}"
+    assert error(image="picture") == (
         f"data set {path} has no column picture in train, only image, label"
     )
-    assert said(duplicates="some") == "data.duplicates must be drop or keep, got some"
+    assert error(duplicates="some") == "data.duplicates must be drop or keep, got some"
 
 
 # --- pixels -------------------------------------------------------------------------------------
@@ -213,8 +215,10 @@ PROCESSORS = {
         size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}
     ),
     "siglip": SiglipImageProcessorPil(size={"height": 24, "width": 24}),
-    "as it is": ViTImageProcessorPil(size={"height": 9, "width": 9}, do_normalize=False),
-    "to 255": ViTImageProcessorPil(size={"height": 9, "width": 9}, do_rescale=False, **STATISTICS),
+    "not normalized": ViTImageProcessorPil(size={"height": 9, "width": 9}, do_normalize=False),
+    "not rescaled": ViTImageProcessorPil(
+        size={"height": 9, "width": 9}, do_rescale=False, **STATISTICS
+    ),
 }
 
 
@@ -222,12 +226,12 @@ PROCESSORS = {
 def test_pixels_are_the_processor_s(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "AT_ONCE", 2)  # of three
+    monkeypatch.setattr(images, "AT_ONCE", 2)  # so three images are encoded in two parts
     encoded = [image(1, side=16), image(2, side=40), image(3, side=16)]
     rows = [row(content, i % 2) for i, content in enumerate(encoded)]
     task = task_of(parquet(tmp_path, train=rows, test=[row(image(9))]))
-    given = PROCESSORS[name]
-    batch = task.encode("train", given).batch(np.array([2, 0, 1]))
+    processor = PROCESSORS[name]
+    batch = task.encode("train", processor).batch(np.array([2, 0, 1]))
     seen: list[torch.Tensor] = []
 
     class Model(torch.nn.Module):
@@ -238,23 +242,23 @@ def test_pixels_are_the_processor_s(
 
     task.forward(Model(), batch)
     pictures = [Image.open(io.BytesIO(encoded[i])).convert("RGB") for i in (2, 0, 1)]
-    expected = given(pictures, return_tensors="pt")["pixel_values"]
+    expected = processor(pictures, return_tensors="pt")["pixel_values"]
     assert seen[0].shape == expected.shape and seen[0].dtype == expected.dtype == torch.float32
     torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_encoded_once_and_again_when_a_file_changes(layouts: dict[str, str]) -> None:
-    given: dict[str, Any] = {"validation_split": "test", "duplicates": "keep"}
-    ImageClassification(path=layouts["structs"], **given).encode("train", processor())
-    again = ImageClassification(path=layouts["bytes"], **given)
-    found = again.encode("train", Refusing(processor()))  # the same images elsewhere
-    assert isinstance(found.arrays["pixels"], np.memmap)
+    fields: dict[str, Any] = {"validation_split": "test", "duplicates": "keep"}
+    ImageClassification(path=layouts["structs"], **fields).encode("train", vit_processor())
+    again = ImageClassification(path=layouts["bytes"], **fields)
+    examples = again.encode("train", Refusing(vit_processor()))  # equal images in another layout
+    assert isinstance(examples.arrays["pixels"], np.memmap)
     with pytest.raises(AssertionError, match="was asked again"):
-        again.encode("train", Refusing(processor(12)))
+        again.encode("train", Refusing(vit_processor(12)))
     path = layouts["folder"]
-    first = ImageClassification(path=path, **given).encode("train", processor())
+    first = ImageClassification(path=path, **fields).encode("train", vit_processor())
     (Path(path) / "train" / "cat" / "1.png").write_bytes(image(77))
-    changed = ImageClassification(path=path, **given).encode("train", processor())
+    changed = ImageClassification(path=path, **fields).encode("train", vit_processor())
     same = (changed.arrays["pixels"] == first.arrays["pixels"]).all(axis=(1, 2, 3))
     assert same.tolist() == [True, False, True, True, True]
 

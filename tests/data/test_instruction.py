@@ -1,4 +1,4 @@
-"""Prompts, the loss on answers alone, cuts that leave an answer, and teacher-forced metrics."""
+"""Instructions: prompts, the loss on answers alone, cuts, and teacher-forced metrics."""
 
 import json
 from collections.abc import Callable
@@ -17,8 +17,9 @@ from fedpeft.data.rows.templates import keep_ends, prompt_tokens, rendered, temp
 from fedpeft.data.tasks.instruction import InstructionTuning, QuestionAnswering, sequences
 from fedpeft.engine.engine import Engine
 from tests.conftest import Runner
-from tests.data.conftest import tokenizer_of_words
-from tests.data.made import Logits, Rows, composed, said, write
+from tests.data.files import Rows, write
+from tests.data.shortcuts import composed, error_of
+from tests.data.stand_ins import Logits, tokenizer_of_words
 
 OPTIONAL = "{{ instruction }}{% if context %} . {{ context }}{% endif %}"
 NO_ROW = "mend it, or leave such rows out with data.bad_rows=skip"
@@ -37,30 +38,36 @@ def test_an_optional_context() -> None:
 
 def test_templates_are_filled_row_by_row() -> None:
     rows = Dataset.from_list([{"a": None, "b": 1}, {"a": "x", "b": 2}])
-    assert rendered("{{ a }}/{{ b }}\n", rows) == ["/1\n", "x/2\n"]  # a null is nothing
+    assert rendered("{{ a }}/{{ b }}\n", rows) == ["/1\n", "x/2\n"]  # a null is the empty text
     assert rendered("{{ choice }}{{ b }}", rows, choice=["p", "q"]) == ["p1", "q2"]
     assert rendered("the same", rows) == ["the same"] * 2
     assert rendered("", rows) == ["", ""]
 
 
-def test_templates_that_fail() -> None:
-    rows = Dataset.from_list([{"a": "x"}, {"a": "y"}])
-    assert said(lambda: template_columns("{{ a")) == (
+def test_a_template_that_is_no_jinja() -> None:
+    assert error_of(lambda: template_columns("{{ a")) == (
         "'{{ a' is no Jinja template: unexpected end of template, expected 'end of print "
         "statement'."
     )
-    assert said(lambda: rendered("{{ 1 // (a == 'x') }}", rows)) == (
-        "the template \"{{ 1 // (a == 'x') }}\" fails in row 1: integer division or modulo by zero"
-    )
-    assert said(lambda: rendered("{{ a.__class__.__mro__ }}", rows)) == (  # it may be another's
-        "the template '{{ a.__class__.__mro__ }}' fails in row 0: access to attribute '__class__' "
-        "of 'str' object is unsafe."
-    )
+
+
+# Templates may come from other people, so they get no access to Python's internals.
+FAILING = {
+    "{{ 1 // (a == 'x') }}": "1: integer division or modulo by zero",
+    "{{ a.__class__.__mro__ }}": "0: access to attribute '__class__' of 'str' object is unsafe.",
+}
+
+
+@pytest.mark.parametrize("template", FAILING)
+def test_a_template_that_fails_in_a_row(template: str) -> None:
+    rows = Dataset.from_list([{"a": "x"}, {"a": "y"}])
+    error = error_of(lambda: rendered(template, rows))
+    assert error == f"the template {template!r} fails in row {FAILING[template]}"
 
 
 WORDS = "[INST] [/INST] goal rain".split()
 BEGINNINGS = {
-    # what the tokenizer adds, and what the template writes
+    # the tokenizer's post-processor, and the template
     "only the tokenizer": ("<s> $A", "[INST] {} [/INST]"),
     "only the template": ("$A", "<s> [INST] {} [/INST]"),
     "both": ("<s> $A", "<s> [INST] {} [/INST]"),
@@ -72,8 +79,8 @@ BEGINNINGS = {
 def test_a_prompt_has_one_beginning_and_no_end(case: str) -> None:
     single, template = BEGINNINGS[case]
     tokenizer = tokenizer_of_words(*WORDS, single=single)
-    found = prompt_tokens([template.format(text) for text in ("goal", "rain goal")], tokenizer)
-    assert [tokenizer.convert_ids_to_tokens(ids) for ids in found] == [
+    prompts = prompt_tokens([template.format(text) for text in ("goal", "rain goal")], tokenizer)
+    assert [tokenizer.convert_ids_to_tokens(ids) for ids in prompts] == [
         ["<s>", "[INST]", "goal", "[/INST]"],
         ["<s>", "[INST]", "rain", "goal", "[/INST]"],
     ]
@@ -86,12 +93,12 @@ def test_a_prompt_without_a_beginning() -> None:
 
 @pytest.fixture
 def chat(base: list[str], decoder: Path, tmp_path: Path) -> Callable[..., Engine]:
-    """A session of the tiny Llama on these rows, which are also those that validate and test."""
+    """``chat(rows)`` gives an engine with the tiny Llama; the rows train, validate and test."""
 
     def make(rows: Rows, template: str | None = None, **fields: Any) -> Engine:
         path = write(tmp_path / "chat", train=rows, validation=rows, test=rows)
-        given: dict[str, Any] = {"validation_split": "validation", "test_split": "test"} | fields
-        task = InstructionTuning(path=path, label=None, **given)
+        splits: dict[str, Any] = {"validation_split": "validation", "test_split": "test"}
+        task = InstructionTuning(path=path, label=None, **splits, **fields)
         config = composed(*base, f"model.path={decoder}", "method.rank=4")
         model = replace(config.model, chat_template=template)
         return Engine(replace(config, data=task, model=model))
@@ -105,75 +112,71 @@ PAIR: Rows = [
 ]
 
 
-def words(session: Engine, split: str = "test") -> list[tuple[list[str], list[str]]]:
-    """Prompt and answer of each row, as tokens."""
-    examples = session.rows.examples(split)
-    found = []
+def words(engine: Engine, split: str = "test") -> list[tuple[list[str], list[str]]]:
+    """Return the tokens of each row's prompt and answer."""
+    examples = engine.rows.examples(split)
+    pairs = []
     for row in range(len(examples)):
         batch = examples.batch(np.array([row]))
-        tokens = session.replica.processor.convert_ids_to_tokens(batch["input_ids"][0].tolist())
-        given = int(batch["prompts"][0])
-        found.append((tokens[:given], tokens[given:]))
-    return found
+        tokens = engine.replica.processor.convert_ids_to_tokens(batch["input_ids"][0].tolist())
+        start = int(batch["prompts"][0])
+        pairs.append((tokens[:start], tokens[start:]))
+    return pairs
 
 
 def test_rows_through_the_plain_template(chat: Callable[..., Engine]) -> None:
     head, tail = ["<s>", "###", "Instruction:"], ["###", "Response:"]
-    found = words(chat(PAIR, prompt=OPTIONAL))
-    assert found == [
+    assert words(chat(PAIR, prompt=OPTIONAL)) == [
         ([*head, "rain", "then", "snow", ".", "wind", *tail], ["a", "cloud", "</s>"]),
         ([*head, "goal", *tail], ["team", "</s>"]),
     ]
 
 
-def test_rows_through_a_given_template(chat: Callable[..., Engine]) -> None:
+def test_rows_through_a_configured_template(chat: Callable[..., Engine]) -> None:
     template = "{{ bos_token }}{% for m in messages %} {{ m.role }} , {{ m.content }}{% endfor %}"
     ending = " {% if add_generation_prompt %}because{% endif %}"
-    found = words(chat(PAIR, template + ending))
-    assert found[1] == (["<s>", "<unk>", ",", "goal", "because"], ["team", "</s>"])
+    pairs = words(chat(PAIR, template + ending))
+    assert pairs[1] == (["<s>", "<unk>", ",", "goal", "because"], ["team", "</s>"])
 
 
 # --- the loss -----------------------------------------------------------------------------------
 
 
 def by_hand(model: nn.Module, rows: Examples, answers_only: bool) -> list[list[float]]:
-    """-log p of each predicted token, from each row alone: no batch, no padding."""
-    found = []
+    """Return -log p of each row's predicted tokens, from each row alone without padding.
+
+    Args:
+        model: a causal language model.
+        rows: encoded prompts and answers.
+        answers_only: leave out the prompts' tokens; else leave out each row's first token only.
+    """
+    losses = []
     for row in range(len(rows)):
         batch = rows.batch(np.array([row]))
-        ids, given = batch["input_ids"][0], int(batch["prompts"][0])
+        ids = batch["input_ids"][0]
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0].double()
-        start = given if answers_only else 1
-        found.append(
-            [
-                float(logits[i - 1].logsumexp(0) - logits[i - 1, ids[i]])
-                for i in range(start, len(ids))
-            ]
-        )
-    return found
+        places = range(int(batch["prompts"][0]) if answers_only else 1, len(ids))
+        losses.append([float(logits[i - 1].logsumexp(0) - logits[i - 1, ids[i]]) for i in places])
+    return losses
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "all"])
 def test_the_loss_is_of_the_answers_tokens(chat: Callable[..., Engine], loss_on: str) -> None:
-    session = chat(PAIR, loss_on=loss_on)
-    rows, task = session.rows.examples("train"), session.task
-    session.replica.model.eval()
-    losses = by_hand(session.replica.model, rows, loss_on == "answer")
+    engine = chat(PAIR, loss_on=loss_on)
+    rows, task = engine.rows.examples("train"), engine.task
+    model = engine.replica.model.eval()
+    losses = by_hand(model, rows, loss_on == "answer")
     # answers with their ends; or all but the first: <s> ### Instruction: ... ### Response:
     expected = [3, 2] if loss_on == "answer" else [8 - 1 + 3, 6 - 1 + 2]
     assert [len(row) for row in losses] == expected
-    mean = np.mean(sum(losses, []))
+    batch = rows.batch(np.arange(2))
     with torch.no_grad():
-        assert float(
-            task.loss(
-                task.forward(session.replica.model, rows.batch(np.arange(2))),
-                rows.batch(np.arange(2)),
-            )
-        ) == pytest.approx(mean)
-    metrics = session.evaluate(rows)  # of the answers, whatever trains
-    of_answers = by_hand(session.replica.model, rows, True)
-    assert metrics["loss"] == pytest.approx(np.mean(sum(of_answers, [])))
+        loss = float(task.loss(task.forward(model, batch), batch))
+    assert loss == pytest.approx(np.mean(sum(losses, [])))
+    metrics = engine.evaluate(rows)  # always of the answers
+    answer_losses = by_hand(model, rows, True)
+    assert metrics["loss"] == pytest.approx(np.mean(sum(answer_losses, [])))
     assert task.selects == ("loss", -1)
 
 
@@ -187,7 +190,7 @@ def test_keep_ends() -> None:
 
 
 def test_a_cut_always_leaves_an_answer() -> None:
-    """3,000 pairs of any lengths, in any room."""
+    """3,000 prompts and answers of random lengths are cut to random limits."""
     rng = np.random.default_rng(0)
     for _ in range(300):
         max_length = int(rng.integers(4, 40))
@@ -195,21 +198,21 @@ def test_a_cut_always_leaves_an_answer() -> None:
         sizes = rng.integers([0, 1], [60, 60], size=(10, 2))
         prompts = [list(range(1000, 1000 + p)) for p, _ in sizes]
         answers = [list(range(2000, 2000 + a)) for _, a in sizes]
-        found = sequences(prompts, answers, max_length, room)
-        assert found["offsets"][-1] == len(found["tokens"])
+        arrays = sequences(prompts, answers, max_length, room)
+        assert arrays["offsets"][-1] == len(arrays["tokens"])
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            ids = found["tokens"][found["offsets"][i] : found["offsets"][i + 1]].tolist()
-            start, kept = ids[: found["prompts"][i]], ids[found["prompts"][i] :]
-            assert len(kept) >= min(len(answer), room) >= 1 and kept == answer[: len(kept)]
+            ids = arrays["tokens"][arrays["offsets"][i] : arrays["offsets"][i + 1]].tolist()
+            start, end = ids[: arrays["prompts"][i]], ids[arrays["prompts"][i] :]
+            assert len(end) >= min(len(answer), room) >= 1 and end == answer[: len(end)]
             assert len(ids) == min(max_length, len(prompt) + len(answer))
             head = len(start) // 2
             if len(start) < len(prompt):
                 assert start == prompt[:head] + prompt[len(prompt) - (len(start) - head) :]
-                assert len(kept) <= room
+                assert len(end) <= room
             else:
                 assert start == prompt
-            assert bool(found["cut_prompt"][i]) == (len(start) < len(prompt))
-            assert bool(found["cut_answer"][i]) == (len(kept) < len(answer))
+            assert bool(arrays["cut_prompt"][i]) == (len(start) < len(prompt))
+            assert bool(arrays["cut_answer"][i]) == (len(end) < len(answer))
 
 
 LONG: Rows = [
@@ -239,22 +242,23 @@ def test_cuts_are_counted_in_the_summary(run: Runner, decoder: Path, tmp_path: P
 
 
 def test_teacher_forced_metrics_by_hand() -> None:
-    """Prompts of one token; the answers (goal rain </s>) and (rain </s>)."""
+    """The prompts have one token; the answers are (goal rain </s>) and (rain </s>)."""
     task = InstructionTuning(metrics=["rouge_l"], label=None)
     tokenizer = tokenizer_of_words(*WORDS)
     goal, rain, end = 6, 7, 2
-    # after each token, what is wanted there or not
+    # predicted after each token: some are right, some are not
     predicted = torch.tensor([[goal, goal, end, goal], [rain, rain, goal, goal]])
     model = Logits(nn.functional.one_hot(predicted, 8).float() * 9)
     ids = torch.tensor([[1, goal, rain, end], [1, rain, end, 0]])
     prompts = torch.tensor([1, 1])
     batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "prompts": prompts}
-    found = task.evaluate_batch(task.forward(model, batch), batch) | {"row": torch.tensor([0, 1])}
-    assert found["count"].tolist() == [3, 2] and found["correct"].tolist() == [2, 1]
-    metrics = task.score([found], Dataset.from_dict({}), tokenizer)
+    measures = task.evaluate_batch(task.forward(model, batch), batch)
+    assert measures["count"].tolist() == [3, 2] and measures["correct"].tolist() == [2, 1]
+    measures["row"] = torch.tensor([0, 1])
+    metrics = task.score([measures], Dataset.from_dict({}), tokenizer)
     assert set(metrics) == {"loss", "token_accuracy", "rouge_l_teacher_forced"}
     assert metrics["token_accuracy"] == pytest.approx(3 / 5)
-    # "goal goal" beside "goal rain": 1/2; "rain rain", its end missed, beside "rain": 2/3
+    # "goal goal" for "goal rain": 1/2; "rain rain", without its end, for "rain": 2/3
     assert metrics["rouge_l_teacher_forced"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     right, wrong = np.log(np.exp(9) + 7) - 9, np.log(np.exp(9) + 7)
     assert metrics["loss"] == pytest.approx((3 * right + 2 * wrong) / 5, rel=1e-5)
@@ -276,27 +280,36 @@ def test_rows_without_a_prompt_or_an_answer(tmp_path: Path, row: Any, reason: st
     fields: dict[str, Any] = {"prompt": "{{ q }}", "answer": "a", "label": None}
     fields |= {"path": write(tmp_path, train=[{"q": "x", "a": "y"}, row]), "test_split": "train"}
     task = InstructionTuning(**fields, validation_split="train")
-    assert said(lambda: task.train_rows) == f"row 1 of train has {reason}: {NO_ROW}"
+    assert error_of(lambda: task.train_rows) == f"row 1 of train has {reason}: {NO_ROW}"
     skipping = InstructionTuning(**fields, validation_split="train", bad_rows="skip")
     assert len(skipping.train_rows) == 1 and skipping.skipped == {f"has {reason}": 1}
 
 
-def test_references() -> None:
+def test_references_of_instructions() -> None:
     rows = Dataset.from_dict({"response": [5, None, 7]})
     assert InstructionTuning().references(rows) == [["5"], [""], ["7"]]
-    for given in (["x", "y"], {"text": ["x", "y"], "answer_start": [0, 1]}):
-        rows = Dataset.from_dict({"answers": [given]})
-        assert QuestionAnswering().references(rows) == [["x", "y"]]
-    assert QuestionAnswering().references(Dataset.from_dict({"answers": ["x"]})) == [["x"]]
+
+
+ANSWERS = {
+    "list": (["x", "y"], ["x", "y"]),
+    "struct": ({"text": ["x", "y"], "answer_start": [0, 1]}, ["x", "y"]),
+    "text": ("x", ["x"]),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_references_of_questions(case: str) -> None:
+    answers, expected = ANSWERS[case]
+    rows = Dataset.from_dict({"answers": [answers]})
+    assert QuestionAnswering().references(rows) == [expected]
 
 
 def test_questions_without_an_answer(tmp_path: Path) -> None:
-    given = [{"text": ["y"]}, {"text": []}, {"text": [""]}]
-    rows = [{"context": "c", "question": "q", "answers": answers} for answers in given]
-    path = write(tmp_path, train=rows)
-    task = QuestionAnswering(path=path, label=None)
-    why = f"row 1 of train has an empty answers (and 1 rows more): {NO_ROW}"
-    assert said(lambda: task.split_rows("train")) == why
+    answers = [{"text": texts} for texts in (["y"], [], [""])]
+    rows = [{"context": "c", "question": "q", "answers": answer} for answer in answers]
+    task = QuestionAnswering(path=write(tmp_path, train=rows), label=None)
+    error = error_of(lambda: task.split_rows("train"))
+    assert error == f"row 1 of train has an empty answers (and 1 rows more): {NO_ROW}"
 
 
 FIELDS: list[tuple[dict[str, Any], str]] = [
@@ -313,4 +326,4 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("fields", "expected"), FIELDS)
 def test_fields_are_checked(fields: dict[str, Any], expected: str) -> None:
-    assert said(lambda: InstructionTuning(**fields)) == expected
+    assert error_of(lambda: InstructionTuning(**fields)) == expected

@@ -1,4 +1,4 @@
-"""Who holds which rows: disjoint, complete, and the same for the same seed."""
+"""Partitions give each row to one client, and the same rows for the same seed."""
 
 import math
 import re
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from fedpeft.data.partitions import base as module
+from fedpeft.data.partitions import base
 from fedpeft.data.partitions.base import IID, Dirichlet, Partition, Rows, draws, own_splits
 from fedpeft.data.partitions.skew import EqualSize, Pathological, Quantity
 from fedpeft.engine.engine import Engine
@@ -43,11 +43,11 @@ ALL = [
 @pytest.mark.parametrize("partition", ALL)
 @pytest.mark.parametrize("clients", [2, 3, 7])
 def test_disjoint_and_complete(partition: Partition, clients: int) -> None:
-    found = parts(partition, clients)
-    assert len(found) == clients
-    assert {rows.dtype for rows in found} == {np.dtype(np.int64)}
-    assert sorted(np.concatenate(found).tolist()) == list(range(400))
-    assert min(map(len, found)) >= partition.min_size >= 3
+    by_client = parts(partition, clients)
+    assert len(by_client) == clients
+    assert {rows.dtype for rows in by_client} == {np.dtype(np.int64)}
+    assert sorted(np.concatenate(by_client).tolist()) == list(range(400))
+    assert min(map(len, by_client)) >= partition.min_size >= 3
 
 
 @pytest.mark.parametrize("partition", [p for p in ALL if p != Pathological()])
@@ -58,8 +58,8 @@ def test_one_client_holds_all(partition: Partition) -> None:
 @pytest.mark.parametrize("partition", ALL)
 def test_seeds(partition: Partition) -> None:
     first = parts(partition)
-    module._dirichlet.cache_clear()
-    np.random.seed(1)  # which nothing may depend on
+    base.draw_dirichlet.cache_clear()
+    np.random.seed(1)  # nothing may depend on NumPy's global generator
     assert same(first, parts(partition))
     assert not same(first, parts(partition, seed=1))
     assert not same(first, parts(partition, clients=4))
@@ -67,8 +67,7 @@ def test_seeds(partition: Partition) -> None:
 
 @pytest.mark.parametrize("partition", ALL)
 def test_labels_need_not_be_numbered_without_gaps(partition: Partition) -> None:
-    found = partition.indices(LABELS * 3 + 2, 5, 0)
-    assert same(found, parts(partition))
+    assert same(partition.indices(LABELS * 3 + 2, 5, 0), parts(partition))
 
 
 # --- equal random shares -------------------------------------------------------------------------
@@ -84,7 +83,7 @@ def test_iid_shares_are_equal_and_shuffled() -> None:
 
 
 @pytest.mark.parametrize("clients", [3, 20, 50])
-def test_iid_is_that_of_flwr_datasets(clients: int) -> None:
+def test_iid_equals_flwr_datasets(clients: int) -> None:
     from datasets import Dataset
     from flwr_datasets.partitioner import IidPartitioner
 
@@ -103,7 +102,7 @@ def test_infinite_alpha_is_iid() -> None:
     assert same(parts(Dirichlet(math.inf)), parts(IID()))
 
 
-def test_dirichlet_is_that_of_flwr_datasets() -> None:
+def test_dirichlet_equals_flwr_datasets() -> None:
     from datasets import Dataset
     from flwr_datasets.partitioner import DirichletPartitioner
 
@@ -117,18 +116,18 @@ def test_dirichlet_is_that_of_flwr_datasets() -> None:
 
 
 def test_small_alpha_is_skewed() -> None:
-    """Mean entropy of the clients' labels, of at most log 4 = 1.386."""
+    """The mean entropy of the clients' labels rises with alpha to at most log 4 = 1.386."""
 
     def mean_entropy(alpha: float) -> float:
-        found = parts(Dirichlet(alpha, min_size=5))
-        return float(np.mean([entropy(np.bincount(LABELS[rows], minlength=4)) for rows in found]))
+        counts = [np.bincount(LABELS[r], minlength=4) for r in parts(Dirichlet(alpha, min_size=5))]
+        return float(np.mean([entropy(count) for count in counts]))
 
     skewed, mild, even = mean_entropy(0.1), mean_entropy(1.0), mean_entropy(1000.0)
     assert skewed < 0.8 < mild < even
     assert even > 1.37
 
 
-def test_each_label_has_its_own_shares() -> None:
+def test_shares_differ_by_label() -> None:
     counts = np.stack([np.bincount(LABELS[r], minlength=4) for r in parts(Dirichlet(0.3))])
     assert counts.sum(0).tolist() == [100] * 4
     orders = {tuple(np.argsort(counts[:, label])) for label in range(4)}
@@ -136,7 +135,7 @@ def test_each_label_has_its_own_shares() -> None:
 
 
 def test_min_size_is_kept() -> None:
-    """Where the plain draw leaves someone with less."""
+    """With min_size=3 this draw leaves a client with fewer than 15 rows."""
     assert min(map(len, parts(Dirichlet(0.1, min_size=3), 8, seed=3))) < 15
     assert min(map(len, parts(Dirichlet(0.1, min_size=15), 8, seed=3))) >= 15
 
@@ -154,20 +153,20 @@ def test_few_rows_and_a_small_alpha_end_with_a_message() -> None:
 
 
 def test_a_min_size_that_the_draws_do_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DRAWS", 33)
+    monkeypatch.setattr(base, "DRAWS", 33)
     with pytest.raises(ValueError, match="in each of 33 draws for num_clients=5"):
         parts(Dirichlet(0.01, min_size=80))
 
 
 def test_large_draws_are_fewer() -> None:
-    """4,000,000 rows and counts over all draws, 550 draws at most."""
+    """All draws together handle at most 4,000,000 rows and counts, in at most 550 draws."""
     assert draws(10, np.arange(1000) % 10) == 550
     assert draws(10, np.arange(39_900) % 10) == 100
     assert draws(10_000, np.arange(100_000) % 10) == 20
     assert draws(10_000, np.arange(5_000_000) % 10) == 1
 
 
-# --- what no partition may do --------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -201,13 +200,13 @@ def test_a_min_size_below_what_a_client_needs(kind: type[Partition], size: int) 
 
 @dataclass(frozen=True)
 class Given(Partition):
-    """Any row numbers."""
+    """A partition that gives ``rows`` to the clients, right or wrong."""
 
-    found: Rows | None = None
+    rows: Rows | None = None
 
     def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
-        assert self.found is not None
-        return self.found
+        assert self.rows is not None
+        return self.rows
 
 
 def rows_of(*clients: list[int]) -> Rows:
@@ -215,7 +214,7 @@ def rows_of(*clients: list[int]) -> Rows:
 
 
 @pytest.mark.parametrize(
-    ("found", "message"),
+    ("rows", "message"),
     [
         (rows_of([0, 1, 2]), "is of 1 clients, but num_clients=2"),
         (
@@ -236,38 +235,41 @@ def rows_of(*clients: list[int]) -> Rows:
         ([np.arange(3), np.arange(3, 6.0)], "gives client 1 float64 numbers, not int64"),
     ],
 )
-def test_every_result_is_checked(found: Rows, message: str) -> None:
+def test_every_result_is_checked(rows: Rows, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(f'partition Given {message}')}$"):
-        Given(found=found).indices(np.zeros(20, np.int64), 2, 0)
-    good = rows_of([0, 1, 2], [5, 4, 19])
-    assert Given(found=good).indices(np.zeros(20, np.int64), 2, 0) is good
+        Given(rows=rows).indices(np.zeros(20, np.int64), 2, 0)
 
 
-# --- a client's own splits -----------------------------------------------------------------------
+def test_right_rows_pass_the_check() -> None:
+    rows = rows_of([0, 1, 2], [5, 4, 19])
+    assert Given(rows=rows).indices(np.zeros(20, np.int64), 2, 0) is rows
+
+
+# --- a client's splits ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("rows", "held_out"), [(3, 1), (4, 1), (10, 1), (19, 1), (20, 2), (57, 5), (100, 10)]
 )
 def test_own_splits(rows: int, held_out: int) -> None:
-    own = np.arange(1000, 1000 + rows) * 3
-    splits = own_splits(own, 0, 2)
+    numbers = np.arange(1000, 1000 + rows) * 3
+    splits = own_splits(numbers, 0, 2)
     assert {name: len(part) for name, part in splits.items()} == {
         "validation": held_out,
         "test": held_out,
         "train": rows - 2 * held_out,
     }
-    assert sorted(np.concatenate(list(splits.values())).tolist()) == own.tolist()
+    assert sorted(np.concatenate(list(splits.values())).tolist()) == numbers.tolist()
 
 
 def test_own_splits_depend_on_seed_and_client_alone() -> None:
-    own = np.arange(100)
-    first = own_splits(own, 0, 0)
-    again, client, seed = own_splits(own, 0, 0), own_splits(own, 0, 1), own_splits(own, 1, 0)
+    rows = np.arange(100)
+    first, again = own_splits(rows, 0, 0), own_splits(rows, 0, 0)
+    other_client, other_seed = own_splits(rows, 0, 1), own_splits(rows, 1, 0)
     for name in first:
         assert np.array_equal(first[name], again[name])
-        assert set(first[name]) != set(client[name])
-        assert set(first[name]) != set(seed[name])
+        assert set(first[name]) != set(other_client[name])
+        assert set(first[name]) != set(other_seed[name])
     assert first["validation"].tolist() != list(range(10))
 
 
@@ -277,20 +279,20 @@ def test_too_few_rows_for_own_splits(rows: int) -> None:
         own_splits(np.arange(rows), 0, 7)
 
 
-# --- in a session --------------------------------------------------------------------------------
+# --- with an engine ------------------------------------------------------------------------------
 
 
-def test_clients_of_a_session_hold_all_rows_once(opened: Callable[..., Engine]) -> None:
-    session = opened("num_clients=4")
-    assert sorted(np.concatenate(session.rows.by_client).tolist()) == list(range(240))
-    sizes = [{k: len(v) for k, v in session.rows.client_examples(c).items()} for c in range(4)]
+def test_clients_of_an_engine_hold_all_rows_once(opened: Callable[..., Engine]) -> None:
+    engine = opened("num_clients=4")
+    assert sorted(np.concatenate(engine.rows.by_client).tolist()) == list(range(240))
+    sizes = [{k: len(v) for k, v in engine.rows.client_examples(c).items()} for c in range(4)]
     assert sum(sum(s.values()) for s in sizes) == 240
-    assert [sum(s.values()) for s in sizes] == [len(rows) for rows in session.rows.by_client]
+    assert [sum(s.values()) for s in sizes] == [len(rows) for rows in engine.rows.by_client]
     for client in (-1, 4):
         with pytest.raises(
             ValueError, match=f"partition-id must be from 0 to num_clients - 1 = 3, got {client}"
         ):
-            session.rows.client_examples(client)
+            engine.rows.client_examples(client)
 
 
 def test_partition_does_not_depend_on_the_method(opened: Callable[..., Engine]) -> None:
@@ -299,13 +301,13 @@ def test_partition_does_not_depend_on_the_method(opened: Callable[..., Engine]) 
     assert not same(rows[0], opened("seed=1").rows.by_client)
 
 
-def test_max_client_rows_limits_what_is_measured_not_what_is_trained(
+def test_max_client_rows_limits_evaluation_but_not_training(
     opened: Callable[..., Engine],
 ) -> None:
     full, limited = opened(), opened("evaluation.max_client_rows=2")
     for client in range(3):
-        all_rows, few = full.rows.client_examples(client), limited.rows.client_examples(client)
-        assert len(few["train"]) == len(all_rows["train"])
+        whole, few = full.rows.client_examples(client), limited.rows.client_examples(client)
+        assert len(few["train"]) == len(whole["train"])
         for split in ("validation", "test"):
-            assert len(few[split]) == min(2, len(all_rows[split]))
-            assert few[split].labels.tolist() == all_rows[split].labels[:2].tolist()
+            assert len(few[split]) == min(2, len(whole[split]))
+            assert few[split].labels.tolist() == whole[split].labels[:2].tolist()

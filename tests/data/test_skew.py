@@ -1,4 +1,4 @@
-"""Skew of labels, amounts and origins: counts by hand, and statistics that a mistake would move."""
+"""Skew of labels, amounts and origins, by counts and by statistics that a mistake would move."""
 
 import io
 import re
@@ -8,27 +8,26 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from fedpeft.data.partitions import base as module
-from fedpeft.data.partitions import skew
+from fedpeft.data.partitions import base
 from fedpeft.data.partitions.base import Partition, Rows
-from fedpeft.data.partitions.skew import EqualSize, Natural, Pathological, Quantity
+from fedpeft.data.partitions.skew import EqualSize, Natural, Pathological, Quantity, apportion
 
 LABELS = np.arange(2000) % 10
 
 
-def counts(found: Rows, labels: np.ndarray = LABELS) -> np.ndarray:
-    """Rows by client and label."""
+def counts(by_client: Rows, labels: np.ndarray = LABELS) -> np.ndarray:
+    """Count rows by client and label, (clients, labels)."""
     width = int(labels.max()) + 1
-    return np.stack([np.bincount(labels[rows], minlength=width) for rows in found])
+    return np.stack([np.bincount(labels[rows], minlength=width) for rows in by_client])
 
 
 def sizes(partition: Partition, clients: int, seed: int = 0) -> np.ndarray:
     return np.array([len(rows) for rows in partition.indices(LABELS, clients, seed)])
 
 
-def mean_entropy(found: Rows) -> float:
-    """Of the clients' labels, at most log 10 = 2.303."""
-    return float(np.mean([entropy(row) for row in counts(found)]))
+def mean_entropy(by_client: Rows) -> float:
+    """Return the mean entropy of the clients' labels, at most log 10 = 2.303."""
+    return float(np.mean([entropy(row) for row in counts(by_client)]))
 
 
 # --- a few labels each ---------------------------------------------------------------------------
@@ -37,24 +36,24 @@ def mean_entropy(found: Rows) -> float:
 @pytest.mark.parametrize("each", [1, 2, 3])
 @pytest.mark.parametrize("clients", [10, 25])
 def test_pathological_clients_hold_that_many_labels(each: int, clients: int) -> None:
-    found = counts(Pathological(each).indices(LABELS, clients, 0))
-    assert (np.count_nonzero(found, axis=1) == each).all()
-    assert [row[i % 10] > 0 for i, row in enumerate(found)] == [True] * clients
-    assert found.sum(0).tolist() == [200] * 10
-    for label in found.T:  # divided evenly among its holders
+    table = counts(Pathological(each).indices(LABELS, clients, 0))
+    assert (np.count_nonzero(table, axis=1) == each).all()
+    assert [row[i % 10] > 0 for i, row in enumerate(table)] == [True] * clients
+    assert table.sum(0).tolist() == [200] * 10
+    for label in table.T:  # divided evenly among its holders
         held = label[label > 0]
         assert held.max() - held.min() <= 1
 
 
 def test_pathological_with_one_label_each_is_known() -> None:
-    found = counts(Pathological(1).indices(LABELS, 20, 3))
+    table = counts(Pathological(1).indices(LABELS, 20, 3))
     expected = np.concatenate([np.eye(10, dtype=int)] * 2) * 100
-    assert found.tolist() == expected.tolist()
+    assert table.tolist() == expected.tolist()
 
 
 def test_pathological_with_all_labels_is_balanced() -> None:
-    found = counts(Pathological(10).indices(LABELS, 4, 0))
-    assert found.tolist() == [[50] * 10] * 4
+    table = counts(Pathological(10).indices(LABELS, 4, 0))
+    assert table.tolist() == [[50] * 10] * 4
 
 
 def test_pathological_min_size_may_be_reached_exactly() -> None:
@@ -62,17 +61,17 @@ def test_pathological_min_size_may_be_reached_exactly() -> None:
 
 
 def test_pathological_holders_get_rows_from_everywhere() -> None:
-    """Not the first half of the file for one, the second for the other."""
+    """A label's holders get random rows of it, not consecutive blocks of the file."""
     labels = np.zeros(1000, np.int64)
     first, second = Pathological(1).indices(labels, 2, 0)
     assert abs(first.mean() - second.mean()) < 60  # blocks would differ by 500
 
 
-def test_pathological_draws_again_until_every_label_has_a_client() -> None:
-    """Five clients with three of ten labels each: about a sixth of all draws."""
-    for seed in range(5):
-        found = counts(Pathological(3).indices(LABELS, 5, seed))
-        assert (found.sum(0) == 200).all()
+@pytest.mark.parametrize("seed", range(5))
+def test_pathological_draws_again_until_every_label_has_a_client(seed: int) -> None:
+    """About a sixth of all draws of three of ten labels for five clients uses every label."""
+    table = counts(Pathological(3).indices(LABELS, 5, seed))
+    assert (table.sum(0) == 200).all()
 
 
 @pytest.mark.parametrize(
@@ -97,13 +96,13 @@ def test_pathological_draws_again_until_every_label_has_a_client() -> None:
 def test_pathological_errors(
     monkeypatch: pytest.MonkeyPatch, partition: Partition, clients: int, message: str
 ) -> None:
-    monkeypatch.setattr(module, "DRAWS", 7)
+    monkeypatch.setattr(base, "DRAWS", 7)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         partition.indices(LABELS, clients, 0)
 
 
 def test_pathological_label_with_fewer_rows_than_holders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DRAWS", 2)
+    monkeypatch.setattr(base, "DRAWS", 2)
     labels = np.array([0] * 95 + [1] * 5)
     with pytest.raises(ValueError, match="2 draws of partition.classes_per_client=1 of 2 labels"):
         Pathological(1).indices(labels, 20, 0)
@@ -118,15 +117,15 @@ def test_pathological_needs_a_class(each: int) -> None:
 # --- different amounts ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("alpha", [1e-6, 0.01, 0.5, 1e6])
-def test_quantity_gives_everyone_the_least(alpha: float) -> None:
-    for seed in range(5):
-        found = sizes(Quantity(alpha, min_size=7), 50, seed)
-        assert found.min() >= 7 and found.sum() == 2000
+def test_quantity_gives_everyone_the_least(alpha: float, seed: int) -> None:
+    numbers = sizes(Quantity(alpha, min_size=7), 50, seed)
+    assert numbers.min() >= 7 and numbers.sum() == 2000
 
 
 def test_quantity_skew_follows_alpha() -> None:
-    """The largest of ten clients: nearly all of the 1,900 free rows, or a tenth of them."""
+    """The largest of ten clients has nearly all of the 1,900 free rows, or a tenth of them."""
     assert sizes(Quantity(1e-6, min_size=10), 10).max() == 1910
     assert sizes(Quantity(1e6, min_size=10), 10).max() - 200 <= 2
     largest = [np.mean([sizes(Quantity(a), 10, s).max() for s in range(20)]) for a in (0.1, 1, 10)]
@@ -134,20 +133,24 @@ def test_quantity_skew_follows_alpha() -> None:
 
 
 def test_quantity_leaves_labels_alone() -> None:
-    found = [r for r in Quantity(0.5).indices(LABELS, 5, 0) if len(r) >= 200]
-    assert len(found) >= 2
-    assert mean_entropy(found) > 2.2
+    large = [rows for rows in Quantity(0.5).indices(LABELS, 5, 0) if len(rows) >= 200]
+    assert len(large) >= 2
+    assert mean_entropy(large) > 2.2
 
 
-# --- equal amounts, own mixes --------------------------------------------------------------------
+# --- equal amounts, different mixes --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("alpha", [1e-6, 0.01, 0.1, 1.0, 10.0, 1e6])
+def test_equal_size_is_equal(alpha: float, seed: int) -> None:
+    table = counts(EqualSize(alpha).indices(LABELS, 20, seed))
+    assert table.sum(1).tolist() == [100] * 20
+    assert table.sum(0).tolist() == [200] * 10
 
 
 @pytest.mark.parametrize("alpha", [1e-6, 0.01, 0.1, 1.0, 10.0, 1e6])
-def test_equal_size_is_equal(alpha: float) -> None:
-    for seed in range(3):
-        found = counts(EqualSize(alpha).indices(LABELS, 20, seed))
-        assert found.sum(1).tolist() == [100] * 20
-        assert found.sum(0).tolist() == [200] * 10
+def test_equal_size_differs_by_one_row_at_most(alpha: float) -> None:
     assert sizes(EqualSize(alpha), 7).tolist() == [286] * 5 + [285] * 2
 
 
@@ -156,7 +159,7 @@ def test_equal_size_skew_follows_alpha() -> None:
 
     def mean(alpha: float) -> float:
         draws = [EqualSize(alpha).indices(LABELS, 20, seed) for seed in range(10)]
-        return float(np.mean([mean_entropy(found) for found in draws]))
+        return float(np.mean([mean_entropy(by_client) for by_client in draws]))
 
     assert mean(0.1) == pytest.approx(0.70, abs=0.15)
     assert mean(1.0) == pytest.approx(1.10, abs=0.15)
@@ -164,35 +167,45 @@ def test_equal_size_skew_follows_alpha() -> None:
     assert mean(1000.0) > 2.28
 
 
-def test_equal_size_draws_around_the_labels_own_shares() -> None:
-    """Dirichlet(alpha x share): its mean is the share, its variance q (1 - q) / (alpha + 1)."""
+def test_equal_size_draws_around_the_labels_shares() -> None:
+    """Dirichlet(alpha x share) has the share q as its mean and q (1 - q) / (alpha + 1) as variance.
+
+    The first 250 clients are counted, because no label has run out yet.
+    """
     labels = np.array([0] * 90_000 + [1] * 10_000)
-    found = counts(EqualSize(1.0).indices(labels, 500, 0), labels)[:250]  # no label has run out
-    share = found[:, 1] / found.sum(1)
+    table = counts(EqualSize(1.0).indices(labels, 500, 0), labels)[:250]
+    share = table[:, 1] / table.sum(1)
     assert share.mean() == pytest.approx(0.1, abs=0.03)
     assert share.var() == pytest.approx(0.1 * 0.9 / 2, abs=0.015)
 
 
 def test_equal_size_with_a_huge_alpha_is_known() -> None:
-    """Shares of 50, 30 and 20 % of 40 rows."""
+    """Each client has 50, 30 and 20 % of its 40 rows from the three labels."""
     labels = np.repeat([0, 1, 2], [200, 120, 80])
-    found = counts(EqualSize(1e6).indices(labels, 10, 0), labels)
-    assert np.abs(found - [20, 12, 8]).max() <= 1
+    table = counts(EqualSize(1e6).indices(labels, 10, 0), labels)
+    assert np.abs(table - [20, 12, 8]).max() <= 1
 
 
-def test_equal_size_fills_up_from_what_is_left() -> None:
-    """With one label each, the last clients take the remains of several."""
-    found = counts(EqualSize(1e-6).indices(LABELS, 20, 0))
-    held = np.count_nonzero(found, axis=1)
+def test_equal_size_fills_up_from_the_rows_left() -> None:
+    """The first clients hold one label each, and the last take the remains of several."""
+    held = np.count_nonzero(counts(EqualSize(1e-6).indices(LABELS, 20, 0)), axis=1)
     assert held[0] == 1
     assert held.max() > 1
 
 
-def test_shares_become_whole_numbers_by_largest_remainders() -> None:
-    assert skew._apportion(7, np.array([0.5, 0.3, 0.2])).tolist() == [4, 2, 1]  # 3.5, 2.1, 1.4
-    assert skew._apportion(8, np.array([0.1, 0.2, 0.7])).tolist() == [1, 2, 5]  # 0.8, 1.6, 5.6
-    assert skew._apportion(3, np.array([0.0, 0.0, 1.0])).tolist() == [0, 0, 3]
-    assert skew._apportion(0, np.array([0.5, 0.5])).tolist() == [0, 0]
+@pytest.mark.parametrize(
+    ("total", "shares", "expected"),
+    [
+        (7, [0.5, 0.3, 0.2], [4, 2, 1]),  # 3.5, 2.1, 1.4
+        (8, [0.1, 0.2, 0.7], [1, 2, 5]),  # 0.8, 1.6, 5.6
+        (3, [0.0, 0.0, 1.0], [0, 0, 3]),
+        (0, [0.5, 0.5], [0, 0]),
+    ],
+)
+def test_shares_become_whole_numbers_by_largest_remainders(
+    total: int, shares: list[float], expected: list[int]
+) -> None:
+    assert apportion(total, np.array(shares)).tolist() == expected
 
 
 @pytest.mark.parametrize("kind", [Quantity, EqualSize])
@@ -207,14 +220,14 @@ def test_alpha_outside_its_range(kind: type[Quantity | EqualSize], alpha: float)
 
 def test_natural_clients_are_the_values() -> None:
     labels = np.array([2, 0, 1, 1, 0, 2, 2, 0, 1, 2])
-    found = Natural(column="author").indices(labels, 3, 0)
-    assert [rows.tolist() for rows in found] == [[1, 4, 7], [2, 3, 8], [0, 5, 6, 9]]
+    by_client = Natural(column="author").indices(labels, 3, 0)
+    assert [rows.tolist() for rows in by_client] == [[1, 4, 7], [2, 3, 8], [0, 5, 6, 9]]
 
 
 def test_natural_values_with_few_rows_are_no_clients() -> None:
     labels = np.array([0, 1, 1, 1, 2, 2, 3, 3, 3, 5, 5, 5])
-    found = Natural(column="author").indices(labels, 3, 0)
-    assert [rows.tolist() for rows in found] == [[1, 2, 3], [6, 7, 8], [9, 10, 11]]
+    by_client = Natural(column="author").indices(labels, 3, 0)
+    assert [rows.tolist() for rows in by_client] == [[1, 2, 3], [6, 7, 8], [9, 10, 11]]
 
 
 @pytest.mark.parametrize(("clients", "least"), [(9, 3), (11, 3), (3, 201)])
@@ -236,9 +249,9 @@ def test_natural_needs_a_column() -> None:
 
 
 def test_natural_draws_no_progress_bar() -> None:
-    with redirect_stderr(io.StringIO()) as said:
+    with redirect_stderr(io.StringIO()) as printed:
         Natural(column="author").indices(LABELS, 10, 0)
-    assert said.getvalue() == ""
+    assert printed.getvalue() == ""
 
 
 # --- many clients --------------------------------------------------------------------------------
@@ -249,7 +262,7 @@ def test_natural_draws_no_progress_bar() -> None:
 )
 def test_a_thousand_clients(partition: Partition) -> None:
     labels = np.arange(10_000) % (1000 if isinstance(partition, Natural) else 10)
-    found = partition.indices(labels, 1000, 0)
-    assert sum(map(len, found)) == 10_000
+    by_client = partition.indices(labels, 1000, 0)
+    assert sum(map(len, by_client)) == 10_000
     if isinstance(partition, EqualSize):
-        assert {len(rows) for rows in found} == {10}
+        assert {len(rows) for rows in by_client} == {10}

@@ -1,4 +1,4 @@
-"""Where tables come from: formats, layouts, and one sentence for each way they can be missing."""
+"""Loading tables: formats, layouts, and an error for each way in which they can be missing."""
 
 import gc
 import json
@@ -11,7 +11,8 @@ from datasets import Dataset
 
 from fedpeft.data.rows.tables import load_tables, subsample, values
 from fedpeft.data.tasks.text import TextClassification
-from tests.data.made import image, write, write_file
+from tests.data.files import image, write, write_file
+from tests.data.shortcuts import error_of
 
 ROWS: list[dict[str, Any]] = [
     {"text": "sun, and rain", "label": 1},
@@ -19,26 +20,24 @@ ROWS: list[dict[str, Any]] = [
     {"text": "snow\nfell", "label": 1},
 ]
 KINDS = ["parquet", "csv", "jsonl"]
-# datasets leaves CSV files to the garbage collector, which then warns
+# datasets leaves CSV files open until the garbage collector closes them, which then warns.
 leaves_files = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(autouse=True)
 def collected(tmp_path: Path) -> Iterator[None]:
-    """So that no other test gets the warning."""
+    """Collect after tests with CSV files, so that no other test gets the warning."""
     yield
     if any(tmp_path.rglob("*.csv")):
         gc.collect()
 
 
+def load(path: str | Path, subset: str | None = None, revision: str | None = None) -> Any:
+    return load_tables(str(path), subset, revision)
+
+
 def sizes(path: str | Path) -> dict[str, int]:
-    return {split: len(rows) for split, rows in load_tables(str(path), None, None).items()}
-
-
-def said(path: str | Path, **given: Any) -> str:
-    with pytest.raises(ValueError) as error:
-        load_tables(str(path), given.get("subset"), given.get("revision"))
-    return str(error.value)
+    return {split: len(rows) for split, rows in load(path).items()}
 
 
 @leaves_files
@@ -47,40 +46,39 @@ def test_a_file_a_split(tmp_path: Path, kind: str) -> None:
     write(tmp_path, kind, train=ROWS, validation_matched=ROWS[:2], test=ROWS[2:])
     (tmp_path / "README.md").write_text("what it is")
     (tmp_path / ".hidden.parquet").write_text("what it is not")
-    found = load_tables(str(tmp_path), None, None)
-    assert {split: len(rows) for split, rows in found.items()} == {
+    tables = load(tmp_path)
+    assert {split: len(rows) for split, rows in tables.items()} == {
         "train": 3,
         "validation_matched": 2,
         "test": 1,
     }
-    assert values(found["train"], "text") == [row["text"] for row in ROWS]
-    assert values(found["test"], "label") == [1]
+    assert values(tables["train"], "text") == [row["text"] for row in ROWS]
+    assert values(tables["test"], "label") == [1]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "json"])
 def test_a_single_file_is_train(tmp_path: Path, kind: str) -> None:
     file = write_file(tmp_path / f"any-name.{kind}", ROWS)
-    found = load_tables(file, None, None)
-    assert list(found) == ["train"]
-    assert values(found["train"], "text") == [row["text"] for row in ROWS]
+    tables = load(file)
+    assert list(tables) == ["train"]
+    assert values(tables["train"], "text") == [row["text"] for row in ROWS]
 
 
 def test_a_list_in_one_json_file(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps(ROWS, indent=1))
-    found = load_tables(str(tmp_path), None, None)
-    assert values(found["train"], "label") == [1, 0, 1]
+    assert values(load(tmp_path)["train"], "label") == [1, 0, 1]
 
 
-@pytest.mark.parametrize("inside", ["", "data"])
-def test_a_hub_s_layout(tmp_path: Path, inside: str) -> None:
-    """As ``hf download`` leaves it: in the subset's folder, or in data/ beside a card."""
-    write(tmp_path / inside, "parquet", "-00000-of-00001", train=ROWS, validation=ROWS[:2])
+@pytest.mark.parametrize("folder", ["", "data"])
+def test_a_hub_s_layout(tmp_path: Path, folder: str) -> None:
+    """``hf download`` leaves files in the subset's folder, or in data/ beside a card."""
+    write(tmp_path / folder, "parquet", "-00000-of-00001", train=ROWS, validation=ROWS[:2])
     (tmp_path / "README.md").write_text("# A data set\n")
     assert sizes(tmp_path) == {"train": 3, "validation": 2}
 
 
-def test_splits_whose_names_hold_another_s(tmp_path: Path) -> None:
-    """MNLI's two dev sets, by the hub's file names."""
+def test_splits_whose_names_contain_another_s(tmp_path: Path) -> None:
+    """MNLI has two dev sets, validation_matched and validation_mismatched."""
     matched = {"validation_matched": ROWS[:1], "validation_mismatched": ROWS[:2]}
     write(tmp_path, "parquet", "-00000-of-00001", train=ROWS, **matched)
     assert sizes(tmp_path) == {"train": 3, "validation_matched": 1, "validation_mismatched": 2}
@@ -89,8 +87,8 @@ def test_splits_whose_names_hold_another_s(tmp_path: Path) -> None:
 def test_a_split_in_several_files(tmp_path: Path) -> None:
     write(tmp_path, "parquet", "-00000-of-00002-0a1b2c", train=ROWS, test=ROWS[:1])
     write(tmp_path, "parquet", "-00001-of-00002-3d4e5f", train=ROWS[:2])
-    found = load_tables(str(tmp_path), None, None)
-    assert values(found["train"], "label") == [1, 0, 1, 1, 0] and len(found["test"]) == 1
+    tables = load(tmp_path)
+    assert values(tables["train"], "label") == [1, 0, 1, 1, 0] and len(tables["test"]) == 1
 
 
 def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,13 +103,13 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
         file = tmp_path / "train" / name / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(image(i))
-    rows = load_tables(str(tmp_path), None, None)["train"]
+    rows = load(tmp_path)["train"]
     assert rows.features["label"].names == ["cat", "dog"]
     assert values(rows, "label") == [0, 1, 1]
 
 
 def test_values_of_a_selection(tmp_path: Path) -> None:
-    rows = load_tables(write(tmp_path, train=ROWS), None, None)["train"]
+    rows = load(write(tmp_path, train=ROWS))["train"]
     assert values(rows.select([2, 0]), "text") == ["snow\nfell", "sun, and rain"]
 
 
@@ -135,19 +133,19 @@ def test_no_path() -> None:
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "~/nowhere", "../nowhere"])
 def test_a_path_that_is_not_there(path: str) -> None:
-    assert said(path) == f"data.path={path} is no folder or file"
+    assert error_of(lambda: load(path)) == f"data.path={path} is no folder or file"
 
 
 def test_a_hub_name_without_network() -> None:
-    why = (
+    error = (
         "data set nobody/nothing is no folder here and cannot be had from the hub "
         "(ConnectionError: Couldn't reach 'nobody/nothing' on the Hub (OfflineModeIsEnabled)): "
         "where there is a network, run `hf download nobody/nothing{} --repo-type dataset "
         "{}--local-dir FOLDER`, then give data.path=FOLDER{}"
     )
-    assert said("nobody/nothing") == why.format("", "", "")
-    given = said("nobody/nothing", subset="cola", revision="0a1b2c")
-    assert given == why.format(" --revision 0a1b2c", "--include 'cola/*' ", "/cola")
+    assert error_of(lambda: load("nobody/nothing")) == error.format("", "", "")
+    parts = (" --revision 0a1b2c", "--include 'cola/*' ", "/cola")
+    assert error_of(lambda: load("nobody/nothing", "cola", "0a1b2c")) == error.format(*parts)
 
 
 UNREADABLE = {
@@ -161,21 +159,22 @@ UNREADABLE = {
 
 
 @leaves_files
+@pytest.mark.parametrize("path", ["folder", "file"])
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_a_file_that_is_something_else(tmp_path: Path, kind: str) -> None:
+def test_a_file_that_is_something_else(tmp_path: Path, kind: str, path: str) -> None:
     text, reason = UNREADABLE[kind]
     file = tmp_path / f"train.{kind}"
     file.write_text(text)
-    for path in (tmp_path, file):
-        assert said(path) == (
-            f"data.path={path} cannot be read as parquet, CSV, JSON lines or images: {reason}"
-        )
+    table = tmp_path if path == "folder" else file
+    assert error_of(lambda: load(table)) == (
+        f"data.path={table} cannot be read as parquet, CSV, JSON lines or images: {reason}"
+    )
 
 
 def test_mixed_kinds(tmp_path: Path) -> None:
     write(tmp_path, "jsonl", train=ROWS)
     write(tmp_path, "parquet", test=ROWS)
-    assert said(tmp_path) == (
+    assert error_of(lambda: load(tmp_path)) == (
         f"data.path={tmp_path} holds .jsonl, .parquet: give files of one kind, one of .parquet, "
         ".csv, .jsonl, .json"
     )
@@ -184,22 +183,22 @@ def test_mixed_kinds(tmp_path: Path) -> None:
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
     file = tmp_path / "train.txt"
     file.write_text("hello")
-    assert said(file) == (
+    assert error_of(lambda: load(file)) == (
         f"data.path={file} holds .txt: give files of one kind, one of .parquet, .csv, .jsonl, .json"
     )
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    assert said(tmp_path) == (
+    assert error_of(lambda: load(tmp_path)) == (
         f"data.path={tmp_path} cannot be read as parquet, CSV, JSON lines or images: The directory "
         f"at {tmp_path} doesn't contain any data files"
     )
 
 
 def test_splits_may_differ_in_their_columns(tmp_path: Path) -> None:
-    """A test without labels, and a column that is null in one split alone."""
-    more = [{"text": None, "other": 1.5}]
-    task = TextClassification(path=write(tmp_path, train=ROWS, validation=ROWS[:1], test=more))
+    """The test split has no labels, and its text is null alone."""
+    test = [{"text": None, "other": 1.5}]
+    task = TextClassification(path=write(tmp_path, train=ROWS, validation=ROWS[:1], test=test))
     assert len(task.train_rows) == 3 and len(task.split_rows("validation")) == 1
     with pytest.raises(ValueError) as error:
         task.split_rows("test")

@@ -1,6 +1,7 @@
-"""What every task shares: splits, rows that cannot be used, groups, and clear errors."""
+"""Features of every task: splits, rows that cannot be used, groups, and clear errors."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from fedpeft.data.tasks.language import LanguageModelling
 from fedpeft.data.tasks.text import Regression, TextClassification
 from fedpeft.engine.engine import Engine
 from tests.conftest import Runner
-from tests.data.made import Rows, said, write
+from tests.data.files import Rows, write
+from tests.data.shortcuts import error_of
 
 
 def numbered(rows: int, start: int = 0) -> Rows:
-    """Distinct texts, which name the rows, and two labels in turn."""
+    """Return rows with distinct texts and two labels in turn."""
     return [{"text": f"t{start + i}", "label": "ab"[i % 2]} for i in range(rows)]
 
 
@@ -28,9 +30,9 @@ def texts(task: Task, split: str) -> list[str]:
 
 @pytest.fixture
 def small(tmp_path: Path) -> str:
-    """12 rows to train on, 4 to validate, 2 to test."""
-    more = {"validation": numbered(4, 20), "test": numbered(2, 30)}
-    return write(tmp_path / "small", "jsonl", "", train=numbered(12), **more)
+    """The path of tables with 12 rows that train, 4 that validate and 2 that test."""
+    validation, test = numbered(4, 20), numbered(2, 30)
+    return write(tmp_path / "small", train=numbered(12), validation=validation, test=test)
 
 
 # --- splits -------------------------------------------------------------------------------------
@@ -44,44 +46,44 @@ def test_splits_that_are_there(small: str) -> None:
     assert task.split_rows("test") is task.split_rows("test")
 
 
-# of 240 rows, and rounded up: 0.003 of them is 0.72
+# Numbers are rounded up: 0.003 of 240 rows is 0.72.
 @pytest.mark.parametrize(("fraction", "expected"), [(0.1, 24), (0.25, 60), (0.003, 1), (0.03, 8)])
 def test_validation_out_of_train(table: Path, fraction: float, expected: int) -> None:
-    given: dict[str, Any] = {"validation_split": None, "validation_fraction": fraction}
-    one, two = (TextClassification(path=str(table), **given) for _ in range(2))
+    fields: dict[str, Any] = {"validation_split": None, "validation_fraction": fraction}
+    one, two = (TextClassification(path=str(table), **fields) for _ in range(2))
     whole = texts(TextClassification(path=str(table)), "train")
     assert len(set(whole)) == 240  # so texts name rows
     train, validation = texts(one, "train"), texts(one, "validation")
     assert len(validation) == expected and len(train) == 240 - expected
     assert sorted([*train, *validation]) == sorted(whole)
-    assert train == [t for t in whole if t not in validation]  # in their order
+    assert train == [t for t in whole if t not in validation]  # in the tables' order
     assert validation == [t for t in whole if t in validation] != whole[:expected]
     assert (texts(two, "train"), texts(two, "validation")) == (train, validation)
     assert len(texts(one, "test")) == 40
 
 
 def test_test_and_validation_out_of_train(tmp_path: Path) -> None:
-    """The test first: 10 of 95 rows, rounded up; then 0.2 of the 85 that are left."""
+    """First 10 of 95 rows test, rounded up; then 0.2 of the other 85 validate."""
     path = write(tmp_path, train=numbered(95))
-    given: dict[str, Any] = {"test_split": None, "validation_split": None}
-    task = TextClassification(path=path, **given, validation_fraction=0.2)
+    fields: dict[str, Any] = {"test_split": None, "validation_split": None}
+    task = TextClassification(path=path, **fields, validation_fraction=0.2)
     parts = {split: texts(task, split) for split in ("train", "validation", "test")}
-    assert {split: len(found) for split, found in parts.items()} == {
+    assert {split: len(part) for split, part in parts.items()} == {
         "train": 68,
         "validation": 17,
         "test": 10,
     }
     assert sorted(sum(parts.values(), [])) == sorted(f"t{i}" for i in range(95))
-    other = TextClassification(path=path, **given, validation_fraction=0.5)
-    assert texts(other, "test") == parts["test"]  # whatever validates
+    other = TextClassification(path=path, **fields, validation_fraction=0.5)
+    assert texts(other, "test") == parts["test"]  # validation_fraction has no influence on it
 
 
 def test_other_columns_and_splits(tmp_path: Path) -> None:
-    rows = [{"said": f"s{i}", "more": "and rain", "about": "ab"[i % 2]} for i in range(6)]
+    rows = [{"body": f"s{i}", "more": "and rain", "about": "ab"[i % 2]} for i in range(6)]
     path = write(tmp_path, one=rows[:3], two=rows[3:5], three=rows[5:])
     task = TextClassification(
         path=path,
-        text="said",
+        text="body",
         text_pair="more",
         label="about",
         train_split="one",
@@ -89,8 +91,8 @@ def test_other_columns_and_splits(tmp_path: Path) -> None:
         test_split="three",
         extra_tests={"again": "two"},
     )
-    found = {split: values(task.split_rows(split), "said") for split in ("train", "test", "again")}
-    assert found == {"train": ["s0", "s1", "s2"], "test": ["s5"], "again": ["s3", "s4"]}
+    parts = {split: values(task.split_rows(split), "body") for split in ("train", "test", "again")}
+    assert parts == {"train": ["s0", "s1", "s2"], "test": ["s5"], "again": ["s3", "s4"]}
     assert task.fingerprint()["rows"] == {"train": 3, "validation": 2, "test": 1, "again": 2}
 
 
@@ -111,35 +113,37 @@ def test_limits(tmp_path: Path) -> None:
         path=path, validation_split=None, validation_fraction=0.4, test_split="dev"
     )
     for split in ("train", "validation", "test"):
-        part, all_of_it = texts(task, split), texts(whole, split)
-        assert part == [t for t in all_of_it if t in part] and len(set(part)) == len(part)
+        part, everything = texts(task, split), texts(whole, split)
+        assert part == [t for t in everything if t in part] and len(set(part)) == len(part)
     assert texts(task, "train") != texts(whole, "train")[:5]
 
 
 def test_clients_and_server_agree_on_the_splits(opened: Callable[..., Engine]) -> None:
-    """Their seeds divide training rows alone: no validation row reaches a client."""
-    given = ["data.validation_split=null", "data.validation_fraction=0.2"]
-    a, b = opened(*given, "seed=0"), opened(*given, "seed=1")
+    """The run's seed divides training rows only, so no validation row reaches a client."""
+    overrides = ["data.validation_split=null", "data.validation_fraction=0.2"]
+    a, b = opened(*overrides, "seed=0"), opened(*overrides, "seed=1")
     assert a.task.fingerprint() == b.task.fingerprint()
     assert sum(map(len, a.rows.by_client)) == 192 and len(a.rows.examples("validation")) == 48
 
 
 def test_fingerprint_sees_every_text_and_label(tmp_path: Path) -> None:
-    changed = [numbered(4), numbered(4)[::-1], numbered(3), numbered(4), numbered(4)]
-    changed[3][2]["text"] += "x"
-    changed[4][2]["label"] = "b"
-    seen = set()
-    for i, rows in enumerate(changed):
+    tables = [numbered(4), numbered(4)[::-1], numbered(3), numbered(4), numbered(4)]
+    tables[3][2]["text"] += "x"
+    tables[4][2]["label"] = "b"
+    digests = set()
+    for i, rows in enumerate(tables):
         path = write(tmp_path / str(i), train=rows, validation=numbered(2), test=numbered(2))
-        found = TextClassification(path=path).fingerprint()
-        assert found["rows"] == {"train": len(rows), "validation": 2, "test": 2}
-        seen.add(found["sha256"])
-    assert len(seen) == 5
-    again = write(
-        tmp_path / "p", "parquet", train=changed[0], validation=numbered(2), test=numbered(2)
-    )
-    first = TextClassification(path=str(tmp_path / "0")).fingerprint()
-    assert TextClassification(path=again).fingerprint() == first
+        fingerprint = TextClassification(path=path).fingerprint()
+        assert fingerprint["rows"] == {"train": len(rows), "validation": 2, "test": 2}
+        digests.add(fingerprint["sha256"])
+    assert len(digests) == 5
+
+
+def test_fingerprint_does_not_depend_on_the_format(tmp_path: Path) -> None:
+    splits: Any = {"train": numbered(4), "validation": numbered(2), "test": numbered(2)}
+    paths = [write(tmp_path / kind, kind, **splits) for kind in ("jsonl", "parquet")]
+    jsonl, parquet = (TextClassification(path=path).fingerprint() for path in paths)
+    assert jsonl == parquet
 
 
 # --- rows that cannot be used -------------------------------------------------------------------
@@ -157,12 +161,15 @@ NO_ROW = "mend it, or leave such rows out with data.bad_rows=skip"
 def test_a_bad_row_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path, train=numbered(4), validation=numbered(4), test=BAD)
     task = TextClassification(path=path)
-    assert len(task.train_rows) == 4  # what is not asked for is not read
-    why = said(lambda: task.split_rows("test"))
-    assert why == f"row 1 of test has an empty text (and 2 rows more): {NO_ROW}"
-    only = write(tmp_path / "only", train=numbered(4), validation=numbered(4), test=BAD[2:3])
-    why = said(lambda: TextClassification(path=only).split_rows("test"))
-    assert why == f"row 0 of test has no text: {NO_ROW}"
+    assert len(task.train_rows) == 4  # because bad rows of other splits do not matter
+    error = error_of(lambda: task.split_rows("test"))
+    assert error == f"row 1 of test has an empty text (and 2 rows more): {NO_ROW}"
+
+
+def test_a_row_without_a_text_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path, train=numbered(4), validation=numbered(4), test=BAD[2:3])
+    error = error_of(lambda: TextClassification(path=path).split_rows("test"))
+    assert error == f"row 0 of test has no text: {NO_ROW}"
 
 
 def test_bad_rows_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -170,17 +177,17 @@ def test_bad_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     task = TextClassification(path=path, bad_rows="skip")
     assert texts(task, "train") == ["fine", "fine too"] * 2
     assert texts(task, "test") == ["fine", "fine too"]
-    found = task.fingerprint()
-    assert found["rows"] == {"train": 4, "validation": 4, "test": 2}
-    assert found["skipped"] == {"has an empty text": 6, "has no text": 3}
+    fingerprint = task.fingerprint()
+    assert fingerprint["rows"] == {"train": 4, "validation": 4, "test": 2}
+    assert fingerprint["skipped"] == {"has an empty text": 6, "has no text": 3}
     assert TextClassification(path=path, train_split="validation").skipped == {}
 
 
 def test_a_split_of_bad_rows_alone(tmp_path: Path) -> None:
     path = write(tmp_path, train=numbered(4), validation=BAD[1:4], test=numbered(2))
     task = TextClassification(path=path, bad_rows="skip")
-    why = said(lambda: task.split_rows("validation"))
-    assert why == f"split validation of data set {path} has no rows"
+    error = error_of(lambda: task.split_rows("validation"))
+    assert error == f"split validation of data set {path} has no rows"
 
 
 def test_columns_that_are_not_read_may_hold_anything(tmp_path: Path) -> None:
@@ -188,17 +195,17 @@ def test_columns_that_are_not_read_may_hold_anything(tmp_path: Path) -> None:
     path = write(tmp_path, train=rows, validation=rows, test=rows)
     assert len(TextClassification(path=path).train_rows) == 4
     task = TextClassification(path=path, text_pair="note")
-    why = said(lambda: task.train_rows)
-    assert why == f"row 0 of train has an empty note (and 3 rows more): {NO_ROW}"
+    error = error_of(lambda: task.train_rows)
+    assert error == f"row 0 of train has an empty note (and 3 rows more): {NO_ROW}"
 
 
 # --- errors -------------------------------------------------------------------------------------
 
-ELSE = "set data.validation_split or data.test_split to one of them, or to null to set rows of "
-ELSE += "train aside"
+ADVICE = "set data.validation_split or data.test_split to one of them, or to null to set rows of "
+ADVICE += "train aside"
 SPLITS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "validation": ({"validation_split": "dev"}, "dev", ELSE),
-    "test": ({"test_split": "dev"}, "dev", ELSE),
+    "validation": ({"validation_split": "dev"}, "dev", ADVICE),
+    "test": ({"test_split": "dev"}, "dev", ADVICE),
     "train": ({"train_split": "dev"}, "dev", "set data.train_split to one of them"),
 }
 
@@ -208,9 +215,9 @@ def test_a_missing_split(small: str, split: str) -> None:
     fields, name, advice = SPLITS[split]
     task = TextClassification(path=small, **fields)
     expected = f"data set {small} has no split {name}, only test, train, validation: {advice}"
-    assert said(lambda: task.split_rows(split)) == expected
-    if split == "train":  # the model's head is asked for first
-        assert said(lambda: task.num_labels) == expected
+    assert error_of(lambda: task.split_rows(split)) == expected
+    if split == "train":  # a run reads num_labels first, for the model's head
+        assert error_of(lambda: task.num_labels) == expected
 
 
 @pytest.mark.parametrize(
@@ -219,32 +226,32 @@ def test_a_missing_split(small: str, split: str) -> None:
 )
 def test_a_missing_column(small: str, fields: dict[str, Any], column: str) -> None:
     expected = f"data set {small} has no column {column} in train, only text, label"
-    assert said(lambda: TextClassification(path=small, **fields).train_rows) == expected
-    assert said(lambda: TextClassification(path=small, **fields).num_labels) == expected
+    assert error_of(lambda: TextClassification(path=small, **fields).train_rows) == expected
+    assert error_of(lambda: TextClassification(path=small, **fields).num_labels) == expected
 
 
 def test_too_few_rows_to_set_aside(tmp_path: Path) -> None:
     path = write(tmp_path, train=numbered(2))
     task = TextClassification(path=path, test_split=None, validation_split=None)
-    why = said(lambda: task.split_rows("validation"))
-    assert why == f"1 rows of {path} are too few to set some aside for validation"
+    error = error_of(lambda: task.split_rows("validation"))
+    assert error == f"1 rows of {path} are too few to set some aside for validation"
 
 
-def test_texts_that_are_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "task", [TextClassification(), LanguageModelling(label=None)], ids=lambda t: type(t).__name__
+)
+def test_texts_that_are_numbers(tmp_path: Path, task: Task) -> None:
     rows = [{"text": i, "label": "ab"[i % 2]} for i in range(4)]
-    path = write(tmp_path, train=rows)
-    for task in (TextClassification(path=path), LanguageModelling(path=path, label=None)):
-        why = said(lambda task=task: task.train_rows)
-        assert why == "column text of train must hold texts, got int64"
+    numbers = replace(task, path=write(tmp_path, train=rows))
+    error = error_of(lambda: numbers.train_rows)
+    assert error == "column text of train must hold texts, got int64"
 
 
 def test_fewer_rows_than_clients_need(run: Runner, tmp_path: Path) -> None:
     path = write(tmp_path, train=numbered(8), validation=numbered(2), test=numbered(2))
-    given = [f"data.path={path}", "partition.min_size=3"]
     with pytest.raises(Exception) as error:
-        run(*given)
-    why = "8 training rows cannot give num_clients=3 at least 3 each"
-    assert why in str(error.value)
+        run(f"data.path={path}", "partition.min_size=3")
+    assert "8 training rows cannot give num_clients=3 at least 3 each" in str(error.value)
 
 
 FIELDS: list[tuple[dict[str, Any], str]] = [
@@ -268,7 +275,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("fields", "expected"), FIELDS)
 def test_fields_are_checked(fields: dict[str, Any], expected: str) -> None:
-    assert said(lambda: TextClassification(**fields)) == expected
+    assert error_of(lambda: TextClassification(**fields)) == expected
 
 
 # --- groups -------------------------------------------------------------------------------------
@@ -276,7 +283,7 @@ def test_fields_are_checked(fields: dict[str, Any], expected: str) -> None:
 
 @pytest.fixture
 def groups(tmp_path: Path) -> InstructionTuning:
-    """Ten rows to train on, with columns of all kinds."""
+    """A task with ten training rows and columns of all kinds."""
     kinds = ["b", "a", "b", "c", "a", "b", "a", "a", "b", "b"]
     columns: dict[str, Any] = {
         "instruction": [f"i{i}" for i in range(10)],
@@ -303,7 +310,7 @@ def groups(tmp_path: Path) -> InstructionTuning:
 
 
 def test_groups_of_texts(groups: InstructionTuning) -> None:
-    for column in ("kind", None):  # the label's, where none is named
+    for column in ("kind", None):  # null stands for the label's column
         numbers, names = groups.grouped(column)
         assert names == ["a", "b", "c"]
         assert numbers.tolist() == [1, 0, 1, 2, 0, 1, 0, 0, 1, 1] and numbers.dtype == "int64"
@@ -345,4 +352,4 @@ GROUPLESS = {
 
 @pytest.mark.parametrize("column", GROUPLESS)
 def test_columns_that_make_no_groups(groups: InstructionTuning, column: str) -> None:
-    assert said(lambda: groups.grouped(column)) == GROUPLESS[column].format(groups.path)
+    assert error_of(lambda: groups.grouped(column)) == GROUPLESS[column].format(groups.path)

@@ -1,4 +1,4 @@
-"""A round's question and its aggregation, as the server would put them to a method."""
+"""A round's aggregation, as the server asks a method for it."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -18,11 +18,15 @@ def aggregated(
     number: int = 1,
     model: nn.Module | None = None,
 ) -> State:
-    """What a method makes of the states of clients 0, 1, ....
+    """Aggregate the states of clients 0, 1, ... by a method.
 
     Args:
-        before: what the clients received.
-        model: the server's, for methods that change base weights.
+        method: aggregates.
+        states: of the clients, as they were sent.
+        weights: of the clients, with sum 1.
+        before: the state that the clients received; empty by default.
+        number: of the round.
+        model: the server's model, for methods that change base weights.
     """
     server: Any = SimpleNamespace(model=model)
     ats = [At(number, client) for client in range(len(states))]

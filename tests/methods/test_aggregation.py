@@ -29,7 +29,7 @@ from fedpeft.nn.tensor_train import TensorTrain
 from fedpeft.seeding import torch_seed
 from fedpeft.server.diagnostics import interference
 from fedpeft.state import Role, State, load_state, snapshot, weighted_mean
-from tests.architectures import tiny
+from tests.expected.architectures import tiny
 from tests.methods.rounds import aggregated
 
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -101,7 +101,7 @@ def test_states_that_cannot_be_averaged(
 
 @dataclass
 class Aggregation:
-    """One aggregation: the model, the state before, the clients' updates and their aggregate."""
+    """One aggregation: the model, the state before, the clients' states and their aggregate."""
 
     method: Method
     model: nn.Module
@@ -113,12 +113,12 @@ class Aggregation:
         return interference(self.model, self.method, self.before, self.states, WEIGHTS, self.after)
 
     def matrices(self, state: State) -> dict[str, Tensor]:
-        """Every adapted layer as the matrix that it applies to its input, (in, out)."""
+        """Return every adapted layer as the matrix that it applies to its input, (in, out)."""
         load_state(self.model, self.before, state)
         return {n: matrix(m) for n, m in modules(self.model).items() if isinstance(m, LAYERS)}
 
     def deviations(self) -> tuple[float, float]:
-        """|W(avg) - avg W| and |avg W - W_0|, the largest entry and the Frobenius ratio."""
+        """Return the largest entry of |W(avg) - avg W| and its Frobenius norm by |avg W - W_0|."""
         clients = [self.matrices(state) for state in self.states]
         start, average = self.matrices({}), self.matrices(self.after)
         assert start
@@ -140,7 +140,7 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def matrix(layer: nn.Module) -> Tensor:
-    """What a layer does to unit vectors, without its bias: no knowledge of its factors."""
+    """Compute a layer's matrix, (in, out), from unit vectors, so without knowing its factors."""
     width = features(layer)
     apply = layer.times if isinstance(layer, TensorTrain) else layer
     return (apply(torch.eye(width)) - apply(torch.zeros(1, width))).double()
@@ -156,7 +156,14 @@ def features(layer: nn.Module) -> int:
 
 
 def one_round(method: Method, name: str, round: int = 1, noise: float = 0.2) -> Aggregation:
-    """Three clients move what they share by noise; B does not stand at zero any more."""
+    """Aggregate three clients that add noise to what they share, from a B that is not zero.
+
+    Args:
+        method: injects its parameters and aggregates.
+        name: of the architecture.
+        round: number of the round, by which roles may differ.
+        noise: standard deviation.
+    """
     with torch_seed(0, "method"):
         model = method.inject(tiny(name)).eval()
     names = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -208,19 +215,20 @@ INEXACT: dict[str, Method] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", list(EXACT))
-def test_exact_methods_average_effective_weights(method: str, name: str) -> None:
-    for round in EXACT[method][1]:
-        run = one_round(EXACT[method][0], name, round)
-        worst, relative = run.deviations()
-        assert worst < 1e-5 and relative < 1e-5
-        reported = run.reported()
-        assert reported is not None and reported < 1e-6
+@pytest.mark.parametrize(
+    ("method", "round"), [(m, round) for m, (_, rounds) in EXACT.items() for round in rounds]
+)
+def test_exact_methods_average_effective_weights(method: str, round: int, name: str) -> None:
+    run = one_round(EXACT[method][0], name, round)
+    worst, relative = run.deviations()
+    assert worst < 1e-5 and relative < 1e-5
+    reported = run.reported()
+    assert reported is not None and reported < 1e-6
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", list(INEXACT))
-def test_the_interference_of_the_others_is_as_reported(method: str, name: str) -> None:
+def test_the_interference_of_inexact_methods_is_as_reported(method: str, name: str) -> None:
     run = one_round(INEXACT[method], name)
     worst, relative = run.deviations()
     assert worst > 1e-3 and relative > 0.02
@@ -233,7 +241,7 @@ def test_fewer_factors_interfere_less() -> None:
     model = nn.ModuleDict({"tt": TensorTrain(768, 64, (8, 8, 12, 8, 8), 5)})
     before = snapshot(model, [n for n, _ in model.named_parameters() if "factor" in n])
     weights = [1 / 20] * 20
-    found = []
+    ratios = []
     for method in (FedTT(), FedTTPlus(), FedTTPlus(active="one")):
         sent = [n for n in before if method.role(n, At(3)) is Role.SHARED]
         states = [
@@ -241,8 +249,8 @@ def test_fewer_factors_interfere_less() -> None:
             for _ in weights
         ]
         after = aggregated(method, states, weights)
-        found.append(interference(model, method, before, states, weights, after))
-    assert found == pytest.approx([0.265, 0.193, 0.0], abs=0.04)
+        ratios.append(interference(model, method, before, states, weights, after))
+    assert ratios == pytest.approx([0.265, 0.193, 0.0], abs=0.04)
 
 
 def test_interference_by_hand() -> None:
@@ -256,8 +264,8 @@ def test_interference_by_hand() -> None:
     states = [state(2, 3), state(4, 5)]
     after = aggregated(SCL(), states, [0.25, 0.75])
     # avg w avg c = 3.5 * 4.5 = 15.75; avg w c = 1.5 + 15 = 16.5; start 1.
-    found = interference(model, SCL(), state(1, 1), states, [0.25, 0.75], after)
-    assert found == pytest.approx(0.75 / 15.5, rel=1e-6)
+    ratio = interference(model, SCL(), state(1, 1), states, [0.25, 0.75], after)
+    assert ratio == pytest.approx(0.75 / 15.5, rel=1e-6)
     assert interference(model, SCL(), state(1, 1), [state(1, 1)], [1.0], state(1, 1)) is None
     assert interference(nn.Linear(2, 2), SCL(), {}, [{}], [1.0], {}) is None
 
@@ -289,10 +297,10 @@ def test_scl_s_effective_weight(name: str, init: str) -> None:
     for layer in layers:
         effective = run.method.effective(layer)
         assert effective is not None and effective.shape == (48, 96)
-        found = matrix(layer).float()
-        if layer.weight is not None:  # what is kept is no change
-            found = found - layer.weight.T
-        torch.testing.assert_close(found, effective.T, rtol=1e-4, atol=1e-5)
+        change = matrix(layer).float()
+        if layer.weight is not None:  # the frozen weight is no change
+            change = change - layer.weight.T
+        torch.testing.assert_close(change, effective.T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -309,8 +317,8 @@ def test_a_train_s_effective_weight(name: str) -> None:
 @pytest.mark.parametrize("method", [LoRA(), SCL(), FedTT()], ids=lambda m: type(m).__name__)
 def test_other_modules_have_no_effective_weight(method: Method) -> None:
     assert method.effective(nn.Linear(3, 3)) is None
-    others = [m for m in (LoRA(), SCL(rank=5), FedTT()) if type(m) is not type(method)]
-    for other in others:
-        found = list(other.inject(tiny("bert")).modules())
-        assert all(method.effective(module) is None for module in found)
-        assert any(other.effective(module) is not None for module in found)
+    methods = [m for m in (LoRA(), SCL(rank=5), FedTT()) if type(m) is not type(method)]
+    for other in methods:
+        layers = list(other.inject(tiny("bert")).modules())
+        assert all(method.effective(module) is None for module in layers)
+        assert any(other.effective(module) is not None for module in layers)

@@ -1,4 +1,4 @@
-"""The baselines of the papers: what they train on every architecture, and what they compute."""
+"""The baselines of the papers: the parameters that they train, and their arithmetic."""
 
 import math
 import subprocess
@@ -29,10 +29,23 @@ from fedpeft.nn.adapters import BottleneckAdapter
 from fedpeft.nn.virtual import Prefixed, Prompted
 from fedpeft.seeding import torch_seed
 from fedpeft.state import Role
-from tests.architectures import ARCHITECTURES, HIDDEN, LAYERS, inputs, logits, tiny, trainable
-from tests.baselines import BASELINES, PROMPTS, names_by_hand, refusal
 from tests.conftest import Runner
+from tests.expected.architectures import (
+    ARCHITECTURES,
+    HIDDEN,
+    LAYERS,
+    inputs,
+    logits,
+    tiny,
+    trainable,
+)
+from tests.expected.methods import EXPECTED
+from tests.expected.names import PROMPTS, Case, refusal
 
+BASELINES = (
+    *("rolora", "full", "bitfit", "adapter", "ia3", "prompt", "p_tuning", "prefix", "fedprompt"),
+    *("feddpa", "federa"),
+)
 every_architecture = pytest.mark.parametrize("name", list(ARCHITECTURES))
 TEXTS = [n for n in ARCHITECTURES if n not in ("vit", "siglip", "clip")]
 DECODERS = ["llama", "llama_lm", "gpt2"]
@@ -48,14 +61,10 @@ def injected(method: Method, name: str, seed: int = 0) -> Any:
         return method.inject(tiny(name)).eval()
 
 
-def given(name: str) -> dict[str, Tensor]:
-    return inputs(tiny(name))
-
-
 @every_architecture
 @pytest.mark.parametrize("method", BASELINES)
 def test_roles(method: str, name: str) -> None:
-    """Exactly what the hand table says trains, is reached by the loss, is sent or stays."""
+    """The names by hand are those that the loss reaches and that the roles send or keep."""
     a, chosen = ARCHITECTURES[name], method_of(method)
     reason = refusal(method, name, a)
     if reason is not None:
@@ -64,12 +73,12 @@ def test_roles(method: str, name: str) -> None:
         return
     model = injected(chosen, name)
     names = trainable(model)
-    model(**given(name)).logits.square().sum().backward()
+    model(**inputs(tiny(name))).logits.square().sum().backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == names
     everything = {n for n, _ in model.named_parameters()}
     ever: set[str] = set()
     for round in range(1, 5):
-        shared, personal = names_by_hand(method, name, a, everything, round)
+        shared, personal = EXPECTED[method].names(Case(name, a, everything, round))
         assert {n for n in names if chosen.role(n, At(round)) is Role.SHARED} == shared
         assert {n for n in names if chosen.role(n, At(round)) is Role.PERSONAL} == personal
         ever |= shared | personal
@@ -95,12 +104,12 @@ def test_a_seeded_injection_is_the_same_everywhere(method: str, name: str) -> No
 @pytest.mark.parametrize(
     "method", ["rolora", "full", "bitfit", "adapter", "ia3", "feddpa", "federa"]
 )
-def test_those_that_start_as_the_pretrained_model(method: str, name: str) -> None:
+def test_methods_that_start_as_the_pretrained_model(method: str, name: str) -> None:
     if refusal(method, name, ARCHITECTURES[name]) is not None:
         return
     expected = logits(tiny(name)).detach()
-    found = logits(injected(method_of(method), name)).detach()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    start = logits(injected(method_of(method), name)).detach()
+    torch.testing.assert_close(start, expected, rtol=1e-4, atol=1e-5)
 
 
 HYPERPARAMETERS: list[tuple[type[Method], dict[str, Any], str]] = [
@@ -188,7 +197,7 @@ def test_an_adapter_by_hand(activation: str) -> None:
 
 
 def test_the_adapters_activation_is_a_choice() -> None:
-    found = []
+    outputs = []
     for activation in ("gelu", "relu"):
         model = injected(Adapter(activation=activation), "bert")
         torch.manual_seed(0)
@@ -197,8 +206,8 @@ def test_the_adapters_activation_is_a_choice() -> None:
                 if isinstance(module, BottleneckAdapter):
                     module.up.weight.normal_()
                     module.down.weight.mul_(50)
-        found.append(logits(model))
-    assert not torch.allclose(found[0], found[1])
+        outputs.append(logits(model))
+    assert not torch.allclose(outputs[0], outputs[1])
 
 
 def test_adapters_without_layernorms() -> None:
@@ -233,7 +242,7 @@ def test_ia3_scales_keys_values_and_the_mlp_s_inside(name: str) -> None:
 
 
 def moved(method: Method, name: str) -> Any:
-    """Injected, with every factor of a LoRA away from zero."""
+    """Return a model with the method's parameters and every factor of a LoRA away from zero."""
     model = injected(method, name)
     torch.manual_seed(2)
     with torch.no_grad():
@@ -257,9 +266,9 @@ def test_feddpa_adds_both_by_their_weights(name: str) -> None:
         }
         expected = x @ (6 * 0.75 * parts["shared"] + 6 * 0.25 * parts["own"]).T
         torch.testing.assert_close(layer(x) - layer.get_base_layer()(x), expected)
-        found = method.effective(layer)
-        assert found is not None
-        torch.testing.assert_close(found, 6 * 0.75 * parts["shared"])
+        effective = method.effective(layer)
+        assert effective is not None
+        torch.testing.assert_close(effective, 6 * 0.75 * parts["shared"])
     assert method.effective(nn.Linear(2, 2)) is None
 
 
@@ -287,7 +296,7 @@ torch.set_num_threads(1)
 from fedpeft.methods.federa import FeDeRA
 from fedpeft.seeding import torch_seed
 from fedpeft.state import sha256
-from tests.architectures import tiny
+from tests.expected.architectures import tiny
 torch.manual_seed({seed})
 with torch_seed(0, "method"):
     model = FeDeRA().inject(tiny("{name}"))
@@ -296,9 +305,9 @@ print(sha256(model.state_dict()))
 
 
 def test_federa_is_the_same_bit_for_bit_in_every_process() -> None:
-    """What is frozen is computed by each for itself."""
+    """Each process computes the frozen weights for itself, because nothing sends them."""
     command = [sys.executable, "-W", "ignore", "-c"]
-    found = {
+    hashes = {
         subprocess.run(
             [*command, PRINT.format(seed=seed, name="gpt2")],
             check=True,
@@ -307,7 +316,7 @@ def test_federa_is_the_same_bit_for_bit_in_every_process() -> None:
         ).stdout
         for seed in (1, 2)
     }
-    assert len(found) == 1 and len(found.pop().strip()) == 64
+    assert len(hashes) == 1 and len(hashes.pop().strip()) == 64
 
 
 def test_federa_refuses_quantised_weights() -> None:
@@ -324,7 +333,7 @@ FIRST = torch.tensor([21, 22, 23])  # stand in for virtual tokens
 
 
 def prompted(name: str) -> tuple[Prompted, nn.Module]:
-    """A model whose virtual tokens are those of FIRST, and the model itself."""
+    """Return a model whose virtual tokens are those of FIRST, and the model without them."""
     plain: Any = tiny(name)
     words = getattr(plain, "backbone", plain).get_input_embeddings().weight.detach().clone()
     model = injected(Prompt(num_tokens=3), name)
@@ -336,23 +345,23 @@ def prompted(name: str) -> tuple[Prompted, nn.Module]:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_prompt_is_as_if_its_tokens_stood_before_the_text(name: str) -> None:
-    """Padding too stays where it was: a decoder classifies by the text's last token."""
+    """Padding stays where it was, because a decoder classifies by the text's last token."""
     model, plain = prompted(name)
     mask = (PADDED != 0).long()
     ids = torch.cat([FIRST.expand(2, -1), PADDED], 1)
     expected = plain(input_ids=ids, attention_mask=(ids != 0).long()).logits
-    found = model(input_ids=PADDED, attention_mask=mask).logits
-    if found.dim() == 3:
-        assert found.shape[1] == PADDED.shape[1]
+    answer = model(input_ids=PADDED, attention_mask=mask).logits
+    if answer.dim() == 3:
+        assert answer.shape[1] == PADDED.shape[1]
         expected = expected[:, 3:]
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(answer, expected)
     alone = model(input_ids=PADDED[1:, :4], attention_mask=mask[1:, :4]).logits
-    short = found[1:, :4] if found.dim() == 3 else found[1:]
+    short = answer[1:, :4] if answer.dim() == 3 else answer[1:]
     torch.testing.assert_close(alone, short, rtol=1e-4, atol=1e-5)
 
 
 def prefixed(name: str) -> tuple[Prefixed, nn.Module]:
-    """A decoder whose keys and values are those of FIRST, and the decoder itself."""
+    """Return a decoder whose prefix is FIRST's keys and values, and the decoder without it."""
     plain: Any = tiny(name)
     plain.config.pad_token_id = 0
     model = injected(Prefix(num_tokens=3), name)
@@ -371,17 +380,17 @@ def test_a_prefix_is_as_if_its_tokens_had_been_read(name: str) -> None:
     model, plain = prefixed(name)
     ids = torch.cat([FIRST.expand(2, -1), PADDED], 1)
     expected = plain(input_ids=ids, attention_mask=(ids != 0).long()).logits
-    found = model(input_ids=PADDED, attention_mask=(PADDED != 0).long()).logits
-    real = PADDED != 0 if found.dim() == 3 else slice(None)
-    expected = expected[:, 3:] if found.dim() == 3 else expected
-    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
+    answer = model(input_ids=PADDED, attention_mask=(PADDED != 0).long()).logits
+    real = PADDED != 0 if answer.dim() == 3 else slice(None)
+    expected = expected[:, 3:] if answer.dim() == 3 else expected
+    torch.testing.assert_close(answer[real], expected[real], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "mean_pooled", "roberta"])
 def test_an_encoder_s_one_layer_attends_to_its_prefix(name: str) -> None:
-    """Keys and values of FIRST in a one-layer encoder: its text's vectors are as if it read them.
+    """With FIRST's keys and values, a one-layer encoder gives the vectors as if it read FIRST.
 
-    RoBERTa's and BERT's positions, like those of the text, then begin at 3.
+    The text's positions begin at 3 then, in RoBERTa as in BERT.
     """
     whole: Any = tiny(name)
     backbone = getattr(whole, whole.base_model_prefix)
@@ -393,8 +402,8 @@ def test_an_encoder_s_one_layer_attends_to_its_prefix(name: str) -> None:
     before = backbone.embeddings(input_ids=ids)[0, :3]
     heads = [f(before).view(3, 4, -1) for f in (layer.key, layer.value)]
     expected = backbone(input_ids=ids, attention_mask=mask)[0][:, 3:]
-    found: list[Tensor] = []
-    backbone.register_forward_hook(lambda _m, _i, output: found.append(output[0]))
+    hidden: list[Tensor] = []
+    backbone.register_forward_hook(lambda _m, _i, output: hidden.append(output[0]))
     model: Any = Prefix(num_tokens=3).inject(whole).eval()
     with torch.no_grad():
         model.prefix.embedding.weight.copy_(torch.stack(heads, 1).flatten(1))
@@ -402,19 +411,19 @@ def test_an_encoder_s_one_layer_attends_to_its_prefix(name: str) -> None:
     real = PADDED != 0
     if name == "roberta":  # its position of padding moves with the offset
         real = real & real.all(1, keepdim=True)
-    torch.testing.assert_close(found[0][real], expected[real], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hidden[0][real], expected[real], rtol=1e-4, atol=1e-5)
     if name == "mean_pooled":  # the mean is over the text
-        mean = (found[0] * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
+        mean = (hidden[0] * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
         torch.testing.assert_close(answer, whole.classifier(mean))
 
 
 def greedy(model: nn.Module, ids: Tensor, steps: int) -> list[int]:
-    """The likeliest next tokens of one text, each from a pass over all before."""
-    made: list[int] = []
+    """Return the likeliest next tokens of one text, each from a pass over all before."""
+    tokens: list[int] = []
     for _ in range(steps):
-        row = torch.cat([ids, torch.tensor(made, dtype=torch.long)]).unsqueeze(0)
-        made.append(int(model(input_ids=row).logits[0, -1].argmax()))
-    return made
+        row = torch.cat([ids, torch.tensor(tokens, dtype=torch.long)]).unsqueeze(0)
+        tokens.append(int(model(input_ids=row).logits[0, -1].argmax()))
+    return tokens
 
 
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`")
@@ -423,7 +432,7 @@ def greedy(model: nn.Module, ids: Tensor, steps: int) -> list[int]:
 )
 @pytest.mark.parametrize("around", [prompted, prefixed])
 def test_generation_goes_on_from_the_virtual_tokens(around: Any, settings: dict[str, Any]) -> None:
-    """With prompts padded on the left, as when answers are generated."""
+    """The prompts are padded on the left, as when answers are generated."""
     model, plain = around("llama_lm")
     ids, mask = PADDED.clone(), torch.ones_like(PADDED)
     ids[1], mask[1, :2] = torch.tensor([0, 0, 11, 12, 13, 14]), 0
@@ -432,15 +441,15 @@ def test_generation_goes_on_from_the_virtual_tokens(around: Any, settings: dict[
     assert model.inner.generation_config is model.generation_config
     config = GenerationConfig(**fields)  # type: ignore[arg-type]
     with torch.no_grad():
-        found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        texts = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     times = settings.get("num_return_sequences", 1)
-    assert found.shape == (2 * times, 11)
-    assert torch.equal(found[:, :6], ids.repeat_interleave(times, 0))
+    assert texts.shape == (2 * times, 11)
+    assert torch.equal(texts[:, :6], ids.repeat_interleave(times, 0))
     if settings:
         return
     for row in (0, 1):
         text = torch.cat([FIRST, ids[row][mask[row] == 1]])
-        assert found[row, 6:].tolist() == greedy(plain, text, 5)
+        assert texts[row, 6:].tolist() == greedy(plain, text, 5)
 
 
 def test_what_is_around_a_model_answers_for_it() -> None:
@@ -460,7 +469,7 @@ def test_too_few_positions_are_named(method: Method, name: str) -> None:
 
 
 def test_roberta_has_fewer_positions_than_embeddings() -> None:
-    """Its first two embeddings, padding's and the one before, are no token's."""
+    """The first two embeddings, padding's and the one before it, are no token's."""
     model = injected(Prompt(30), "roberta")
     assert model.limit == 40 - 1 - model.config.pad_token_id
 
@@ -475,7 +484,7 @@ def test_a_prompt_s_start(init: str) -> None:
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])
 def test_p_tuning_sends_all_that_computes_the_prompt(encoder: str) -> None:
-    """Not only the vectors that it gives, as PEFT saves: the next round trains the rest on."""
+    """The network is sent too, because the next round trains it on; PEFT saves its output only."""
     method = PTuning(num_tokens=3, encoder=encoder, hidden=8)
     model = injected(method, "llama_lm")
     names = trainable(model)
@@ -487,8 +496,9 @@ def test_p_tuning_sends_all_that_computes_the_prompt(encoder: str) -> None:
 
 def test_prefix_with_its_network_sends_all_of_it() -> None:
     model = injected(Prefix(num_tokens=3, projection=True, hidden=8), "gpt2")
-    own = {"embedding.weight", *(f"transform.{i}.{k}" for i in (0, 2) for k in ("weight", "bias"))}
-    assert trainable(model) == {f"prefix.{n}" for n in own} | {"inner.score.weight"}
+    layers = {f"transform.{i}.{k}" for i in (0, 2) for k in ("weight", "bias")}
+    network = {f"prefix.{n}" for n in {"embedding.weight", *layers}}
+    assert trainable(model) == network | {"inner.score.weight"}
     assert logits_of(model).shape == (2, 3)
 
 

@@ -1,4 +1,4 @@
-"""Ditto's two phases, its pull by hand, and what stays on the clients."""
+"""Ditto: its two phases, its pull by hand, and the copies that stay on the clients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,8 @@ from fedpeft.engine.plan import Job
 from fedpeft.methods.base import At
 from fedpeft.methods.ditto import Ditto, Pull, is_personal, twin
 from fedpeft.state import Role, State
-from tests.architectures import tiny
 from tests.conftest import Runner
+from tests.expected.architectures import tiny
 
 # Full batches and no dropout: both phases, and plain LoRA, then see the same gradients.
 PLAIN = [
@@ -28,7 +28,7 @@ PLAIN = [
 
 
 def trained(engine: Engine, start: State, client: int = 0) -> State:
-    """All parameters that can change after one client's round 1."""
+    """Train a client in round 1 and return all parameters that can change."""
     at = At(1, client, 2)
     term = engine.config.method.term(at, start, {})
     return engine.train_client(Job(at, start, (term,)), 1).after
@@ -104,8 +104,8 @@ def test_without_pull_and_from_one_start_both_are_lora_s_local_training(
     assert norm({n: plain[n] for n in start}, start) > 0.01
     for name in start:
         for adapter in ("global", "personal"):
-            found = after[name.replace(".default.", f".{adapter}.")]
-            torch.testing.assert_close(found, plain[name], rtol=1e-4, atol=1e-6)
+            value = after[name.replace(".default.", f".{adapter}.")]
+            torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_large_pull_brings_the_copy_to_what_was_received(opened: Callable[..., Engine]) -> None:
@@ -128,7 +128,7 @@ def test_a_large_pull_brings_the_copy_to_what_was_received(opened: Callable[...,
 
 
 def test_personal_copies_differ_and_are_never_sent(run: Runner) -> None:
-    kept: dict[int, State] = {}
+    copies: dict[int, State] = {}
 
     def answer(message: Message, context: Context) -> Message:
         reply = client_app(message=message, context=context)  # type: ignore[call-arg]
@@ -136,7 +136,7 @@ def test_personal_copies_differ_and_are_never_sent(run: Runner) -> None:
         if config is not None:
             client = int(context.node_config["partition-id"])
             store = Store(context, client, str(config["overrides"]))
-            kept[client] = Kept.parted(store.load()).personal
+            copies[client] = Kept.parted(store.load()).personal
         return reply
 
     summary = run("method=ditto", "method.rank=4", answer=answer)
@@ -145,8 +145,8 @@ def test_personal_copies_differ_and_are_never_sent(run: Runner) -> None:
         assert not any(is_personal(name) for name in sent.up_state() | sent.down_state())
     assert all(any(".global." in n for n in s.up_state()) for s in run.recorder.of("train"))
     assert not any(is_personal(name) for name in run.saved())
-    assert len(kept) == 3 and all(len(state) == 8 for state in kept.values())
-    assert min(norm(kept[0], kept[1]), norm(kept[0], kept[2]), norm(kept[1], kept[2])) > 0.01
+    assert len(copies) == 3 and all(len(state) == 8 for state in copies.values())
+    assert min(norm(copies[a], copies[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > 0.01
     assert "client_test_accuracy" in summary["final"]
 
 
@@ -155,7 +155,7 @@ def test_clients_are_measured_with_the_personal_copy(opened: Callable[..., Engin
     rows = engine.rows.client_examples(0)["validation"]
 
     def loss(adapter: str) -> float:
-        """Of the model in which one adapter has a large B."""
+        """Measure the loss of the model in which one adapter has a large B."""
         ends = f".lora_B.{adapter}.weight"
         changed = {n: v + 1.0 for n, v in engine.replica.initial.items() if n.endswith(ends)}
         engine.replica.load(changed)

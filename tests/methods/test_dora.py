@@ -1,4 +1,4 @@
-"""DoRA's dense matrix is what its layer computes; its roles; its magnitude moves and is sent."""
+"""DoRA's dense matrix is the one that its layer applies; its magnitude moves and is sent."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from fedpeft.methods.base import At
 from fedpeft.methods.dora import DoRA
 from fedpeft.state import Role
-from tests.architectures import tiny
+from tests.expected.architectures import tiny
 
 OUT, IN, RANK = 5, 7, 3
 
@@ -32,7 +32,7 @@ class Tiny(nn.Module):
 
 
 def moved(method: DoRA, layer: nn.Module, model_type: str = "bert") -> Any:
-    """The DoRA layer after its A, B and magnitude left their start."""
+    """Put DoRA on a layer and move its A, B and magnitude away from their start."""
     module = method.inject(Tiny(layer, model_type)).query
     assert isinstance(module, nn.Module)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def moved(method: DoRA, layer: nn.Module, model_type: str = "bert") -> Any:
     [(lambda: nn.Linear(IN, OUT), "bert"), (lambda: Conv1D(OUT, IN), "gpt2")],
     ids=["Linear", "Conv1D"],
 )
-def test_the_dense_matrix_is_what_the_layer_computes(
+def test_the_dense_matrix_is_the_one_that_the_layer_applies(
     kind: Callable[[], nn.Module], model_type: str
 ) -> None:
     torch.manual_seed(0)

@@ -36,8 +36,8 @@ def test_the_start_is_the_best_approximation_of_adamws_first_step(
         u, s, v = torch.linalg.svd(-0.01 * gradient.double().sign())
         best = (u[:, :8] * s[:8]) @ v[:8]
         b, a = started[f"{site}.basis_out"], started[f"{site}.basis_in"]
-        found = b @ started[f"{site}.core"][0] @ a
-        torch.testing.assert_close(found.double(), best, rtol=1e-3, atol=1e-5)
+        product = b @ started[f"{site}.core"][0] @ a
+        torch.testing.assert_close(product.double(), best, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(a @ a.T, torch.eye(8), rtol=0, atol=1e-5)
         assert best.norm() > 0.03
 
@@ -63,13 +63,13 @@ def test_clients_get_the_bases_and_send_the_cores(run: Runner) -> None:
     assert any(v.abs().max() > 0 for n, v in first.items() if n.endswith(".core"))
 
 
-def test_todays_starts_keep_their_names_and_send_no_bases(run: Runner) -> None:
-    for init in ("svd", "orthogonal"):
-        run("method=fed_sb", f"method.init={init}")
-        first = run.recorder.of("train", 1)[0].down_state()
-        cores = [value for name, value in first.items() if name.endswith(".core")]
-        assert len(cores) == 4 and not any(core.any() for core in cores)
-        assert not any(".basis_" in name for name in first)
+@pytest.mark.parametrize("init", ["svd", "orthogonal"])
+def test_starts_that_every_client_computes_send_no_bases(init: str, run: Runner) -> None:
+    run("method=fed_sb", f"method.init={init}")
+    first = run.recorder.of("train", 1)[0].down_state()
+    cores = [value for name, value in first.items() if name.endswith(".core")]
+    assert len(cores) == 4 and not any(core.any() for core in cores)
+    assert not any(".basis_" in name for name in first)
 
 
 def test_wrong_values() -> None:

@@ -7,7 +7,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from fedpeft.engine.engine import Engine
-from fedpeft.engine.plan import Job
+from fedpeft.engine.plan import Job, plan
 from fedpeft.methods.base import At
 from fedpeft.methods.feddpa import ALONE, FedDPA
 from fedpeft.state import Role, State
@@ -19,7 +19,14 @@ A, B = ".lora_A.", ".lora_B."
 
 
 def gradients(engine: Engine, values: State, setting: str, names: list[str]) -> State:
-    """Return the gradients of one client's first batch of a phase, by torch alone."""
+    """Return the gradients of client 0's first batch of a phase, by torch alone.
+
+    Args:
+        engine: holds the model.
+        values: at which the gradients are taken.
+        setting: of the phase.
+        names: of the parameters that train in the phase.
+    """
     replica = engine.replica
     replica.load(values)
     replica.config.method.arrange(replica.model, setting)
@@ -28,11 +35,10 @@ def gradients(engine: Engine, values: State, setting: str, names: list[str]) -> 
     number = 1 if setting else 0
     path = [1, 0] + ([number] if number else [])
     phase = engine.config.method.phases(At(1, 0, 2))[number]
-    (batch,) = engine._plan(0, path, phase).steps[0]
+    (batch,) = plan(engine.config, *engine.rows.training(0), path, phase).steps[0]
     loss = engine.task.loss(engine.task.forward(replica.model, batch), batch)
     parameters = [replica.model.get_parameter(name) for name in names]
-    found = torch.autograd.grad(loss, parameters)
-    return dict(zip(names, found, strict=True))
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 def random_start(engine: Engine) -> State:
@@ -45,13 +51,13 @@ def test_a_round_is_a_local_step_and_then_a_global_step(opened: Callable[..., En
     engine = opened("method=feddpa", QUIET, *SGD, "method.local_weight=0.3")
     start = random_start(engine)
     local = [name for name in start if ".own." in name]
-    others = [name for name in start if ".own." not in name]
+    rest = [name for name in start if ".own." not in name]
     result = engine.train_client(Job(At(1, 0, 2), dict(start)), 1)
 
     first = gradients(engine, start, "", local)
     between = start | {name: start[name] - 0.05 * first[name] for name in local}
-    second = gradients(engine, between, ALONE, others)
-    expected = between | {name: between[name] - 0.05 * second[name] for name in others}
+    second = gradients(engine, between, ALONE, rest)
+    expected = between | {name: between[name] - 0.05 * second[name] for name in rest}
     for name, value in expected.items():
         torch.testing.assert_close(result.after[name], value, rtol=1e-4, atol=1e-6)
     assert not torch.equal(expected[local[0]], start[local[0]])
@@ -74,13 +80,13 @@ def test_the_global_adapter_trains_at_full_scale_and_is_measured_mixed(
 
 def test_after_trains_the_local_adapter_in_the_last_round_alone() -> None:
     method = FedDPA(variant="after")
-    own, shared = "x.lora_B.own.weight", "x.lora_B.shared.weight"
+    local, shared = "x.lora_B.own.weight", "x.lora_B.shared.weight"
     for round, roles in {
         1: (Role.FROZEN, Role.SHARED),
         2: (Role.FROZEN, Role.SHARED),
         3: (Role.PERSONAL, Role.FROZEN),
     }.items():
-        assert tuple(method.role(n, At(round, None, 3)) for n in (own, shared)) == roles
+        assert tuple(method.role(n, At(round, None, 3)) for n in (local, shared)) == roles
     with pytest.raises(ValueError, match="num_rounds must be >= 2, got 1"):
         method.check(1)
     with pytest.raises(ValueError, match="variant must be turns or after, got both"):

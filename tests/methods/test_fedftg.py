@@ -32,11 +32,10 @@ def test_the_term_projects_mlp_weights_alone() -> None:
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_in_one_pass_as_alone(opened: Callable[..., Engine], steps: int) -> None:
-    given = ("method=fedftg", f"local_steps={steps}", "optimizer.name=sgd", "lr=0.1")
-    engine = opened(*given)
-    start = engine.replica.values()
-    jobs = [Job(at, start, [engine.config.method.term(at, start, {})]) for at in
-            (At(1, client, 2) for client in range(3))]  # fmt: skip
+    engine = opened("method=fedftg", f"local_steps={steps}", "optimizer.name=sgd", "lr=0.1")
+    start, method = engine.replica.values(), engine.config.method
+    ats = [At(1, client, 2) for client in range(3)]
+    jobs = [Job(at, start, [method.term(at, start, {})]) for at in ats]
     assert engine.vectorised is not None
     together = engine.train(jobs, 1)
     for job, ours in zip(jobs, together, strict=True):

@@ -76,7 +76,7 @@ def test_equal_ranks_and_weights_by_examples_are_lora(run: Runner) -> None:
 
 
 def test_ranks_shrink_in_a_run(run: Runner) -> None:
-    """Each client sends the block that it was told to train, and later rounds send less."""
+    """A client sends the block that the server told it to train, and later rounds send less."""
     run("method=hetlora", "method.prune=0.5", "method.penalty=1", "num_rounds=6", "lr=0.05")
     ranks: dict[int, list[int]] = {}
     for exchange in run.recorder.of("train"):
@@ -85,8 +85,8 @@ def test_ranks_shrink_in_a_run(run: Runner) -> None:
         assert int(down["method:rank"]) == rank
         assert {v.shape[1] for n, v in down.items() if ".lora_B." in n} == {rank}
         ranks.setdefault(exchange.client, []).append(rank)
-    assert all(given == sorted(given, reverse=True) for given in ranks.values())
-    assert min(given[-1] for given in ranks.values()) < 4
+    assert all(by_round == sorted(by_round, reverse=True) for by_round in ranks.values())
+    assert min(by_round[-1] for by_round in ranks.values()) < 4
     lines = run.lines()
     assert lines[6]["uplink_payload_bytes"] < lines[1]["uplink_payload_bytes"]
 

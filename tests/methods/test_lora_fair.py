@@ -26,7 +26,7 @@ def mean_product(clients: list[State]) -> Tensor:
 
 
 def test_the_residual_by_hand() -> None:
-    """Of one number: lambda = 4, B_c = 4 and 0, A_c = 5 and 1, weights 1/4 and 3/4.
+    """A and B are numbers: lambda = 4, B_c = 4 and 0, A_c = 5 and 1, weights 1/4 and 3/4.
 
     Mean A is 2, mean B is 1, the mean product 5, so dB = (5 - 1 x 2) x 2 / (4 + 4) = .75.
     """

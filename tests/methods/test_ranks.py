@@ -1,4 +1,4 @@
-"""Ranks that differ by client: what each trains and sends, and what becomes of it."""
+"""Ranks that differ by client: the blocks that clients train and send, and their mean."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,21 +48,20 @@ def test_blocks_of_a_train() -> None:
     method = FedTT(tt_rank=5, tt_ranks={1: 2})
     shapes = {1: (1, 4, 5), 2: (5, 8, 5), 3: (5, 8, 1)}
     for client, r in ((0, 5), (1, 2)):
-        found = [
-            method.block(f"x.factor_{j}_of_3", shape, At(1, client)) for j, shape in shapes.items()
-        ]
-        assert found == [(1, 4, r), (r, 8, r), (r, 8, 1)]
+        at = At(1, client)
+        block = [method.block(f"x.factor_{j}_of_3", shape, at) for j, shape in shapes.items()]
+        assert block == [(1, 4, r), (r, 8, r), (r, 8, 1)]
     assert method.block("x.down.bias", (64,), At(1, 1)) == (64,)
 
 
 def blocks(method: Method, state: State, client: int) -> State:
-    """What a client of round 1 trains of a full state."""
+    """Cut a full state to the blocks that a client trains in round 1."""
     at = At(1, client)
     return {n: leading(v, method.block(n, v.shape, at)) for n, v in state.items()}
 
 
 def tail(method: Method, state: State, client: int) -> list[Tensor]:
-    """What lies outside a client's blocks."""
+    """Return the entries outside of a client's blocks."""
     ones = {name: torch.ones_like(value) for name, value in state.items()}
     inside = filled(blocks(method, ones, client), state)
     return [value[inside[name] == 0] for name, value in state.items()]
@@ -70,7 +69,7 @@ def tail(method: Method, state: State, client: int) -> list[Tensor]:
 
 @pytest.fixture
 def tails(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool, bool]]:
-    """(client, whether its model has a tail, whether it is zero) before and after each training."""
+    """Before and after each training: the client, if its model has a tail, and if that is zero."""
     seen: list[tuple[int, bool, bool]] = []
     train_client = Engine.train_client
 
@@ -94,7 +93,7 @@ def tails(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool, bool]]:
 def test_a_client_of_rank_r_sends_r_rows_and_columns(
     method: str, run: Runner, tails: list[tuple[int, bool, bool]]
 ) -> None:
-    """Zeros outside the block stay zeros, though nothing masks their gradients."""
+    """Zeros outside of the block stay zeros, though nothing masks their gradients."""
     run(f"method={method}", "method.rank=4", f"method.ranks={RANKS}", "optimizer.weight_decay=0.1")
     assert tails == [(c, RANKS[c] < 4, True) for _ in (1, 2) for c in (0, 1, 2) for _ in (1, 2)]
     for round in (1, 2):
@@ -126,8 +125,8 @@ def test_a_client_of_tensor_rank_r_sends_r_squared(
 
 
 def test_ranks_by_client_in_a_configuration() -> None:
-    found = load_config(["method=hetlora", "method.ranks={1: 2, 3: 4}"]).method
-    assert [rank_of(found.ranks, At(1, c), found.rank) for c in range(5)] == [8, 2, 8, 4, 8]
+    method = load_config(["method=hetlora", "method.ranks={1: 2, 3: 4}"]).method
+    assert [rank_of(method.ranks, At(1, c), method.rank) for c in range(5)] == [8, 2, 8, 4, 8]
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ def test_trains_of_unequal_rank_are_averaged_by_their_holders() -> None:
 
 @pytest.mark.parametrize("method", [FedTT(tt_ranks=[2]), FedTTPlus(tt_ranks=[2])])
 def test_a_leading_block_of_a_train_is_a_train_of_lower_rank(method: FedTT) -> None:
-    """What the client computes with zeros is what a train of its own rank computes."""
+    """With zeros outside of its block, a client computes what a train of its rank computes."""
     torch.manual_seed(0)
     large, small = (TTLinear(32, 64, (4, 8, 8, 8), r) for r in (5, 2))
     state = {n: p.detach() for n, p in large.named_parameters()}

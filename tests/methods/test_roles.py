@@ -1,4 +1,4 @@
-"""The role table: what each method trains, sends and keeps, on every architecture."""
+"""The role table: the parameters that a method trains, sends and keeps, by architecture."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -31,82 +31,30 @@ from fedpeft.nn.scl import CompressedProjection
 from fedpeft.nn.tensor_train import AdaptedOutput, TensorTrain, TTAdapter
 from fedpeft.seeding import torch_seed
 from fedpeft.state import Role, names_with
-from tests.architectures import (
+from tests.expected.architectures import (
     ARCHITECTURES,
     HIDDEN,
     LAYERS,
     WIDTH,
-    Architecture,
     logits,
     tiny,
     trainable,
 )
+from tests.expected.names import (
+    base_names,
+    core_names,
+    factor_names,
+    lora_names,
+    mlp_names,
+    output_head,
+    scl_names,
+    train_bias_names,
+    trains,
+    value_names,
+)
 
 ROUNDS = range(1, 13)
-# Axes of the adapters' 48x64 and 64x48 and of the classifier's 48x48.
-ADAPTER_AXES, CLASSIFIER_AXES = 4, 4
-# Methods that train and send what LoRA does; what their servers do with it differs.
-LORA_LIKE = ("fedex_lora", "flora", "flexlora", "hetlora", "fedrot_lora", "lora_fair")
 every_architecture = pytest.mark.parametrize("name", list(ARCHITECTURES))
-
-
-def lora_names(a: Architecture, part: str) -> set[str]:
-    return {f"{site}.lora_{part}.default.weight" for site in a.sites(a.query, a.value)}
-
-
-def core_names(a: Architecture, *parts: str) -> set[str]:
-    return {f"{site}.{part}" for site in a.sites(a.query, a.value) for part in parts}
-
-
-def value_names(a: Architecture) -> set[str]:
-    return {f"{site}.base_layer.values" for site in a.sites(a.query, a.value)}
-
-
-INPUTS = {
-    "output.dense": ["intermediate.dense"],
-    "fc2": ["fc1"],
-    "lin2": ["lin1"],
-    "down_proj": ["gate_proj", "up_proj"],
-    "c_proj": ["c_fc"],
-}
-
-
-def mlp_names(a: Architecture) -> set[str]:
-    """Weights of all matrices of the MLPs."""
-    end = next(end for end in INPUTS if a.mlp.endswith(end))
-    names = [a.mlp, *(a.mlp.removesuffix(end) + name for name in INPUTS[end])]
-    return {f"{site}.weight" for site in a.sites(*names)}
-
-
-def base_names(a: Architecture) -> set[str]:
-    return {f"{site}.base_layer.weight" for site in a.sites(a.query, a.value)}
-
-
-def scl_names(a: Architecture) -> set[str]:
-    return {f"{site}.{part}" for site in a.sites(a.mlp) for part in ("compress", "project")}
-
-
-def trains(a: Architecture) -> dict[str, int]:
-    """Names of all TT layers and their numbers of axes."""
-    sites = a.sites(a.attention, a.mlp)
-    adapters = {f"{s}.adapter.{way}": ADAPTER_AXES for s in sites for way in ("down", "up")}
-    return adapters | ({a.dense: CLASSIFIER_AXES} if a.dense else {})
-
-
-def factor_names(a: Architecture, numbers: Iterable[int] = range(1, 9)) -> set[str]:
-    """Names of the factors with the given numbers, of every train."""
-    wanted = set(numbers)
-    return {
-        f"{train}.factor_{j}_of_{count}"
-        for train, count in trains(a).items()
-        for j in range(1, count + 1)
-        if j in wanted
-    }
-
-
-def output_head(a: Architecture) -> set[str]:
-    """The head without the hidden layer that FedTT makes a train."""
-    return {n for n in a.head if not (a.dense and n.startswith(a.dense + "."))}
 
 
 def with_role(method: Method, names: Iterable[str], round: int, role: Role) -> set[str]:
@@ -119,7 +67,7 @@ def injected(method: Method, name: str) -> nn.Module:
 
 
 def check_roles(method: Method, name: str, shared: set[str], personal: set[str]) -> None:
-    """The same in every round, and nothing else trains."""
+    """Check that the roles are the same in every round, and that nothing else trains."""
     names = trainable(injected(method, name))
     assert names == shared | personal
     for round in ROUNDS:
@@ -130,14 +78,14 @@ def check_roles(method: Method, name: str, shared: set[str], personal: set[str])
 @every_architecture
 def test_head_is_what_stands_outside_the_backbone(name: str) -> None:
     model, a = tiny(name), ARCHITECTURES[name]
-    found = {n for n, _ in model.named_parameters() if n.split(".")[0] in head_names(model)}
-    assert found == set(a.head)
+    head = {n for n, _ in model.named_parameters() if n.split(".")[0] in head_names(model)}
+    assert head == set(a.head)
 
 
 @every_architecture
 def test_lora_shares_a_b_and_head(name: str) -> None:
     a = ARCHITECTURES[name]
-    check_roles(LoRA(), name, lora_names(a, "A") | lora_names(a, "B") | set(a.head), set())
+    check_roles(LoRA(), name, lora_names(a) | set(a.head), set())
 
 
 @every_architecture
@@ -149,7 +97,7 @@ def test_ffa_lora_shares_b_and_head(name: str) -> None:
 
 
 def check_received(method: Method, name: str, shared: set[str], received: set[str]) -> None:
-    """The server changes, and no client trains, what is received."""
+    """Check that the server changes, and no client trains, what is received."""
     names = trainable(injected(method, name))
     assert names == shared | received
     for round in ROUNDS:
@@ -163,14 +111,14 @@ def check_received(method: Method, name: str, shared: set[str], received: set[st
 )
 def test_servers_that_turn_the_factors(name: str, method: Method) -> None:
     a = ARCHITECTURES[name]
-    check_roles(method, name, lora_names(a, "A") | lora_names(a, "B") | set(a.head), set())
+    check_roles(method, name, lora_names(a) | set(a.head), set())
 
 
 @every_architecture
 @pytest.mark.parametrize("method", [FedExLoRA(), FLoRA()], ids=lambda m: type(m).__name__)
 def test_servers_that_change_the_base_weight(name: str, method: Method) -> None:
     a = ARCHITECTURES[name]
-    shared = lora_names(a, "A") | lora_names(a, "B") | set(a.head)
+    shared = lora_names(a) | set(a.head)
     check_received(method, name, shared, base_names(a))
 
 
@@ -197,7 +145,6 @@ def test_fedftg_shares_the_mlps_weights_and_head(name: str) -> None:
 
 @every_architecture
 def test_fedftg_s_gradients_have_its_rank(name: str) -> None:
-    """Also after a round in which a client did not train."""
     model, plain = injected(FedFTG(rank=3), name), tiny(name)
     model.requires_grad_(False)
     for n, p in model.named_parameters():
@@ -207,12 +154,12 @@ def test_fedftg_s_gradients_have_its_rank(name: str) -> None:
     FedFTG(rank=3).term(At(1, 0), {}, {}).correct(dict(model.named_parameters()))
     whole = dict(plain.named_parameters())
     for n in mlp_names(ARCHITECTURES[name]):
-        found, full = dict(model.named_parameters())[n].grad, whole[n].grad
-        assert found is not None and full is not None and found.shape == full.shape
-        values = torch.linalg.svdvals(found)
+        projected, full = dict(model.named_parameters())[n].grad, whole[n].grad
+        assert projected is not None and full is not None and projected.shape == full.shape
+        values = torch.linalg.svdvals(projected)
         assert values[3:].max() < 1e-4 * values[0]
-        best = torch.linalg.svdvals(full)[3:].norm()  # what no rank 3 can reach
-        assert (found - full).norm() <= 1.1 * best + 1e-5
+        best = torch.linalg.svdvals(full)[3:].norm()  # the best matrix of rank 3 is so far off
+        assert (projected - full).norm() <= 1.1 * best + 1e-5
 
 
 def test_fedftg_cuts_nothing_at_full_rank() -> None:
@@ -229,7 +176,7 @@ def test_fedftg_cuts_nothing_at_full_rank() -> None:
 def test_slora_shares_values_first_and_factors_then(name: str) -> None:
     a, method = ARCHITECTURES[name], SLoRA(sparse_rounds=3)
     names = trainable(injected(method, name))
-    lora = lora_names(a, "A") | lora_names(a, "B")
+    lora = lora_names(a)
     assert names == lora | value_names(a) | set(a.head)
     for round in ROUNDS:
         trained = (value_names(a) if round <= 3 else lora) | set(a.head)
@@ -260,7 +207,7 @@ def test_fedsa_lora_shares_a_and_head_and_keeps_b_on_the_client(name: str) -> No
 def test_a_run_of_fedsa_lora_keeps_the_head_on_the_client_too(
     name: str, overrides: tuple[str, ...]
 ) -> None:
-    """By default, as in the official code; ``personal=null`` shares it."""
+    """The head stays by default, as in the official code; ``personal=null`` shares it."""
     a, config = ARCHITECTURES[name], fedsa_lora(*overrides)
     on_client = set() if overrides == ("personal=null",) else set(a.head)
     shared = lora_names(a, "A") | (set(a.head) - on_client)
@@ -288,8 +235,8 @@ def test_scl_shares_c_w2_prime_and_head(name: str, init: str) -> None:
 @every_architecture
 def test_fedtt_shares_factors_biases_and_output_layer(name: str) -> None:
     a = ARCHITECTURES[name]
-    biases = {f"{train}.bias" for train in trains(a)}
-    check_roles(FedTT(), name, factor_names(a) | biases | output_head(a), set())
+    shared = factor_names(a) | train_bias_names(a) | output_head(a)
+    check_roles(FedTT(), name, shared, set())
 
 
 @every_architecture
@@ -336,7 +283,7 @@ def test_fedtt_plus_with_one_factor_a_round(name: str) -> None:
 def test_fedtt_plus_can_train_biases(name: str) -> None:
     method, a = FedTTPlus(train_bias=True), ARCHITECTURES[name]
     names = trainable(injected(method, name))
-    biases = {f"{train}.bias" for train in trains(a)}
+    biases = train_bias_names(a)
     assert names == factor_names(a) | output_head(a) | biases
     assert all(with_role(method, biases, r, Role.SHARED) == biases for r in ROUNDS)
 
@@ -353,8 +300,8 @@ def test_fedtt_plus_can_train_biases(name: str) -> None:
 )
 def test_cyclic_schedule_by_hand(count: int, middle: list[int]) -> None:
     """m_t = 2 + t mod (J - 2)."""
-    found = [FedTTPlus().active_factors(count, t) for t in range(1, 8)]
-    assert found == [{1, m, count} for m in middle]
+    schedule = [FedTTPlus().active_factors(count, t) for t in range(1, 8)]
+    assert schedule == [{1, m, count} for m in middle]
 
 
 def test_one_active_factor_in_turn() -> None:
@@ -365,26 +312,26 @@ def test_one_active_factor_in_turn() -> None:
 def test_random_schedule_is_a_function_of_seed_and_round() -> None:
     rounds = range(1, 61)
     method = FedTTPlus(schedule="random", schedule_seed=3)
-    found = [method.active_factors(8, t) for t in rounds]
+    schedule = [method.active_factors(8, t) for t in rounds]
     torch.manual_seed(99)  # another client, in another state, counting backwards
     other = FedTTPlus(schedule="random", schedule_seed=3, tt_rank=2)
-    assert found == [other.active_factors(8, t) for t in reversed(rounds)][::-1]
-    assert all({1, 8} < active and len(active) == 3 for active in found)
-    middle = [next(iter(active - {1, 8})) for active in found]
+    assert schedule == [other.active_factors(8, t) for t in reversed(rounds)][::-1]
+    assert all({1, 8} < active and len(active) == 3 for active in schedule)
+    middle = [next(iter(active - {1, 8})) for active in schedule]
     assert {middle.count(m) > 2 for m in range(2, 8)} == {True}
     assert middle[:6] * 10 != middle  # not a cycle
     for first in (0, 1):  # every round draws anew
         assert any(middle[i] != middle[i + 1] for i in range(first, 58, 2))
     reseeded = FedTTPlus(schedule="random", schedule_seed=4)
-    assert found != [reseeded.active_factors(8, t) for t in rounds]
-    assert found != [FedTTPlus().active_factors(8, t) for t in rounds]
+    assert schedule != [reseeded.active_factors(8, t) for t in rounds]
+    assert schedule != [FedTTPlus().active_factors(8, t) for t in rounds]
 
 
 def test_random_schedule_with_one_factor_reaches_all() -> None:
     method = FedTTPlus(schedule="random", active="one")
-    found = [method.active_factors(5, t) for t in range(1, 61)]
-    assert {len(active) for active in found} == {1}
-    assert set().union(*found) == {1, 2, 3, 4, 5}
+    schedule = [method.active_factors(5, t) for t in range(1, 61)]
+    assert {len(active) for active in schedule} == {1}
+    assert set().union(*schedule) == {1, 2, 3, 4, 5}
 
 
 def test_factor_numbers_are_read_off_names() -> None:
@@ -413,7 +360,7 @@ METHODS: dict[str, Method] = {
 @every_architecture
 @pytest.mark.parametrize("method", list(METHODS))
 def test_the_loss_reaches_exactly_what_trains(name: str, method: str) -> None:
-    """No trained parameter stands where the model does not compute with it."""
+    """The model computes with every trained parameter."""
     model = injected(METHODS[method], name)
     names = trainable(model)
     logits(model).square().sum().backward()
@@ -477,8 +424,8 @@ def test_fedtt_compresses_the_classifier_s_hidden_layer(name: str) -> None:
     layer = injected(FedTT(), name).get_submodule(ARCHITECTURES[name].dense)
     assert isinstance(layer, TensorTrain)
     assert (layer.in_features, layer.out_features) == (HIDDEN, HIDDEN)
-    kept = injected(FedTT(classifier=False), name).get_submodule(ARCHITECTURES[name].dense)
-    assert type(kept) is nn.Linear
+    plain = injected(FedTT(classifier=False), name).get_submodule(ARCHITECTURES[name].dense)
+    assert type(plain) is nn.Linear
 
 
 @every_architecture

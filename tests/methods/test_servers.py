@@ -1,4 +1,4 @@
-"""What the servers of the LoRA family compute, by hand: unequal weights, alpha != r."""
+"""Aggregation in the LoRA family by hand, with unequal weights and alpha != r."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from fedpeft.methods.slora import SLoRA
 from fedpeft.nn.cores import CoreAdapter
 from fedpeft.nn.sparse import SparseDelta
 from fedpeft.state import State
-from tests.architectures import tiny
+from tests.expected.architectures import tiny
 from tests.methods.rounds import aggregated
 
 A, B, BASE = (f"x.{n}.weight" for n in ("lora_A.default", "lora_B.default", "base_layer"))
@@ -39,8 +39,8 @@ CLIENTS = [state([[2], [0], [0]], [[1, 0]]), state([[0], [2], [0]], [[0, 2]])]
 BEFORE = {**state([[0], [0], [0]], [[1, 1]]), BASE: torch.ones(3, 2)}
 
 
-def close(found: Tensor, expected: list[Any]) -> None:
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=1e-6)
+def close(value: Tensor, expected: list[Any]) -> None:
+    torch.testing.assert_close(value, torch.tensor(expected), rtol=1e-6, atol=1e-6)
 
 
 def random_states(rank: int, out: int = 5, inner: int = 7) -> list[State]:
@@ -48,13 +48,16 @@ def random_states(rank: int, out: int = 5, inner: int = 7) -> list[State]:
     return [{B: torch.randn(out, rank), A: torch.randn(rank, inner)} for _ in WEIGHTS]
 
 
-def mean_product(states: list[State]) -> Tensor:
-    products = [w * s[B] @ s[A] for w, s in zip(WEIGHTS, states, strict=True)]
-    return products[0] + products[1]
-
-
 def adapted(*names: str, rank: int = 1, out: int = 3, inner: int = 2, kind: Any = None) -> Any:
-    """A model of linear layers of equal shapes with LoRA on them, as ``inject`` leaves it."""
+    """Return linear layers of equal shapes with LoRA on them, as ``inject`` leaves a model.
+
+    Args:
+        names: of the layers.
+        rank: of LoRA.
+        out: width of the layers' outputs.
+        inner: width of their inputs.
+        kind: the layers' class, which takes (out, inner); ``nn.Linear`` by default.
+    """
     layers = {name: kind(out, inner) if kind else nn.Linear(inner, out) for name in names}
     config = LoraConfig(r=rank, target_modules=list(names), fan_in_fan_out=kind is not None)
     return inject_adapter_in_model(config, nn.ModuleDict(layers))
@@ -76,11 +79,10 @@ def test_flora_puts_the_stack_into_the_base_weight_and_starts_anew() -> None:
     assert not after[B].any() and after[A].any()
     again = aggregated(FLoRA(**ONE), CLIENTS[::-1], WEIGHTS[::-1], BEFORE, model=adapted("x"))
     assert torch.equal(after[A], again[A])
-    others = [aggregated(method, CLIENTS, WEIGHTS, BEFORE, 2, model=adapted("x"))]
-    others.append(
-        aggregated(FLoRA(**ONE, fresh_seed=1), CLIENTS, WEIGHTS, BEFORE, model=adapted("x"))
-    )
-    assert not any(torch.equal(after[A], other[A]) for other in others)
+    later = aggregated(method, CLIENTS, WEIGHTS, BEFORE, 2, model=adapted("x"))
+    seeded = FLoRA(**ONE, fresh_seed=1)
+    other = aggregated(seeded, CLIENTS, WEIGHTS, BEFORE, model=adapted("x"))
+    assert not torch.equal(after[A], later[A]) and not torch.equal(after[A], other[A])
     wide = {A: torch.zeros(8, 400), B: torch.zeros(3, 8)}
     before = {BASE: torch.zeros(3, 400)}
     fresh = aggregated(FLoRA(), [wide], [1.0], before, model=adapted("x", rank=8, inner=400))[A]
@@ -96,7 +98,7 @@ def test_flora_s_modules_draw_apart() -> None:
 
 @pytest.mark.parametrize("method", [FedExLoRA(**ONE), FLoRA(**ONE)], ids=lambda m: type(m).__name__)
 def test_the_change_of_a_transposed_base_weight_is_transposed(method: Method) -> None:
-    """GPT-2's Conv1D holds (in, out); where it is square, only the server's model tells."""
+    """GPT-2's Conv1D holds (in, out); if it is square, only the server's model tells them apart."""
     clients = [state([[2], [0]], [[1, 0]]), state([[0], [2]], [[3, 0]])]
     before = {BASE: torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
     plain, turned = (
@@ -117,7 +119,7 @@ def test_flexlora_keeps_the_largest_singular_values() -> None:
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 6, 9])
 def test_truncated_is_the_svd_s_best(rank: int) -> None:
-    """And each leading block is the best of its rank; beyond min(5, 7) stand zeros."""
+    """Each leading block is the best of its rank; beyond rank min(5, 7) there are zeros."""
     torch.manual_seed(1)
     b, a = torch.randn(5, 6).double(), torch.randn(6, 7).double()
     u, s, v = torch.linalg.svd(b @ a)
@@ -156,21 +158,32 @@ def test_fedsvd_turns_the_factors_and_keeps_their_product() -> None:
     assert set(aggregated(every, sent, WEIGHTS, before, 2)) == {A, B}
 
 
-def test_fedrot_lora_undoes_rotations() -> None:
-    """Clients that are rotated copies average to what they all stand for; plain means do not."""
-    torch.manual_seed(2)
-    start = random_states(3)[0]
+def rotated(start: State) -> list[State]:
+    """Rotate a pair of factors once a client; the products stay."""
     turns = [torch.linalg.qr(torch.randn(3, 3))[0] for _ in WEIGHTS]
-    states = [{B: start[B] @ q, A: q.T @ start[A]} for q in turns]
-    for align in ("both", "A", "B"):
-        after = aggregated(FedRotLoRA(rank=3, align=align), states, WEIGHTS, start)
-        torch.testing.assert_close(after[B], start[B], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(after[A], start[A], rtol=1e-4, atol=1e-5)
-    one = aggregated(FedRotLoRA(rank=3), [random_states(3)[1]], [1.0], start)
-    torch.testing.assert_close(one[B] @ one[A], mean_product([random_states(3)[1]] * 2))
-    zero = {**start, B: torch.zeros(5, 3)}
-    kept = aggregated(FedRotLoRA(rank=3, align="B"), [states[0]], [1.0], zero)
-    torch.testing.assert_close(kept[B], states[0][B])
+    return [{B: start[B] @ q, A: q.T @ start[A]} for q in turns]
+
+
+@pytest.mark.parametrize("align", ["both", "A", "B"])
+def test_fedrot_lora_undoes_rotations(align: str) -> None:
+    """Rotated copies of one pair of factors average to that pair; their plain mean does not."""
+    start = random_states(3)[0]
+    after = aggregated(FedRotLoRA(rank=3, align=align), rotated(start), WEIGHTS, start)
+    torch.testing.assert_close(after[B], start[B], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after[A], start[A], rtol=1e-4, atol=1e-5)
+
+
+def test_fedrot_lora_keeps_one_client_s_product() -> None:
+    start, other = random_states(3)
+    one = aggregated(FedRotLoRA(rank=3), [other], [1.0], start)
+    torch.testing.assert_close(one[B] @ one[A], other[B] @ other[A])
+
+
+def test_fedrot_lora_turns_nothing_towards_a_b_of_zero() -> None:
+    start = random_states(3)[0]
+    (client, _), zero = rotated(start), {**start, B: torch.zeros(5, 3)}
+    after = aggregated(FedRotLoRA(rank=3, align="B"), [client], [1.0], zero)
+    torch.testing.assert_close(after[B], client[B])
 
 
 def test_ravan_averages_what_scales_and_heads_stand_for() -> None:
@@ -192,11 +205,11 @@ def test_bases_are_the_same_whatever_signs_an_svd_has(monkeypatch: pytest.Monkey
         u, s, v = svd(weight, full_matrices=full_matrices)
         return u * signs, s, v * signs[:, None]
 
-    found = CoreAdapter(base, base.weight, 4, init="svd")
+    first = CoreAdapter(base, base.weight, 4, init="svd")
     monkeypatch.setattr("torch.linalg.svd", other)
     again = CoreAdapter(base, base.weight, 4, init="svd")
-    assert torch.equal(found.basis_out, again.basis_out)
-    assert torch.equal(found.basis_in, again.basis_in)
+    assert torch.equal(first.basis_out, again.basis_out)
+    assert torch.equal(first.basis_in, again.basis_in)
 
 
 @pytest.mark.parametrize("init", ["svd", "orthogonal"])

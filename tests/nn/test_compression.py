@@ -1,4 +1,4 @@
-"""SCL's layer: its three starts against linear algebra done here."""
+"""SCL's layer: its three ways to start, against linear algebra computed here."""
 
 import math
 
@@ -22,8 +22,8 @@ def built(weight: Tensor, bias: Tensor | None, rank: int, init: str) -> Compress
     return CompressedProjection(weight, bias, rank, init)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).detach().norm() / expected.detach().norm())
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    return float((output - expected).detach().norm() / expected.detach().norm())
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -45,17 +45,17 @@ def test_random_pinv_is_exact_on_the_row_space_of_c(rank: int) -> None:
     weight, bias = weights()
     layer = built(weight, bias, rank, "random_pinv")
     inside = torch.randn(9, rank) @ layer.compress.detach()
-    assert relative(layer(inside), inside @ weight.T + bias) < 1e-5
+    assert relative_error(layer(inside), inside @ weight.T + bias) < 1e-5
 
 
 @pytest.mark.parametrize("rank", [8, 128, 384])
 def test_random_pinv_loses_sqrt_one_minus_r_over_f_of_white_noise(rank: int) -> None:
-    """W2' C is W2 after the projection onto C's row space, whose share of white noise is r/f."""
+    """W2' C first projects onto C's row space, which has a share r/f of white noise."""
     torch.manual_seed(0)
     weight = torch.randn(400, 512)
     x = torch.randn(2000, 512)
     layer = CompressedProjection(weight, None, rank, "random_pinv")
-    error = relative(layer(x), x @ weight.T)
+    error = relative_error(layer(x), x @ weight.T)
     assert error == pytest.approx(math.sqrt(1 - rank / 512), rel=0.02)
 
 
@@ -69,7 +69,7 @@ def test_random_pinv_compresses_at_the_scale_of_its_input() -> None:
 
 @pytest.mark.parametrize("rank", [1, 8, 23, 24])
 def test_svd_is_the_best_approximation_of_its_rank(rank: int) -> None:
-    """Eckart-Young: the error's Frobenius norm is that of the singular values left out."""
+    """By Eckart and Young, the error's Frobenius norm is that of the singular values left out."""
     weight, _ = weights()
     layer = built(weight, None, rank, "svd")
     values = torch.linalg.svdvals(weight.double())
@@ -104,16 +104,16 @@ def test_only_c_and_w2_prime_train(init: str) -> None:
     training = {name for name, p in layer.named_parameters() if p.requires_grad}
     assert training == {"compress", "project"}
     assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == 4 * (60 + 24)
-    kept = dict(layer.named_parameters())
-    assert torch.equal(kept["bias"], bias)
-    assert ("weight" in kept) == (init == "residual")
+    parameters = dict(layer.named_parameters())
+    assert torch.equal(parameters["bias"], bias)
+    assert ("weight" in parameters) == (init == "residual")
 
 
 def test_without_a_bias() -> None:
     weight, _ = weights()
     layer = built(weight, None, 24, "svd")
     assert layer.bias is None
-    assert relative(layer(torch.zeros(2, 60)), torch.ones(2, 24)) == 1.0
+    assert relative_error(layer(torch.zeros(2, 60)), torch.ones(2, 24)) == 1.0
     assert torch.equal(layer(torch.zeros(2, 60)), torch.zeros(2, 24))
 
 
@@ -125,7 +125,9 @@ def test_bfloat16_weights_give_bfloat16_factors(init: str) -> None:
     x = torch.randn(50, 60).bfloat16()
     if init == "random_pinv":  # exact in C's row space, up to bfloat16's three digits
         x = (torch.randn(50, 24) @ layer.compress.float()).bfloat16()
-    assert relative(layer(x).float(), (x @ weight.bfloat16().T + bias.bfloat16()).float()) < 0.05
+    assert (
+        relative_error(layer(x).float(), (x @ weight.bfloat16().T + bias.bfloat16()).float()) < 0.05
+    )
 
 
 @pytest.mark.parametrize("rank", [0, -1, 25, 60])

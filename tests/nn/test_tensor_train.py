@@ -18,7 +18,7 @@ from fedpeft.nn.tensor_train import (
 )
 
 AFFORDABLE = [pair for pair in SHAPES if math.prod(pair) <= 2**20]
-# (in, out): axes that straddle the border between input and output, evenly or not, and plain ones.
+# (in, out); an axis straddles the border of input and output, evenly or not, or none does.
 PAIRS = [(768, 64), (64, 768), (64, 1024), (1024, 64), (1280, 64), (64, 1600), (768, 768)]
 
 
@@ -28,7 +28,7 @@ def layer(i: int, o: int, rank: int, shape: tuple[int, ...] | None = None) -> TT
 
 
 def product(factors: list[Tensor], i: int, o: int) -> Tensor:
-    """W by one einsum over all axes."""
+    """Return the matrix (i, o) of the factors, by one einsum over all axes."""
     links, axes = string.ascii_lowercase, string.ascii_uppercase
     terms = [links[j] + axes[j] + links[j + 1] for j in range(len(factors))]
     ends = links[0] + axes[: len(factors)] + links[len(factors)]
@@ -61,7 +61,7 @@ def test_forward_equals_the_dense_product(i: int, o: int, rank: int) -> None:
 
 
 def test_the_largest_shape_row_by_row() -> None:
-    """4096 x 4096 as 8^8: a row is four slices times the matrix of the last four factors."""
+    """4096 x 4096 is 8^8; a row is four slices times the matrix of the last four factors."""
     tt = layer(4096, 4096, rank=5)
     right = product([torch.eye(5, dtype=torch.float64)[None], *tt.factors()[4:]], 5, 4096)
     rows = [0, 1, 777, 4095]
@@ -97,14 +97,14 @@ def test_a_view_that_is_not_contiguous() -> None:
 def test_gradients_equal_those_through_the_dense_matrix(i: int, o: int, rank: int) -> None:
     tt = layer(i, o, rank)
     x = torch.randn(2, 3, i, dtype=torch.float64, requires_grad=True)
-    seed = torch.randn(2, 3, o, dtype=torch.float64)
-    found = torch.autograd.grad(tt(x), [x, tt.bias, *tt.factors()], seed)
-    # dense() is checked against the definition above; autograd through it is torch's alone.
-    dense = tt.dense()
-    expected = torch.autograd.grad(x @ dense + tt.bias, [x, tt.bias, *tt.factors()], seed)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert theirs.abs().max() > 0
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    upstream = torch.randn(2, 3, o, dtype=torch.float64)
+    inputs = [x, tt.bias, *tt.factors()]
+    gradients = torch.autograd.grad(tt(x), inputs, upstream)
+    # Another test checks dense(), and torch alone computes gradients through it.
+    expected = torch.autograd.grad(x @ tt.dense() + tt.bias, inputs, upstream)
+    for gradient, value in zip(gradients, expected, strict=True):
+        assert value.abs().max() > 0
+        torch.testing.assert_close(gradient, value, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_entries_start_with_variance_one_over_in_plus_out(i: int, o: int, rank: 
 
 
 def test_factors_start_with_loretta_s_scale() -> None:
-    """std s^(1/J) / sqrt(r_j), r_j the rank to the right: the last factor's is 1."""
+    """The standard deviation is s^(1/J) / sqrt(r_j), with r_j the rank to the right, at last 1."""
     torch.manual_seed(0)
     tt = TTLinear(4096, 4096, tt_shape(4096, 4096), rank=30)
     scale = math.sqrt(1 / 8192)
@@ -193,11 +193,14 @@ def test_shapes_come_from_the_table_then_are_computed() -> None:
     assert tt_shape(768, 64) == tt_shape(64, 768) == (8, 8, 12, 8, 8)
     assert tt_shape(384, 64) == (6, 8, 8, 8, 8)
     assert tt_shape(64, 384) == (8, 8, 8, 8, 6)
-    for (i, o), shape in SHAPES.items():
-        assert math.prod(shape) == i * o
 
 
-def test_a_given_shape_wins_for_its_pair_only() -> None:
+@pytest.mark.parametrize(("i", "o"), SHAPES)
+def test_a_shape_of_the_table_has_as_many_entries_as_its_matrix(i: int, o: int) -> None:
+    assert math.prod(SHAPES[i, o]) == i * o
+
+
+def test_a_configured_shape_wins_for_its_pair_only() -> None:
     shapes = {"768x64": [16, 48, 64], "11008x64": [16, 688, 8, 8]}
     assert tt_shape(768, 64, shapes) == (16, 48, 64)
     assert tt_shape(64, 768, shapes) == (8, 8, 12, 8, 8)
@@ -277,7 +280,7 @@ def test_zero_last_starts_as_the_identity_and_can_learn() -> None:
     assert 0.02 < float((normal(x) - x).detach().norm() / x.norm()) < 0.5
 
 
-def test_adapter_takes_given_shapes_both_ways() -> None:
+def test_adapter_takes_configured_shapes_both_ways() -> None:
     adapter = TTAdapter(768, 32, 5, {"768x32": [24, 32, 32], "32x768": [32, 32, 24]})
     assert (adapter.down.shape, adapter.up.shape) == ((24, 32, 32), (32, 32, 24))
 

@@ -1,1 +1,1 @@
-"""Who holds which rows: the ``partition`` group."""
+"""Partitions of the training rows over clients: the ``partition`` group."""

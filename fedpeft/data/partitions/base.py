@@ -1,7 +1,8 @@
-"""Who holds which rows: partitions through flwr-datasets, and each client's own splits.
+"""Partitions of rows over clients through flwr-datasets, and the splits of a client's rows.
 
-All are seeded, and one place checks every result: no row twice, no client without the rows that it
-needs. ``fedpeft.data.partitions.skew`` and ``fedpeft.data.partitions.saved`` have more.
+Partitions are seeded, and ``check_rows`` checks each result: no row twice, no client without the
+rows that it needs. More partitions stand in ``fedpeft.data.partitions.skew`` and
+``fedpeft.data.partitions.saved``.
 """
 
 import hashlib
@@ -17,8 +18,8 @@ from fedpeft.data.rows.cache import cached
 from fedpeft.seeding import derive, generator
 
 MIN_ROWS = 3  # one each to train, validate and test
-DRAWS = 550  # of a partition that may leave a client with too little
-DRAW_COST = 4_000_000  # rows and counts (clients x labels) that all draws handle: half a minute
+DRAWS = 550  # at most, of a partition that may leave a client with too few rows
+DRAW_COST = 4_000_000  # rows and counts (clients x labels) in all draws: half a minute
 
 Rows = list[np.ndarray]
 
@@ -28,7 +29,7 @@ class Partition(ABC):
     """Divides the training rows over clients.
 
     Args:
-        column: the column whose values are skewed over clients; null: the task's label.
+        column: column whose values are skewed over clients; null for the task's label.
         min_size: rows that every client gets at least, >= 3: one each to train, validate and test.
     """
 
@@ -44,14 +45,16 @@ class Partition(ABC):
 
     @property
     def origin(self) -> str:
-        """What an error names as the source of the row numbers."""
+        """Name of the row numbers' source, for errors."""
         return f"partition {type(self).__name__}"
 
     def indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
-        """Row numbers of each client, int64, disjoint, at least ``min_size`` each.
+        """Return the row numbers of each client: int64, disjoint, at least ``min_size`` each.
 
         Args:
             labels: each training row's class number in ``column``, int64 (rows,).
+            num_clients: number of clients.
+            seed: of all draws.
 
         Raises:
             ValueError: the rows cannot be divided so.
@@ -61,36 +64,51 @@ class Partition(ABC):
                 f"{len(labels)} training rows cannot give num_clients={num_clients} at least "
                 f"{self.min_size} each"
             )
-        found = self._indices(labels, num_clients, seed)
-        check_rows(self.origin, found, len(labels), num_clients, self.min_size)
-        return found
+        clients = self._indices(labels, num_clients, seed)
+        check_rows(self.origin, clients, len(labels), num_clients, self.min_size)
+        return clients
 
     def once(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
-        """``indices``, found once for all processes: flwr-datasets takes seconds to import."""
+        """Return ``indices``, computed once for all processes.
 
-        def find() -> dict[str, np.ndarray]:
-            found = self.indices(labels, num_clients, seed)
-            return {"rows": np.concatenate(found), "ends": np.cumsum([len(r) for r in found])}
+        The result is cached because importing flwr-datasets takes seconds.
 
-        of = hashlib.sha256(labels.tobytes()).hexdigest()
-        arrays = cached(["partition", self, num_clients, seed, of], find)
+        Args:
+            labels: see ``indices``.
+            num_clients: see ``indices``.
+            seed: see ``indices``.
+        """
+
+        def compute() -> dict[str, np.ndarray]:
+            clients = self.indices(labels, num_clients, seed)
+            return {"rows": np.concatenate(clients), "ends": np.cumsum([len(r) for r in clients])}
+
+        digest = hashlib.sha256(labels.tobytes()).hexdigest()
+        arrays = cached(["partition", self, num_clients, seed, digest], compute)
         return np.split(arrays["rows"], arrays["ends"][:-1])
 
     @abstractmethod
     def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
-        """What ``indices`` checks and returns."""
+        """Return the row numbers of each client, which ``indices`` checks."""
 
 
-def check_rows(origin: str, found: Rows, rows: int, num_clients: int, min_size: int) -> None:
-    """Raises ValueError for what no client may hold.
+def check_rows(origin: str, clients: Rows, rows: int, num_clients: int, min_size: int) -> None:
+    """Check the row numbers that clients hold.
 
     Args:
-        origin: what the error names.
-        found: row numbers by client, each from 0 to ``rows`` - 1.
+        origin: name of their source, for errors.
+        clients: row numbers by client.
+        rows: number of all training rows.
+        num_clients: number of clients that there must be.
+        min_size: rows that every client must have.
+
+    Raises:
+        ValueError: the number of clients is another, or a client holds numbers other than int64,
+            too few rows, a row that does not exist, or one that was dealt out already.
     """
-    if len(found) != num_clients:
-        raise ValueError(f"{origin} is of {len(found)} clients, but num_clients={num_clients}")
-    for client, held in enumerate(found):
+    if len(clients) != num_clients:
+        raise ValueError(f"{origin} is of {len(clients)} clients, but num_clients={num_clients}")
+    for client, held in enumerate(clients):
         if held.dtype != np.int64:
             raise ValueError(f"{origin} gives client {client} {held.dtype} numbers, not int64")
         if len(held) < min_size:
@@ -103,45 +121,50 @@ def check_rows(origin: str, found: Rows, rows: int, num_clients: int, min_size: 
             raise ValueError(
                 f"{origin} gives client {client} row {wrong}, but rows go from 0 to {rows - 1}"
             )
-    times = np.bincount(np.concatenate(found), minlength=rows)
-    if times.max() > 1:
-        row = int(times.argmax())
-        holders = [str(client) for client, held in enumerate(found) for _ in held[held == row]]
+    counts = np.bincount(np.concatenate(clients), minlength=rows)
+    if counts.max() > 1:
+        row = int(counts.argmax())
+        holders = [str(client) for client, held in enumerate(clients) for _ in held[held == row]]
         raise ValueError(f"{origin} gives row {row} to clients {' and '.join(holders)}")
 
 
 def first_fitting(
     draw: Callable[[int], Rows], times: int, rows: int, min_size: int, seed: int
 ) -> Rows | None:
-    """The first of ``times`` draws that gives away all rows, and each client ``min_size`` of them.
+    """Return the first draw that deals out all rows and ``min_size`` to each client, else None.
 
     Args:
-        draw: from a seed to row numbers by client.
+        draw: maps a seed to row numbers by client.
+        times: number of draws at most.
+        rows: number of all rows.
+        min_size: rows that every client must have.
+        seed: the seeds of all draws derive from it.
     """
     for attempt in range(times):
-        found = draw(derive(seed, "partition", attempt))
-        if min(map(len, found), default=0) >= min_size and sum(map(len, found)) == rows:
-            return found
+        clients = draw(derive(seed, "partition", attempt))
+        if min(map(len, clients), default=0) >= min_size and sum(map(len, clients)) == rows:
+            return clients
     return None
 
 
 def draws(num_clients: int, labels: np.ndarray) -> int:
-    """How often a partition is drawn at most."""
+    """Return how often a partition is drawn at most: ``DRAWS``, or what ``DRAW_COST`` allows."""
     cost = len(labels) + num_clients * len(np.unique(labels))
     return max(1, min(DRAWS, DRAW_COST // cost))
 
 
 def even(total: int, parts: int) -> np.ndarray:
-    """Sizes (parts,) that differ by one at most, the larger ones first."""
+    """Return sizes (parts,) of sum ``total`` that differ by one at most, the larger ones first."""
     return total // parts + (np.arange(parts) < total % parts)
 
 
 @dataclass(frozen=True)
 class IID(Partition):
-    """Equal random shares, sizes differing by one row at most.
+    """Random shares whose sizes differ by one row at most.
 
-    RoLoRA's 3, 20 and 50 disjoint shards (arXiv 2409.02346) are this with ``num_clients`` = 3, 20
-    and 50: more clients hold less each. The same rows as flwr-datasets' ``IidPartitioner``.
+    RoLoRA's 3, 20 and 50 disjoint shards (arXiv 2409.02346) are this partition with ``num_clients``
+    = 3, 20 and 50, where more clients hold fewer rows each. On shuffled rows, flwr-datasets'
+    ``IidPartitioner`` deals out the same shares.
     """
 
     def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
@@ -151,13 +174,13 @@ class IID(Partition):
 
 @dataclass(frozen=True)
 class Dirichlet(Partition):
-    """Each label's rows divided by shares from Dirichlet(alpha) (arXiv 1905.12022).
+    """Divides each label's rows by shares from Dirichlet(alpha) (arXiv 1905.12022).
 
-    Drawn again until every client has ``min_size`` rows: at most 550 times, and beyond some
-    7,000 rows less often, so that it ends within about half a minute.
+    The partition is drawn again until every client has ``min_size`` rows: at most 550 times, and
+    beyond some 7,000 rows less often, so that it ends within about half a minute.
 
     Args:
-        alpha: > 0; small is skewed, ``inf`` is IID.
+        alpha: > 0; a small one skews, ``inf`` is IID.
     """
 
     alpha: float = 0.5
@@ -172,20 +195,35 @@ class Dirichlet(Partition):
         if np.isinf(self.alpha):
             return IID()._indices(labels, num_clients, seed)
         times = draws(num_clients, labels)
-        found = _dirichlet(labels.tobytes(), self.alpha, self.min_size, num_clients, seed, times)
-        if found is None:
+        clients = draw_dirichlet(
+            labels.tobytes(), self.alpha, self.min_size, num_clients, seed, times
+        )
+        if clients is None:
             raise ValueError(
                 f"partition.alpha={self.alpha} left a client with fewer than partition.min_size="
                 f"{self.min_size} of {len(labels)} rows in each of {times} draws for num_clients="
                 f"{num_clients}: raise alpha, or lower min_size or num_clients"
             )
-        return found
+        return clients
 
 
-@lru_cache(maxsize=4)  # of one run's sessions
-def _dirichlet(
+@lru_cache(maxsize=4)  # several engines of one process share a partition
+def draw_dirichlet(
     labels: bytes, alpha: float, min_size: int, num_clients: int, seed: int, times: int
 ) -> Rows | None:
+    """Draw ``Dirichlet``'s rows; equal arguments share a draw.
+
+    Args:
+        labels: each training row's class number, the bytes of int64 (rows,).
+        alpha: see ``Dirichlet``.
+        min_size: rows that every client gets at least.
+        num_clients: number of clients.
+        seed: the seeds of all draws derive from it.
+        times: number of draws at most.
+
+    Returns:
+        Row numbers by client, or None if no draw gives every client ``min_size`` rows.
+    """
     rows = table(np.frombuffer(labels, np.int64))
 
     def draw(seed: int) -> Rows:
@@ -195,7 +233,15 @@ def _dirichlet(
 
 
 def own_splits(rows: np.ndarray, seed: int, client: int) -> dict[str, np.ndarray]:
-    """A client's rows as train (80 %), validation and test (10 % each, at least one row).
+    """Split a client's rows into train (80 %), validation and test (10 % each, at least one row).
+
+    Args:
+        rows: the client's row numbers, int64.
+        seed: the run's; the draw depends on it and on the client.
+        client: number of the client.
+
+    Returns:
+        Row numbers by split.
 
     Raises:
         ValueError: fewer than three rows.

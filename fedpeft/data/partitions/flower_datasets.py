@@ -1,7 +1,7 @@
-"""All that is asked of flwr-datasets: its partitioners' row numbers, without their talk.
+"""Row numbers from flwr-datasets' partitioners, without their warnings and progress bars.
 
 ``drawn`` reads a private attribute of partitioners, because their public way copies each client's
-rows; ``tests/data/test_flower_datasets.py`` says so when an upgrade removes it.
+rows. ``tests/data/test_flower_datasets.py`` fails when an upgrade removes it.
 """
 
 import io
@@ -12,31 +12,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # imported where needed: flwr-datasets takes seconds
+if TYPE_CHECKING:  # imported late, because flwr-datasets takes seconds
     from datasets import Dataset
 
-INDICES = "_partition_id_to_indices"  # in every partitioner, filled by the first partition asked
+INDICES = "_partition_id_to_indices"  # in every partitioner; filled by its first use
 
 
 def table(labels: np.ndarray) -> "Dataset":
-    """The table that a partitioner goes by: a column ``label``."""
+    """Return the table that partitioners read: a column ``label``."""
     from datasets import Dataset
 
     return Dataset.from_dict({"label": labels})
 
 
 def drawn(partitioner: Any, table: "Dataset") -> list[np.ndarray]:
-    """All row numbers of a partitioner."""
+    """Return the row numbers of each of a partitioner's parts."""
     partitioner.dataset = table
-    count = partitioner.num_partitions  # draws them all, except in NaturalIdPartitioner
+    count = partitioner.num_partitions  # draws all parts, except in NaturalIdPartitioner
     if not getattr(partitioner, INDICES):
         partitioner.load_partition(0)
-    found = getattr(partitioner, INDICES)  # loading each would take 1.2 ms a client
-    return [np.asarray(found[i], np.int64) for i in range(count)]
+    indices = getattr(partitioner, INDICES)  # loading each part would take 1.2 ms a client
+    return [np.asarray(indices[i], np.int64) for i in range(count)]
 
 
 def cut(order: np.ndarray, sizes: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-    """Row numbers ``order`` cut into parts of ``sizes``."""
+    """Cut the row numbers ``order`` into parts of ``sizes``."""
     from flwr_datasets.partitioner import SizePartitioner
 
     parts = drawn(SizePartitioner([int(size) for size in sizes]), table(order))
@@ -44,14 +44,14 @@ def cut(order: np.ndarray, sizes: Sequence[int] | np.ndarray) -> list[np.ndarray
 
 
 def dirichlet(rows: "Dataset", alpha: float, num_clients: int, seed: int) -> list[np.ndarray]:
-    """One draw, in which a client may get any number of rows.
+    """Draw a Dirichlet partition once; a client may get any number of rows.
 
-    flwr-datasets would make eleven, with a warning each, and give up.
+    With a minimum, flwr-datasets would draw eleven times, warn each time, and give up.
 
     Args:
-        rows: as ``table`` gives them.
-        alpha: of the shares of each label.
-        num_clients: parts.
+        rows: from ``table``.
+        alpha: concentration of the shares of each label.
+        num_clients: number of parts.
         seed: of numpy's generator.
 
     Returns:
@@ -66,16 +66,16 @@ def dirichlet(rows: "Dataset", alpha: float, num_clients: int, seed: int) -> lis
 
 
 def pathological(rows: "Dataset", classes: int, num_clients: int, seed: int) -> list[np.ndarray]:
-    """One draw, without the warning of labels that have no holder.
+    """Draw a pathological partition once, without the warning of labels that no client holds.
 
     Args:
-        rows: as ``table`` gives them, shuffled: each holder gets a block of a label's rows.
-        classes: labels that a client holds.
-        num_clients: parts.
+        rows: from ``table``, shuffled, because each holder gets a block of a label's rows.
+        classes: number of labels that a client holds.
+        num_clients: number of parts.
         seed: of numpy's generator.
 
     Returns:
-        Row numbers by client; none where a label has fewer rows than holders.
+        Row numbers by client; an empty list if a label has fewer rows than holders.
     """
     from flwr_datasets.partitioner import PathologicalPartitioner
 
@@ -96,7 +96,7 @@ def pathological(rows: "Dataset", classes: int, num_clients: int, seed: int) -> 
 
 
 def natural(labels: np.ndarray) -> list[np.ndarray]:
-    """A part for each value of ``labels``, without the progress bar."""
+    """Return the row numbers of each value of ``labels``, without the progress bar."""
     from flwr_datasets.partitioner import NaturalIdPartitioner
 
     with redirect_stderr(io.StringIO()):

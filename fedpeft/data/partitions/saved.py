@@ -1,4 +1,4 @@
-"""A partition as a file of row numbers, so that a published split can be run again."""
+"""A partition in a file of row numbers, so that a published split can be run again."""
 
 import hashlib
 import json
@@ -15,18 +15,20 @@ KEYS = ("format", "num_rows", "column", "labels_sha256", "num_clients", "clients
 
 
 def labels_sha256(labels: np.ndarray) -> str:
-    """Of class numbers as little-endian int64, whatever machine it is."""
+    """Return the hash of class numbers as little-endian int64, equal on all machines."""
     return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
 
 
 def write_partition(
     path: Path, partition: Partition, labels: np.ndarray, seed: int, clients: Rows
 ) -> None:
-    """Saves who holds which rows, and of what they are rows, as JSON.
+    """Write the rows of each client as JSON, beside facts that tell the training rows apart.
 
     Args:
-        partition: what made ``clients`` with ``seed``; noted as text.
+        path: the file.
+        partition: the partition that drew ``clients``; its ``repr`` is noted.
         labels: each training row's class number in ``partition.column``, int64 (rows,).
+        seed: the seed that drew ``clients``; noted.
         clients: row numbers by client.
     """
     document = {
@@ -44,10 +46,10 @@ def write_partition(
 
 @dataclass(frozen=True)
 class Saved(Partition):
-    """Who held which rows when ``file`` was written; rows may be no client's.
+    """Reads each client's rows from a file; rows may be left that no client holds.
 
     Args:
-        file: what ``fedpeft partition`` writes, or ``write_partition`` from any row numbers.
+        file: written by ``fedpeft partition``, or by ``write_partition`` from any row numbers.
     """
 
     file: str | None = None
@@ -57,7 +59,8 @@ class Saved(Partition):
         return f"partition.file={self.file}"
 
     def once(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
-        return self.indices(labels, num_clients, seed)  # the file may be another by now
+        """See ``Partition.once``; nothing is cached, because the file may change."""
+        return self.indices(labels, num_clients, seed)
 
     def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
         saved = self._read()
@@ -73,9 +76,9 @@ class Saved(Partition):
         }
         for key, (now, sentence) in rules.items():
             if saved[key] != now:
-                given, now = ("null" if v is None else v for v in (saved[key], now))
-                raise ValueError(f"{self.origin} {sentence.format(given, now)}")
-        return [self._held(client, rows) for client, rows in enumerate(saved["clients"])]
+                then, now = ("null" if v is None else v for v in (saved[key], now))
+                raise ValueError(f"{self.origin} {sentence.format(then, now)}")
+        return [self._numbers(client, rows) for client, rows in enumerate(saved["clients"])]
 
     def _read(self) -> dict[str, Any]:
         if self.file is None:
@@ -93,8 +96,8 @@ class Saved(Partition):
             raise ValueError(f"{self.origin} is no partition file: its clients are no list")
         return saved
 
-    def _held(self, client: int, rows: Any) -> np.ndarray:
-        """Numbers that fit into int64; ``indices`` checks which they are."""
+    def _numbers(self, client: int, rows: Any) -> np.ndarray:
+        """Return a client's row numbers, which fit into int64; ``indices`` checks their values."""
         if not isinstance(rows, list):
             raise ValueError(f"{self.origin} gives client {client} {rows}, not a list of rows")
         for row in rows:

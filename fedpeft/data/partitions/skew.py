@@ -1,4 +1,4 @@
-"""Partitions in which labels, amounts or origins differ from client to client."""
+"""Partitions in which labels, numbers or origins of rows differ from client to client."""
 
 from dataclasses import dataclass, field
 
@@ -9,12 +9,12 @@ from fedpeft.data.partitions.flower_datasets import cut, natural, pathological, 
 from fedpeft.seeding import generator
 
 
-def _apportion(total: int, shares: np.ndarray) -> np.ndarray:
-    """Whole numbers of sum ``total``, each within one of its share (largest remainders)."""
+def apportion(total: int, shares: np.ndarray) -> np.ndarray:
+    """Return whole numbers of sum ``total``, each within one of its share (largest remainders)."""
     exact = total * shares
-    found = np.floor(exact).astype(np.int64)
-    found[np.argsort(found - exact, kind="stable")[: total - found.sum()]] += 1
-    return found
+    numbers = np.floor(exact).astype(np.int64)
+    numbers[np.argsort(numbers - exact, kind="stable")[: total - numbers.sum()]] += 1
+    return numbers
 
 
 def _check_alpha(alpha: float) -> None:
@@ -24,14 +24,14 @@ def _check_alpha(alpha: float) -> None:
 
 @dataclass(frozen=True)
 class Pathological(Partition):
-    """Every client holds rows of a few labels only (arXiv 2102.02079).
+    """Gives every client rows of a few labels only (arXiv 2102.02079).
 
-    Client i holds label i modulo their number, and others at random; a label's rows are divided
-    evenly among its holders. Drawn again until every label has a holder and every client
-    ``min_size`` rows, as often as ``Dirichlet``.
+    Client i holds label i modulo the number of labels, and further labels at random. A label's rows
+    are divided evenly among its holders. The partition is drawn again until every label has a
+    holder and every client has ``min_size`` rows, as often as ``Dirichlet``.
 
     Args:
-        classes_per_client: labels that a client holds.
+        classes_per_client: number of labels that a client holds.
     """
 
     classes_per_client: int = 2
@@ -44,9 +44,9 @@ class Pathological(Partition):
             )
 
     def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
-        number, each = len(np.unique(labels)), self.classes_per_client
-        self._check_number(number, num_clients)
-        # Rows are shuffled first: each holder would get a block of them in the file's order.
+        num_labels, each = len(np.unique(labels)), self.classes_per_client
+        self._check_number(num_labels, num_clients)
+        # Shuffle rows first, because each holder gets a block of a label's rows in table order.
         order = generator(seed, "partition").permutation(len(labels))
         shuffled = table(labels[order])
 
@@ -54,15 +54,15 @@ class Pathological(Partition):
             return [order[held] for held in pathological(shuffled, each, num_clients, seed)]
 
         times = draws(num_clients, labels)
-        found = first_fitting(draw, times, len(labels), self.min_size, seed)
-        if found is None:
+        clients = first_fitting(draw, times, len(labels), self.min_size, seed)
+        if clients is None:
             raise ValueError(
-                f"{times} draws of partition.classes_per_client={each} of {number} labels for "
+                f"{times} draws of partition.classes_per_client={each} of {num_labels} labels for "
                 f"num_clients={num_clients} all left a label without a client or a client with "
                 f"fewer than partition.min_size={self.min_size} rows: raise classes_per_client, or "
                 "change num_clients"
             )
-        return found
+        return clients
 
     def _check_number(self, labels: int, num_clients: int) -> None:
         each = self.classes_per_client
@@ -77,12 +77,12 @@ class Pathological(Partition):
 
 @dataclass(frozen=True)
 class Quantity(Partition):
-    """Shares of different size with the same mix of labels (arXiv 2102.02079).
+    """Gives clients shares of different sizes with the same mix of labels (arXiv 2102.02079).
 
-    Every client gets ``min_size`` rows; the others are divided by shares from Dirichlet(alpha).
+    Every client gets ``min_size`` rows; the rest is divided by shares from Dirichlet(alpha).
 
     Args:
-        alpha: from 1e-6 to 1e6; small is skewed.
+        alpha: from 1e-6 to 1e6; a small one skews.
     """
 
     alpha: float = 0.5
@@ -97,22 +97,24 @@ class Quantity(Partition):
         order = rng.permutation(len(labels))
         shares = rng.dirichlet(np.full(num_clients, self.alpha))
         free = len(labels) - num_clients * self.min_size
-        return cut(order, self.min_size + _apportion(free, shares))
+        return cut(order, self.min_size + apportion(free, shares))
 
 
 @dataclass(frozen=True)
 class EqualSize(Partition):
-    """FedPETuning's label skew (arXiv 2212.10025): every client as many rows, of its own mix.
+    """FedPETuning's label skew (arXiv 2212.10025): equal shares with different mixes of labels.
 
-    A client's shares of labels are from Dirichlet(alpha x the labels' shares of all rows), as in
-    its official code; what a label that has run out cannot give is drawn from the rows left, so
-    that the last clients hold what the others did not want. Sizes differ by one row at most; the
-    official code gives the remainder to the last client. flwr-datasets' ``InnerDirichlet`` draws
-    from Dirichlet(alpha), ends in an error where alpha is small and a label has run out, and takes
-    more than a minute for 10,000 clients.
+    A client's shares of labels come from Dirichlet(alpha x the labels' shares of all rows), as in
+    the official code. If a label runs out, the missing rows are drawn from all rows left, so the
+    last clients hold what earlier ones did not want. Sizes differ by one row at most; the official
+    code gives the remainder to the last client.
+
+    flwr-datasets' ``InnerDirichlet`` is not used, because it draws from Dirichlet(alpha), ends in
+    an error if alpha is small and a label has run out, and takes more than a minute for 10,000
+    clients.
 
     Args:
-        alpha: from 1e-6 to 1e6; small is skewed.
+        alpha: from 1e-6 to 1e6; a small one skews.
     """
 
     alpha: float = 1.0
@@ -136,11 +138,11 @@ class EqualSize(Partition):
 def _equal_size(
     sizes: np.ndarray, totals: np.ndarray, alpha: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Rows by client and label (clients, labels), of sums ``sizes`` and ``totals``."""
+    """Return numbers of rows (clients, labels) with the sums ``sizes`` and ``totals``."""
     prior, left = alpha * totals / totals.sum(), totals
     counts = np.zeros((len(sizes), len(totals)), np.int64)
     for client, size in enumerate(sizes):
-        held = np.minimum(_apportion(size, rng.dirichlet(prior)), left)
+        held = np.minimum(apportion(size, rng.dirichlet(prior)), left)
         held = held + rng.multivariate_hypergeometric(left - held, size - held.sum())
         counts[client], left = held, left - held
     return counts
@@ -148,9 +150,9 @@ def _equal_size(
 
 @dataclass(frozen=True)
 class Natural(Partition):
-    """Each value of ``column`` is a client: a person, a site, a package.
+    """Makes a client of each value of ``column``: a person, a site, a package.
 
-    Values with fewer than ``min_size`` rows are no client's, and their rows are not used.
+    A value with fewer than ``min_size`` rows is no client, and its rows are not used.
     """
 
     def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:

@@ -1,4 +1,4 @@
-"""Built and encoded data on disk: found by content, memory-mapped, shared by all processes."""
+"""Cached data on disk: keyed by content, memory-mapped, shared by all processes."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from fedpeft.data.rows.tables import values
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = "1"  # of the arrays; raise it when an encoder gives other arrays for the same rows
+FORMAT = "1"  # part of every key: raise it when an encoder gives other arrays for the same rows
 
 
 def cache_folder() -> Path:
@@ -26,18 +26,19 @@ def cache_folder() -> Path:
 
 
 def content_sha256(rows: "Dataset", columns: Iterable[str]) -> str:
-    """Over the values of some columns, whatever file they came from."""
+    """Return the hash of some columns' values, whatever file they came from."""
     digest = hashlib.sha256()
     for column in columns:
         parts = [_bytes(value) for value in values(rows, column)]
-        names = getattr(rows.features[column], "names", None)  # what its numbers stand for
+        names = getattr(rows.features[column], "names", None)  # the classes of a label column
         digest.update(f"{column}:{names}:{[len(part) for part in parts]}:".encode())
         digest.update(b"".join(parts))
     return digest.hexdigest()
 
 
 def _bytes(value: Any) -> bytes:
-    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:  # an image, wherever it stood
+    """Return a value as bytes; an image as its file's content, whatever its path."""
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
         if value["bytes"] is None and value["path"] and Path(value["path"]).is_file():
             return Path(value["path"]).read_bytes()
         value = value["bytes"]
@@ -50,17 +51,18 @@ def recipe(processor: Any) -> str:
     if backend is None:
         return json.dumps(processor.to_dict(), sort_keys=True, default=str)
     special = [processor.pad_token, processor.bos_token, processor.eos_token]
-    backend.no_truncation()  # what the last call left set is no part of it
+    backend.no_truncation()  # because the last call may have left it set
     backend.no_padding()
     text = backend.to_str() + repr([special, processor.chat_template])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cached(key: Iterable[Any], build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays of ``build``, memory-mapped read-only; built once for all processes and starts.
+    """Return ``build``'s arrays, memory-mapped read-only; built once for all processes and starts.
 
     Args:
-        key: everything that decides the arrays.
+        key: everything that decides the arrays; each entry's ``repr`` counts.
+        build: makes the arrays, by name, if the cache lacks them.
 
     Raises:
         ValueError: the cache's folder cannot be written.
@@ -83,7 +85,12 @@ def cached(key: Iterable[Any], build: Callable[[], dict[str, np.ndarray]]) -> di
 
 
 def remembered(key: Iterable[Any], compute: Callable[[], Any]) -> Any:
-    """A small value that JSON can hold; computed once where the cache can be written."""
+    """Return ``compute``'s value, which JSON can hold; computed once if the cache can be written.
+
+    Args:
+        key: everything that decides the value; each entry's ``repr`` counts.
+        compute: makes the value if the cache lacks it.
+    """
     name = hashlib.sha256("\n".join([FORMAT, *map(repr, key)]).encode()).hexdigest()
     file = cache_folder() / "remembered" / f"{name}.json"
     with suppress(OSError, ValueError):  # not there, or half written
@@ -98,7 +105,7 @@ def remembered(key: Iterable[Any], compute: Callable[[], Any]) -> Any:
 
 
 def _write(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Whole or not at all."""
+    """Write the arrays as files of a folder, which then exists whole or not at all."""
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     unfinished.mkdir()
     try:

@@ -1,4 +1,4 @@
-"""The docstrings set: which of ten installed packages does this sentence describe?"""
+"""The docstrings set: sentences from ten installed packages, labelled by package."""
 
 import ast
 import gc
@@ -20,8 +20,8 @@ from importlib import metadata
 from itertools import chain
 from pathlib import Path
 
-# Distribution to import name, alphabetical; the position is the label. No standard library:
-# rows then follow from the lock file alone, not from Python's patch version too.
+# Import name by distribution, in alphabetical order; the position is the label. The standard
+# library is left out, because its docstrings depend on Python's patch version.
 PACKAGES = {
     "matplotlib": "matplotlib",
     "networkx": "networkx",
@@ -36,15 +36,15 @@ PACKAGES = {
 }
 LABELS: tuple[str, ...] = tuple(PACKAGES)
 SPLITS = ("train", "validation", "test")
-FORMAT = 1  # part of the cache key: raise it with any change to what the rows are
-MASK = "package"  # an English word, so one piece to a BERT tokenizer and neutral between labels
+FORMAT = 1  # part of the cache key: raise it when the same packages give other rows
+MASK = "package"  # one piece to a BERT tokenizer and neutral between labels
 LENGTH = range(30, 401)  # characters of a row's text
 MIN_WORDS = 4
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_BLOCKS = ("body", "handlers", "cases", "orelse", "finalbody")  # fields with statements
+_BLOCKS = ("body", "handlers", "cases", "orelse", "finalbody")  # fields that hold statements
 MIN_ROWS = 10  # per label: one for validation, one for test
 
-# Folders that hold tests, or code that another project wrote.
+# Folders that hold tests, or code of other projects.
 SKIPPED = {
     *("test", "tests"),
     *("_vendor", "_vendored", "externals"),
@@ -53,22 +53,23 @@ SKIPPED = {
     "_numpy",  # torch's copy of NumPy's functions and their docstrings
 }
 
-# Names that occur in no other word: masked anywhere, so `NumPyro` is too.
+# Names that occur in no other word. They are masked anywhere, in `NumPyro` too.
 _ANYWHERE = (
     *("matplotlib", "pyplot", "mpltype", "mathmpl", "networkx", "numpy", "pandas", "scipy"),
     *("scikit[-_ ]?learn", "scikit", "sklearn", "sympy", "py[-_ ]?torch", "transformers"),
     *("hugging[-_ ]?face", "anyscale", "kuberay"),
 )
-# Anywhere too, but case tells VectorChannel, which has no torch, and RayCluster is two words.
+# Also masked anywhere, but case counts, because the torch in VectorChannel is none.
 _CASED = ("[Tt]orch", "TORCH", "[Rr]ay(?:let|llm|cluster|submit|if|ignore)")
-# Names that do (array, completion): masked as a word or as a part of an identifier.
+# Names that occur in other words, as in array and completion. They are masked as a word or as a
+# part of an identifier.
 _PARTS = ("ray", "mpl", "plt", "hf")
-# Lower case only, because NP and PD have meanings of their own (NP-hard).
+# Masked in lower case only, because NP and PD have other meanings, as in NP-hard.
 _LOWER_PARTS = ("np", "nx", "pd")
 
 
 def _part(name: str) -> str:
-    """Pattern for `name`, `Name` and `NAME` where snake or camel case sets them apart."""
+    """Return a pattern of `name`, `Name` and `NAME` where snake or camel case sets them apart."""
     forms = (
         rf"(?<![A-Za-z]){name}(?![a-z])",
         rf"(?<![A-Z]){name.title()}(?![a-z])",
@@ -91,19 +92,19 @@ _NAMES = re.compile(
 
 
 def mask(text: str) -> str:
-    """Text with the names and usual aliases of all ten packages replaced by `package`."""
+    """Replace the names and usual aliases of all ten packages by `package`."""
     return _NAMES.sub(MASK, text)
 
 
 def first_paragraph(docstring: str) -> str:
-    """A docstring's text up to its first empty line, with white space collapsed."""
+    """Return a docstring's text up to its first empty line, with white space collapsed."""
     return " ".join(re.split(r"\n\s*\n", inspect.cleandoc(docstring), maxsplit=1)[0].split())
 
 
 def paragraphs(source: bytes | str) -> list[str]:
-    """First paragraphs of the docstrings of a module and its classes and functions, in order.
+    """Return the first paragraph of each docstring of a module, in order.
 
-    A source that this Python cannot parse has none.
+    A source that this Python cannot parse gives none.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings
@@ -120,7 +121,7 @@ def paragraphs(source: bytes | str) -> list[str]:
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """A module and the statements in it; expressions, most of a tree, hold no docstrings."""
+    """Yield a module and its statements; expressions, most of a tree, hold no docstrings."""
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
@@ -130,38 +131,35 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 def is_sentence(text: str) -> bool:
-    """Tell whether a text has the length, words and characters that a row may have."""
+    """Return true if a text has the length, words and characters that a row needs."""
     words = sum(word.strip(string.punctuation).isalpha() for word in text.split())
-    # Unprintable are control characters and lone surrogates, which parquet cannot hold.
+    # Control characters and lone surrogates, which parquet cannot hold, are not printable.
     return len(text) in LENGTH and words >= MIN_WORDS and text.isprintable()
 
 
-def build(rows_per_label: int, cache_dir: Path) -> Path:
-    """Builds the set from the installed packages, or finds it in the cache.
+def build(rows_per_label: int, cache_dir: Path, packages: Mapping[str, str] = PACKAGES) -> Path:
+    """Build the set from installed packages, or find it in the cache.
 
     Args:
         rows_per_label: rows of each class over all three splits, 80/10/10. The rows of a smaller
             set are rows of a larger one, in the same split.
-        cache_dir: where the set's folder is or comes to stand; made if missing.
+        cache_dir: parent of the set's folder; made if missing.
+        packages: import name by distribution; the position is the label.
 
     Returns:
         A folder with train.parquet, validation.parquet and test.parquet; columns text (str) and
-        label (int, index into `LABELS`).
+        label (int, position in ``packages``).
 
     Raises:
         ValueError: a package is not installed or has fewer rows, or rows_per_label < 10.
     """
-    return _build(PACKAGES, rows_per_label, cache_dir)
-
-
-def _build(packages: Mapping[str, str], rows_per_label: int, cache_dir: Path) -> Path:
     if rows_per_label < MIN_ROWS:
         raise ValueError(f"rows_per_label must be >= {MIN_ROWS}, got {rows_per_label}")
     versions = {name: _distribution(name).version for name in packages}
     key = _sha256(json.dumps([FORMAT, rows_per_label, packages, versions], sort_keys=True))
     folder = cache_dir / f"docstrings-{rows_per_label}-{key[:16]}"
     if not folder.is_dir():
-        _write(_split(_candidates(packages), rows_per_label), tuple(packages), folder)
+        write(_split(_candidates(packages), rows_per_label), tuple(packages), folder)
     return folder
 
 
@@ -177,9 +175,12 @@ def _distribution(name: str) -> metadata.Distribution:
 
 
 def sources(distribution: str, package: str) -> list[Path]:
-    """Python files of an installed package but tests and vendored code; it is not imported.
+    """Return the Python files of an installed package, without tests and vendored code.
 
-    The list is the wheel's own, so a file that someone added to the folder is no source.
+    The package is not imported. The wheel lists its files, so one that was added later is left out.
+
+    Raises:
+        ValueError: the package is not installed, or has no list of files.
     """
     files = _distribution(distribution).files
     if files is None:
@@ -192,31 +193,31 @@ def sources(distribution: str, package: str) -> list[Path]:
 
 
 def _candidates(packages: Mapping[str, str]) -> dict[str, list[str]]:
-    """Masked sentences of each package that no other package has, ordered by SHA-256."""
-    found = _extract({name: sources(name, package) for name, package in packages.items()})
-    masked = {name: {mask(text) for text in set(texts)} for name, texts in found.items()}
-    kept = {name: filter(is_sentence, texts) for name, texts in masked.items()}
-    return _distinct({name: sorted(texts, key=_sha256) for name, texts in kept.items()})
+    """Return masked sentences of each package that no other has, ordered by SHA-256."""
+    extracted = extract({name: sources(name, package) for name, package in packages.items()})
+    masked = {name: {mask(text) for text in set(texts)} for name, texts in extracted.items()}
+    sentences = {name: filter(is_sentence, texts) for name, texts in masked.items()}
+    return distinct({name: sorted(texts, key=_sha256) for name, texts in sentences.items()})
 
 
-def _distinct(ordered: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """Keeps the first of texts that differ in case only, and none that two packages share."""
+def distinct(ordered: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Keep the first of texts that differ in case only, and none that two packages share."""
     folded: dict[str, dict[str, str]] = {name: {} for name in ordered}
     for name, texts in ordered.items():
         for text in texts:
             folded[name].setdefault(text.casefold(), text)
     packages = Counter(chain.from_iterable(folded.values()))
     return {
-        name: [text for key, text in own.items() if packages[key] == 1]
-        for name, own in folded.items()
+        name: [text for key, text in by_fold.items() if packages[key] == 1]
+        for name, by_fold in folded.items()
     }
 
 
-def _extract(files: Mapping[str, Iterable[Path]]) -> dict[str, list[str]]:
-    """First paragraphs of each package's files, parsed in one process a core (at most 8).
+def extract(files: Mapping[str, Iterable[Path]]) -> dict[str, list[str]]:
+    """Return the first paragraphs of each package's files, parsed in one process a core, at most 8.
 
-    The processes run this file as a script: multiprocessing's spawn would import the caller's
-    main module again, and its fork is unsafe where the caller has threads (torch, Ray).
+    The processes run this file as a script, because multiprocessing's spawn would import the
+    caller's main module again, and its fork is unsafe if the caller has threads (torch, Ray).
     """
     jobs = [(name, str(path)) for name, paths in files.items() for path in paths]
     workers = min(os.cpu_count() or 1, 8)
@@ -224,12 +225,13 @@ def _extract(files: Mapping[str, Iterable[Path]]) -> dict[str, list[str]]:
     with ThreadPoolExecutor(workers) as pool:
         done = list(pool.map(_parse_elsewhere, [[path for _, path in part] for part in parts]))
     texts: dict[str, list[str]] = {name: [] for name in files}
-    for (name, _), found in zip(chain(*parts), chain(*done), strict=True):
-        texts[name] += found
+    for (name, _), file_texts in zip(chain(*parts), chain(*done), strict=True):
+        texts[name] += file_texts
     return texts
 
 
 def _parse_elsewhere(paths: list[str]) -> list[list[str]]:
+    """Return the paragraphs of each file, parsed by another process."""
     # -I keeps this file's folder off sys.path, where a neighbour could shadow a module.
     command = [sys.executable, "-I", __file__]
     done = subprocess.run(command, input=json.dumps(paths).encode(), capture_output=True)
@@ -239,7 +241,7 @@ def _parse_elsewhere(paths: list[str]) -> list[list[str]]:
 
 
 def _parse() -> None:
-    """The script: a list of paths on stdin, a list of their paragraphs on stdout, in JSON."""
+    """Read a JSON list of paths on stdin and write the list of their paragraphs on stdout."""
     gc.disable()  # syntax trees have no cycles, and scanning them costs a fifth of the time
     paths = json.load(sys.stdin)
     json.dump([paragraphs(Path(path).read_bytes()) for path in paths], sys.stdout)
@@ -249,9 +251,10 @@ Rows = list[tuple[str, int]]  # text and label
 
 
 def _split(candidates: Mapping[str, list[str]], rows_per_label: int) -> dict[str, Rows]:
-    """The first rows of each label, of every ten 8 for train and 1 each for the other two.
+    """Return the first rows of each label: 8 of every ten train, 1 validates and 1 tests.
 
-    Position decides, not a cut at 80 %, so that a larger set moves no test row into train.
+    The position decides, because a cut at 80 % would move test rows of a small set into the train
+    rows of a larger one.
     """
     rows: dict[str, Rows] = {split: [] for split in SPLITS}
     for label, (name, texts) in enumerate(candidates.items()):
@@ -266,8 +269,14 @@ def _split(candidates: Mapping[str, list[str]], rows_per_label: int) -> dict[str
     return {split: sorted(rows[split], key=lambda row: _sha256(row[0])) for split in SPLITS}
 
 
-def _write(rows: Mapping[str, Rows], labels: tuple[str, ...], folder: Path) -> None:
-    """Writes the splits beside the folder, then renames: it is there whole or not at all."""
+def write(rows: Mapping[str, Rows], labels: tuple[str, ...], folder: Path) -> None:
+    """Write the splits beside the folder and rename, so that it is there whole or not at all.
+
+    Args:
+        rows: by split; each becomes a Parquet file.
+        labels: names of the label's numbers.
+        folder: is left as it is if it exists, because another process was first.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import ClassLabel, Features, Value

@@ -1,4 +1,4 @@
-"""The rows of a task: tables, checked and in splits, and the groups in them."""
+"""The rows of a task: checked tables, their splits, and the groups by which clients differ."""
 
 import hashlib
 import math
@@ -28,15 +28,19 @@ class Source(ABC):
         path: a folder or file of parquet, CSV, JSON lines or images, or a hub name.
         subset: the hub data set's configuration.
         revision: the hub data set's commit or tag.
-        label: column of the label; where the task has none, of the values by which clients differ.
-        train_split: the file or hub split to train on.
-        validation_split: the one that validates; null sets ``validation_fraction`` of train aside.
-        test_split: the one that tests; null sets ``test_fraction`` of train aside, first.
-        extra_tests: further test splits by the name that they get in the results.
-        max_train_rows: at most so many rows, drawn by a fixed seed; null for all.
-        max_validation_rows: likewise; ``max_test_rows`` too.
-        bad_rows: a row that cannot be used (an empty text, an unknown label, a broken image) is an
-            ``error``, or ``skip`` leaves it out and counts it in the summary.
+        label: column of the label. In a task without labels, it only serves to partition.
+        train_split: name of the file or hub split to train on.
+        validation_split: split to validate on; null sets ``validation_fraction`` of train aside.
+        test_split: split to test on; null sets ``test_fraction`` of train aside, before the
+            validation rows.
+        extra_tests: further test splits, by their names in the results.
+        validation_fraction: of the rows of train, in (0, 1).
+        test_fraction: likewise.
+        max_train_rows: number of rows at most, drawn by a fixed seed; null for all.
+        max_validation_rows: likewise.
+        max_test_rows: likewise, for each test split.
+        bad_rows: ``error`` refuses a row that cannot be used (an empty text, an unknown label, a
+            broken image); ``skip`` leaves it out and counts it in the summary.
     """
 
     path: str | None = None
@@ -63,23 +67,23 @@ class Source(ABC):
                 raise ValueError(f"data.{name} must be >= 1 or null, got {getattr(self, name)}")
         if self.bad_rows not in ("error", "skip"):
             raise ValueError(f"data.bad_rows must be error or skip, got {self.bad_rows}")
-        if taken := set(self.extra_tests) & set(SPLITS):
-            raise ValueError(f"data.extra_tests must not be named {', '.join(sorted(taken))}")
+        if reserved := set(self.extra_tests) & set(SPLITS):
+            raise ValueError(f"data.extra_tests must not be named {', '.join(sorted(reserved))}")
 
     @abstractmethod
     def columns(self) -> list[str]:
-        """Columns that it reads, the label's apart."""
+        """Return the columns that the task reads, without the label's."""
 
     def problems(self, rows: "Dataset") -> dict[int, str]:
-        """Rows that cannot be used, and why: ``has an empty text``."""
-        found: dict[int, str] = {}
+        """Return the positions of rows that cannot be used, and why: ``has an empty text``."""
+        problems: dict[int, str] = {}
         for column in self.columns():
             for i, value in enumerate(values(rows, column)):
                 if isinstance(value, str) and not value.strip():
-                    found.setdefault(i, f"has an empty {column}")
+                    problems.setdefault(i, f"has an empty {column}")
                 elif value is None:
-                    found.setdefault(i, f"has no {column}")
-        return found
+                    problems.setdefault(i, f"has no {column}")
+        return problems
 
     # --- rows --------------------------------------------------------------------------------
 
@@ -106,12 +110,12 @@ class Source(ABC):
 
     @cached_property
     def tables(self) -> "dict[str, Dataset]":
-        """All splits, as they stand there."""
+        """All splits, with all their rows, unchecked."""
         return load_tables(self.folder(), self.subset, self.revision)
 
     @cached_property
     def skipped(self) -> dict[str, int]:
-        """Rows that were left out, by reason; filled as splits are read."""
+        """Numbers of rows left out, by reason; filled as splits are read."""
         return {}
 
     @cached_property
@@ -119,13 +123,17 @@ class Source(ABC):
         return {}
 
     def _table(self, split: str) -> "Dataset":
-        """A split's rows that can be used."""
+        """Return a split's rows that can be used."""
         if split not in self._usable:
             self._usable[split] = self._checked(split, self.as_given(split))
         return self._usable[split]
 
     def as_given(self, split: str) -> "Dataset":
-        """A split's rows as they stand there; ValueError if there is none."""
+        """Return all rows of a split, unchecked.
+
+        Raises:
+            ValueError: there is no such split.
+        """
         if split not in self.tables:
             advice = "data.validation_split or data.test_split to one of them, or to null to set "
             advice += "rows of train aside"
@@ -139,24 +147,24 @@ class Source(ABC):
 
     def _checked(self, split: str, rows: "Dataset") -> "Dataset":
         self.check_columns(split, rows)
-        found = self.problems(rows)
-        if found and self.bad_rows == "error":
-            row = min(found)
-            more = f" (and {len(found) - 1} rows more)" if len(found) > 1 else ""
+        problems = self.problems(rows)
+        if problems and self.bad_rows == "error":
+            row = min(problems)
+            more = f" (and {len(problems) - 1} rows more)" if len(problems) > 1 else ""
             raise ValueError(
-                f"row {row} of {split} {found[row]}{more}: mend it, or leave such rows out with "
+                f"row {row} of {split} {problems[row]}{more}: mend it, or leave such rows out with "
                 "data.bad_rows=skip"
             )
-        for reason in found.values():
+        for reason in problems.values():
             self.skipped[reason] = self.skipped.get(reason, 0) + 1
-        if found:
-            rows = rows.select(np.setdiff1d(np.arange(len(rows)), list(found)))
+        if problems:
+            rows = rows.select(np.setdiff1d(np.arange(len(rows)), list(problems)))
         if len(rows) == 0:
             raise ValueError(f"split {split} of data set {self.folder()} has no rows")
         return rows
 
     def check_columns(self, split: str, rows: "Dataset") -> None:
-        """Raises ValueError for a column that is not there."""
+        """Raise ValueError if a column that the task reads is missing in a split."""
         for column in [*self.columns(), *filter(None, [self.label])]:
             if column not in rows.column_names:
                 raise ValueError(
@@ -166,10 +174,10 @@ class Source(ABC):
 
     @cached_property
     def _carved(self) -> "dict[str, Dataset]":
-        """Train, and what is set aside of it."""
+        """Train, and the splits that are set aside from it."""
         parts = {"train": self._table(self.train_split)}
-        for split, given in (("test", self.test_split), ("validation", self.validation_split)):
-            if given is None:
+        for split, name in (("test", self.test_split), ("validation", self.validation_split)):
+            if name is None:
                 train, share = parts["train"], getattr(self, f"{split}_fraction")
                 rows = generator(0, f"{split} split").permutation(len(train))
                 cut = math.ceil(len(train) * share)
@@ -184,11 +192,11 @@ class Source(ABC):
 
     @cached_property
     def train_rows(self) -> "Dataset":
-        """Rows to train on; a client with a folder of its own needs no other split."""
+        """Rows to train on. A client that has its own folder reads no other split."""
         return subsample(self._carved["train"], self.max_train_rows, "train rows")
 
     def split_rows(self, split: str) -> "Dataset":
-        """Rows of train, validation, test or an extra test.
+        """Return the rows of train, validation, test or an extra test.
 
         Raises:
             ValueError: a split, a column, a label or a text is missing.
@@ -212,13 +220,17 @@ class Source(ABC):
     # --- groups ------------------------------------------------------------------------------
 
     def grouped(self, column: str | None) -> tuple[np.ndarray, list[str]]:
-        """By what clients can differ: class numbers int64 (train rows,) and their names.
+        """Return the groups by which clients can differ.
 
         Args:
-            column: any column, or null for the label's. Numbers are rounded to whole ones.
+            column: any column, or null for the label's. Fractional values are rounded.
+
+        Returns:
+            Each training row's group number, int64 (rows,), and the groups' names. All rows are one
+            group if neither a column nor a label is set.
 
         Raises:
-            ValueError: there is no such column, or null without a label.
+            ValueError: there is no such column, a row has no value in it, or it holds lists.
         """
         column = column or self.label
         rows = self.train_rows
@@ -229,21 +241,21 @@ class Source(ABC):
                 f"partition.column={column} is no column of {self.folder()}, "
                 f"only {', '.join(rows.column_names)}"
             )
-        given = values(rows, column)
-        for i, value in enumerate(given):
+        entries = values(rows, column)
+        for i, value in enumerate(entries):
             if isinstance(value, float):
-                given[i] = round(value) if math.isfinite(value) else None
-        if None in given:
-            raise ValueError(f"row {given.index(None)} of train has no {column} to partition by")
-        if isinstance(given[0], list | dict):
+                entries[i] = round(value) if math.isfinite(value) else None
+        if None in entries:
+            raise ValueError(f"row {entries.index(None)} of train has no {column} to partition by")
+        if isinstance(entries[0], list | dict):
             raise ValueError(
-                f"partition.column={column} must hold texts or numbers, got {given[0]} in row 0"
+                f"partition.column={column} must hold texts or numbers, got {entries[0]} in row 0"
             )
-        found = sorted(set(given))
-        index = {value: i for i, value in enumerate(found)}
+        distinct = sorted(set(entries))
+        index = {value: i for i, value in enumerate(distinct)}
         names = getattr(rows.features[column], "names", None)
-        numbers = np.array([index[v] for v in given], np.int64)
-        return numbers, [names[v] if names else str(v) for v in found]
+        numbers = np.array([index[v] for v in entries], np.int64)
+        return numbers, [names[v] if names else str(v) for v in distinct]
 
     def group_numbers(self, column: str | None) -> np.ndarray:
         """Return ``grouped``'s numbers without reading unchanged tables again."""
@@ -256,24 +268,32 @@ class Source(ABC):
 
     @cached_property
     def _identity(self) -> str | None:
-        """Settings and files, whose contents stay while size and time of change do."""
-        found = marks(self.folder())
-        return None if found is None else repr((self, found))
+        """Settings, and names, sizes and times of the files; null for a data set of the hub.
+
+        Files count as unchanged while their sizes and times of change stay.
+        """
+        files = marks(self.folder())
+        return None if files is None else repr((self, files))
 
     def remembered(self, what: str, compute: Callable[[], Any]) -> Any:
-        """Something about the rows, from an earlier start if they have not changed since."""
+        """Return a value that depends on the rows, cached until their files change.
+
+        Args:
+            what: name of the value in the cache.
+            compute: makes the value.
+        """
         key = (what, self._identity)
         return compute() if self._identity is None else remembered(key, compute)
 
     def sha256(self, split: str) -> str:
-        """Over what the task reads of a split."""
+        """Return the hash of the columns of a split that the task reads."""
         columns = [*self.columns(), *filter(None, [self.label])]
         return self.remembered(
             f"sha256 of {split}", lambda: content_sha256(self.split_rows(split), columns)
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Rows of each split, a sha256 over their contents, and rows that were left out."""
+        """Return the number of rows of each split, a hash of all, and counts of rows left out."""
         return self.remembered("fingerprint", self._fingerprint)
 
     def _fingerprint(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tables from a folder, a file or the hub, with one clear sentence when none of them is there."""
+"""Tables from a folder, a file or the hub, and one clear error if none of them is there."""
 
 import re
 from pathlib import Path
@@ -12,16 +12,24 @@ from fedpeft.seeding import generator
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")  # train-00000-of-00001, as hubs write
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")  # as in train-00000-of-00001 on the hub
 READERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 
 
 def load_tables(path: str, subset: str | None, revision: str | None) -> "dict[str, Dataset]":
-    """All splits of a local folder or file or, where none is there, of a hub data set.
+    """Load all splits of a local folder or file; if neither is there, of a hub data set.
 
-    In a folder of tables (``train.parquet``, ``validation_matched-00000-of-00001.parquet``) the
-    files' names are the splits'; any other layout is read as ``datasets.load_dataset`` reads it,
-    folders of images with it. A single file is the split ``train``.
+    In a folder of tables (``train.parquet``, ``validation_matched-00000-of-00001.parquet``), the
+    files' names are the splits' names. ``datasets.load_dataset`` reads any other layout, such as
+    folders of images. A single file is the split ``train``.
+
+    Args:
+        path: folder, file or hub name.
+        subset: the hub data set's configuration.
+        revision: the hub data set's commit or tag.
+
+    Returns:
+        Tables by split.
 
     Raises:
         ValueError: nothing can be read there, or the hub cannot be reached.
@@ -38,7 +46,11 @@ def load_tables(path: str, subset: str | None, revision: str | None) -> "dict[st
 
 
 def check_path(path: str) -> Path:
-    """The path without ``~``; raises ValueError if it can be no hub name and is not there."""
+    """Return the path without ``~``.
+
+    Raises:
+        ValueError: the path does not exist, and it is no hub name by its first character.
+    """
     local = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not local.exists():
         raise ValueError(f"data.path={path} is no folder or file")
@@ -46,7 +58,7 @@ def check_path(path: str) -> Path:
 
 
 def marks(path: str) -> list[tuple[str, int, int]] | None:
-    """Name, size and time of change of every file at a local path; null for a hub name."""
+    """Return name, size and time of change of every file at a path; null for a hub name."""
     local = Path(path).expanduser()
     if not local.exists():
         return None
@@ -55,7 +67,7 @@ def marks(path: str) -> list[tuple[str, int, int]] | None:
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """Split names and files, or nothing where the names do not say."""
+    """Return the files of each split, or none if a file's name cannot be a split's."""
     tables: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in READERS and not file.name.startswith("."):
@@ -74,7 +86,7 @@ def _read(path: str, files: dict[str, list[Path]]) -> "dict[str, Dataset]":
             f"one of {', '.join(READERS)}"
         )
     try:
-        if files:  # one by one: together, all would have to have the same columns
+        if files:  # load splits one by one, because in one call all need the same columns
             kind = READERS[kinds.pop()]
             return {
                 split: datasets.load_dataset(kind, data_files=[str(f) for f in parts])["train"]
@@ -94,10 +106,10 @@ def _from_hub(path: str, subset: str | None, revision: str | None) -> "dict[str,
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
 
-    if not reachable():  # then only its cache, without minutes of retries
+    if not reachable():  # read only the cache, without minutes of retries
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
     try:
-        found = datasets.load_dataset(path, subset, revision=revision)
+        tables = datasets.load_dataset(path, subset, revision=revision)
     except (OSError, ValueError, DatasetsError) as error:
         first = (str(error).splitlines() or [""])[0]
         wanted = f"{path}" + (f" --revision {revision}" if revision else "")
@@ -109,16 +121,22 @@ def _from_hub(path: str, subset: str | None, revision: str | None) -> "dict[str,
             f"{wanted} --repo-type dataset {inside}--local-dir FOLDER`, then give "
             f"data.path={folder}"
         ) from error
-    return {str(split): table for split, table in found.items()}
+    return {str(split): table for split, table in tables.items()}
 
 
 def subsample(table: "Dataset", rows: int | None, purpose: str) -> "Dataset":
-    """At most ``rows`` rows, the same ones in every run, in their order."""
+    """Return at most ``rows`` rows in their order, the same in every run.
+
+    Args:
+        table: all rows.
+        rows: number of rows at most; null for all.
+        purpose: of the draw; another purpose draws other rows.
+    """
     if rows is None or rows >= len(table):
         return table
     return table.select(np.sort(generator(0, purpose).permutation(len(table))[:rows]))
 
 
 def values(rows: "Dataset", column: str) -> list[Any]:
-    """All values of a column as Python objects; ``rows[column]`` is lazy and slow."""
+    """Return a column's values as Python objects, because ``rows[column]`` is lazy and slow."""
     return rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()

@@ -1,4 +1,4 @@
-"""Jinja templates over a row's columns, and the cut that keeps a prompt's both ends."""
+"""Prompts from Jinja templates over a row's columns, and their tokens."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def template_columns(text: str) -> list[str]:
-    """Columns that a template reads, sorted.
+    """Return the columns that a template reads, sorted.
 
     Raises:
-        ValueError: it is no template.
+        ValueError: the text is no Jinja template.
     """
     from jinja2 import TemplateSyntaxError, meta
 
@@ -26,20 +26,25 @@ def template_columns(text: str) -> list[str]:
 
 
 def rendered(text: str, rows: "Dataset", **more: Sequence[Any]) -> list[str]:
-    """The template's text for every row, nothing for a null; ``more`` are further columns.
+    """Return a template's text for every row; a null becomes an empty text.
+
+    Args:
+        text: the Jinja template.
+        rows: (rows,), with the template's columns.
+        more: further columns (rows,) by name; they win over those of ``rows``.
 
     Raises:
         ValueError: the template fails in a row.
     """
     names = [name for name in template_columns(text) if name not in more]
     columns = {name: values(rows, name) for name in names} | {k: list(v) for k, v in more.items()}
-    template, found = _template(text), []
+    template, texts = _template(text), []
     for i in range(len(rows)):
         try:
-            found.append(template.render({name: given[i] for name, given in columns.items()}))
-        except Exception as error:  # whatever the template's own filters raise
+            texts.append(template.render({name: column[i] for name, column in columns.items()}))
+        except Exception as error:  # filters of a template may raise anything
             raise ValueError(f"the template {text!r} fails in row {i}: {error}") from error
-    return found
+    return texts
 
 
 @lru_cache(maxsize=1)
@@ -47,7 +52,7 @@ def _environment() -> Any:
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    # Sandboxed: a client takes its configuration, and so its templates, from the server.
+    # Sandboxed, because a client gets its templates from the server, with the configuration.
     return ImmutableSandboxedEnvironment(
         undefined=StrictUndefined,
         finalize=lambda value: "" if value is None else value,
@@ -61,7 +66,7 @@ def _template(text: str) -> "Template":
 
 
 def chat_prompts(texts: Sequence[str], tokenizer: Any) -> list[str]:
-    """Each text as the user's message in the model's own template, up to where it answers."""
+    """Return each text as a user's message in the model's chat template, up to the answer."""
     return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
@@ -71,18 +76,21 @@ def chat_prompts(texts: Sequence[str], tokenizer: Any) -> list[str]:
 
 
 def prompt_tokens(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids with the tokenizer's own beginning, once, and without its end."""
+    """Return token ids with the tokenizer's beginning token once and without its end token."""
     start, end = tokenizer.bos_token, tokenizer.eos_token_id
     plain = [text.removeprefix(start) if start else text for text in texts]
-    found = tokenizer(plain)["input_ids"]
-    # A template that writes the beginning itself keeps it where the tokenizer adds none.
-    if start and found and found[0][:1] != [tokenizer.bos_token_id]:
-        found = tokenizer(list(texts))["input_ids"]
-    return [ids[:-1] if ids and ids[-1] == end else ids for ids in found]
+    tokens = tokenizer(plain)["input_ids"]
+    # If the tokenizer adds no beginning token, one that the template writes stays.
+    if start and tokens and tokens[0][:1] != [tokenizer.bos_token_id]:
+        tokens = tokenizer(list(texts))["input_ids"]
+    return [ids[:-1] if ids and ids[-1] == end else ids for ids in tokens]
 
 
 def keep_ends(ids: list[int], room: int) -> list[int]:
-    """At most ``room`` tokens: the middle goes, the template's frame and the question stay."""
+    """Cut the middle of a prompt that is longer than ``room`` tokens.
+
+    Its ends stay, because the template's frame and the question stand there.
+    """
     if len(ids) <= room:
         return ids
     head = room // 2

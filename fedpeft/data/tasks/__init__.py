@@ -1,1 +1,1 @@
-"""Kinds of task: what a model learns from rows, and what is measured."""
+"""Kinds of task, which say what a model learns from rows and what is measured."""

@@ -1,4 +1,4 @@
-"""What a model learns from rows: their encoding, the loss, and what is measured."""
+"""Base of tasks: the encoding of rows, the loss, and what an evaluation measures."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -18,26 +18,26 @@ from fedpeft.metrics import MODULES, measure
 if TYPE_CHECKING:
     from datasets import Dataset
 
-RESERVED = ("loss", "baseline")  # names of values that no metric gives
+RESERVED = ("loss", "baseline")  # names of results that no metric may have
 Outputs = Sequence[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Task(Source):
-    """A kind of task: a source of rows, and what a model learns from them.
+    """A source of rows, and what a model learns from them.
 
     Args:
         metrics: names of ``fedpeft.metrics``, or modules of ``evaluate`` (``/folder/my_metric``,
-            ``evaluate:NAME``); the first is the headline, and more of it must be better.
+            ``evaluate:NAME``). The first is the headline, and more of it must be better.
     """
 
     metrics: list[str] = field(default_factory=list)
 
-    auto_class: ClassVar[str]
-    measures: ClassVar[tuple[str, ...]]  # what of ours ``metrics`` can name
-    takes_modules: ClassVar[bool] = True  # whether it can also name modules of evaluate
-    reads_rows: ClassVar[bool] = False  # whether ``score`` needs more of rows than their arrays
-    needs: ClassVar[str] = "tokenizer"  # or image_processor: the model's part that encodes
+    auto_class: ClassVar[str]  # class of transformers that builds the model
+    measures: ClassVar[tuple[str, ...]]  # names of fedpeft.metrics that ``metrics`` may have
+    takes_modules: ClassVar[bool] = True  # true if it may also have modules of evaluate
+    reads_rows: ClassVar[bool] = False  # true if ``score`` reads the rows' columns
+    needs: ClassVar[str] = "tokenizer"  # or image_processor: encodes the rows
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,14 +46,14 @@ class Task(Source):
         for name in self.metrics:
             self._check_metric(name)
         names = [*map(title, self.metrics), *RESERVED]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"data.metrics gives two values the name {twice[0]}")
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"data.metrics gives two values the name {repeated[0]}")
 
     def _check_metric(self, name: str) -> None:
         if name in self.measures:
             return
-        named = isinstance(name, str)  # a list in the list reaches here
-        if named and self.takes_modules and evaluate_metrics.named(name) is not None:
+        is_text = isinstance(name, str)  # a configuration may hold a list in the list
+        if is_text and self.takes_modules and evaluate_metrics.named(name) is not None:
             return evaluate_metrics.check(name)
         other = f", or {MODULES}" if self.takes_modules else ""
         raise ValueError(
@@ -63,7 +63,7 @@ class Task(Source):
 
     @abstractmethod
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
-        """Rows encoded as the arrays of ``Examples``."""
+        """Encode rows as the arrays of ``Examples``."""
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -74,7 +74,7 @@ class Task(Source):
         """Return the mean loss of a batch, a scalar."""
 
     def terms(self, batch: Batch) -> int:
-        """Return over how many terms ``loss`` takes the mean: rows, if no task says otherwise."""
+        """Return the number of terms in the mean that ``loss`` takes; the base counts rows."""
         return len(batch["row"])
 
     @abstractmethod
@@ -83,52 +83,67 @@ class Task(Source):
 
     @abstractmethod
     def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
-        """Loss and metrics over batches of ``evaluate_batch``, whose ``row`` numbers ``rows``."""
+        """Return the loss and the metrics of an evaluation, by name.
+
+        Args:
+            outputs: what ``evaluate_batch`` returned for each batch, and ``row`` (B,), the rows'
+                positions in ``rows``.
+            rows: the whole split; null unless ``reads_rows``.
+            processor: the model's tokenizer or image processor.
+        """
 
     def scored(
         self, predictions: Sequence[Any], references: Sequence[Any], suffix: str = ""
     ) -> dict[str, float]:
-        """``metrics`` of predictions.
+        """Return ``metrics`` of predictions, by name.
 
         Args:
-            predictions: (rows,) as ``measure`` takes them; ``references`` too.
-            references: what is right.
-            suffix: put behind each name.
-
-        Returns:
-            Values by name.
+            predictions: (rows,) as ``measure`` takes them.
+            references: right answers (rows,), likewise.
+            suffix: appended to each name.
         """
         return {title(m) + suffix: measure(m, predictions, references) for m in self.metrics}
 
     @property
     def num_labels(self) -> int | None:
-        """Outputs of the model's head, if the task needs one."""
+        """Number of outputs of the model's head; null if the task needs no head."""
         return None
 
     @property
     def selects(self) -> tuple[str, int]:
-        """The measure that chooses the best round, and 1 if more is better, -1 if less."""
+        """Name of the result that chooses the best round, and 1 if more is better, -1 if less."""
         return title(self.metrics[0]), 1
 
     @property
     def headline(self) -> str:
-        """The measure by which methods are compared."""
+        """Name of the result by which methods are compared."""
         return title(self.metrics[0])
 
     def generates(self, last: bool) -> bool:
-        """Whether a round's evaluation also generates text.
+        """Return true if an evaluation also generates text.
 
-        A task that does has ``generate_batch`` and ``score_generated`` too: see
-        ``InstructionTuning``.
+        A task that generates also has ``generate_batch`` and ``score_generated``, as
+        ``InstructionTuning`` has.
+
+        Args:
+            last: true in the run's last evaluation.
         """
         return False
 
     def baseline(self, train: np.ndarray, rows: np.ndarray) -> float | None:
-        """The headline measure of a constant answer, given the labels; None if there is none."""
+        """Return the headline of a constant answer; null if the task has no such answer.
+
+        Args:
+            train: labels of training rows, from which the answer is chosen.
+            rows: labels of the rows to measure.
+        """
         return None
 
     def encode(self, split: str, processor: Any) -> Examples:
-        """A split's rows, encoded once for all processes and starts; loads ``metrics`` too."""
+        """Return a split's rows, encoded once for all processes and starts.
+
+        Modules of ``metrics`` are loaded first, so that their errors come before training.
+        """
         for name in self.metrics:
             if name not in self.measures:
                 evaluate_metrics.load(name)
@@ -139,7 +154,11 @@ class Task(Source):
         return Examples.whole(arrays, split, getattr(processor, "pad_token_id", None) or 0)
 
     def _recipe(self) -> str:
-        """The class and those of its fields that say how, not where from."""
+        """Return the class and the fields that decide how rows are encoded, for the cache.
+
+        Fields of ``Task`` that say where rows come from are left out, because the cache's key has a
+        hash of the rows.
+        """
         source = {f.name for f in fields(Task)} - {"label"}
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in source}
-        return f"{type(self).__module__}.{type(self).__qualname__} {own}"
+        encoding = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in source}
+        return f"{type(self).__module__}.{type(self).__qualname__} {encoding}"

@@ -1,4 +1,4 @@
-"""Multiple choice: COPA's two alternatives, ReCoRD's entities, any number of candidates a row."""
+"""Multiple choice among any number of candidates a row, as in COPA and ReCoRD."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MultipleChoice(Task):
-    """The best of a row's candidates; cross-entropy over their scores.
+    """Chooses the best of a row's candidates; the loss is the cross-entropy over their scores.
 
     Args:
-        choices: columns with a candidate each, or one column with a list of them.
-        prompt: Jinja template over the columns, what comes before a candidate.
-        candidate: Jinja template of the candidate itself; ``choice`` is its text.
-        answers: column with a list of the right candidates' texts; null where ``label`` is the
-            number of the right one. With it, ``label`` only serves to partition, and may be null.
-        scoring: ``head`` scores a pair of texts by a new output layer, for encoders;
-            ``likelihood`` by the mean log-likelihood of the candidate's tokens after the prompt,
-            for decoders, as the FedTT paper's LLaMA runs do.
-        max_length: tokens of a prompt with a candidate.
+        choices: columns with one candidate each, or one column with lists of candidates.
+        prompt: Jinja template over the columns, of the text before a candidate.
+        candidate: Jinja template over the columns, of a candidate; ``choice`` is its text.
+        answers: column with a list of the right candidates' texts; null if ``label`` is the number
+            of the right one. With it, ``label`` only serves to partition, and may be null.
+        scoring: ``head`` scores the pair of prompt and candidate by a new output layer, for
+            encoders. ``likelihood`` scores by the mean log-likelihood of the candidate's tokens
+            after the prompt, for decoders, as the FedTT paper's LLaMA runs do.
+        max_length: tokens of a prompt with a candidate at most.
     """
 
     choices: list[str] = field(default_factory=lambda: ["choice1", "choice2"])
@@ -59,7 +59,7 @@ class MultipleChoice(Task):
 
     @property
     def auto_class(self) -> str:  # type: ignore[override]
-        """A classifier of one output, or a language model."""
+        """Class of a classifier with one output, or of a language model."""
         head = self.scoring == "head"
         return "AutoModelForSequenceClassification" if head else "AutoModelForCausalLM"
 
@@ -72,38 +72,38 @@ class MultipleChoice(Task):
         return [*dict.fromkeys([*sorted(named), *self.choices, *filter(None, [self.answers])])]
 
     def candidates(self, rows: "Dataset") -> list[list[str]]:
-        """Texts of each row's candidates, each once."""
+        """Return the texts of each row's candidates; repeats in a list are dropped."""
         if len(self.choices) == 1:
-            return [list(dict.fromkeys(found or [])) for found in values(rows, self.choices[0])]
-        return [list(found) for found in zip(*(values(rows, c) for c in self.choices), strict=True)]
+            return [list(dict.fromkeys(texts or [])) for texts in values(rows, self.choices[0])]
+        return [list(texts) for texts in zip(*(values(rows, c) for c in self.choices), strict=True)]
 
     def right(self, rows: "Dataset") -> list[list[int]]:
-        """Numbers of each row's right candidates."""
-        found = self.candidates(rows)
+        """Return the numbers of each row's right candidates."""
+        all_candidates = self.candidates(rows)
         if self.answers is None:
             return [
                 [label] if isinstance(label, int) and 0 <= label < len(candidates) else []
-                for label, candidates in zip(values(rows, self.target), found, strict=True)
+                for label, candidates in zip(values(rows, self.target), all_candidates, strict=True)
             ]
         return [
             [i for i, text in enumerate(candidates) if text in (answers or [])]
-            for candidates, answers in zip(found, values(rows, self.answers), strict=True)
+            for candidates, answers in zip(all_candidates, values(rows, self.answers), strict=True)
         ]
 
     def problems(self, rows: "Dataset") -> dict[int, str]:
-        found = super().problems(rows)
+        problems = super().problems(rows)
         for i, (texts, right) in enumerate(
             zip(self.candidates(rows), self.right(rows), strict=True)
         ):
             if len(texts) < 2:
-                found.setdefault(i, f"has {len(texts)} candidates, needs 2")
+                problems.setdefault(i, f"has {len(texts)} candidates, needs 2")
             elif not right:
                 column = self.answers or self.target
-                found.setdefault(i, f"has {column} {rows[i][column]}: no candidate's")
-        return found
+                problems.setdefault(i, f"has {column} {rows[i][column]}: no candidate's")
+        return problems
 
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
-        """One sequence a candidate; ``right`` marks the right ones (sequences,)."""
+        """Encode one sequence a candidate; ``right`` (sequences,) marks the right ones."""
         candidates, right = self.candidates(rows), self.right(rows)
         row = [i for i, texts in enumerate(candidates) for _ in texts]
         repeated = rows.select(np.asarray(row, np.int64))
@@ -111,25 +111,25 @@ class MultipleChoice(Task):
         texts = rendered(self.candidate, repeated, choice=[t for c in candidates for t in c])
         marks = [j in r for r, c in zip(right, candidates, strict=True) for j in range(len(c))]
         groups = np.cumsum([0, *map(len, candidates)]).astype(np.int64)
-        found = self._encoded(prompts, texts, processor)
-        cut = {n: np.logical_or.reduceat(found[n], groups[:-1]) for n in REPORTED if n in found}
-        return found | cut | {"groups": groups, "right": np.asarray(marks)}
+        arrays = self._encoded(prompts, texts, processor)
+        cut = {n: np.logical_or.reduceat(arrays[n], groups[:-1]) for n in REPORTED if n in arrays}
+        return arrays | cut | {"groups": groups, "right": np.asarray(marks)}
 
     def _encoded(
         self, prompts: list[str], texts: list[str], tokenizer: Any
     ) -> dict[str, np.ndarray]:
         if self.scoring == "head":
-            found = tokenizer(prompts, texts, truncation=True, max_length=self.max_length)
-            return flat(found["input_ids"])
+            pairs = tokenizer(prompts, texts, truncation=True, max_length=self.max_length)
+            return flat(pairs["input_ids"])
         answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        given = prompt_tokens(prompts, tokenizer)
-        return sequences(given, answers, self.max_length, self.max_length // 2)
+        starts = prompt_tokens(prompts, tokenizer)
+        return sequences(starts, answers, self.max_length, self.max_length // 2)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return model_logits(model, batch)
 
     def scores(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return (B, most candidates of a row), -inf where a row has fewer."""
+        """Return scores (B, most candidates of a row), -inf where a row has fewer."""
         if self.scoring == "head":
             flat_scores = outputs.squeeze(-1)
         else:
@@ -141,13 +141,13 @@ class MultipleChoice(Task):
         return self._losses(self.scores(outputs, batch), batch).mean()
 
     def _losses(self, scores: Tensor, batch: Batch) -> Tensor:
-        """-log of the right candidates' share of the softmax, (B,)."""
+        """Return -log of the right candidates' share of the softmax, (B,)."""
         right = _by_row(batch["right"], batch["choices"], False)
         wanted = scores.masked_fill(~right, float("-inf"))
         return scores.logsumexp(-1) - wanted.logsumexp(-1)
 
     def evaluate_batch(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return loss, prediction (number of the candidate) and whether it is right, each (B,)."""
+        """Return loss, prediction (a candidate's number) and hit (true if right), each (B,)."""
         scores = self.scores(outputs, batch)
         prediction = scores.argmax(-1)
         right = _by_row(batch["right"], batch["choices"], False)
@@ -155,23 +155,26 @@ class MultipleChoice(Task):
         return {"loss": self._losses(scores, batch), "prediction": prediction, "hit": hit}
 
     def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
-        """Mean loss; ``accuracy`` of the choice, and text metrics of the chosen candidate."""
+        """See ``Task.score``.
+
+        ``accuracy`` measures the choices, and text metrics measure the chosen candidates' texts.
+        """
         joined = join(outputs)
         chosen = rows.select(joined["row"].numpy())
         candidates, right = self.candidates(chosen), self.right(chosen)
         texts = [c[p] for c, p in zip(candidates, joined["prediction"].tolist(), strict=True)]
         answers = [[c[j] for j in r] for c, r in zip(candidates, right, strict=True)]
         hits = joined["hit"].int().tolist()
-        found = {
+        metrics = {
             title(name): measure(name, hits, [1] * len(hits))
             if name == "accuracy"
             else measure(name, texts, answers)
             for name in self.metrics
         }
-        return {"loss": float(joined["loss"].double().mean())} | found
+        return {"loss": float(joined["loss"].double().mean())} | metrics
 
 
 def _by_row(values: Tensor, sizes: Tensor, fill: float | bool) -> Tensor:
-    """(sequences,) to (B, most sequences of a row)."""
+    """Return values (sequences,) as (B, most sequences of a row), filled up with ``fill``."""
     groups = values.split(sizes.tolist())
     return nn.utils.rnn.pad_sequence(list(groups), True, fill)

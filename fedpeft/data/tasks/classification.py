@@ -1,4 +1,4 @@
-"""Classification of anything into named classes: labels, loss and metrics."""
+"""Classification of texts or images into named classes: labels, loss and metrics."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """One of several classes a row.
+    """Predicts one of several classes for each row.
 
     Args:
-        labels: class names in order; taken from the data if empty.
+        labels: class names in order; read from the data if empty.
     """
 
     labels: list[str] = field(default_factory=list)
@@ -42,9 +42,9 @@ class Classification(Task):
         Raises:
             ValueError: there is only one.
         """
-        return list(self.labels) or self.remembered("labels", self._found_labels)
+        return list(self.labels) or self.remembered("labels", self._labels_of_data)
 
-    def _found_labels(self) -> list[str]:
+    def _labels_of_data(self) -> list[str]:
         rows = self.as_given(self.train_split)
         self.check_columns(self.train_split, rows)
         names = getattr(rows.features[self.target], "names", None)
@@ -61,38 +61,38 @@ class Classification(Task):
 
     @property
     def num_labels(self) -> int | None:
-        """Classes for the model's head."""
+        """Number of classes."""
         return len(self.label_names)
 
     def class_numbers(self, rows: "Dataset") -> np.ndarray:
-        """Labels as int64 (rows,), -1 for one that is none of ``label_names``."""
-        given = values(rows, self.target)
-        named = getattr(rows.features[self.target], "names", None)
+        """Return class numbers int64 (rows,), -1 for a label that is none of ``label_names``."""
+        entries = values(rows, self.target)
+        names = getattr(rows.features[self.target], "names", None)
         digits = all(name.removeprefix("-").isdigit() for name in self.label_names)
-        whole = all(v is None or isinstance(v, int) for v in given)
+        whole = all(v is None or isinstance(v, int) for v in entries)
         index = {name: i for i, name in enumerate(self.label_names)}
-        if whole and named and index.keys() <= set(named):  # some of its own, in any order
-            given = [named[v] if v is not None and 0 <= v < len(named) else None for v in given]
-        elif whole and (named or not digits):
-            numbers = np.asarray([-1 if v is None else v for v in given], np.int64)
+        if whole and names and index.keys() <= set(names):  # the column's names, in any order
+            entries = [names[v] if v is not None and 0 <= v < len(names) else None for v in entries]
+        elif whole and (names or not digits):
+            numbers = np.asarray([-1 if v is None else v for v in entries], np.int64)
             return np.where(numbers < len(self.label_names), np.maximum(numbers, -1), -1)
-        # names, or numbers that are names themselves, such as ratings from 1 to 5
-        return np.array([index.get(str(value), -1) for value in given], np.int64)
+        # Entries are names, or numbers that are names themselves, such as ratings from 1 to 5.
+        return np.array([index.get(str(value), -1) for value in entries], np.int64)
 
     def _recipe(self) -> str:
-        """With the names that ``labels`` leaves to train's rows: they number the others' too."""
+        """See ``Task._recipe``; class names are added, because other splits get train's numbers."""
         return f"{super()._recipe()} {self.label_names}"
 
     def problems(self, rows: "Dataset") -> dict[int, str]:
-        found = super().problems(rows)
-        given = values(rows, self.target)
+        problems = super().problems(rows)
+        entries = values(rows, self.target)
         for i in np.flatnonzero(self.class_numbers(rows) < 0):
-            found.setdefault(
+            problems.setdefault(
                 int(i),
-                f"has label {given[i]}, which is none of the {len(self.label_names)} labels "
+                f"has label {entries[i]}, which is none of the {len(self.label_names)} labels "
                 f"{', '.join(self.label_names)}",
             )
-        return found
+        return problems
 
     def grouped(self, column: str | None) -> tuple[np.ndarray, list[str]]:
         if column in (None, self.target):
@@ -111,17 +111,17 @@ class Classification(Task):
         }
 
     def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
-        """Mean loss, and ``metrics`` of the predicted classes."""
+        """See ``Task.score``; the loss is the mean over rows."""
         joined = join(outputs)
         predicted, labels = joined["prediction"].tolist(), joined["label"].tolist()
         return {"loss": float(joined["loss"].double().mean())} | self.scored(predicted, labels)
 
     def baseline(self, train: np.ndarray, rows: np.ndarray) -> float | None:
-        """Always answering the commonest label of ``train``."""
+        """See ``Task.baseline``; the constant answer is the commonest label of ``train``."""
         commonest = int(np.bincount(train).argmax())
         return measure(self.metrics[0], [commonest] * len(rows), rows.tolist())
 
 
 def join(outputs: Outputs) -> dict[str, Tensor]:
-    """Batches of per-row outputs as one, on the CPU."""
+    """Concatenate the outputs of batches, on the CPU."""
     return {key: torch.cat([batch[key] for batch in outputs]).cpu() for key in outputs[0]}

@@ -1,4 +1,4 @@
-"""Image classification: folders or tables of images, each image once, whatever its file."""
+"""Image classification on folders or tables of images, without repeated images."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -17,18 +17,18 @@ from fedpeft.data.tasks.classification import Classification
 if TYPE_CHECKING:
     from datasets import Dataset
 
-BROKEN = "-"
+BROKEN = "-"  # in place of the hash of an image that cannot be decoded
 AT_ONCE = 256  # images decoded at a time
 
 
 @dataclass(frozen=True)
 class ImageClassification(Classification):
-    """One class an image.
+    """Predicts one class for each image.
 
     Args:
         image: column of the image: a path, encoded bytes, or what ``datasets`` stores.
-        duplicates: images whose pixels stand twice: ``drop`` leaves out repeats within a split,
-            and of train and validation what stands in a test split too; ``keep`` keeps all.
+        duplicates: ``drop`` leaves out images with the same pixels as an earlier one of the split,
+            and in train and validation also those that stand in a test split. ``keep`` keeps all.
     """
 
     image: str = "image"
@@ -52,33 +52,34 @@ class ImageClassification(Classification):
     def tables(self) -> "dict[str, Dataset]":
         from datasets import Image
 
-        found = Source.tables.func(self)  # type: ignore[attr-defined]
+        tables = Source.tables.func(self)  # type: ignore[attr-defined]
         return {
             split: rows.cast_column(self.image, Image(decode=False))
             if self.image in rows.column_names
             else rows
-            for split, rows in found.items()
+            for split, rows in tables.items()
         }
 
     def _hashes(self, rows: "Dataset") -> list[str]:
-        """sha256 of each image's size and RGB pixels; BROKEN for one that is none."""
-        found = cached(
+        """Return the sha256 of each image's size and RGB pixels, or BROKEN."""
+        arrays = cached(
             ["pixels", content_sha256(rows, [self.image])],
             lambda: {
                 "hashes": np.array([_pixels_sha256(value) for value in values(rows, self.image)])
             },
         )
-        return found["hashes"].tolist()
+        return arrays["hashes"].tolist()
 
     def problems(self, rows: "Dataset") -> dict[int, str]:
-        found = {
+        broken = {
             i: f"has a broken {self.image}"
             for i, value in enumerate(self._hashes(rows))
             if value == BROKEN
         }
-        return super().problems(rows) | found
+        return super().problems(rows) | broken
 
     def _checked(self, split: str, rows: "Dataset") -> "Dataset":
+        """Check rows, and leave out repeats unless ``duplicates`` keeps them."""
         rows = super()._checked(split, rows)
         if self.duplicates == "keep":
             return rows
@@ -87,17 +88,20 @@ class ImageClassification(Classification):
         if split not in tests:
             for test in sorted(tests):
                 seen.update(self._hashes(self._table(test)))
-        kept = []
+        unique = []
         for i, value in enumerate(self._hashes(rows)):
             if value not in seen:
-                kept.append(i)
+                unique.append(i)
             seen.add(value)
-        if len(kept) < len(rows):
-            self.skipped[f"is a repeat in {split}"] = len(rows) - len(kept)
-        return rows.select(np.asarray(kept, np.int64))
+        if len(unique) < len(rows):
+            self.skipped[f"is a repeat in {split}"] = len(rows) - len(unique)
+        return rows.select(np.asarray(unique, np.int64))
 
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
-        """Resized ``pixels`` uint8 (rows, 3, H, W); ``scale``, ``shift`` (rows, 3) normalise."""
+        """Encode resized ``pixels`` uint8 (rows, 3, H, W), normalised by ``scale`` and ``shift``.
+
+        Both are (rows, 3).
+        """
         images = values(rows, self.image)
         parts = [_resized(images[i : i + AT_ONCE], processor) for i in range(0, len(rows), AT_ONCE)]
         mean, std = np.asarray(processor.image_mean), np.asarray(processor.image_std)
@@ -116,13 +120,14 @@ class ImageClassification(Classification):
 
 
 def _resized(values: list[dict[str, Any]], processor: Any) -> np.ndarray:
+    """Return images as the processor resizes them, uint8 (images, 3, H, W)."""
     images = [_decoded(value) for value in values]
-    found = processor(images, do_rescale=False, do_normalize=False, return_tensors="np")
-    return np.clip(np.rint(found["pixel_values"]), 0, 255).astype(np.uint8)
+    resized = processor(images, do_rescale=False, do_normalize=False, return_tensors="np")
+    return np.clip(np.rint(resized["pixel_values"]), 0, 255).astype(np.uint8)
 
 
 def _decoded(value: dict[str, Any]) -> Any:
-    """A PIL image in RGB."""
+    """Return an image that ``datasets`` stores as a PIL image in RGB."""
     import io
 
     from PIL import Image
@@ -135,6 +140,6 @@ def _decoded(value: dict[str, Any]) -> Any:
 def _pixels_sha256(value: dict[str, Any] | None) -> str:
     try:
         image = _decoded(value or {})
-    except Exception:  # Pillow's readers raise all kinds for broken files
+    except Exception:  # Pillow's readers may raise anything for broken files
         return BROKEN
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()

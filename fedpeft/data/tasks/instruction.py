@@ -1,4 +1,4 @@
-"""Instruction tuning and question answering: a prompt, an answer, and text that is generated."""
+"""Instruction tuning and question answering: prompts, answers and generated text."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -31,31 +31,31 @@ from fedpeft.metrics import TEXTS
 if TYPE_CHECKING:
     from datasets import Dataset
 
-IGNORED = -100  # a target that is not predicted
+IGNORED = -100  # target of a token that is not predicted
 
 
 @dataclass(frozen=True)
 class InstructionTuning(Task):
-    """A causal language model learns to answer; ``label`` only serves to partition the rows.
+    """Teaches a causal language model to answer; ``label`` only serves to partition the rows.
 
-    The prompt goes through the model's chat or instruction template. Where prompt and answer are
-    longer than ``max_length``, the answer keeps up to ``max_answer_length`` tokens and the prompt
-    loses its middle, so that the instruction, the question and a beginning of the answer always
-    stay. The summary counts both cuts.
+    The prompt goes through the model's chat or instruction template. If prompt and answer together
+    are longer than ``max_length``, the answer keeps ``max_answer_length`` tokens or more, and the
+    prompt loses its middle, so that the instruction, the question and the beginning of the answer
+    always stay. The summary counts both cuts.
 
-    Metrics have two forms: ``..._generated`` compares real generation with the whole reference;
-    ``..._teacher_forced`` compares the most likely next tokens, each given the right ones before
-    it, with the (cut) reference, as some published code does.
+    Metrics have two forms. ``..._generated`` compares generated text with the whole reference.
+    ``..._teacher_forced`` compares the most likely next tokens, each predicted after the right
+    ones, with the (cut) reference, as some published code does.
 
     Args:
         prompt: Jinja template over the columns.
         answer: column of the answer.
-        max_length: tokens of prompt and answer together, its end included.
-        max_answer_length: tokens that the answer keeps at least, if it has them, and that
-            generation makes at the most; null for half of ``max_length``.
+        max_length: tokens of prompt and answer together at most, the end token included.
+        max_answer_length: tokens that the answer keeps at least, if it has them, and that are
+            generated at most; null for half of ``max_length``.
         loss_on: ``answer``, or ``all`` for the prompt's tokens too.
-        generate: on test rows after the ``last`` round, ``always`` (also when validating, and
-            the clients' own), or ``never``.
+        generate: ``last`` generates for test rows after the last round; ``always`` also in each
+            validation and on the clients' rows; ``never`` does not.
         generation: arguments of transformers' ``generate``, such as ``num_beams``; greedy if empty.
     """
 
@@ -93,7 +93,7 @@ class InstructionTuning(Task):
 
     @property
     def answer_room(self) -> int:
-        """Tokens that an answer keeps at least."""
+        """Number of tokens that an answer keeps at least and that are generated at most."""
         return self.max_length // 2 if self.max_answer_length is None else self.max_answer_length
 
     @property
@@ -112,18 +112,18 @@ class InstructionTuning(Task):
         return [*template_columns(self.prompt), self.answer]
 
     def problems(self, rows: "Dataset") -> dict[int, str]:
-        """An empty answer, or a prompt that comes out empty: single columns may be."""
-        found: dict[int, str] = {}
+        """See ``Source.problems``; a column may be empty, but neither prompt nor answer."""
+        problems: dict[int, str] = {}
         for i, answer in enumerate(self.references(rows)):
             if not any(text.strip() for text in answer):
-                found[i] = f"has an empty {self.answer}"
+                problems[i] = f"has an empty {self.answer}"
         for i, prompt in enumerate(rendered(self.prompt, rows)):
             if not prompt.strip():
-                found.setdefault(i, f"has an empty prompt {self.prompt}")
-        return found
+                problems.setdefault(i, f"has an empty prompt {self.prompt}")
+        return problems
 
     def references(self, rows: "Dataset") -> list[list[str]]:
-        """The right answers of each row, at least one."""
+        """Return the right answers of each row; the first one trains."""
         return [["" if text is None else str(text)] for text in values(rows, self.answer)]
 
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
@@ -150,38 +150,47 @@ class InstructionTuning(Task):
         return {key: value for key, value in batch.items() if key != "prompts"}
 
     def evaluate_batch(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return of the answers loss, correct, count (B,), predicted and target ids (B, L-1)."""
+        """Return ``token_sums`` of the answers, and predicted and target ids, each (B, L-1)."""
         logits, targets = next_tokens(outputs, batch)
         predicted = logits.argmax(-1).masked_fill(targets == IGNORED, IGNORED)
         return token_sums(logits, targets) | {"predicted": predicted, "targets": targets}
 
     def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
-        """Loss, token accuracy and the teacher-forced metrics."""
+        """See ``Task.score``; returns ``token_means`` and the teacher-forced metrics."""
         predicted = decoded([ids for batch in outputs for ids in batch["predicted"]], processor)
         targets = decoded([ids for batch in outputs for ids in batch["targets"]], processor)
         return token_means(outputs) | self.scored(predicted, targets, "_teacher_forced")
 
     def generate_batch(self, model: nn.Module, batch: Batch, processor: Any) -> dict[str, Tensor]:
-        """generated (B, T) token ids, IGNORED after the end, from prompts padded on the left."""
+        """Generate answers to the prompts of a batch, which are padded on the left.
+
+        Args:
+            model: a causal language model; its ``generation_config`` is replaced.
+            batch: ``input_ids`` (B, L) and ``prompts`` (B,).
+            processor: the tokenizer.
+
+        Returns:
+            ``generated`` (B, T) token ids, IGNORED from the end token on.
+        """
         from transformers import GenerationConfig
 
         room = self.max_length - self.answer_room  # so that prompt and new tokens fit the model
         rows = zip(batch["input_ids"], batch["prompts"].tolist(), strict=True)
-        given = [ids[keep_ends(list(range(n)), room)] for ids, n in rows]
+        prompts = [ids[keep_ends(list(range(n)), room)] for ids, n in rows]
         pad = processor.pad_token_id
-        ids = nn.utils.rnn.pad_sequence(given, True, pad, padding_side="left")
+        ids = nn.utils.rnn.pad_sequence(prompts, True, pad, padding_side="left")
         mask = nn.utils.rnn.pad_sequence(
-            [torch.ones_like(row) for row in given], True, 0, padding_side="left"
+            [torch.ones_like(row) for row in prompts], True, 0, padding_side="left"
         )
         end = processor.eos_token_id
         settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": self.answer_room}
         config = GenerationConfig(
             **(settings | {"pad_token_id": pad, "eos_token_id": end} | self.generation)
         )
-        # else the model's own, such as a repetition penalty, fills in what is not given here
+        # The model's own settings, such as a repetition penalty, would fill in what is not set.
         model.generation_config = GenerationConfig()  # type: ignore[assignment]
-        found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
-        new = found[:, ids.shape[1] :]
+        tokens = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+        new = tokens[:, ids.shape[1] :]
         if end is not None:
             ended = (new == end).int().cumsum(-1) > 0
             new = new.masked_fill(ended, IGNORED)
@@ -190,24 +199,34 @@ class InstructionTuning(Task):
     def score_generated(
         self, outputs: Outputs, rows: "Dataset", processor: Any
     ) -> tuple[dict[str, float], list[dict[str, str]]]:
-        """Metrics of generated text against the whole references; texts in the rows' order."""
+        """Return metrics of generated text against the whole references, and samples.
+
+        Args:
+            outputs: what ``generate_batch`` returned for each batch, and ``row`` (B,), the rows'
+                positions in ``rows``.
+            rows: the whole split.
+            processor: the tokenizer.
+
+        Returns:
+            Metrics by name, and prompt, reference and generated text of each row, in row order.
+        """
         texts = decoded([ids for batch in outputs for ids in batch["generated"]], processor)
         order = torch.cat([batch["row"] for batch in outputs]).cpu().numpy()
         chosen = rows.select(order)
         references, prompts = self.references(chosen), rendered(self.prompt, chosen)
-        found = self.scored(texts, references, "_generated")
+        metrics = self.scored(texts, references, "_generated")
         samples = [
             {"row": str(r), "prompt": p, "reference": a[0], "generated": t}
             for r, p, a, t in sorted(
                 zip(order, prompts, references, texts, strict=True), key=lambda s: s[0]
             )
         ]
-        return found, samples
+        return metrics, samples
 
 
 @dataclass(frozen=True)
 class QuestionAnswering(InstructionTuning):
-    """Extractive-style answers by generation, as SQuAD's: several references, exact match and F1.
+    """Answers questions by generation, as in SQuAD: several references, exact match and F1.
 
     Args:
         answer: column with ``{"text": [references]}``, a list of references, or one text. The
@@ -219,33 +238,44 @@ class QuestionAnswering(InstructionTuning):
     metrics: list[str] = field(default_factory=lambda: ["token_f1", "exact_match"])
 
     def references(self, rows: "Dataset") -> list[list[str]]:
-        found = []
+        references = []
         for value in values(rows, self.answer):
             texts = value.get("text") if isinstance(value, dict) else value
-            found.append([texts] if isinstance(texts, str) else list(texts or []))
-        return found
+            references.append([texts] if isinstance(texts, str) else list(texts or []))
+        return references
 
 
 def sequences(
     prompts: list[list[int]], answers: list[list[int]], max_length: int, answer_room: int
 ) -> dict[str, np.ndarray]:
-    """Prompts and answers joined and cut: tokens, offsets, prompts, and which were cut (rows,)."""
-    joined, given, cut_prompts, cut_answers = [], [], [], []
+    """Join prompts and answers, cut to ``max_length`` tokens.
+
+    Args:
+        prompts: token ids of each row.
+        answers: token ids of each row.
+        max_length: tokens of a joined row at most.
+        answer_room: tokens that an answer keeps at least, if it has them.
+
+    Returns:
+        ``tokens`` and ``offsets``; ``prompts`` (rows,), lengths of the prompts after cutting;
+        ``cut_prompt`` and ``cut_answer`` (rows,), true where one was cut.
+    """
+    joined, lengths, cut_prompts, cut_answers = [], [], [], []
     for prompt, answer in zip(prompts, answers, strict=True):
-        kept = answer[: max(answer_room, max_length - len(prompt))]
-        start = keep_ends(prompt, max_length - len(kept))
-        joined.append(start + kept)
-        given.append(len(start))
+        end = answer[: max(answer_room, max_length - len(prompt))]
+        start = keep_ends(prompt, max_length - len(end))
+        joined.append(start + end)
+        lengths.append(len(start))
         cut_prompts.append(len(start) < len(prompt))
-        cut_answers.append(len(kept) < len(answer))
+        cut_answers.append(len(end) < len(answer))
     return flat(joined) | {
-        "prompts": np.asarray(given, np.int64),
+        "prompts": np.asarray(lengths, np.int64),
         "cut_prompt": np.asarray(cut_prompts),
         "cut_answer": np.asarray(cut_answers),
     }
 
 
 def decoded(rows: list[Tensor], tokenizer: Any) -> list[str]:
-    """Texts of token ids, without those that are IGNORED."""
+    """Return the texts of token ids, without those that are IGNORED."""
     ids = [row[row != IGNORED].tolist() for row in rows]
     return [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]

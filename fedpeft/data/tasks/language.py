@@ -1,4 +1,4 @@
-"""Language modelling: the next token of any table of texts."""
+"""Language modelling: predict the next token of texts."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fedpeft.data.batching import Batch
 from fedpeft.data.tasks.base import Outputs
-from fedpeft.data.tasks.text import Texts, docstrings_folder
+from fedpeft.data.tasks.text import DocstringsRows, Texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +40,12 @@ def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def token_sums(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Sums over the predicted tokens of each row: loss, correct, count (B,)."""
+    """Return sums over the predicted tokens of each row: loss, correct and count, each (B,).
+
+    Args:
+        logits: (B, L-1, V).
+        targets: (B, L-1), -100 where nothing is predicted.
+    """
     loss = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     return {
         "loss": loss.sum(-1),
@@ -50,7 +55,7 @@ def token_sums(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def token_means(outputs: Outputs) -> dict[str, float]:
-    """Mean loss and share of right next tokens (teacher-forced) over all predicted tokens."""
+    """Return the mean loss and the share of right tokens (teacher-forced) over predicted tokens."""
     total = {
         key: float(sum(batch[key].double().sum() for batch in outputs))
         for key in ("loss", "correct", "count")
@@ -63,12 +68,12 @@ def token_means(outputs: Outputs) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class LanguageModelling(Texts):
-    """Next-token prediction on a column of texts; ``label`` only serves to partition them."""
+    """Predicts the next token of texts; ``label`` only serves to partition the rows."""
 
     metrics: list[str] = field(default_factory=lambda: ["token_accuracy"])
 
     measures = ("token_accuracy",)
-    takes_modules = False  # it keeps sums over tokens, not the tokens
+    takes_modules = False  # because it keeps sums over tokens, not the tokens
     auto_class = "AutoModelForCausalLM"
 
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
@@ -82,23 +87,14 @@ class LanguageModelling(Texts):
         return int((targets_of(batch) != -100).sum())
 
     def evaluate_batch(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return sums over the tokens of each row: loss, correct, count (B,)."""
+        """Return ``token_sums``."""
         return token_sums(*next_tokens(outputs, batch))
 
     def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
-        """Mean loss and share of right next tokens (teacher-forced) over all tokens."""
+        """See ``Task.score``; returns ``token_means``."""
         return token_means(outputs)
 
 
 @dataclass(frozen=True)
-class DocstringsLM(LanguageModelling):
-    """Language modelling of the embedded data set's sentences.
-
-    Args:
-        rows_per_label: rows a package, 80 % of them for training.
-    """
-
-    rows_per_label: int = 1000
-
-    def folder(self) -> str:
-        return docstrings_folder(self.rows_per_label)
+class DocstringsLM(DocstringsRows, LanguageModelling):
+    """Language modelling on the sentences of installed packages' docstrings."""

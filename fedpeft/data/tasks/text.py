@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Texts(Task):
-    """One text a row, or a pair.
+    """Reads one text a row, or a pair.
 
     Args:
-        text: column of the text; ``text_pair`` of the second text.
-        max_length: tokens; longer texts are truncated.
+        text: column of the text.
+        text_pair: column of the second text of a pair; null for one text.
+        max_length: tokens of a row at most; longer texts are truncated.
     """
 
     text: str = "text"
@@ -43,21 +44,21 @@ class Texts(Task):
         super().check_columns(split, rows)
         for column in self.columns():
             kind = getattr(rows.features[column], "dtype", "lists")
-            if "string" not in kind and kind != "null":  # rows of nulls are named one by one
+            if "string" not in kind and kind != "null":  # ``problems`` names rows of nulls
                 raise ValueError(f"column {column} of {split} must hold texts, got {kind}")
 
     def tokenised(self, rows: "Dataset", tokenizer: Any) -> dict[str, np.ndarray]:
-        """``tokens`` and ``offsets``."""
+        """Return the texts as the arrays ``tokens`` and ``offsets``."""
         texts = [values(rows, column) for column in self.columns()]
-        found = tokenizer(*texts, truncation=True, max_length=self.max_length)
-        return flat(found["input_ids"])
+        encoded = tokenizer(*texts, truncation=True, max_length=self.max_length)
+        return flat(encoded["input_ids"])
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return model_logits(model, batch)
 
 
 def model_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """A text model's logits in float32."""
+    """Return a text model's logits in float32."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     return model(input_ids=ids, attention_mask=mask).logits.float()
 
@@ -74,7 +75,7 @@ class TextClassification(Classification, Texts):
 
 @dataclass(frozen=True)
 class Regression(Texts):
-    """A number for one text or a pair, by mean squared error; never scored by argmax."""
+    """Predicts a number for one text or a pair; the loss is the mean squared error."""
 
     metrics: list[str] = field(default_factory=lambda: ["spearman", "pearson"])
 
@@ -86,11 +87,11 @@ class Regression(Texts):
         return 1
 
     def problems(self, rows: "Dataset") -> dict[int, str]:
-        found = super().problems(rows)
+        problems = super().problems(rows)
         for i, value in enumerate(values(rows, self.target)):
             if not isinstance(value, int | float) or not np.isfinite(value):
-                found.setdefault(i, f"has {self.target} {value}, which is no finite number")
-        return found
+                problems.setdefault(i, f"has {self.target} {value}, which is no finite number")
+        return problems
 
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
         labels = np.asarray(values(rows, self.target), np.float32)
@@ -106,26 +107,27 @@ class Regression(Texts):
         return {"loss": loss, "prediction": predicted, "label": batch["labels"]}
 
     def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
-        """Mean squared error, and ``metrics`` of the predicted numbers."""
+        """See ``Task.score``; the loss is the mean over rows."""
         joined = join(outputs)
         predicted, labels = joined["prediction"].tolist(), joined["label"].tolist()
         return {"loss": float(joined["loss"].double().mean())} | self.scored(predicted, labels)
 
 
 @dataclass(frozen=True)
-class Docstrings(TextClassification):
-    """The embedded data set: which package does this docstring come from? Ten classes.
+class DocstringsRows:
+    """Rows of the docstrings set, in place of those at ``path``; a task names it as first base.
 
     Args:
-        rows_per_label: rows a class, 80 % of them for training.
+        rows_per_label: rows of each of ten packages, 80 % of them for training.
     """
 
     rows_per_label: int = 1000
 
     def folder(self) -> str:
-        return docstrings_folder(self.rows_per_label)
+        """Return the set's folder, built from the installed packages if it is not there yet."""
+        return str(docstrings.build(self.rows_per_label, cache_folder() / "docstrings"))
 
 
-def docstrings_folder(rows_per_label: int) -> str:
-    """Return the folder of the installed packages' docstrings, built if it is not there yet."""
-    return str(docstrings.build(rows_per_label, cache_folder() / "docstrings"))
+@dataclass(frozen=True)
+class Docstrings(DocstringsRows, TextClassification):
+    """Classification of docstrings by the installed package that they come from, of ten."""

@@ -1,4 +1,4 @@
-"""Methods that train small matrices between frozen bases: the bases are the same everywhere."""
+"""Base of methods that train small matrices between frozen bases, the same on all clients."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -17,12 +17,12 @@ from fedpeft.nn.cores import BASES, CoreAdapter
 
 @dataclass(frozen=True)
 class Cores(Method):
-    """``CoreAdapter`` on the attention's ``targets``.
+    """A ``CoreAdapter`` on each of the attention's ``targets``.
 
     Args:
         rank: r >= 1 of each r x r matrix.
         targets: q, k, v, o or ends of module names.
-        init: of the bases, ``svd`` or ``orthogonal``.
+        init: start of the bases, ``svd`` or ``orthogonal``.
     """
 
     scaled: ClassVar[bool] = False
@@ -41,15 +41,15 @@ class Cores(Method):
 
     @property
     def inits(self) -> tuple[str, ...]:
-        """The starts that ``init`` may name."""
+        """Values that ``init`` may have."""
         return BASES
 
     def bases(self) -> str:
-        """Return what bases are built as."""
+        """Return how ``CoreAdapter`` starts its bases."""
         return self.init
 
     def num_heads(self) -> int:
-        """How many r x r matrices a module has."""
+        """Return the number of r x r matrices of a module."""
         return 1
 
     def inject(self, model: nn.Module) -> nn.Module:

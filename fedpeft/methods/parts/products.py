@@ -17,13 +17,26 @@ A, B, BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer.we
 
 
 def factors(state: State) -> dict[str, tuple[Tensor, Tensor]]:
-    """(B, A) of every adapted module, in float64."""
+    """Return (B, A) of every adapted module by its name, in float64.
+
+    Raises:
+        ValueError: A of a module is there without its B.
+    """
     sites = [name.removesuffix(A) for name in state if name.endswith(A)]
+    for site in sites:
+        if site + B not in state:
+            raise ValueError(
+                f"this method multiplies B and A, but of {site} only A was sent: frozen and "
+                "personal must name both or neither"
+            )
     return {site: (state[site + B].double(), state[site + A].double()) for site in sites}
 
 
 def stacked(states: Sequence[State], weights: Sequence[float]) -> dict[str, tuple[Tensor, Tensor]]:
-    """[w_1 B_1, w_2 B_2, ...] (out, K r) and [A_1; A_2; ...] (K r, in): factors of avg(B A)."""
+    """Return factors of avg(B A) by module, for K clients with weights w_i.
+
+    The left one is [w_1 B_1, w_2 B_2, ...], (out, K r), the right one [A_1; A_2; ...], (K r, in).
+    """
     clients = [factors(state) for state in states]
     return {
         site: (
@@ -35,17 +48,24 @@ def stacked(states: Sequence[State], weights: Sequence[float]) -> dict[str, tupl
 
 
 def truncated(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U S (out, r) and V^T (r, in) of the best approximation of ``b @ a``, which is never built.
+    """Return factors of the best approximation of ``b @ a``, which is never built.
 
-    Leading blocks are the best approximations of lower rank. Beyond min(out, in) stand zeros.
+    Args:
+        b: (out, k).
+        a: (k, in).
+        rank: r, the rank of the approximation.
+
+    Returns:
+        U S (out, r) and V^T (r, in) of the SVD. Leading blocks are the best approximations of lower
+        rank. Components that the SVD lacks are zero.
     """
     left, lower = torch.linalg.qr(b)
     right, upper = torch.linalg.qr(a.T)
     u, s, v = torch.linalg.svd(lower @ upper.T, full_matrices=False)
     b_new, a_new = b.new_zeros(b.shape[0], rank), a.new_zeros(rank, a.shape[1])
-    kept = min(rank, len(s))
-    b_new[:, :kept] = (left @ u * s)[:, :kept]
-    a_new[:kept] = (v @ right.T)[:kept]
+    count = min(rank, len(s))
+    b_new[:, :count] = (left @ u * s)[:, :count]
+    a_new[:count] = (v @ right.T)[:count]
     return b_new, a_new
 
 
@@ -53,9 +73,9 @@ def truncated(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 class BaseChangingLoRA(LoRA):
     """LoRA whose server changes the adapted modules' base weights.
 
-    After round 1 every client gets these whole, out x in numbers a module: for RoBERTa-base's q
-    and v 14.2 M numbers or 57 MB a client and round, against 1.2 MB of A and B at rank 8. A client
-    that kept what it got would need no more than the factors of the change.
+    After round 1 every client gets them whole, out x in numbers a module: for RoBERTa-base's q and
+    v 14.2 M numbers or 57 MB a client and round, against 1.2 MB of A and B at rank 8. A client that
+    kept them between rounds would need only the factors of the change.
     """
 
     def inject(self, model: nn.Module) -> nn.Module:
@@ -70,9 +90,14 @@ class BaseChangingLoRA(LoRA):
         return Role.RECEIVED if name.endswith(BASE) else super().role(name, at)
 
     def grown(self, round: Round, site: str, product: Tensor) -> Tensor:
-        """Return a base weight plus alpha/r times a product (out, in).
+        """Return a base weight plus alpha/r times a product.
 
-        The server's model says whether the weight stands transposed, because its shape does not.
+        The server's model says if the weight is transposed, because its shape may not tell.
+
+        Args:
+            round: has the weight before the round, and the server's model.
+            site: name of the adapted module.
+            product: (out, in).
         """
         assert round.server is not None
         layer: Any = round.server.model.get_submodule(site)

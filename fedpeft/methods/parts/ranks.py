@@ -10,13 +10,23 @@ from fedpeft.methods.base import At, Method, Round
 from fedpeft.methods.lora import LoRA
 from fedpeft.state import State, leading
 
-# A list, gone through again and again by client number, or a mapping from client numbers; a client
-# that it lacks has the largest rank; None: all have. A configuration has no unions of containers.
+# A list, of which client c has the entry c mod length, or a mapping from client numbers. A client
+# that the mapping lacks has the largest rank, and with None all have it. The type is Any because a
+# configuration has no unions of containers.
 Ranks = Any
 
 
 def check_ranks(name: str, ranks: Ranks, largest: int) -> None:
-    """Raises ValueError for what is no list or mapping of ranks from 1 to the largest."""
+    """Check ranks by client.
+
+    Args:
+        name: names the ranks in the error.
+        ranks: to check.
+        largest: bound of every rank.
+
+    Raises:
+        ValueError: they are no list or mapping from client numbers, or a rank is not in 1..largest.
+    """
     if ranks is None:
         return
     if not isinstance(ranks, list | Mapping):
@@ -29,7 +39,13 @@ def check_ranks(name: str, ranks: Ranks, largest: int) -> None:
 
 
 def rank_of(ranks: Ranks, at: At, largest: int) -> int:
-    """Return a client's rank; the largest where none are given or no client is asked for."""
+    """Return a client's rank.
+
+    Args:
+        ranks: of the clients; if there are none, all have ``largest``.
+        at: says the client; if that is null, the rank is ``largest``.
+        largest: rank of a client that trains whole parameters.
+    """
     if not ranks or at.client is None:
         return largest
     if isinstance(ranks, Mapping):
@@ -41,11 +57,12 @@ def rank_of(ranks: Ranks, at: At, largest: int) -> int:
 class RankedLoRA(LoRA):
     """LoRA in which client c trains and sends the first r_c rows of A and columns of B.
 
-    ``rank`` is the largest. B A is multiplied by alpha/rank on every client: the leading blocks
-    then mean the same everywhere.
+    ``rank`` is the largest. B A is multiplied by alpha/rank on every client, so that the leading
+    blocks mean the same everywhere.
 
     Args:
-        ranks: of client c ``ranks[c mod len(ranks)]``, or by client; null: all have ``rank``.
+        ranks: a list, of which client c has ``ranks[c mod len(ranks)]``, or a mapping from clients;
+            null gives all clients ``rank``.
     """
 
     ranks: Ranks = None
@@ -59,6 +76,7 @@ class RankedLoRA(LoRA):
         return rank_of(self.ranks, at, self.rank)
 
     def block(self, name: str, shape: Sequence[int], at: At) -> Sequence[int]:
+        """See ``Method.block``."""
         rank = self.client_rank(at)
         if ".lora_A." in name:
             return (rank, shape[1])
@@ -66,10 +84,10 @@ class RankedLoRA(LoRA):
 
 
 def mean_of_holders(method: Method, round: Round, names: Iterable[str]) -> State:
-    """Average every entry over those clients whose block holds it, by their weights.
+    """Average every entry over the clients whose block holds it, by their weights.
 
-    A mean with the others' zeros would shrink what few clients hold, in every round again. An
-    entry that none holds stays as it was before the round.
+    A mean over all clients counts the zeros of those that do not hold an entry, and so would shrink
+    it in every round. An entry that no client holds stays as it was before the round.
 
     Args:
         method: says, by ``block``, what each client holds.

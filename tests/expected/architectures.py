@@ -1,4 +1,4 @@
-"""Tiny models of every family that the methods know, with random weights, and their names."""
+"""Tiny models of every family that the methods know: random weights, and names by hand."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,16 +25,16 @@ _CLASSES: dict[str, Any] = {"num_labels": LABELS}
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tiny classifier and, written down by hand, where its parts are.
+    """A tiny classifier and the names of its parts, written down by hand.
 
     Args:
-        build: the model, with torch's generator as it stands.
+        build: makes the model; its weights are torch's next draws.
         block: name of block number {i}.
         query, value: attention's projections in a block; equal where they are one matrix.
         attention: attention's output projection in a block.
         mlp: the MLP's second projection in a block.
         head: parameters of the task head.
-        dense: the classifier's hidden layer, or "" if there is none.
+        dense: the classifier's hidden layer, or "" if it has none.
     """
 
     build: Callable[[], nn.Module]
@@ -47,7 +47,7 @@ class Architecture:
     dense: str = ""
 
     def sites(self, *inside: str) -> list[str]:
-        """Full names of modules in every block, each once."""
+        """Return the full names of modules in every block, each once."""
         names = [f"{self.block.format(i=i)}.{part}" for i in range(LAYERS) for part in inside]
         return list(dict.fromkeys(names))
 
@@ -181,14 +181,14 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def tiny(name: str, seed: int = 0) -> nn.Module:
-    """A fresh model in eval mode, equal for equal seeds."""
+    """Build a model in eval mode, equal for equal seeds."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         return ARCHITECTURES[name].build().eval()
 
 
 def inputs(model: nn.Module) -> dict[str, Tensor]:
-    """A batch of two: images for a vision model, else six token ids each."""
+    """Return a batch of two: images for a vision model, else six token ids each."""
     generator = torch.Generator().manual_seed(1)
     if getattr(model, "main_input_name", "") == "pixel_values":
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
@@ -197,12 +197,12 @@ def inputs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def logits(model: nn.Module) -> Tensor:
-    """The model's answer to ``inputs``."""
+    """Compute the model's logits of ``inputs``."""
     return model(**inputs(model)).logits
 
 
 def trainable(model: nn.Module) -> set[str]:
-    """Names of the parameters that require a gradient."""
+    """Return the names of the parameters that require a gradient."""
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -225,11 +225,12 @@ _FEWER: dict[str, int] = {
 
 
 def table_of(model_type: str, causal: bool = False, pooled: bool = False) -> Architecture:
-    """Where the parts of a published architecture are.
+    """Return the names of the parts of a published architecture.
 
     Args:
-        causal: as a language model, which has no task head.
-        pooled: with the mean's classifier in place of its own.
+        model_type: the ``model_type`` of its configuration.
+        causal: build a language model, which has no task head.
+        pooled: classify the mean of the tokens in place of the model's own classifier.
     """
     name = "mean_pooled" if pooled else _FAMILIES.get(model_type, model_type)
     table = ARCHITECTURES["llama" if name == "llama_lm" and not causal else name]
@@ -237,7 +238,7 @@ def table_of(model_type: str, causal: bool = False, pooled: bool = False) -> Arc
 
 
 def shrunk(architecture: dict[str, Any]) -> dict[str, Any]:
-    """A published configuration, two blocks deep and 48 wide; what makes it special stays."""
+    """Shrink a published configuration to two blocks of width 48; its other fields stay."""
     heads = architecture.get("num_attention_heads", HEADS)
     small: dict[str, Any] = {}
     for key, value in architecture.items():
