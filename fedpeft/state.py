@@ -1,4 +1,4 @@
-"""States: named tensors, the roles of parameters, and what is done with both.
+"""States, which are named tensors, and the roles of parameters.
 
 A state is a dictionary from parameter names to tensors. Four kinds occur, and every function says
 which it takes:
@@ -23,7 +23,7 @@ State = dict[str, Tensor]
 
 # Prefixes of what a strategy and a method send or keep beside parameters.
 STRATEGY, METHOD = "strategy:", "method:"
-# NumPy has no such dtypes: a view of the bits stands for the values.
+# NumPy lacks these dtypes, so a view of the bits stands for the values.
 _BITS = {torch.bfloat16: torch.int16}
 
 
@@ -40,7 +40,7 @@ TRAINED = (Role.SHARED, Role.PERSONAL)
 
 
 def names_with(roles: Mapping[str, Role], *wanted: Role) -> list[str]:
-    """Return the names that have one of the roles, in the model's order."""
+    """Return the names that have one of the wanted roles, in their order."""
     return [name for name, role in roles.items() if role in wanted]
 
 
@@ -91,9 +91,9 @@ def prefixed(state: State, prefix: str) -> State:
 
 
 def split_prefixed(state: State, prefix: str = STRATEGY) -> tuple[State, State]:
-    """Part a state into the names without the prefix and those with it, there removed."""
-    own = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-    return {n: v for n, v in state.items() if not n.startswith(prefix)}, own
+    """Split a state by a prefix: first the names without it, then the others, without it."""
+    inside = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    return {n: v for n, v in state.items() if not n.startswith(prefix)}, inside
 
 
 def zeros(state: State) -> State:
@@ -107,7 +107,7 @@ def leading(value: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def filled(state: State, like: Mapping[str, Tensor]) -> State:
-    """Fill blocks up with zeros to the shapes of ``like``."""
+    """Pad blocks with zeros to the shapes of ``like``."""
     full: State = {}
     for name, value in state.items():
         full[name] = value
@@ -138,7 +138,7 @@ def sha256(state: State) -> str:
 
 
 def payload_bytes(state: State) -> int:
-    """Count the bytes of the arrays alone."""
+    """Count the bytes of a state's arrays, without names and shapes."""
     return sum(value.numel() * value.element_size() for value in state.values())
 
 

@@ -21,7 +21,7 @@ from fedpeft.state import State, bits, bits_dtype
 def pack(state: State) -> tuple[ArrayRecord, bytes]:
     """Pack a state into one flat array per dtype.
 
-    A deployment's cost grows with the number of arrays, so there are as few as can be.
+    There are as few arrays as possible, because each one costs time in a deployment.
 
     Returns:
         The arrays by dtype, and a compressed index of names, dtypes and shapes.
@@ -70,7 +70,7 @@ def named_arrays(state: State) -> ArrayRecord:
 
 
 def from_named_arrays(arrays: ArrayRecord) -> State:
-    """Return the state of ``named_arrays``."""
+    """Return the state that ``named_arrays`` packed."""
     return {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
 
 
@@ -83,7 +83,7 @@ def wire_bytes(content: RecordDict) -> int:
 
 
 def identify() -> None:
-    """Let this process make messages; outside Flower's own engines it has no identity."""
+    """Give this process the identity that making messages needs, as Flower's engines do."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 

@@ -12,7 +12,11 @@ from flwr.clientapp import ClientApp
 
 
 def query(message: Message, context: Context) -> Message:
-    """Say which partition this node holds."""
+    """Reply with the number of the partition that this node holds.
+
+    Raises:
+        ValueError: the node's configuration has no partition.
+    """
     if "partition-id" not in context.node_config:
         raise ValueError("this node has no partition-id: give --node-config partition-id=N")
     metrics = MetricRecord({"partition-id": int(context.node_config["partition-id"])})
@@ -48,7 +52,7 @@ def client_app(mods: Sequence[Any] = ()) -> ClientApp:
 
 
 def ready() -> None:
-    """Import what the first message would."""
+    """Import the modules that the first message needs."""
     import fedpeft.client.client  # noqa: F401
 
 

@@ -222,7 +222,7 @@ class Client:
         return codec.encode(state, reference, draws), error
 
     def evaluate(self) -> RecordDict:
-        """Measure the client's model on its splits validation and test rows."""
+        """Measure the client's model on its own validation and test rows."""
         engine = self.engine
         at, received, _ = self._received()
         engine.replica.load(received, Kept.parted(self.store.load()).personal, at=at)

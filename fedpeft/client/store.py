@@ -13,12 +13,12 @@ class Store:
     """One client's kept state for one configuration.
 
     A node whose ``node_config`` has a ``state-folder`` keeps a safetensors file there. Any other
-    keeps the state in Flower's context, which lives as long as the node.
+    node keeps the state in Flower's context, which lives as long as the node.
 
     Args:
         context: of the client's node.
-        client: its number.
-        overrides: the configuration; a context may serve several, one after another.
+        client: the client's number.
+        overrides: the configuration, because a context may serve several, one after another.
     """
 
     def __init__(self, context: Context, client: int, overrides: str) -> None:
@@ -28,7 +28,7 @@ class Store:
         self._key = "personal-" + hashlib.sha256(overrides.encode()).hexdigest()[:16]
 
     def load(self) -> State:
-        """Return what was kept last; empty if nothing was."""
+        """Return the state that was kept last; empty if there is none."""
         if self._file is not None:
             return read(self._file) if self._file.exists() else {}
         state, key = self.context.state, self._key
@@ -39,7 +39,7 @@ class Store:
         return unpack(state.array_records[key], index)
 
     def keep(self, state: State) -> None:
-        """Replace what is kept; an empty state leaves it as it is."""
+        """Replace the kept state, unless the new one is empty."""
         if not state:
             return
         if self._file is not None:

@@ -1,6 +1,6 @@
 """A client's optimizer, clipping and schedules.
 
-The configuration is read before torch is imported, so torch comes inside of functions.
+The configuration is read before torch is imported, so functions import torch themselves.
 """
 
 import math
@@ -24,10 +24,10 @@ class Optimization:
     """A client's optimizer and schedules.
 
     Args:
-        name: ``adamw`` or ``sgd``; see ``keep_state``.
-        weight_decay: decoupled for AdamW.
-        momentum: SGD's; AdamW has its own.
-        max_grad_norm: clips the norm of all gradients together; null for none.
+        name: ``adamw`` or ``sgd``.
+        weight_decay: >= 0; decoupled for AdamW.
+        momentum: of SGD, in [0, 1); 0 for AdamW, which has its own.
+        max_grad_norm: the norm of all gradients together is clipped to it; null for no clipping.
         schedule: of the learning rate within a round: constant, linear or cosine to 0.
         warmup: share of a round's steps in which the rate climbs from 0, in [0, 1).
         round_schedule: of the learning rate across rounds: constant, linear or cosine to 0.
@@ -63,7 +63,7 @@ class Optimization:
             raise ValueError(f"optimizer.warmup must be in [0, 1), got {self.warmup}")
 
     def build(self, parameters: "list[nn.Parameter]", lr: float) -> "torch.optim.Optimizer":
-        """A fresh optimizer."""
+        """Return a fresh optimizer."""
         import torch
 
         if self.name == "adamw":
@@ -75,7 +75,15 @@ class Optimization:
         )
 
     def rate(self, lr: float, round: int, num_rounds: int, step: int, num_steps: int) -> float:
-        """The learning rate of step 0, 1, ... of a round 1, 2, ...."""
+        """Return the learning rate of one step.
+
+        Args:
+            lr: the configured rate.
+            round: 1, 2, ....
+            num_rounds: rounds of the run.
+            step: 0, 1, ....
+            num_steps: steps of the client in this round.
+        """
         lr *= _decay(self.round_schedule, (round - 1) / num_rounds)
         warm = math.ceil(self.warmup * num_steps)
         if step < warm:

@@ -16,16 +16,16 @@ class Runtime:
 
     Args:
         kind: ``ray`` (worker processes) or ``inprocess`` (same apps and messages, one process).
-        num_cpus: cores a client takes; cores / num_cpus clients run at once.
-        num_gpus: share of a GPU a client takes, e.g. 0.5 for two clients a GPU.
+        num_cpus: cores of a worker; cores / num_cpus workers run at once.
+        num_gpus: share of a GPU of a worker, e.g. 0.5 for two workers a GPU.
         total_cpus: cores that Ray may use; null for all.
-        threads: torch's threads in every process. Results are equal bit for bit only for equal
-            numbers of threads, so it does not follow from the machine.
-        device: ``auto`` (a GPU where one is given), ``cpu`` or ``cuda``.
+        threads: torch's threads in every process. The default does not depend on the machine,
+            because results are equal bit for bit only for equal numbers of threads.
+        device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
         clients_per_pass: clients that train in one forward and backward pass, each as if alone
-            (the sums' order apart); null chooses by the tokens of a step.
-        round_timeout: seconds to wait for a round's replies; who is late is left out.
-        join_timeout: seconds to wait until all clients are there.
+            (apart from the order of sums); null chooses by the tokens of a step.
+        round_timeout: seconds to wait for a round's replies; late clients are left out.
+        join_timeout: seconds to wait until all clients have a node.
     """
 
     kind: str = "ray"
@@ -63,16 +63,16 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Times and sizes of evaluations.
+    """Settings of evaluations.
 
     Args:
         every: rounds between evaluations; the last round is always evaluated.
-        clients: every client evaluates on its own validation and test rows: ``auto`` where the
-            method keeps personal parameters, ``always`` or ``never``.
-        batch_size: rows a batch, at most.
-        max_tokens: a batch's rows x its longest length, at most: a language model's logits take 4
-            bytes for each of them and each token of the vocabulary.
-        max_client_rows: at most so many rows of each of a client's own splits; null for all.
+        clients: every client evaluates on its own validation and test rows: ``auto`` (if any
+            parameter is personal), ``always`` or ``never``.
+        batch_size: most rows in a batch.
+        max_tokens: most tokens in a batch, its sequences x its longest length. A language model's
+            logits take 4 bytes x these tokens x the size of the vocabulary.
+        max_client_rows: most rows of each of a client's own splits; null for all.
         interference: compute the aggregation's interference in the rounds that are evaluated.
     """
 
@@ -101,17 +101,23 @@ class Evaluation:
 class Settings:
     """A run's numbers.
 
-    A round is ``local_steps`` batches or, if that is null, ``local_epochs`` passes.
+    In a round, a client takes ``local_steps`` batches or, if that is null, ``local_epochs`` epochs.
 
     Args:
+        seed: all draws of the run derive from it.
         clients_per_round: a count (int), a share (float) or null for all.
-        accumulate: parts in which a batch is computed, for batches that a card cannot hold. The
-            gradient is that of the whole batch, dropout's draws apart.
+        lr: learning rate before the schedules.
+        batch_size: rows of a training batch.
+        accumulate: parts in which a batch is computed, for batches that a GPU cannot hold. The
+            gradient is that of the whole batch, apart from dropout's draws.
         personal: ``head`` or shell patterns of parameter names: shared parameters that match stay
             on the client.
         frozen: the same for parameters that do not train at all.
         layers: blocks that the method changes: ``all``, ``first:N``, ``last:N``, or a list of
             numbers from 0, where -1 is the last block.
+        bucketing: batch rows of like length, for less padding.
+        precision: ``fp32``, or ``bf16`` for autocast.
+        run_dir: the run's directory; null for ``runs/<time>_<method>``.
     """
 
     runtime: Runtime = field(default_factory=Runtime)
@@ -164,27 +170,27 @@ class Settings:
         return round % self.evaluation.every == 0 or round == self.num_rounds
 
     def cohort_size(self) -> int:
-        """Clients of a round.
+        """Return the number of clients of a round.
 
         Raises:
             ConfigError: a count above num_clients or below 1, or a share outside (0, 1].
         """
-        given = self.clients_per_round
-        if given is None:
+        wanted = self.clients_per_round
+        if wanted is None:
             return self.num_clients
-        if isinstance(given, int) and 1 <= given <= self.num_clients:
-            return given
-        if isinstance(given, float) and 0 < given <= 1:
-            return max(1, round(given * self.num_clients))
+        if isinstance(wanted, int) and 1 <= wanted <= self.num_clients:
+            return wanted
+        if isinstance(wanted, float) and 0 < wanted <= 1:
+            return max(1, round(wanted * self.num_clients))
         raise ConfigError(
             f"clients_per_round must be a count from 1 to num_clients={self.num_clients} or a "
-            f"share in (0, 1] such as 0.5, got {given}"
+            f"share in (0, 1] such as 0.5, got {wanted}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Settings):
-    """A run, with the parts that the configuration's groups choose."""
+    """A run's numbers, with the objects that the configuration's groups choose."""
 
     method: Any
     model: Any

@@ -18,16 +18,16 @@ from omegaconf.errors import (
 )
 
 UNKNOWN = (ConfigAttributeError, ConfigKeyError)
-ADVICE = ("To append", "See http")  # on flags of Hydra's own
-NUMBERS = {int: "Integer", float: "Float"}  # what a text must look like
+ADVICE = ("To append", "See http")  # beginnings of advice on Hydra's flags
+NUMBERS = {int: "Integer", float: "Float"}  # types as named in sentences
 
 
 def hydra_sentence(error: Exception, overrides: Sequence[str]) -> str:
-    """The sentence for overrides that compose to nothing.
+    """Return the sentence for overrides that cannot be composed.
 
     Args:
-        error: of Hydra, or of what it is built on.
-        overrides: those that were composed.
+        error: of Hydra or of OmegaConf.
+        overrides: the overrides that were composed.
 
     Returns:
         The key or group, and the rule.
@@ -38,32 +38,33 @@ def hydra_sentence(error: Exception, overrides: Sequence[str]) -> str:
     cause = error.__cause__
     if isinstance(cause, UNKNOWN):
         return f"unknown key {_override(str(cause.full_key), overrides)}"
-    said = _kept(error)
-    if cause is not None and (first := _kept(cause)[:1]) and first[0] not in " ".join(said):
-        said += first
-    text = "; ".join(said)
+    parts = _lines(error)
+    if cause is not None and (first := _lines(cause)[:1]) and first[0] not in " ".join(parts):
+        parts += first
+    text = "; ".join(parts)
     if isinstance(error, OverrideParseException) and error.override not in text:
         return f"{error.override}: {text}"
     return text
 
 
 def _override(full_key: str, overrides: Sequence[str]) -> str:
-    """The whole key of the override that begins with an unknown one."""
+    """Return the whole key of the override that begins with an unknown key."""
     keys = [override.lstrip("+").partition("=")[0] for override in overrides]
     return next((key for key in keys if f"{key}.".startswith(f"{full_key}.")), full_key)
 
 
-def _kept(error: BaseException) -> list[str]:
+def _lines(error: BaseException) -> list[str]:
+    """Return the lines of an error's text, without full stops and without ``ADVICE``."""
     lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
     return [line for line in lines if line and not line.startswith(ADVICE)]
 
 
 def omegaconf_sentence(error: OmegaConfBaseException, group: str = "") -> str:
-    """The sentence for a field that a typed configuration refuses.
+    """Return the sentence for a field that a typed configuration refuses.
 
     Args:
         error: of a merge into a dataclass.
-        group: put before the key, such as ``method.``.
+        group: stands before the key, such as ``method.``.
 
     Returns:
         The key, the rule and the value.
@@ -79,21 +80,21 @@ def omegaconf_sentence(error: OmegaConfBaseException, group: str = "") -> str:
     if type(error) is ValidationError and is_dataclass(owner) and error.key is not None:
         hints = {field.name: field.type for field in fields(owner)}
         return f"{key} must be {_rule(hints[str(error.key)], error.value)}"
-    return f"{key}: {_kept(error)[0]}"
+    return f"{key}: {_lines(error)[0]}"
 
 
 def _rule(hint: Any, value: Any) -> str:
-    """The words after "must be"; a list's own value is not repeated."""
-    given = "null" if value is None else value
+    """Return the words after "must be"; the value of a list is not repeated."""
+    shown = "null" if value is None else value
     options = get_args(hint) if get_origin(hint) not in (list, dict) else (hint,)
     kinds = [kind for kind in options or (hint,) if kind is not NoneType]
     if len(kinds) > 1:
         union = f"Union[{', '.join(kind.__name__ for kind in kinds)}]"
-        return f"Optional[{union}], got {given}" if NoneType in options else f"{union}, got {given}"
+        return f"Optional[{union}], got {shown}" if NoneType in options else f"{union}, got {shown}"
     kind = kinds[0]
     if get_origin(kind) is list:
         return "a [list]"
     if get_origin(kind) is dict:
-        return f"{{key: value}} pairs, got {given}"
+        return f"{{key: value}} pairs, got {shown}"
     name = kind.__name__ if value is None else NUMBERS.get(kind, kind.__name__)
-    return f"{name}, got {given}"
+    return f"{name}, got {shown}"

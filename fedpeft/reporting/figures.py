@@ -17,12 +17,12 @@ def plot_comparison(
     selects: str,
     baseline: float | None,
 ) -> None:
-    """Draws quality against megabytes sent, and by round the measure that selects.
+    """Draw quality against megabytes sent, and the measure that selects by round.
 
     Args:
         path: the picture's file.
-        rows: those of comparison.csv.
-        curves: each method's lines of metrics.jsonl.
+        rows: rows of comparison.csv.
+        curves: lines of metrics.jsonl, by method.
         metric: name of the measure of quality.
         selects: name of the measure that selects the best round.
         baseline: quality of a client's commonest label, or None.
@@ -45,11 +45,11 @@ def plot_comparison(
 
 
 def plot_study(path: Path, rows: Rows, metric: str, baseline: float | None) -> None:
-    """Draws each method's mean quality, with its deviation, against megabytes sent.
+    """Draw each method's mean quality, with its deviation, against megabytes sent.
 
     Args:
         path: the picture's file.
-        rows: one a method that has a quality.
+        rows: one for each method that has a quality.
         metric: name of the measure of quality.
         baseline: quality of a client's commonest label, or None.
     """
@@ -83,13 +83,13 @@ def _finish(axis: Any, baseline: float | None) -> None:
 def plot_partition(
     path: Path, counts: np.ndarray, labels: Sequence[str], kind: str = "label"
 ) -> None:
-    """Draws a heat map of the rows by client and label, coloured by their square roots.
+    """Draw a heat map of the rows by client and label, coloured by their square roots.
 
     Args:
         path: the picture's file.
         counts: rows by client and label, (clients, labels).
         labels: the labels' names.
-        kind: stands on the axis of the labels.
+        kind: names the axis of the labels.
     """
     from matplotlib.colors import PowerNorm
 
@@ -107,14 +107,14 @@ def plot_partition(
 
 
 def _inches(cells: int, least: float, most: float, whole: float) -> float:
-    """Length of an axis whose cells are ``least`` to ``most`` inches, at most ``whole`` in all."""
+    """Return an axis's inches: ``least`` to ``most`` a cell, but at most ``whole`` in all."""
     return min(whole, cells * min(most, max(least, 12 / cells)))
 
 
 def _name_cells(
     axis: Any, counts: np.ndarray, labels: Sequence[str], wide: float, high: float
 ) -> None:
-    """Ticks of clients and labels and, where there is room, the counts."""
+    """Draw the ticks of clients and labels and, where there is room, the counts."""
     clients, classes = counts.shape
     roomy, columns = wide / classes > 0.4, _ticks(classes, wide)
     slant = {"rotation": 45, "ha": "right"} if roomy else {"rotation": 90, "fontsize": 7}
@@ -129,7 +129,7 @@ def _name_cells(
 
 
 def _ticks(count: int, inches: float) -> range:
-    """Every first, second, fifth, tenth ... number, so that ticks are 0.12 inches apart."""
+    """Return every first, second, fifth, tenth ... number, at least 0.12 inches apart."""
     steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
     return range(0, count, next(step for step in steps if step * inches >= 0.12 * count))
 
@@ -139,7 +139,7 @@ def _short(name: str) -> str:
 
 
 def pyplot() -> Any:
-    """Gives matplotlib's pyplot without a display."""
+    """Return matplotlib's pyplot, which then needs no display."""
     import matplotlib
 
     matplotlib.use("Agg")

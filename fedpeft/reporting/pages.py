@@ -1,4 +1,4 @@
-"""Pages of studies: what ``fedpeft study`` and ``fedpeft compare`` write and print."""
+"""Pages of studies, which ``fedpeft study`` and ``fedpeft compare`` write and print."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from fedpeft.reporting.tables import (
 class Results(NamedTuple):
     """A study's table.
 
-    Args:
+    Attributes:
         page: the table as text.
         rows: the same with all digits, the best quality first.
         baseline: quality of a client's commonest label, or None.
@@ -35,13 +35,13 @@ class Results(NamedTuple):
 
 
 def save_study(study: Study, done: Sequence[Done], measures: Measures, command: str) -> Results:
-    """Writes ``runs.csv``, ``study.md`` and ``study.png`` into the study's folder.
+    """Write ``runs.csv``, ``study.md`` and ``study.png`` into the study's folder.
 
     Args:
         study: the study.
-        done: its runs.
+        done: the study's runs.
         measures: names of the measures.
-        command: what made it, for the notes.
+        command: the command line, for the notes.
 
     Returns:
         The table, a row a method.
@@ -67,13 +67,13 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
 def save_comparison(
     study: Study, done: Sequence[Done], measures: Measures, command: str
 ) -> Results:
-    """Writes ``comparison.md``, ``.csv`` and ``.png`` of a study with one run a method.
+    """Write ``comparison.md``, ``.csv`` and ``.png`` of a study with one run a method.
 
     Args:
         study: the study.
-        done: its runs.
+        done: the study's runs.
         measures: names of the measures.
-        command: what made it, for the notes.
+        command: the command line, for the notes.
 
     Returns:
         The table, a row a method whose run came to its end.
@@ -100,7 +100,7 @@ def save_comparison(
 
 
 def comparison_note(measures: Measures) -> str:
-    """Explains the columns of a comparison."""
+    """Return the sentence that explains the columns of a comparison."""
     return (
         f"quality: {measures.quality} on the clients' own test rows after the last round, mean by "
         "rows; best: the same at the round that validation chose; global test: the server's model "
@@ -109,7 +109,7 @@ def comparison_note(measures: Measures) -> str:
 
 
 def study_notes(measures: Measures) -> list[str]:
-    """Explains the columns of a study."""
+    """Return the sentences that explain the columns of a study."""
     return [
         f"quality: {measures.quality} on the clients' own test rows after the last round, mean by "
         "rows; of the seeds the mean ± the sample standard deviation.",
@@ -127,12 +127,12 @@ def _floor_notes(floor: float | None) -> list[str]:
 
 
 def _failures(rows: Rows) -> list[str]:
-    """Names the runs that failed, each with its reason; raises where all did."""
-    found = [
+    """Return a sentence for each run that failed; RuntimeError if all did."""
+    failures = [
         f"Failed: {row['method']}, lr {row['lr']:g}, seed {row['seed']}: {row['failed']}"
         for row in rows
         if row["failed"] is not None
     ]
-    if len(found) == len(rows):
-        raise RuntimeError(f"no run came to its end. {found[0]}")
-    return found
+    if len(failures) == len(rows):
+        raise RuntimeError(f"no run came to its end. {failures[0]}")
+    return failures

@@ -1,4 +1,4 @@
-"""``fedpeft partition``: who holds what, as a table, a heat map and a file of row numbers."""
+"""``fedpeft partition``: each client's rows as a table, a heat map and a file of row numbers."""
 
 import json
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from fedpeft.data.partitions.saved import Saved, write_partition
 from fedpeft.reporting.figures import plot_partition
 from fedpeft.reporting.tables import print_table
 
-WHOLE = 30  # so many clients, or labels, are shown whole
-SHOWN = 20  # of more clients, so many
+WHOLE = 30  # most clients, or labels, of which all are shown
+SHOWN = 20  # clients shown if there are more
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class Holdings:
     """A configuration's clients and their training rows.
 
     Args:
-        labels: each training row's class number, int64 (rows,), and ``names`` of the classes.
+        config: the run.
+        labels: each training row's class number, int64 (rows,).
+        names: names of the classes, by number.
         clients: row numbers by client.
     """
 
@@ -35,7 +37,7 @@ class Holdings:
 
     @classmethod
     def of(cls, config: Config) -> "Holdings":
-        """Divides the rows."""
+        """Divide a run's training rows."""
         labels, names = config.data.grouped(config.partition.column)
         clients = config.partition.indices(labels, config.num_clients, config.seed)
         return cls(config, labels, names, clients)
@@ -48,24 +50,24 @@ class Holdings:
 
     @property
     def kind(self) -> str:
-        """The labels' kind, for titles and axes."""
+        """Name of the labels, for titles and axes."""
         return self.config.partition.column or "label"
 
     def as_json(self) -> str:
-        """Counts for other programs."""
+        """Return the counts for other programs."""
         return json.dumps({"labels": list(self.names), "counts": self.counts.tolist()})
 
     def show(self) -> None:
-        """Prints the table."""
+        """Print the table."""
         header, cells = holding_cells(self.counts, self.names)
         print_table(f"training rows by client and {self.kind}", header, cells)
         if unused := len(self.labels) - int(self.counts.sum()):
             print(f"{unused} of {len(self.labels)} training rows are no client's")
 
     def save(self, folder: Path) -> list[str]:
-        """Writes ``partition.png`` and ``partition.json``; returns the names.
+        """Write ``partition.png`` and ``partition.json``, and return the names.
 
-        A saved partition is not written again: that would lose what once made it.
+        A saved partition is not written again, because that would lose how it was made.
         """
         folder.mkdir(parents=True, exist_ok=True)
         plot_partition(folder / "partition.png", self.counts, self.names, self.kind)
@@ -79,10 +81,11 @@ class Holdings:
 def holding_cells(
     counts: np.ndarray, names: Sequence[str]
 ) -> tuple[Sequence[str], list[list[str]]]:
-    """Header and rows of the table; many labels are summed up, many clients cut short.
+    """Return header and rows of the table; sum up many labels, and leave out many clients.
 
     Args:
         counts: rows by client and label, (clients, labels).
+        names: names of the labels, by number.
     """
     names = [escape(name) for name in names]
     header, describe = ("client", "rows", *names), _all_labels
@@ -102,6 +105,6 @@ def _all_labels(row: np.ndarray, names: Sequence[str]) -> list[str]:
 
 
 def _summed_up(row: np.ndarray, names: Sequence[str]) -> list[str]:
-    """Rows, how many labels they have, and the commonest."""
+    """Return the number of rows and of their labels, and the commonest label with its rows."""
     most = int(row.argmax())
     return [str(row.sum()), str(np.count_nonzero(row)), names[most], str(row[most])]

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def line_text(line: Mapping[str, Any], num_rounds: int) -> str:
-    """One round in one line."""
+    """Return a round as one line of text."""
     parts = [f"round {line['round']}/{num_rounds}"]
     starts = {"train_loss": "train loss", "validation_": "", "client_validation_": "clients' "}
     for start, text in starts.items():
@@ -25,7 +25,7 @@ def line_text(line: Mapping[str, Any], num_rounds: int) -> str:
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
-    """A run's summary in a few lines."""
+    """Return a run's summary as a few lines of text."""
     final, sent, lines = summary["final"], summary["bytes"], []
     if summary["weights"] == "RANDOM":
         lines.append("RANDOM WEIGHTS: a dry run, its measures say nothing about the model")
@@ -46,7 +46,11 @@ def summary_text(summary: Mapping[str, Any]) -> str:
 
 
 class Display:
-    """Shows rounds, clients, loss and the time left."""
+    """Shows rounds, clients, loss and the time left.
+
+    Args:
+        console: null for standard output.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
@@ -54,7 +58,7 @@ class Display:
         self._started = time.monotonic()
 
     def start(self, title: str, num_rounds: int) -> None:
-        """Begins a run."""
+        """Begin a run."""
         self.num_rounds, self._started = num_rounds, time.monotonic()
         self.console.print(title)
         if self.console.is_terminal:
@@ -71,17 +75,17 @@ class Display:
             self._clients = self._live.add_task("clients", total=None)
 
     def phase(self, name: str, clients: int) -> None:
-        """Begins to wait for clients."""
+        """Begin to wait for this many clients."""
         if self._live is not None:
             self._live.reset(self._clients, description=name, total=clients)
 
     def clients_done(self, count: int) -> None:
-        """So many clients replied."""
+        """Show that this many more clients replied."""
         if self._live is not None:
             self._live.advance(self._clients, count)
 
     def round_done(self, line: Mapping[str, Any]) -> None:
-        """A round ended."""
+        """Show a round that ended."""
         text = line_text(line, self.num_rounds)
         done = line["round"]
         if self._live is not None:
@@ -94,7 +98,7 @@ class Display:
             self.console.print(f"  client {client} was left out: {reason}")
 
     def stop(self, text: str = "") -> None:
-        """Ends a run."""
+        """End a run."""
         if self._live is not None:
             self._live.stop()
             self._live = None

@@ -1,4 +1,4 @@
-"""Numbers of studies: a row a run, the chosen learning rates, and means over seeds."""
+"""Numbers of studies: one row a run, chosen learning rates, and means over seeds."""
 
 from collections.abc import Sequence
 from statistics import mean, stdev
@@ -13,7 +13,7 @@ VALUES = ("quality", "validation", "trained", "bytes", "seconds", "failed")
 class Measures(NamedTuple):
     """Names of the measures.
 
-    Args:
+    Attributes:
         quality: the measure on test rows by which methods are compared.
         selects: the measure on validation rows that chooses.
         sign: 1 if more of ``selects`` is better, -1 if less.
@@ -24,14 +24,11 @@ class Measures(NamedTuple):
     sign: int
 
     def missing(self, outcome: Outcome, searched: bool) -> str:
-        """Tells why an outcome is no result of all clients, or gives an empty text.
+        """Return the reason why an outcome is no result of all clients; empty if it is one.
 
         Args:
             outcome: a run's summary, or the error that ended it.
-            searched: the run takes part in the choice of a learning rate.
-
-        Returns:
-            The reason.
+            searched: true if the run takes part in the choice of a learning rate.
         """
         if isinstance(outcome, Exception):
             return " ".join(str(outcome).split()) or repr(outcome)
@@ -45,7 +42,7 @@ class Measures(NamedTuple):
 
 
 def run_rows(done: Sequence[Done], measures: Measures) -> Rows:
-    """Makes the rows of ``runs.csv``, one a run."""
+    """Return the rows of ``runs.csv``, one a run."""
     rates: dict[str, set[float]] = {}
     for run, _ in done:
         rates.setdefault(run.entry, set()).add(run.lr)
@@ -69,33 +66,33 @@ def _run_row(one: Done, measures: Measures, searched: bool) -> dict[str, Any]:
 
 
 def chosen_lr(rows: Rows, sign: int) -> float | None:
-    """Chooses a method's learning rate, by the mean over its seeds on validation rows.
+    """Choose a method's learning rate by the mean over its seeds on validation rows.
 
-    One at which more seeds came to their end goes first, because a mean over the survivors says
-    nothing of the others; of equals the smaller goes first.
+    A rate at which more seeds came to their end goes first, because a mean over the survivors says
+    nothing of the other seeds. Among equals, the smaller rate goes first.
 
     Args:
         rows: the method's rows of ``runs.csv``.
         sign: 1 if more is better, -1 if less.
 
     Returns:
-        The learning rate, or None where every run failed.
+        The learning rate, or None if every run failed.
     """
-    found: dict[float, list[Any]] = {}
+    by_lr: dict[float, list[Any]] = {}
     for row in rows:
         if row["failed"] is None:
-            found.setdefault(row["lr"], []).append(row["validation"])
-    if len(found) == 1:
-        return next(iter(found))
+            by_lr.setdefault(row["lr"], []).append(row["validation"])
+    if len(by_lr) == 1:
+        return next(iter(by_lr))
 
     def rank(lr: float) -> tuple[int, float, float]:
-        return len(found[lr]), sign * mean(found[lr]), -lr
+        return len(by_lr[lr]), sign * mean(by_lr[lr]), -lr
 
-    return max(found, key=rank, default=None)
+    return max(by_lr, key=rank, default=None)
 
 
 def study_row(rows: Rows, sign: int) -> dict[str, Any]:
-    """Sums a method up at its chosen learning rate.
+    """Sum up a method at its chosen learning rate.
 
     Args:
         rows: the method's rows of ``runs.csv``.
@@ -103,26 +100,26 @@ def study_row(rows: Rows, sign: int) -> dict[str, Any]:
 
     Returns:
         Mean and sample standard deviation of the quality, over ``seeds`` of ``of`` seeds; mean of
-        the bytes. They are None where every run failed.
+        the bytes. They are None if every run failed.
     """
     lr, grid = chosen_lr(rows, sign), {row["lr"] for row in rows}
-    found = [row for row in rows if row["lr"] == lr and row["failed"] is None]
-    quality = [row["quality"] for row in found]
+    ended = [row for row in rows if row["lr"] == lr and row["failed"] is None]
+    quality = [row["quality"] for row in ended]
     return {
         "method": rows[0]["method"],
         "lr": lr,
         "edge": len(grid) > 1 and lr in (min(grid), max(grid)),
         "quality": mean(quality) if quality else None,
         "sd": stdev(quality) if len(quality) > 1 else None,
-        "seeds": len(found),
+        "seeds": len(ended),
         "of": len({row["seed"] for row in rows}),
-        "trained": max((row["trained"] for row in found), default=None),
-        "bytes": mean(row["bytes"] for row in found) if found else None,
+        "trained": max((row["trained"] for row in ended), default=None),
+        "bytes": mean(row["bytes"] for row in ended) if ended else None,
     }
 
 
 def baseline(done: Sequence[Done]) -> float | None:
-    """Gives the mean over seeds of what a client's commonest label scores on its own test rows."""
+    """Return the score of a client's commonest label on its own test rows, mean over seeds."""
     by_seed: dict[int, float] = {}
     for run, outcome in done:
         if isinstance(outcome, dict) and "client_test_baseline" in outcome["baseline"]:

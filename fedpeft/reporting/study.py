@@ -16,16 +16,16 @@ T = TypeVar("T")
 Outcome = dict[str, Any] | Exception
 RunAll = Callable[[list[list[str]]], Sequence[Outcome]]
 FAILED = "failed.txt"  # in a run's directory: the reason why its training diverged
-DIVERGED = re.compile("finite|training loss is")  # in what is said of training that diverged
+DIVERGED = re.compile("finite|training loss is")  # in the error of training that diverged
 
 
 class Run(NamedTuple):
     """One run of a study.
 
-    Args:
+    Attributes:
         entry: label of its method.
         lr: learning rate.
-        seed: seed.
+        seed: the run's seed.
         path: its directory.
         overrides: its configuration, with the directory.
         config: the composed configuration by dotted key, without the directory.
@@ -39,19 +39,19 @@ class Run(NamedTuple):
     config: dict[str, Any]
 
     def earlier(self) -> Outcome | None:
-        """Reads what an earlier command made of this run; removes what it left unfinished.
+        """Return the outcome of an earlier command, if any; remove a run that it left unfinished.
 
         Raises:
             ValueError: the directory's run was made from another configuration.
         """
         if not (self.path / "config.yaml").exists():
             return None
-        made = _plain(OmegaConf.load(self.path / "config.yaml"))
-        if made != self.config:
-            keys = sorted(made.keys() | self.config.keys())
-            key = next(k for k in keys if made.get(k, "-") != self.config.get(k, "-"))
+        saved = _plain(OmegaConf.load(self.path / "config.yaml"))
+        if saved != self.config:
+            keys = sorted(saved.keys() | self.config.keys())
+            key = next(k for k in keys if saved.get(k, "-") != self.config.get(k, "-"))
             raise ValueError(
-                f"{self.path} holds a run with {key}={made.get(key, '-')}, and now it is "
+                f"{self.path} holds a run with {key}={saved.get(key, '-')}, and now it is "
                 f"{self.config.get(key, '-')}: give another run_dir, or remove that run"
             )
         if (self.path / "summary.json").exists():
@@ -90,10 +90,10 @@ class Study:
     flat: bool = False
 
     def finish(self, run_all: RunAll) -> list[Done]:
-        """Runs what is not there yet.
+        """Run every run that has no outcome yet.
 
-        Training that diverged would diverge again, so its reason is kept; a run that failed for
-        another reason is tried again by the next command.
+        Training that diverged is not tried again, because it would diverge again. A run that failed
+        for another reason is tried again by the next command.
 
         Args:
             run_all: runs configurations, each of which may fail.
@@ -119,47 +119,47 @@ class Study:
         return done
 
     def runs(self) -> list[Run]:
-        """Composes every run, in the order of entries, learning rates and seeds.
+        """Compose every run, in the order of entries, learning rates and seeds.
 
         Raises:
             ValueError: a run stands twice, or a number is given twice.
         """
-        found = [run for entry in self.entries for run in self._runs_of(entry)]
-        paths = [run.path for run in found]
+        runs = [run for entry in self.entries for run in self._runs_of(entry)]
+        paths = [run.path for run in runs]
         if twice := [path for path in paths if paths.count(path) > 1]:
             raise ValueError(f"each run of a study must be named once, got {twice[0]} twice")
-        return found
+        return runs
 
     def _runs_of(self, entry: str) -> Iterator[Run]:
-        method, *own = re.split(r"\+(?=[\w./@]+=)", entry)
-        given = [*self.base, f"method={method}", *own]
-        self._check(own, given)
-        tree = composed(given)
+        method, *extra = re.split(r"\+(?=[\w./@]+=)", entry)
+        common = [*self.base, f"method={method}", *extra]
+        self._check(extra, common)
+        tree = composed(common)
         for lr in self.lrs or [tree.lr]:
             for seed in self.seeds or [tree.seed]:
                 tree.lr, tree.seed = lr, seed
                 parts = [] if self.flat else [f"lr={lr}", f"seed={seed}"]
                 path = self.folder.joinpath(entry.replace("/", "_"), *parts)
-                overrides = [*given, *parts, f"run_dir='{path}'"]
+                overrides = [*common, *parts, f"run_dir='{path}'"]
                 yield Run(entry, lr, seed, path, overrides, _plain(tree))
 
-    def _check(self, own: Sequence[str], given: Sequence[str]) -> None:
-        """Refuses what a run may not set itself."""
-        for override in own:
+    def _check(self, extra: Sequence[str], common: Sequence[str]) -> None:
+        """Refuse overrides that a single run may not set."""
+        for override in extra:
             if override.startswith("runtime"):
                 raise ValueError(
                     f"runtime must be the same for all runs of a study, got {override}"
                 )
         for name, values in (("lr", self.lrs), ("seed", self.seeds)):
-            if values and (twice := [o for o in given if o.startswith(f"{name}=")]):
+            if values and (twice := [o for o in common if o.startswith(f"{name}=")]):
                 raise ValueError(f"{name} must be given once, got {twice[0]} and --{name}s")
 
 
 def _plain(tree: Any) -> dict[str, Any]:
-    """Values by dotted key, all but run_dir."""
-    found = dict(_leaves(OmegaConf.to_container(tree, resolve=True)))
-    found.pop("run_dir", None)
-    return found
+    """Return the values by dotted key, without ``run_dir``."""
+    values = dict(_leaves(OmegaConf.to_container(tree, resolve=True)))
+    values.pop("run_dir", None)
+    return values
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -171,16 +171,16 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def listed(text: str) -> list[str]:
-    """Splits at commas, but for those in brackets: ``lora,hetlora+method.ranks=[4,8]``."""
+    """Split at commas outside of brackets: ``lora,hetlora+method.ranks=[4,8]``."""
     return re.split(r",(?![^\[{]*[\]}])", text)
 
 
 def numbers(name: str, text: str, kind: Callable[[str], T]) -> list[T]:
-    """Reads numbers by commas.
+    """Parse numbers separated by commas.
 
     Args:
-        name: the option.
-        text: its value; empty for no numbers.
+        name: the option, for the error.
+        text: the option's value; empty for no numbers.
         kind: ``int`` or ``float``.
 
     Returns:

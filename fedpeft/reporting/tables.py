@@ -14,7 +14,13 @@ Rows = list[dict[str, Any]]
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on the terminal; the first column is text, the others are numbers."""
+    """Print a table; the first column is text, the others are numbers.
+
+    Args:
+        title: stands above the table.
+        header: the columns' names.
+        rows: cells as text, in Rich's markup.
+    """
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", overflow="fold")
@@ -27,13 +33,13 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def span(pair: Sequence[int]) -> str:
-    """``12,345`` or, where it differs by round, ``12,345-23,456``."""
+    """Return ``12,345`` or, if least and most differ, ``12,345-23,456``."""
     low, high = pair
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
 
 
 def span_of_bytes(pair: Sequence[int]) -> str:
-    """In megabytes, of 10^6 bytes: ``0.243`` or ``0.061-0.080``."""
+    """Return bytes in units of 10^6: ``0.243`` or ``0.061-0.080``."""
     low, high = (f"{number / 1e6:,.3f}" for number in pair)
     return low if low == high else f"{low}-{high}"
 
@@ -55,20 +61,20 @@ class Page:
     notes: Sequence[str]
 
     def show(self) -> None:
-        """Prints the page."""
+        """Print the page."""
         cells = [[escape(text) for text in row] for row in self.cells]
         print_table(self.title, self.header, cells)
         print("\n".join(self.notes))
 
     def save(self, file: Path) -> None:
-        """Writes the page in Markdown; the first column is text, the others are numbers."""
+        """Write the page in Markdown; the first column is text, the others are numbers."""
         rule = "|---" + "|---:" * (len(self.header) - 1) + "|"
         head, *lines = ["| " + " | ".join(cells) + " |" for cells in (self.header, *self.cells)]
         file.write_text("\n".join([head, rule, *lines, "", *self.notes]) + "\n")
 
 
 def write_csv(file: Path, rows: Rows) -> None:
-    """Saves rows with all digits, under the names of the first row's columns."""
+    """Write rows with all digits, under the names of the first row's columns."""
     with file.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -93,7 +99,7 @@ COMPARISON = (
 def comparison_row(
     name: str, summary: Mapping[str, Any], metric: str, cohort: int
 ) -> dict[str, Any]:
-    """A run's row.
+    """Return a run's row.
 
     ``quality`` is the mean of ``metric`` on the clients' own test rows after the last round, the
     one measure that global and personal models share; ``best`` is the same at the round that
@@ -125,7 +131,7 @@ def comparison_row(
 
 
 def comparison_cells(rows: Rows) -> list[list[str]]:
-    """Rows as text, in the order of ``COMPARISON``."""
+    """Return rows as text, in the order of ``COMPARISON``."""
     return [
         [
             row["method"],
@@ -150,7 +156,7 @@ STUDY = ("method", "lr", "quality", "seeds", "trained", "MB in all")
 
 
 def study_cells(rows: Rows) -> list[list[str]]:
-    """Rows as text, in the order of ``STUDY``."""
+    """Return rows as text, in the order of ``STUDY``."""
     return [_study_cells(row) for row in rows]
 
 

@@ -29,16 +29,16 @@ class Aggregator:
     def aggregate(
         self, number: int, replies: Iterable[tuple[int, Message]], seen: Seen, late: str
     ) -> None:
-        """Check each reply, leave out with its reason what cannot be used, aggregate the rest.
+        """Check each reply, refuse those that cannot be used, and aggregate the rest.
 
         Args:
             number: of the round.
             replies: client and reply, as they arrive.
             seen: of the round; takes bytes, refusals and metrics.
-            late: the reason of clients that did not reply.
+            late: reason to note for clients that did not reply.
 
         Raises:
-            RoundFailed: nothing is left.
+            RoundFailed: no reply can be used.
         """
         usable = self._usable(number, replies, seen, late)
         before, algorithm = self.down.broadcast(number).received, self.config.strategy
@@ -75,7 +75,7 @@ class Aggregator:
         return metrics
 
     def _interference(self, round: Round, mean: State) -> float | None:
-        """Return null also where a factor stays on the client: the product is then unknown."""
+        """Return null if a factor stays on the client, because its product is then unknown."""
         if Role.PERSONAL in self.roles.by_name(round.number).values():
             return None
         method, states = self.config.method, round.states

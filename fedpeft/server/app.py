@@ -28,12 +28,12 @@ def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> d
     Args:
         grid: reaches the clients' nodes.
         overrides: the configuration.
-        display: shows the rounds; one on standard output if null.
+        display: shows the rounds; null for one on standard output.
     """
     display = display or Display()
     tree = configuration.composed(overrides)
     sent = configuration.sent(overrides)
-    engine = open_engine(sent, None)  # in one process it is the clients' too
+    engine = open_engine(sent, None)  # in one process, the clients' engine too
     engine.rows.examples("validation")
     label = type(engine.config.method).__name__
     directory = RunDirectory(tree.run_dir, tree, label)

@@ -20,7 +20,7 @@ class Broadcast(NamedTuple):
     Attributes:
         wire: parameters as they are sent, wire.
         received: all that can change, full, as clients of whole parameters have it.
-        extras: the strategy's for messages to train, wire.
+        extras: what the strategy adds to messages to train, wire.
     """
 
     wire: State
@@ -37,8 +37,8 @@ class Broadcaster:
 
     Attributes:
         state: every parameter that the server has set so far, full.
-        memory: the strategy's own.
-        method_memory: the method's own.
+        memory: what the server keeps for the strategy from round to round.
+        method_memory: the same for the method.
     """
 
     def __init__(self, engine: Engine, overrides: str) -> None:
@@ -56,21 +56,21 @@ class Broadcaster:
         self._broadcasts.clear()
 
     def load(self, arrays: ArrayRecord) -> None:
-        """Take over parameters that somebody else has set, by name.
+        """Take over parameters that the caller has set, by name.
 
         Raises:
-            ValueError: one is no parameter of the method, or has another shape.
+            ValueError: a name is no parameter of the method, or a shape differs.
         """
-        given = from_named_arrays(arrays)
-        for name, value in given.items():
+        state = from_named_arrays(arrays)
+        for name, value in state.items():
             initial = self.replica.initial.get(name)
             if initial is None or initial.shape != value.shape:
                 raise ValueError(f"{name} {tuple(value.shape)} is no parameter of this method")
-        self.update(given)
+        self.update(state)
 
     @property
     def values(self) -> State:
-        """All that can change, full, as it now is."""
+        """Current values of all that can change, full."""
         if self.config.method.starts and not self._begun:
             self._begun = True
             self.state = self.config.method.start(EngineModel(self.engine)) | self.state
@@ -80,17 +80,17 @@ class Broadcaster:
         """Encode what goes down in a round, once."""
         if round not in self._broadcasts:
             values, codec = self.values, self.config.compression.down
-            given = {name: values[name] for name in self.roles.down(round)}
+            down = {name: values[name] for name in self.roles.down(round)}
             shared = {name: values[name] for name in self.roles.shared(round)}
             extras = prefixed(self.config.strategy.down(self.memory, shared), STRATEGY)
-            whole, draws = given | extras, generator(self.config.seed, "compression down", round)
+            whole, draws = down | extras, generator(self.config.seed, "compression down", round)
             wire, extras = split_prefixed(codec.encode(whole, whole, draws), STRATEGY)
-            received = values | codec.decode(wire, given)
+            received = values | codec.decode(wire, down)
             self._broadcasts = {round: Broadcast(wire, received, extras)}
         return self._broadcasts[round]
 
     def at(self, round: int, client: int) -> At:
-        """Return where a client is, with what the method sends it."""
+        """Return a client's ``At``, with what the method sends it."""
         at = self.roles.at(round, client)
         return at._replace(memory=self.config.method.down(self.method_memory, at))
 
@@ -100,8 +100,8 @@ class Broadcaster:
         """Return a message for each client; one content for all that train the same blocks.
 
         Args:
-            kind: Flower's train or evaluate.
-            round: that the message belongs to.
+            kind: ``MessageType.TRAIN`` or ``MessageType.EVALUATE``.
+            round: round of the messages.
             nodes: node id by client.
             seen: takes the bytes.
         """
@@ -128,6 +128,6 @@ class Broadcaster:
         return messages
 
     def _key(self, state: State, at: At) -> object:
-        """Return what is equal for clients that get the same content."""
+        """Return a key that is equal for clients that get the same content."""
         memory = tuple((name, tuple(value.flatten().tolist())) for name, value in at.memory.items())
         return tuple(value.shape for value in state.values()), memory

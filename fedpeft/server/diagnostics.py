@@ -22,29 +22,38 @@ def interference(
     weights: Sequence[float],
     after: State,
 ) -> float | None:
-    """|W(avg theta) - avg W(theta)|_F / |avg W(theta) - W(theta_0)|_F over all effective matrices.
+    """Measure how far the aggregate is from the mean of the clients' effective matrices.
 
-    W is ``method.effective``, theta_0 the state that the round began with. 0 means that the
-    aggregation is exact. None if no module has factors or nothing moved. One module's dense
-    matrix at a time is held, in float64.
+    It is |W(avg theta) - avg W(theta)|_F / |avg W(theta) - W(theta_0)|_F over all modules, where W
+    is ``method.effective`` and theta_0 the state that the round began with. 0 means that the
+    aggregation is exact. One module's dense matrices at a time are held, in float64.
 
     Args:
-        before: full trainable state at the round's start; the others override parts of it.
+        model: holds the method; its parameters are overwritten.
+        method: gives the effective matrices.
+        before: every parameter that can change, full, at the round's start; the other states
+            override parts of it.
+        states: one a client, full.
+        weights: of the clients, summing to 1.
+        after: the aggregate, full.
+
+    Returns:
+        The ratio, or null if no module has factors or nothing moved.
     """
     off = moved = 0.0
-    found = False
+    factored = False
     for name, module in model.named_modules():
         if method.effective(module) is None:
             continue
-        found = True
+        factored = True
         parts = [_part(state, name) for state in (before, after, *states)]
         start, average, *clients = (_effective(module, method, parts[0], p) for p in parts)
         mean = torch.zeros_like(start)
-        for weight, own in zip(weights, clients, strict=True):
-            mean.add_(own, alpha=weight)
+        for weight, matrix in zip(weights, clients, strict=True):
+            mean.add_(matrix, alpha=weight)
         off += float((average - mean).square().sum())
         moved += float((mean - start).square().sum())
-    return (off / moved) ** 0.5 if found and moved > 0 else None
+    return (off / moved) ** 0.5 if factored and moved > 0 else None
 
 
 def _part(state: State, module: str) -> State:
@@ -60,7 +69,7 @@ def _effective(module: nn.Module, method: Method, before: State, state: State) -
 
 
 def drift(before: State, states: Sequence[State]) -> dict[str, float]:
-    """Mean and spread of the clients' update norms, and the mean cosine between two updates."""
+    """Return mean and spread of the clients' update norms, and the mean cosine of two updates."""
     if not states[0]:
         return {}  # nothing is sent
     products = torch.zeros(len(states), len(states), dtype=torch.float64)
@@ -68,7 +77,7 @@ def drift(before: State, states: Sequence[State]) -> dict[str, float]:
         if name in states[0]:
             after = [state[name].reshape(-1).split(BLOCK) for state in states]
             for block, *changed in zip(start.reshape(-1).split(BLOCK), *after, strict=True):
-                updates = torch.stack([(own - block).double() for own in changed])
+                updates = torch.stack([(value - block).double() for value in changed])
                 products += updates @ updates.T
     norms = products.diagonal().sqrt()
     result = {
@@ -86,13 +95,18 @@ def drift(before: State, states: Sequence[State]) -> dict[str, float]:
 def initial_error(
     base: nn.Module, injected: nn.Module, forward: Callable[[nn.Module], Any]
 ) -> dict[str, float]:
-    """|f'(x) - f(x)|_F / |f(x)|_F of every module that injection replaced, on real activations.
+    """Measure |f'(x) - f(x)|_F / |f(x)|_F for every module f that injection replaced by f'.
 
-    Both get the inputs that the module sees in the untouched model, so errors of earlier layers
-    do not add up. Padding is left in; it is the same for both.
+    Both get the inputs that f sees in the untouched model, so errors of earlier layers do not add
+    up. Padding is left in, because it is the same for both.
 
     Args:
+        base: the untouched model.
+        injected: the model with the method in it.
         forward: runs a model on a batch.
+
+    Returns:
+        The errors, by the module's name.
     """
     replaced = dict(injected.named_modules())
     sites = [

@@ -12,7 +12,7 @@ POLL_SECONDS = 0.02
 
 
 class Nodes:
-    """Knows on which node each client is. A client is a partition, and a node holds one.
+    """Knows the node of each client; a node holds one partition, which is one client.
 
     Args:
         num_clients: partitions 0..num_clients-1.
@@ -32,14 +32,14 @@ class Nodes:
             TimeoutError: partitions are missing after the timeout.
             ValueError: two nodes name the same partition, or a number out of range.
         """
-        asked: set[int] = set()
+        queried: set[int] = set()
         deadline = time.monotonic() + self.timeout
         while len(self.of) < self.num_clients:
-            new = [node for node in grid.get_node_ids() if node not in asked]
-            asked.update(new)
+            new = [node for node in grid.get_node_ids() if node not in queried]
+            queried.update(new)
             queries = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
-            asking = dict(enumerate(queries))
-            for _, reply in exchange(grid, asking, max(1, deadline - time.monotonic())):
+            numbered = dict(enumerate(queries))
+            for _, reply in exchange(grid, numbered, max(1, deadline - time.monotonic())):
                 self._register(reply)
             if time.monotonic() > deadline:
                 missing = sorted(set(range(self.num_clients)) - self.of.keys())
@@ -77,10 +77,13 @@ def exchange(
         grid: carries them.
         messages: by client.
         timeout: seconds.
-        on_reply: told how many replies came.
+        on_reply: is told how many replies came.
 
     Yields:
         Client and reply.
+
+    Raises:
+        RuntimeError: some messages could not be sent.
     """
     deadline = time.monotonic() + timeout
     for message in messages.values():

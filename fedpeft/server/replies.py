@@ -18,12 +18,12 @@ class Reply(NamedTuple):
     """One client's training.
 
     Attributes:
-        sent: as it came, wire.
+        sent: arrays as they came, wire.
         state: shared parameters, block.
-        extras: of the strategy's term, block.
+        extras: what the strategy's term sent, block.
         num_examples: rows that the client has.
-        steps: that it took.
-        loss: mean over its steps.
+        steps: number of steps taken.
+        loss: mean over these steps.
     """
 
     sent: State
@@ -40,7 +40,7 @@ def read(reply: Message, reference: State, codec: Codec) -> Reply:
     Args:
         reply: from one client.
         reference: the parameters (block) as the client got them, and zeros for a strategy's extras.
-        codec: of what clients send.
+        codec: decodes what clients send.
 
     Raises:
         ValueError: the reply is an error, or lacks or holds something that it should not.
@@ -69,7 +69,12 @@ def read(reply: Message, reference: State, codec: Codec) -> Reply:
 
 
 def measured(reply: Message) -> dict[str, float]:
-    """Read and check a client's metrics; ValueError says what is wrong."""
+    """Read and check the metrics of a client's evaluation.
+
+    Raises:
+        ValueError: the reply is an error, or a metric is missing or not finite.
+        KeyError: the reply carries no metrics.
+    """
     if reply.has_error():
         raise ValueError(reason(reply))
     metrics: dict[str, Any] = dict(reply.content.metric_records["metrics"])
@@ -105,7 +110,7 @@ def client_means(replies: Mapping[int, Message]) -> tuple[dict[str, float], dict
 
 
 def reason(reply: Message) -> str:
-    """Take the client's own sentence out of Flower's wrapping."""
+    """Return a client's own sentence, without the text that Flower puts around it."""
     text = reply.error.reason or f"error code {reply.error.code}"
     wrapped = re.search(r"Message: (.*?)(?:'>)?$", text, re.DOTALL)
     return (wrapped.group(1) if wrapped else text).strip()

@@ -21,12 +21,12 @@ from fedpeft.state import State, save, sha256
 
 
 class Run(Observer):
-    """Observes a strategy's rounds, and tests and sums up at the end.
+    """Observes a strategy's rounds, then tests its states and writes the summary.
 
     Args:
         strategy: runs the rounds.
         directory: takes the lines, the states and the summary.
-        display: shows them.
+        display: shows the rounds.
     """
 
     def __init__(self, strategy: FederatedPEFT, directory: RunDirectory, display: Display) -> None:
@@ -69,7 +69,7 @@ class Run(Observer):
         """Test the final and the best state, and write the summary."""
         engine, state = self.engine, self.strategy.state
         save(self.directory.path / "shared_state.safetensors", state)
-        if not self.best:  # nothing that selects was measured: the last round stands for the best
+        if not self.best:  # nothing was measured that selects, so the last round counts as the best
             self.best, self.best_state = self.lines[-1], state
         best_state = {n: self.best_state.get(n, engine.replica.initial[n]) for n in state}
         save(self.directory.path / "best_shared_state.safetensors", best_state)
@@ -105,35 +105,35 @@ class Run(Observer):
 
     def _cut(self) -> dict[str, dict[str, int]]:
         """Count rows whose prompt or answer was longer than its room, by split."""
-        found: dict[str, dict[str, int]] = {}
+        by_split: dict[str, dict[str, int]] = {}
         for split in (*SPLITS, *self.engine.task.extra_tests):
             arrays = self.engine.rows.examples(split).arrays
             counts = {n: int(arrays[n].sum()) for n in REPORTED if n in arrays}
-            found |= {split: counts} if counts else {}
-        return found
+            by_split |= {split: counts} if counts else {}
+        return by_split
 
     def _weights_hash(self) -> str | None:
         model = self.engine.config.model
         return None if model.random else weights_sha256(model.source())
 
     def _tested(self, line: dict[str, Any], state: State) -> dict[str, Any]:
-        """Return a round's measures, with the server's model on the test rows where it has one."""
+        """Return a round's measures, and those on test rows unless parameters are personal."""
         measures = {"round": line["round"]} | _measures(line)
         if not self.has_personal:
-            # test comes last: its generated texts stay as the samples
+            # The test split comes last, because its generated texts stay as the samples.
             for split in (*self.engine.task.extra_tests, "test"):
                 measures |= self.strategy.measure(split, state, last=True)
         return measures
 
     def _baseline(self) -> dict[str, float]:
-        """Measure the commonest label as the only answer, on test rows and on the clients' own."""
+        """Return the score of one answer for all rows, on test rows and on the clients' own."""
         engine = self.engine
-        found = {k: v for k, v in self.lines[-1].items() if k.endswith("_baseline")}
+        measures = {k: v for k, v in self.lines[-1].items() if k.endswith("_baseline")}
         baseline = engine.baseline(engine.rows.examples("train"), engine.rows.examples("test"))
-        return found if baseline is None else found | {"test_baseline": baseline}
+        return measures if baseline is None else measures | {"test_baseline": baseline}
 
     def _bytes(self) -> dict[str, int]:
-        """Sum up the rounds' bytes by direction; those of evaluation stand apart."""
+        """Sum up the rounds' bytes by direction, apart for training and evaluation."""
         keys = sorted({k for line in self.lines for k in line if k.endswith("_bytes")})
         return {key: sum(line.get(key, 0) for line in self.lines) for key in keys}
 
@@ -158,11 +158,11 @@ class Run(Observer):
 
 
 def _measures(line: Line) -> dict[str, Any]:
-    """Return what a line measured."""
+    """Return the measures in a line."""
     wanted = ("validation_", "client_", "train_loss")
     return {k: v for k, v in line.items() if k.startswith(wanted)}
 
 
 def elapsed(begun: float) -> float:
-    """Return the seconds since, to the millisecond."""
+    """Return the seconds since ``begun``, to the millisecond."""
     return float(f"{time.perf_counter() - begun:.3f}")

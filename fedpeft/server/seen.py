@@ -18,7 +18,7 @@ class Seen:
         cohort: the clients of the round, sorted.
         refused: clients whose reply was left out, and why.
         traffic: bytes by direction.
-        metrics: of training.
+        metrics: measures of training.
     """
 
     cohort: list[int] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Seen:
         self.traffic[key] = self.traffic.get(key, 0) + amount
 
     def refuse(self, client: int, reason: str) -> None:
-        """Note why a client was left out, after what was wrong with an earlier reply of it."""
+        """Note why a client was left out, after the reason noted earlier, if any."""
         earlier = self.refused.get(client)
         self.refused[client] = f"{earlier}; {reason}" if earlier else reason
 
@@ -40,10 +40,10 @@ class Observer:
     """Is told how a run goes on; this one does nothing."""
 
     def phase(self, name: str, clients: int) -> None:
-        """The server begins to wait for clients."""
+        """Note that the server begins to wait for this many clients."""
 
     def clients_done(self, count: int) -> None:
-        """So many clients replied."""
+        """Note that this many more clients replied."""
 
     def round_done(self, line: Line) -> None:
-        """A round ended."""
+        """Note that a round ended."""

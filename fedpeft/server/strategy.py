@@ -32,14 +32,14 @@ class FederatedPEFT(Strategy):
 
     Args:
         overrides: the configuration, as on the command line; the clients get it with each message.
-        engine: of this process; opened by the overrides if null.
+        engine: of this process; null to open it by the overrides.
 
     Attributes:
         down: the server's values, and what goes down.
         up: reads replies and aggregates.
-        nodes: of the clients.
+        nodes: the clients' nodes.
         observer: is told how the rounds go on.
-        seen: of the last round.
+        seen: the server's view of the last round.
     """
 
     def __init__(self, overrides: str | Sequence[str], engine: Engine | None = None) -> None:
@@ -92,9 +92,9 @@ class FederatedPEFT(Strategy):
             if round:
                 result.train_metrics_clientapp[round] = _record(self.seen.metrics)
             if evaluate_fn is not None:
-                found = evaluate_fn(round, self.arrays())
-                if found is not None:
-                    result.evaluate_metrics_serverapp[round] = found
+                measures = evaluate_fn(round, self.arrays())
+                if measures is not None:
+                    result.evaluate_metrics_serverapp[round] = measures
         result.arrays = self.arrays()
         return result
 
@@ -130,7 +130,7 @@ class FederatedPEFT(Strategy):
 
     @property
     def values(self) -> State:
-        """All that can change, full, as it now is."""
+        """Current values of all that can change, full."""
         return self.down.values
 
     def arrays(self) -> ArrayRecord:
@@ -178,14 +178,18 @@ class FederatedPEFT(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Aggregate the replies that can be used; see ``RoundFailed``."""
+        """Aggregate the replies that can be used; return all values and the training metrics.
+
+        Raises:
+            RoundFailed: no reply can be used.
+        """
         self.up.aggregate(server_round, self._by_client(replies), self.seen, self._late())
         return self.arrays(), _record(self.seen.metrics)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return one message for each client, if clients measure in this round; else none."""
+        """See ``configure_train``; return no messages if clients do not measure in this round."""
         self._sent = {}
         if self.config.evaluates(server_round) and self.clients_measure:
             return list(self._evaluate_messages(server_round).values())
@@ -194,14 +198,14 @@ class FederatedPEFT(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Return means over the clients' own splits, weighted by rows."""
+        """Return the clients' means, weighted by rows; null if clients do not measure."""
         return _record(self._measures(self._by_client(replies))) if self._sent else None
 
     def summary(self) -> None:
         """Log nothing, because a run's directory holds the configuration."""
 
     def _by_client(self, replies: Iterable[Message]) -> Iterable[tuple[int, Message]]:
-        """Say whose each reply is; ids are there once the messages were pushed."""
+        """Pair each reply with its client; messages get their ids when they are pushed."""
         clients = {m.metadata.message_id: client for client, m in self._sent.items()}
         return [(clients[reply.metadata.reply_to_message_id], reply) for reply in replies]
 
@@ -218,7 +222,7 @@ class FederatedPEFT(Strategy):
         return choice == "always" or (choice == "auto" and self.roles.has_personal)
 
     def _evaluate(self, grid: Grid, round: int) -> Line:
-        """Measure the server's model where there is one, and each client's own where asked."""
+        """Measure the server's model unless parts are personal, and the clients' if configured."""
         line: Line = {}
         if not self.roles.has_personal:
             line |= self.measure("validation", self.down.state)
@@ -229,7 +233,7 @@ class FederatedPEFT(Strategy):
         return line
 
     def _evaluate_messages(self, round: int) -> dict[int, Message]:
-        """Return messages of what the next round would start from.
+        """Return messages with what the next round would start from.
 
         The server may have changed parameters that are first sent down in the next round.
         """
@@ -239,9 +243,12 @@ class FederatedPEFT(Strategy):
         """Measure the model that clients would get.
 
         Args:
-            split: validation, test, or an extra test.
-            state: what the server has set, full.
+            split: ``validation``, ``test``, or the name of an extra test.
+            state: parameters that the server has set, full.
             last: the run's last evaluation, in which tasks may also measure generated text.
+
+        Returns:
+            Measures by name, with the split in front.
         """
         codec = self.config.compression.down
         draws = generator(self.config.seed, "compression down", 0)
@@ -266,5 +273,5 @@ class FederatedPEFT(Strategy):
 
 def _record(metrics: Mapping[str, float | None]) -> MetricRecord:
     """Return metrics as Flower's record, which holds no nulls."""
-    found: Any = {key: value for key, value in metrics.items() if value is not None}
-    return MetricRecord(found)
+    present: Any = {key: value for key, value in metrics.items() if value is not None}
+    return MetricRecord(present)

@@ -16,7 +16,7 @@ from fedpeft.wire import empty_run, identify, number
 Answer = Callable[[Message, Context], Message]
 AnswerAll = Callable[[Sequence[Message], Sequence[Context]], Sequence[Message | Exception]]
 Passes = Callable[[Sequence[int]], Sequence[Sequence[int]]]
-MOST_EVALUATIONS = 64  # calls of an evaluation; each costs milliseconds, whatever it holds
+MOST_EVALUATIONS = 64  # most calls for one evaluation, because each call costs milliseconds
 POLL_SECONDS = 0.01
 
 
@@ -24,15 +24,15 @@ class LocalGrid(Grid):
     """Nodes 1 to ``num_clients``, each of which holds one partition.
 
     Messages of one Flower ``group_id`` may be answered together, so the grid hands them to workers
-    in passes. Subclasses say who works.
+    in passes. Subclasses say who the workers are.
 
     Args:
         num_clients: one node each.
 
     Attributes:
         num_clients: may be set anew between two runs.
-        state_folder: where clients keep what is theirs; null keeps it in the nodes' contexts.
-        passes: parts clients that may train together into passes, in the order in which workers
+        state_folder: holds the clients' kept states; null keeps them in the nodes' contexts.
+        passes: divides clients that may train together into passes, in the order in which workers
             take them.
     """
 
@@ -56,7 +56,7 @@ class LocalGrid(Grid):
         return self._run
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Make a message; its constructor does the same."""
+        """Make a message, as its constructor does."""
         return Message(*args, **kwargs)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -68,8 +68,8 @@ class LocalGrid(Grid):
 
     def node_config(self, node: int) -> dict[str, Any]:
         """Return a node's configuration."""
-        given = {"partition-id": node - 1, "num-partitions": self.num_clients}
-        return given | ({"state-folder": str(self.state_folder)} if self.state_folder else {})
+        config = {"partition-id": node - 1, "num-partitions": self.num_clients}
+        return config | ({"state-folder": str(self.state_folder)} if self.state_folder else {})
 
     def context(self, node: int) -> Context:
         """Return a node's context, which lives as long as the grid if there is no state folder."""
@@ -80,7 +80,7 @@ class LocalGrid(Grid):
         return self._contexts[node]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Queue messages in passes, and forget what is too late to be answered."""
+        """Queue messages in passes and return their ids; drop messages whose time is up."""
         self._forget()
         ids, groups = [], dict[str, list[Message]]()
         for message in messages:
@@ -97,7 +97,7 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return replies that have come; none after a short wait."""
+        """Return the replies that have arrived, after a short wait if there are none."""
         wanted = set(message_ids)
         if not wanted & self._replies.keys():
             self._work()
@@ -106,7 +106,12 @@ class LocalGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Send messages and return the replies that come in time; null waits for all."""
+        """Send messages and return the replies that come in time.
+
+        Args:
+            messages: to any nodes.
+            timeout: seconds; null waits for all replies.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         waiting = set(self.push_messages(messages))
         replies: list[Message] = []
@@ -119,7 +124,7 @@ class LocalGrid(Grid):
         return replies
 
     def _in_passes(self, group: list[Message]) -> Iterable[list[Message]]:
-        """Part messages of one group."""
+        """Divide the messages of one group into passes."""
         if group[0].metadata.message_type == MessageType.EVALUATE:
             size = -(-len(group) // MOST_EVALUATIONS)
             return [group[i : i + size] for i in range(0, len(group), size)]
@@ -140,11 +145,11 @@ class LocalGrid(Grid):
         self._replies[message.metadata.message_id] = answer
 
     def _hand_out(self) -> None:  # noqa: B027
-        """Give queued passes to workers that have room; without workers there is nobody."""
+        """Give queued passes to workers that have room; the base has no workers."""
 
     @abstractmethod
     def _work(self) -> None:
-        """Wait shortly for replies."""
+        """Wait shortly for replies, or make some."""
 
 
 class InProcessGrid(LocalGrid):
@@ -152,7 +157,7 @@ class InProcessGrid(LocalGrid):
 
     Args:
         num_clients: one node each.
-        answer_all: answers the messages of a pass.
+        answer_all: answers the messages of a pass; null for fedpeft's clients.
     """
 
     def __init__(self, num_clients: int, answer_all: AnswerAll | None = None) -> None:
@@ -174,7 +179,7 @@ class InProcessGrid(LocalGrid):
 
 
 def one_by_one(client_app: Answer) -> AnswerAll:
-    """Answer the messages of a pass one after another, by any ClientApp."""
+    """Return a function that answers a pass's messages one after another by any ClientApp."""
 
     def answer_all(
         messages: Sequence[Message], contexts: Sequence[Context]
@@ -187,7 +192,7 @@ def one_by_one(client_app: Answer) -> AnswerAll:
 def _all_tried(
     answer_all: AnswerAll, messages: Sequence[Message], contexts: Sequence[Context]
 ) -> Sequence[Message | Exception]:
-    """Answer a pass; an error that is no client's own is every client's."""
+    """Answer a pass; an error outside of one client's work becomes every client's answer."""
     try:
         return answer_all(messages, contexts)
     except Exception as error:

@@ -23,9 +23,9 @@ def local_grid(
     """Yield a grid of this machine.
 
     Args:
-        num_clients: nodes.
-        runtime: Ray's workers or this process.
-        before: called first, while Ray starts; its error ends the run.
+        num_clients: number of nodes.
+        runtime: chooses Ray's workers or this process.
+        before: is called first, while Ray starts; its error ends the run.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
     if runtime.kind == "inprocess":
@@ -66,7 +66,7 @@ def simulate(grid: "LocalGrid", overrides: Sequence[str], display: Display) -> d
     sent = configuration.sent(overrides)
     grid.prepare(sent)
     engine = open_engine(sent, None)
-    engine.rows.by_client  # noqa: B018  # a partition that cannot be had ends the run here
+    engine.rows.by_client  # noqa: B018  # an impossible partition ends the run here
     label = type(engine.config.method).__name__
     path = configuration.composed(overrides).run_dir or default_path(label)
     grid.num_clients = engine.config.num_clients
@@ -92,11 +92,11 @@ def run_all(
     not end the others.
 
     Args:
-        runs: overrides of each.
-        display: makes one run's display.
+        runs: overrides of each run.
+        display: makes the display of one run.
 
     Returns:
-        In each run's place its summary, or the error that ended it.
+        For each run, in order, its summary or the error that ended it.
     """
     first = configuration.settings(runs[0])
     outcomes: list[dict[str, Any] | Exception] = []
@@ -117,21 +117,21 @@ def run(overrides: str | Sequence[str], display: Display | None = None) -> dict[
 
     Args:
         overrides: as on the command line, e.g. ``["method=scl", "num_clients=4"]``.
-        display: shows the rounds; one on standard output if null.
+        display: shows the rounds; null for one on standard output.
 
     Raises:
         ValueError: something about the configuration, the model or the data is wrong.
         RuntimeError: no client could train.
     """
-    given = configuration.split(overrides)
-    (outcome,) = run_all([given], lambda: display or Display())
+    listed = configuration.split(overrides)
+    (outcome,) = run_all([listed], lambda: display or Display())
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
 def _check(runs: Sequence[Sequence[str]]) -> None:
-    """Find what is wrong before workers start, and import the rest of what takes long."""
+    """Check configurations before workers start, and import the modules that take long."""
     from fedpeft.data.rows.tables import check_path
 
     for config in map(configuration.load_config, runs):

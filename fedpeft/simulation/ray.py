@@ -1,4 +1,4 @@
-"""A grid whose messages processes of Ray answer."""
+"""A grid whose messages are answered by Ray's worker processes."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -49,10 +49,10 @@ def _portable(answer: Message | Exception) -> Message | Exception:
 
 
 class RayGrid(LocalGrid):
-    """Workers of Ray, of which whichever is free takes the next pass.
+    """Hands passes to Ray's workers; whichever is free takes the next one.
 
-    A worker gets its next pass before it has answered the last one, unless few are left. Where one
-    dies another takes its place, and the messages that it was at are answered by errors.
+    A worker gets its next pass before it has answered the last one, unless few are left. If a
+    worker dies, another takes its place, and errors answer the pass that it was working on.
 
     Args:
         num_clients: one node each.
@@ -69,7 +69,7 @@ class RayGrid(LocalGrid):
         self._kind: Any = ray.remote(Worker).options(num_cpus=num_cpus, num_gpus=num_gpus)
         self._started: list[Any] = []  # Ray's futures
         self._workers: list[Any] = [self._start() for _ in range(count)]
-        # By Ray's future: the worker and the pass that it is at.
+        # Worker and pass, by Ray's future of the answers.
         self._running: dict[Any, tuple[Any, list[Message]]] = {}
 
     def __enter__(self) -> "RayGrid":
@@ -125,11 +125,11 @@ class RayGrid(LocalGrid):
         self._done(future, [error] * len(self._running[future][1]))
 
     def _replace(self, dead: Any, error: RayError) -> None:
-        """Fail the pass that a dead worker was at; another worker takes what waited behind it."""
-        first, *others = [f for f, (worker, _) in self._running.items() if worker is dead]
+        """Fail the pass that a dead worker was working on; queue those behind it again."""
+        first, *waiting = [f for f, (worker, _) in self._running.items() if worker is dead]
         reason = f"the worker that was at it died, perhaps for want of memory: {error}"
         self._failed(first, ValueError(reason))
-        self._queue.extendleft(reversed([self._running.pop(future)[1] for future in others]))
+        self._queue.extendleft(reversed([self._running.pop(future)[1] for future in waiting]))
         ray.kill(dead)  # it may only be out of reach, and would keep its cores
         self._workers[self._workers.index(dead)] = self._start()
 

@@ -11,18 +11,18 @@ import ray
 
 from fedpeft.config.schema import Runtime
 
-# Ray's own name for its ``worker_process_setup_hook``, which would be a runtime environment, and
-# workers for that start later.
+# Ray's private name for its ``worker_process_setup_hook``. The public option belongs to a runtime
+# environment, for which workers start later.
 SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 
 
 def start_ray(runtime: Runtime) -> bool:
-    """Start Ray unless it runs already; tell whether it was started.
+    """Start Ray, and return true, unless it runs already.
 
-    Workers that start with Ray import at once what clients import, but not where Ray says later
-    which GPU is theirs, because an import may look for GPUs before.
+    Workers import the clients' modules as soon as they start. With GPUs they do not, because an
+    import may look for GPUs before Ray has given the worker its own.
     """
-    # Actors inherit the environment as Ray starts, and would run at nice 15.
+    # Actors inherit this environment; Ray's default would run them at nice 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.pop(SETUP_HOOK, None)
