@@ -1,1 +1,1 @@
-"""Ratios of two or more ways to do the same, each measured in one run: python -m benchmarks."""
+"""Benchmarks: ratios of two or more ways to do the same work, measured in one run."""

@@ -1,9 +1,9 @@
-"""All benchmarks one after another: python -m benchmarks FOLDER_OF_SST2."""
+"""Run all benchmarks one after another: python -m benchmarks FOLDER_OF_SST2."""
 
 import subprocess
 import sys
 
-ALONE = ("layers", "cohort")
+ALONE = ("layers", "cohort", "exchange")
 ON_SST2 = ("arithmetic", "round", "example_app", "against_pfl", "population", "startup", "memory")
 
 
@@ -17,7 +17,7 @@ def main() -> None:
 
 
 def run(name: str, *arguments: str) -> None:
-    """One of them, in a process of its own, whose failure does not stop the others."""
+    """Run one benchmark in a process of its own, so that its failure does not stop the others."""
     print(f"--- {name}", flush=True)
     code = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments]).returncode
     if code:

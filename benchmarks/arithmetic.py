@@ -1,21 +1,21 @@
-"""A client's step on a CPU, by what is done to make it less work, in one thread.
+"""Time a client's steps on a CPU in one thread, with and without what makes them cheaper.
 
     python -m benchmarks.arithmetic ../shared/data/sst2 [--steps 20] [--compiled]
 
 MiniLM with LoRA of rank 8 takes forward and backward passes over batches of sixteen rows of SST-2,
-without dropout, so that all sides must find the same losses:
+without dropout, so that all sides compute the same losses:
 
-- plain: float32, rows in any order; its ratio to each other side is what that saves.
-- buckets: batches of rows of like length, as all below.
-- bf16_all: bfloat16 autocast, attention too.
-- bf16: bfloat16 but for attention over short sequences, as fedpeft computes.
-- compiled: ``torch.compile`` of bf16, with --compiled, which needs a C compiler: no option of
-  fedpeft, as it takes minutes to compile for so many lengths.
+- plain: float32, rows in any order. The ratio of plain to another side is what that side saves.
+- buckets: batches of rows of like length; all sides below have them too.
+- bf16_all: bfloat16 autocast, in attention too.
+- bf16: bfloat16 except in attention over short sequences, which is what fedpeft does.
+- compiled: ``torch.compile`` of bf16, only with --compiled, because it needs a C compiler. fedpeft
+  has no such option, because compiling for so many lengths takes minutes.
 """
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,8 @@ from fedpeft.engine.passes import autocast
 
 CPU = torch.device("cpu")
 DRY = [f"model.settings.{name}_dropout_prob=0.0" for name in ("hidden", "attention_probs")]
+FP32, BF16 = (partial(autocast, CPU, precision) for precision in ("fp32", "bf16"))
+BF16_ALL = partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False)
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -45,27 +47,15 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--compiled", action="store_true")
     args = parser.parse_args()
-    size = ["num_clients=10", "batch_size=16", f"local_steps={args.steps}", "runtime=inprocess"]
-    plain, bucketed = (
-        Engine(configuration.load_config([*job(str(args.data.resolve())), *size, *DRY, more]))
-        for more in ("bucketing=false", "bucketing=true")
-    )
-    task, model = bucketed.task, bucketed.replica.model.train()
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return task.loss(task.forward(model, batch), batch)
-
-    any_order, alike = (
-        [batch for client in range(args.clients) for batch in batches(session, client, 1)]
-        for session in (plain, bucketed)
-    )
-    fp32, bf16 = (partial(autocast, CPU, precision) for precision in ("fp32", "bf16"))
-    all_of_it = partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False)
+    plain = _engine(args, "bucketing=false")
+    bucketed = _engine(args, "bucketing=true")
+    model, loss = bucketed.replica.model.train(), partial(_loss, bucketed)
+    any_order, alike = _batches(plain, args.clients), _batches(bucketed, args.clients)
     sides: dict[str, Callable[[], float]] = {
-        "plain": lambda: steps(model, any_order, loss, fp32),
-        "buckets": lambda: steps(model, alike, loss, fp32),
-        "bf16_all": lambda: steps(model, alike, loss, all_of_it),
-        "bf16": lambda: steps(model, alike, loss, bf16),
+        "plain": lambda: steps(model, any_order, loss, FP32),
+        "buckets": lambda: steps(model, alike, loss, FP32),
+        "bf16_all": lambda: steps(model, alike, loss, BF16_ALL),
+        "bf16": lambda: steps(model, alike, loss, BF16),
     }
     result: dict[str, Any] = {"steps_a_client": args.steps, "clients": args.clients}
     result["tokens"] = {
@@ -75,28 +65,61 @@ def main() -> None:
     }
     if args.compiled:
         compiled = torch.compile(model, dynamic=True)
-        sides["compiled"] = lambda: steps(compiled, alike, loss, bf16)  # type: ignore[arg-type]
+        sides["compiled"] = lambda: steps(compiled, alike, loss, BF16)  # type: ignore[arg-type]
         begun = time.perf_counter()
         sides["compiled"]()
         result["seconds_of_the_first_compiled_pass"] = round(time.perf_counter() - begun, 1)
-    taken = interleaved(sides, args.repeats)
-    result["milliseconds_a_step"] = medians(
-        {name: [1e3 * s / len(alike) for s in own] for name, own in taken.items()}
-    )
-    result["range_of_seconds"] = {name: spread(own) for name, own in taken.items()}
-    result["plain / "] = {n: ratio(taken["plain"], own) for n, own in taken.items() if n != "plain"}
-    save(f"arithmetic_{args.steps}_steps", result)
+    timings = interleaved(sides, args.repeats)
+    save(f"arithmetic_{args.steps}_steps", result | _summary(timings, len(alike)))
+
+
+def _engine(args: argparse.Namespace, bucketing: str) -> Engine:
+    """Return an engine of the job without dropout, with or without bucketing."""
+    size = ["num_clients=10", "batch_size=16", f"local_steps={args.steps}", "runtime=inprocess"]
+    overrides = [*job(str(args.data.resolve())), *size, *DRY, bucketing]
+    return Engine(configuration.load_config(overrides))
+
+
+def _batches(engine: Engine, clients: int) -> list[Batch]:
+    """Return the batches of the first clients in round 1."""
+    return [batch for client in range(clients) for batch in batches(engine, client, 1)]
+
+
+def _loss(engine: Engine, model: nn.Module, batch: Batch) -> Tensor:
+    return engine.task.loss(engine.task.forward(model, batch), batch)
+
+
+def _summary(timings: Mapping[str, Sequence[float]], num_steps: int) -> dict[str, Any]:
+    """Return the time of a step on each side, and the ratio of plain to each other side."""
+    plain = timings["plain"]
+    return {
+        "milliseconds_a_step": medians(
+            {name: [1e3 * s / num_steps for s in seconds] for name, seconds in timings.items()}
+        ),
+        "range_of_seconds": {name: spread(seconds) for name, seconds in timings.items()},
+        "plain / ": {n: ratio(plain, seconds) for n, seconds in timings.items() if n != "plain"},
+    }
 
 
 def steps(
     model: nn.Module,
-    given: list[Batch],
+    batches: Sequence[Batch],
     loss: Loss,
     casting: Callable[[], AbstractContextManager[Any]],
 ) -> float:
-    """Seconds of forward and backward passes over all batches."""
+    """Take a forward and a backward pass over each batch.
+
+    Args:
+        model: the model; its gradients are dropped at the end.
+        batches: one for each step.
+        loss: returns the mean loss of a batch.
+        casting: opens the context of a forward pass.
+
+    Returns:
+        The seconds of all passes.
+    """
     begun = time.perf_counter()
-    for batch in given:
+    for batch in batches:
         with casting():
             value = loss(model, batch)
         value.backward()

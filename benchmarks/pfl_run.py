@@ -1,7 +1,8 @@
-"""pfl-research's side of against_pfl: LoRA by FedAvg as its documentation and own benchmark do it.
+"""pfl-research's side of ``against_pfl``: LoRA by FedAvg, as its documentation recommends.
 
-Its guide to fast simulations keeps users' data in memory as tensors; its benchmark of language
-models wraps a PEFT model of transformers, and pads all of a user's rows to the longest.
+As in its guide to fast simulations, users' data stay in memory as tensors. As in its benchmark of
+language models, a PEFT model of transformers is wrapped, and all of a user's rows are padded to the
+longest.
 """
 
 import importlib
@@ -25,7 +26,20 @@ def simulate(
     threads: int = 1,
     precision: str = "fp32",
 ) -> Rounds:
-    """Rounds of FedAvg over all clients; the first is left out."""
+    """Run FedAvg over all clients.
+
+    Args:
+        data: folder of SST-2.
+        rounds: number of rounds that count.
+        clients: number of clients, all in each round.
+        steps: a client's steps in a round.
+        batch_size: rows a batch.
+        threads: torch's threads in this process.
+        precision: ``fp32``, or ``bf16`` for autocast.
+
+    Returns:
+        The rounds without the warm-ups.
+    """
     import torch
 
     torch.set_num_threads(threads)
@@ -62,7 +76,7 @@ def simulate(
 
 
 def _model(precision: str) -> Any:
-    """MiniLM with LoRA and what pfl asks of a module: ``loss`` and ``metrics``."""
+    """Wrap MiniLM with LoRA, with the methods ``loss`` and ``metrics`` that pfl calls."""
     import torch
 
     module = get_model()
@@ -86,7 +100,7 @@ def _model(precision: str) -> Any:
 
 
 def _users(data: str, clients: int) -> Any:
-    """Users in memory, each one's rows padded to its longest."""
+    """Load the users' rows into memory as tensors, each user's padded to its longest row."""
     import pyarrow.parquet
     import torch
     from transformers import AutoTokenizer
@@ -99,10 +113,10 @@ def _users(data: str, clients: int) -> Any:
     texts, labels = table["sentence"].to_pylist(), table["label"].to_pylist()
     users = {}
     for client in range(clients):
-        found = tokenizer(
+        encoded = tokenizer(
             texts[client::clients], padding="longest", truncation=True, return_tensors="pt"
         )
-        tensors = {name: found[name] for name in ("input_ids", "attention_mask")}
+        tensors = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         tensors["labels"] = torch.tensor(labels[client::clients])
         users[str(client)] = datasets.PyTorchTensorDataset(tensors, user_id=str(client))
     sampler = sampling.get_user_sampler("minimize_reuse", list(users))
@@ -110,7 +124,7 @@ def _users(data: str, clients: int) -> Any:
 
 
 def _past_evaluation(algorithm: Any) -> None:
-    """Begins at iteration 1: at 0 pfl evaluates, whatever the frequency."""
+    """Begin at iteration 1, because pfl evaluates at iteration 0 whatever the frequency."""
     with tempfile.TemporaryDirectory() as folder:
         state = json.dumps({"current_central_iteration": 1})
         (Path(folder) / "algorithm_checkpoint.json").write_text(state)
@@ -118,7 +132,7 @@ def _past_evaluation(algorithm: Any) -> None:
 
 
 def _times() -> Any:
-    """A callback that notes when training began and each round ended."""
+    """Return a callback that notes when training began and when each round ended."""
     callback: Any = importlib.import_module("pfl.callback.base").TrainingProcessCallback
     metrics: Any = importlib.import_module("pfl.metrics").Metrics
 

@@ -1,21 +1,23 @@
-"""A round against a bare PyTorch loop: the same steps, and the same job as a user would run it.
+"""Time a round against a bare PyTorch loop: with equal steps, and as a user would run both.
 
     python -m benchmarks.round ../shared/data/sst2 [--repeats 5] [--clients 10] [--steps 20]
 
 Ten clients take twenty steps of sixteen rows (SST-2, MiniLM, LoRA of rank 8 on query and value).
 
-- in_process: fedpeft in one process with two threads against a bare loop in the same process over
-  the same batches, with the same number of threads.
-- ray: two one-thread Ray workers against two bare processes that stay alive and halve the clients.
-- user: batches of rows of like length in bfloat16, on two Ray workers and in process with two
-  threads, against the bare loop in float32 that pads each batch of rows in any order, with two
-  threads and as two processes. ``quality`` is the accuracy on validation rows after --rounds
-  rounds, for three seeds, of that job and of the same rounds in float32 without buckets.
+- in_process: fedpeft in one process with two threads, against a bare loop in the same process over
+  the same batches with as many threads.
+- ray: two one-thread Ray workers, against two bare processes that stay alive and share the clients.
+- user: fedpeft with batches of rows of like length in bfloat16, on two Ray workers and in process
+  with two threads, against the bare loop in float32 over rows in any order, with two threads and
+  as two processes.
+- quality: fedpeft's accuracy on validation rows after --rounds rounds, for three seeds, with like
+  lengths and bfloat16 (``fast``) and without (``plain``).
 """
 
 import argparse
 from collections.abc import Iterable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5, help="of the runs whose quality counts")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds until the accuracy is taken")
     args = parser.parse_args()
     data = str(args.data.resolve())
     size = [f"num_clients={args.clients}", f"local_steps={args.steps}", "batch_size=16"]
@@ -58,37 +60,32 @@ def main() -> None:
     save("round", result)
 
 
-def in_process(given: list[str], repeats: int) -> dict[str, Any]:
-    """Both in this process, in turn; the first round of each warms up and is left out."""
-    more = [
-        "runtime=inprocess",
-        "runtime.threads=2",
-        "runtime.clients_per_pass=1",
-        "num_rounds=1000",
-    ]
-    overrides = configuration.join([*given, *more])
-    session = open_engine(overrides, None)
-    clients = session.config.num_clients
-    grid, strategy = InProcessGrid(clients), FederatedPEFT(overrides, session)
+def in_process(job_overrides: list[str], repeats: int) -> dict[str, Any]:
+    """Time both in this process, in turns; the first round of each warms up and does not count."""
+    runtime = ["runtime=inprocess", "runtime.threads=2", "runtime.clients_per_pass=1"]
+    overrides = configuration.join([*job_overrides, *runtime, "num_rounds=1000"])
+    engine = open_engine(overrides, None)
+    clients = engine.config.num_clients
+    grid, strategy = InProcessGrid(clients), FederatedPEFT(overrides, engine)
     strategy.nodes.join(grid)
-    loads, rounds = open_engine.cache_info().misses, iter(range(1, 1000))
-    numbers: dict[str, int] = {}
-
-    def ours() -> None:
-        numbers["round"] = next(rounds)
-        fedpeft_round(strategy, grid, numbers["round"])
-
+    loads, fedpeft_rounds, bare_rounds = open_engine.cache_info().misses, count(1), count(1)
     sides = {
-        "fedpeft": ours,
-        "bare": lambda: bare_round(session, range(clients), numbers["round"]),
+        "fedpeft": lambda: fedpeft_round(strategy, grid, next(fedpeft_rounds)),
+        "bare": lambda: bare_round(engine, range(clients), next(bare_rounds)),
     }
-    taken = interleaved(sides, repeats)
-    again = open_engine.cache_info().misses - loads
-    return summary(taken, [("fedpeft", "bare")]) | {"model_loads_after_the_first": again}
+    timings = interleaved(sides, repeats)
+    loads_after = open_engine.cache_info().misses - loads
+    return summary(timings, [("fedpeft", "bare")]) | {"model_loads_after_the_first": loads_after}
 
 
 def by_workers(data: str, size: list[str], repeats: int) -> dict[str, Any]:
-    """Two workers of one thread each, on Ray and bare."""
+    """Time two workers of one thread each, on Ray and bare.
+
+    Args:
+        data: folder of SST-2.
+        size: overrides that say how many clients, steps and rows.
+        repeats: processes of each side.
+    """
     ray = [*size, "runtime=ray", "runtime.total_cpus=2", "runtime.clients_per_pass=1"]
     sides = {
         "fedpeft": partial(seconds, "fedpeft", {"data": data, "rounds": 2, "overrides": ray}),
@@ -98,68 +95,102 @@ def by_workers(data: str, size: list[str], repeats: int) -> dict[str, Any]:
 
 
 def as_a_user(data: str, size: list[str], repeats: int) -> dict[str, Any]:
-    """What a user gains: bare over fedpeft, so that above 1 fedpeft is faster."""
+    """Time fedpeft with its faster settings against bare float32; above 1, fedpeft is faster.
+
+    Args:
+        data: folder of SST-2.
+        size: overrides that say how many clients, steps and rows.
+        repeats: processes of each side.
+    """
     ray = [*size, *FAST, "runtime=ray", "runtime.total_cpus=2"]
-    here = [*size, *FAST, "runtime=inprocess", "runtime.threads=2"]
-    given: dict[str, Any] = {"data": data, "rounds": 2}
-    plain = given | {"overrides": [*size, *PLAIN]}
+    one_process = [*size, *FAST, "runtime=inprocess", "runtime.threads=2"]
+    settings: dict[str, Any] = {"data": data, "rounds": 2}
+    plain = settings | {"overrides": [*size, *PLAIN]}
     sides = {
-        "fedpeft_ray": partial(seconds, "fedpeft", given | {"overrides": ray}),
-        "fedpeft_in_process": partial(seconds, "fedpeft", given | {"overrides": here}),
+        "fedpeft_ray": partial(seconds, "fedpeft", settings | {"overrides": ray}),
+        "fedpeft_in_process": partial(seconds, "fedpeft", settings | {"overrides": one_process}),
         "bare_two_threads": partial(seconds, "bare", plain | {"threads": 2}),
         "bare_two_processes": partial(seconds, "bares", plain),
     }
-    pairs = [(a, b) for a in list(sides)[2:] for b in list(sides)[:2]]
+    fedpeft, bare = list(sides)[:2], list(sides)[2:]
+    pairs = [(a, b) for a in bare for b in fedpeft]
     return summary(interleaved(sides, repeats, warmups=0), pairs)
 
 
-def summary(taken: dict[str, list[float]], pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    """Seconds a round, their spread, and ratios."""
+def summary(timings: dict[str, list[float]], pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """Return each side's median and range of seconds, and the ratios of pairs of sides."""
     return {
-        "seconds_a_round": medians(taken),
-        "range": {name: spread(values) for name, values in taken.items()},
-        "ratios": {f"{a} / {b}": ratio(taken[a], taken[b]) for a, b in pairs},
+        "seconds_a_round": medians(timings),
+        "range": {name: spread(values) for name, values in timings.items()},
+        "ratios": {f"{a} / {b}": ratio(timings[a], timings[b]) for a, b in pairs},
     }
 
 
 def quality(data: str, size: list[str], rounds: int) -> dict[str, Any]:
-    """Accuracy on validation rows after some rounds, by seed."""
-    found: dict[str, Any] = {"rounds": rounds}
-    for name, how in (("plain", PLAIN), ("fast", FAST)):
-        found[name] = [
-            final_accuracy(data, [*size, *how, f"seed={seed}", f"num_rounds={rounds}"])
+    """Measure the accuracy on validation rows with plain and with fast settings.
+
+    Args:
+        data: folder of SST-2.
+        size: overrides that say how many clients, steps and rows.
+        rounds: number of rounds before the measurement.
+
+    Returns:
+        One accuracy for each of SEEDS, under ``plain`` and ``fast``.
+    """
+    result: dict[str, Any] = {"rounds": rounds}
+    for name, settings in (("plain", PLAIN), ("fast", FAST)):
+        result[name] = [
+            final_accuracy(data, [*size, *settings, f"seed={seed}", f"num_rounds={rounds}"])
             for seed in SEEDS
         ]
-    return found
+    return result
 
 
 def fedpeft_round(strategy: FederatedPEFT, grid: InProcessGrid, round: int) -> None:
-    """Configure, train on the clients, check and aggregate."""
+    """Run one round through Flower's strategy methods: configure, train, check and aggregate.
+
+    Args:
+        strategy: keeps the server's state.
+        grid: its clients are those of the strategy.
+        round: 1, 2, ....
+    """
     messages = strategy.configure_train(round, strategy.arrays(), ConfigRecord(), grid)
     strategy.aggregate_train(round, grid.send_and_receive(messages, timeout=3600))
 
 
-def bare_round(session: Engine, clients: Iterable[int], round: int) -> None:
-    """The same steps as one would write them without federation, and a mean of the results."""
+def bare_round(engine: Engine, clients: Iterable[int], round: int) -> None:
+    """Train clients one after another in a plain loop, and average the results.
+
+    Args:
+        engine: gives the model and the batches that fedpeft's clients see.
+        clients: their numbers.
+        round: 1, 2, ....
+    """
     clients = list(clients)
-    parameters = {n: p for n, p in session.replica.model.named_parameters() if p.requires_grad}
+    parameters = {n: p for n, p in engine.replica.model.named_parameters() if p.requires_grad}
     start = {n: p.detach().clone() for n, p in parameters.items()}
     total = {n: torch.zeros_like(p) for n, p in start.items()}
     for client in clients:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(start[name])
-        with torch_seed(session.config.seed, "dropout", round, client):
+        with torch_seed(engine.config.seed, "dropout", round, client):
             bare_client(
-                session.replica.model, list(parameters.values()), batches(session, client, round)
+                engine.replica.model, list(parameters.values()), batches(engine, client, round)
             )
         for name, parameter in parameters.items():
             total[name] += parameter.detach() / len(clients)
 
 
-def batches(session: Engine, client: int, round: int) -> list[Batch]:
-    """The batches that the client sees in fedpeft's round."""
-    examples, config = session.rows.client_examples(client)["train"], session.config
+def batches(engine: Engine, client: int, round: int) -> list[Batch]:
+    """Return the batches that a client sees in fedpeft's round.
+
+    Args:
+        engine: gives the configuration and the rows.
+        client: its number.
+        round: 1, 2, ....
+    """
+    examples, config = engine.rows.client_examples(client)["train"], engine.config
     rng = generator(config.seed, "batches", round, client)
     rows = training_batches(
         examples.lengths, config.batch_size, config.local_steps, None, rng, config.bucketing
@@ -167,11 +198,17 @@ def batches(session: Engine, client: int, round: int) -> list[Batch]:
     return [examples.batch(r) for r in rows]
 
 
-def bare_client(model: nn.Module, parameters: list[nn.Parameter], given: list[Batch]) -> None:
-    """AdamW with clipping, as in any script."""
+def bare_client(model: nn.Module, parameters: list[nn.Parameter], batches: list[Batch]) -> None:
+    """Train by AdamW with clipping, as any script does.
+
+    Args:
+        model: trains in place.
+        parameters: those of the model that train.
+        batches: one for each step.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     model.train()
-    for batch in given:
+    for batch in batches:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = nn.functional.cross_entropy(logits, batch["labels"])
         loss.backward()

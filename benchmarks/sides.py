@@ -1,7 +1,7 @@
-"""The sides of the benchmarks, each in a process of its own: python -m benchmarks.sides NAME JSON.
+"""Run one side of a benchmark in a process of its own: python -m benchmarks.sides NAME JSON.
 
-A side runs some rounds and prints how long each took and when it ended; what comes before its
-first full round does not count. All train MiniLM with LoRA of rank 8 on SST-2.
+A side runs some rounds and prints how long each took and when it ended. Its start and its first
+round do not count. All sides train MiniLM with LoRA of rank 8 on SST-2.
 """
 
 import json
@@ -16,25 +16,30 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 WARMUPS = 1  # rounds before those that count
-MARK = "SIDE "
+MARK = "SIDE "  # begins the line of output that holds the rounds
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """Seconds of the rounds that count, and the time when each ended."""
+    """Rounds that count.
+
+    Attributes:
+        seconds: how long each took.
+        ended: when each ended, by ``time.time``.
+    """
 
     seconds: list[float]
     ended: list[float]
 
     @classmethod
     def between(cls, begun: Sequence[float], ended: Sequence[float]) -> "Rounds":
-        """From when each round began and ended, without the first ones."""
+        """Make them of the times at which all rounds began and ended; drop the warm-ups."""
         pairs = list(zip(begun, ended, strict=True))[WARMUPS:]
         return cls([b - a for a, b in pairs], [b for _, b in pairs])
 
 
 def timed(round: Callable[[int], None], rounds: int) -> Rounds:
-    """Rounds 1, 2, ... of a loop in this process."""
+    """Time rounds 1, 2, ... of a loop in this process."""
     begun, ended = [], []
     for number in range(1, WARMUPS + rounds + 1):
         begun.append(time.time())
@@ -44,12 +49,21 @@ def timed(round: Callable[[int], None], rounds: int) -> Rounds:
 
 
 def fedpeft(data: str, rounds: int, overrides: list[str]) -> Rounds:
-    """fedpeft as its command runs it; evaluation stands before the first and after the last."""
+    """Run fedpeft as its command does; no evaluation falls into the rounds that count.
+
+    Args:
+        data: folder of SST-2.
+        rounds: rounds that count.
+        overrides: besides those of ``job``.
+
+    Raises:
+        RuntimeError: a client was left out.
+    """
     from fedpeft.reporting.progress import Display
     from fedpeft.simulation.launch import run as run_here
 
     class Noted(Display):
-        """Notes the rounds instead of showing them."""
+        """Notes each round's seconds and end instead of showing it."""
 
         seconds: list[float] = []
         ended: list[float] = []
@@ -73,7 +87,7 @@ def fedpeft(data: str, rounds: int, overrides: list[str]) -> Rounds:
 
 
 def job(data: str) -> list[str]:
-    """What all sides train, as overrides; few rows to evaluate on, which does not count."""
+    """Return the overrides of all sides; evaluations use few rows, because they do not count."""
     few = ["data.max_validation_rows=64", "data.max_test_rows=64"]
     return ["data=sst2", f"data.path='{data}'", "method=lora", "partition=iid", *few]
 
@@ -81,29 +95,42 @@ def job(data: str) -> list[str]:
 def bare(
     data: str, rounds: int, overrides: list[str], threads: int = 1, part: int = 0, parts: int = 1
 ) -> Rounds:
-    """A plain PyTorch loop over the same model and batches as fedpeft's, in one process.
+    """Run a plain PyTorch loop over the same model and batches as fedpeft's, in one process.
 
     Args:
-        part: of so many parts of the clients, the one whose steps it takes.
+        data: folder of SST-2.
+        rounds: rounds that count.
+        overrides: besides those of ``job``; those of the runtime are ignored.
+        threads: torch's threads.
+        part: takes the steps of clients part, part + parts, ....
+        parts: number of processes that share the clients.
     """
     from benchmarks.round import bare_round
     from fedpeft.config.load import join
     from fedpeft.engine.engine import open_engine
 
     settings = ["runtime=inprocess", f"runtime.threads={threads}", f"num_rounds={rounds + 10}"]
-    given = [o for o in overrides if not o.startswith("runtime")]
-    session = open_engine(join([*job(data), *settings, *given]), None)
-    clients = range(part, session.config.num_clients, parts)
-    return timed(lambda r: bare_round(session, clients, r), rounds)
+    chosen = [o for o in overrides if not o.startswith("runtime")]
+    engine = open_engine(join([*job(data), *settings, *chosen]), None)
+    clients = range(part, engine.config.num_clients, parts)
+    return timed(lambda r: bare_round(engine, clients, r), rounds)
 
 
 def bares(**settings: Any) -> Rounds:
-    """Two such loops that share the clients; the slower one's rounds."""
+    """Run two processes of ``bare`` that share the clients; return the slower one's rounds."""
     return halved("bare", settings | {"parts": 2})
 
 
 def example(data: str, rounds: int, clients: int, steps: int = 1, batch_size: int = 16) -> Rounds:
-    """The Flower app as public examples are, on two one-core Ray workers."""
+    """Run the Flower app of ``example_run.py`` on two one-core Ray workers.
+
+    Args:
+        data: folder of SST-2.
+        rounds: rounds that count.
+        clients: all of them take part in each round.
+        steps: of each client and round.
+        batch_size: rows in a step.
+    """
     from benchmarks.example_run import simulate
 
     config = {"data": data, "steps": steps, "batch-size": batch_size}
@@ -113,9 +140,14 @@ def example(data: str, rounds: int, clients: int, steps: int = 1, batch_size: in
 def script(
     data: str, rounds: int, clients: int, steps: int = 1, batch_size: int = 16, part: int = 0
 ) -> Rounds:
-    """A script without federation or fedpeft, on rows that it tokenised once.
+    """Run a script without federation or fedpeft, on rows that it tokenised once.
 
     Args:
+        data: folder of SST-2.
+        rounds: rounds that count.
+        clients: number of clients.
+        steps: of each client and round.
+        batch_size: rows in a step.
         part: 0 or 1, the half of the clients whose steps it takes.
     """
     import pyarrow.parquet
@@ -128,21 +160,21 @@ def script(
     torch.set_num_threads(1)
     tokenizer, model = AutoTokenizer.from_pretrained(model_folder()), get_model()
     table = pyarrow.parquet.read_table(f"{data}/train.parquet", columns=["sentence", "label"])
-    found = tokenizer(table["sentence"].to_pylist(), truncation=True)
+    encoded = tokenizer(table["sentence"].to_pylist(), truncation=True)
     rows = [
         {"input_ids": ids, "labels": label}
-        for ids, label in zip(found["input_ids"], table["label"].to_pylist(), strict=True)
+        for ids, label in zip(encoded["input_ids"], table["label"].to_pylist(), strict=True)
     ]
-    del found, table
+    del encoded, table
     collator = DataCollatorWithPadding(tokenizer)
     start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
     def round(number: int) -> None:
         for client in range(part, clients, 2):
             model.load_state_dict(start, strict=False)
-            own = rows[client::clients]
+            client_rows = rows[client::clients]
             loader = torch.utils.data.DataLoader(
-                own,  # type: ignore[arg-type]
+                client_rows,  # type: ignore[arg-type]
                 batch_size=batch_size,
                 shuffle=True,
                 collate_fn=collator,
@@ -153,23 +185,23 @@ def script(
 
 
 def scripts(**settings: Any) -> Rounds:
-    """Two such scripts that share the clients; the slower one's rounds."""
+    """Run two processes of ``script`` that share the clients; return the slower one's rounds."""
     return halved("script", settings)
 
 
 def halved(name: str, settings: Mapping[str, Any]) -> Rounds:
-    """Two processes of a side at once, each with a part of the clients; the slower one's rounds."""
+    """Run a side in two processes at once, each with a part; return the slower one's rounds."""
     running = []
     for part in range(2):
         command = [sys.executable, "-m", "benchmarks.sides", name]
-        given = json.dumps({**settings, "part": part})
-        running.append(subprocess.Popen([*command, given], stdout=subprocess.PIPE, text=True))
-    found = [Rounds(**parsed(process.communicate()[0])) for process in running]
-    return max(found, key=lambda rounds: sum(rounds.seconds))
+        arguments = json.dumps({**settings, "part": part})
+        running.append(subprocess.Popen([*command, arguments], stdout=subprocess.PIPE, text=True))
+    results = [Rounds(**parsed(process.communicate()[0])) for process in running]
+    return max(results, key=lambda rounds: sum(rounds.seconds))
 
 
 def final_accuracy(data: str, overrides: list[str]) -> float:
-    """Accuracy of fedpeft's last model on validation rows."""
+    """Run fedpeft, and return the accuracy of its last model on all validation rows."""
     with tempfile.TemporaryDirectory() as folder:
         run = [*job(data), *overrides, "evaluation.every=1000000", f"run_dir='{folder}/run'"]
         run.append("data.max_validation_rows=null")
@@ -179,7 +211,7 @@ def final_accuracy(data: str, overrides: list[str]) -> float:
 
 
 def pfl(**settings: Any) -> Rounds:
-    """pfl-research, in one process of several threads or several processes of one."""
+    """Run pfl-research in this process; torchrun may start several."""
     from benchmarks.pfl_run import simulate
 
     return simulate(**settings)
@@ -192,7 +224,18 @@ def run(
     every: float | None = None,
     launcher: Sequence[str] = ("-m",),
 ) -> tuple[Rounds, list[tuple[float, float]]]:
-    """A side in a process of its own, and its memory over time: see ``measure.process``."""
+    """Run a side in a process of its own, and sample its memory.
+
+    Args:
+        name: of the side.
+        settings: its arguments.
+        environment: see ``measure.process``.
+        every: see ``measure.process``.
+        launcher: stands before the module's name on the command line.
+
+    Returns:
+        The rounds that count, and pairs of ``time.time`` and MiB.
+    """
     from benchmarks.measure import process
 
     arguments = [*launcher, "benchmarks.sides", name, json.dumps(settings)]
@@ -201,31 +244,37 @@ def run(
 
 
 def memory(samples: Sequence[tuple[float, float]], rounds: Rounds) -> dict[str, float]:
-    """MiB at the most, and in the median from the first round that counts to the last's end."""
+    """Return the peak in MiB, and the median while the rounds that count run."""
     first, last = rounds.ended[0] - rounds.seconds[0], rounds.ended[-1]
     steady = [mebibytes for at, mebibytes in samples if first <= at <= last]
     return {"peak": max(m for _, m in samples), "steady": statistics.median(steady)}
 
 
 def seconds(name: str, settings: Mapping[str, Any], **how: Any) -> float:
-    """Median of a side's rounds."""
+    """Return the median seconds of a side's rounds.
+
+    Args:
+        name: of the side.
+        settings: its arguments.
+        how: further arguments of ``run``.
+    """
     return statistics.median(run(name, settings, **how)[0].seconds)
 
 
 def parsed(output: str) -> dict[str, Any]:
-    """What a side printed, among all that libraries print."""
+    """Return the result that a side printed, among all that libraries print."""
     lines = [line for line in output.splitlines() if line.startswith(MARK)]
     return json.loads(lines[-1].removeprefix(MARK))
 
 
 def main() -> None:
-    """Runs one side."""
+    """Run one side."""
     sides: dict[str, Callable[..., Rounds]] = {
         side.__name__: side for side in (fedpeft, bare, bares, example, script, scripts, pfl)
     }
-    found = sides[sys.argv[1]](**json.loads(sys.argv[2]))
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first
-        print(MARK + json.dumps(asdict(found)), flush=True)
+    rounds = sides[sys.argv[1]](**json.loads(sys.argv[2]))
+    if os.environ.get("RANK", "0") == "0":  # only the first of torchrun's processes
+        print(MARK + json.dumps(asdict(rounds)), flush=True)
 
 
 if __name__ == "__main__":

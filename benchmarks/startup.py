@@ -1,15 +1,19 @@
-"""From the command to the end of the first client's first step, in seconds.
+"""Time the start: the seconds from the command to the end of the first client's first step.
 
-``fedpeft run`` (SST-2, MiniLM, LoRA of rank 8, ten clients) on Ray and in one process, which first
-evaluates the initial model, as the others do not, on all validation rows or on few; a bare script,
-which imports torch, transformers and PEFT, loads the model, tokenises a batch and takes a step; and
-a Flower app as public examples are. The sides take turns, with warm caches; apart from them the
-first start of fedpeft, with empty caches of its own and of ``datasets``:
+The sides take turns, with warm caches (SST-2, MiniLM, LoRA of rank 8, ten clients):
+
+- fedpeft: ``fedpeft run`` on Ray and in one process. It first evaluates the initial model, which
+  the other sides do not, on all validation rows or on few.
+- script: imports torch, transformers and PEFT, loads the model, tokenises a batch and takes a step.
+- example: the Flower app of ``example_run.py``.
+
+The first start of fedpeft is measured apart, with empty caches of its own and of ``datasets``, and
+so is each import:
 
     python -m benchmarks.startup ../shared/data/sst2 [--repeats 5]
 
-A module that every Python process imports at its start has torch tell the time after a step, also
-in Ray's workers; the commands are those of a user. What the imports alone take is told by name.
+The commands are those of a user. A module that every Python process imports at its start lets torch
+write the time after a step, also in Ray's workers.
 """
 
 import argparse
@@ -68,33 +72,37 @@ def main() -> None:
     data = str(args.data.resolve())
     with tempfile.TemporaryDirectory() as cache:
         warm = {"FEDPEFT_CACHE": f"{cache}/fedpeft", "HF_DATASETS_CACHE": f"{cache}/datasets"}
-        taken = interleaved(_sides(data, warm), args.repeats)  # the turn before fills the caches
+        timings = interleaved(_sides(data, warm), args.repeats)  # the warm-up fills the caches
     first = interleaved(_first(data), args.repeats, warmups=0)
-    bare = taken["script"]
-    ratios = {f"{n} / script": ratio(own, bare) for n, own in taken.items() if own is not bare}
+    script = timings["script"]
     result = {
-        "seconds": medians(taken),
-        "range": {name: spread(own) for name, own in taken.items()},
-        "ratios": ratios,
+        "seconds": medians(timings),
+        "range": {name: spread(values) for name, values in timings.items()},
+        "ratios": {
+            f"{n} / script": ratio(values, script) for n, values in timings.items() if n != "script"
+        },
         "first_start": medians(first),
-        "first_start_range": {name: spread(own) for name, own in first.items()},
+        "first_start_range": {name: spread(values) for name, values in first.items()},
         "imports": imports(args.repeats),
     }
     save("startup", {"repeats": args.repeats} | result)
 
 
 def _sides(data: str, caches: dict[str, str]) -> dict[str, Any]:
-    example = json.dumps({"data": data, "rounds": 0, "clients": 10})
-    others = {
-        "script": ["-c", SCRIPT, data, model_folder()],
-        "example": ["-m", "benchmarks.sides", "example", example],
+    """Return one start of each side with the caches that the environment variables name."""
+    script = ["-c", SCRIPT, data, model_folder()]
+    settings = json.dumps({"data": data, "rounds": 0, "clients": 10})
+    example = ["-m", "benchmarks.sides", "example", settings]
+    fedpeft = {f"fedpeft_{kind}": partial(started, data, kind, caches) for kind in KINDS}
+    return fedpeft | {
+        "script": partial(first_step, script, caches),
+        "example": partial(first_step, example, caches),
     }
-    sides = {name: partial(first_step, command, caches) for name, command in others.items()}
-    ours = {f"fedpeft_{kind}": partial(started, data, kind, caches) for kind in KINDS}
-    return ours | sides
 
 
 def _first(data: str) -> dict[str, Any]:
+    """Return starts of fedpeft, on Ray and in one process, each with new, empty caches."""
+
     def start(kind: str) -> float:
         with tempfile.TemporaryDirectory() as cache:
             empty = {"FEDPEFT_CACHE": f"{cache}/fedpeft", "HF_DATASETS_CACHE": f"{cache}/datasets"}
@@ -104,14 +112,20 @@ def _first(data: str) -> dict[str, Any]:
 
 
 def started(data: str, kind: str, caches: dict[str, str]) -> float:
-    """Seconds of ``fedpeft run``."""
+    """Return the seconds of ``fedpeft run`` to its first step.
+
+    Args:
+        data: folder of SST-2.
+        kind: a key of ``KINDS``.
+        caches: environment variables that name the caches.
+    """
     with tempfile.TemporaryDirectory() as folder:
         overrides = [*job(data), *RUN, *KINDS[kind], f"run_dir='{folder}/run'"]
         return first_step(["-c", CALL, "run", *overrides], caches)
 
 
 def first_step(command: Sequence[str], caches: dict[str, str]) -> float:
-    """Seconds from starting a Python process to the first step in it or in one below it."""
+    """Return the seconds from a Python process's start to the first step in it or below it."""
     with tempfile.TemporaryDirectory() as folder:
         body = inspect.getsource(tell_first_step)
         (Path(folder) / "sitecustomize.py").write_text(f"{body}\n\ntell_first_step()\n")
@@ -122,7 +136,7 @@ def first_step(command: Sequence[str], caches: dict[str, str]) -> float:
 
 
 def tell_first_step() -> None:
-    """Writes the time of an optimizer's first step into $FIRST_STEP, unless it is there."""
+    """Write the time of an optimizer's first step into $FIRST_STEP, unless it is there."""
     import importlib.util
     import os
     import sys
@@ -130,7 +144,7 @@ def tell_first_step() -> None:
     from contextlib import suppress
 
     class Watch:
-        """Finds one module, as the others would, and adds to what importing it does."""
+        """Finds ``torch.optim.optimizer`` as Python would, and adds a hook once it is loaded."""
 
         def find_spec(self, name, path=None, target=None):  # noqa: ANN001
             if name != "torch.optim.optimizer":
@@ -155,17 +169,17 @@ def tell_first_step() -> None:
 
 
 def imports(repeats: int) -> dict[str, float]:
-    """Median seconds of Python's start, and of each import after those before it."""
+    """Return the median seconds of Python's start, and of each import after the ones before."""
     tell = "print(time.time())"
     code = f"import sys, time; {tell}\nfor name in sys.argv[1:]: __import__(name); {tell}"
-    taken: dict[str, list[float]] = {name: [] for name in ("python", *IMPORTS)}
+    seconds: dict[str, list[float]] = {name: [] for name in ("python", *IMPORTS)}
     for _ in range(repeats):
         begun = time.time()
         output, _ = process(["-c", code, *IMPORTS])
-        for name, ended in zip(taken, map(float, output.split()), strict=True):
-            taken[name].append(ended - begun)
+        for name, ended in zip(seconds, map(float, output.split()), strict=True):
+            seconds[name].append(ended - begun)
             begun = ended
-    return medians(taken)
+    return medians(seconds)
 
 
 if __name__ == "__main__":

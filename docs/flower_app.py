@@ -1,4 +1,4 @@
-"""fedpeft's strategy in a ServerApp of your own, and a Flower mod around its ClientApp."""
+"""Use fedpeft's strategy in your own ServerApp, and a Flower mod around its ClientApp."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpeft import FederatedPEFT, client_app
 
-OVERRIDES = "method=fedsa_lora num_clients=3 num_rounds=2"  # unless the run configuration has some
+OVERRIDES = "method=fedsa_lora num_clients=3 num_rounds=2"  # unless the run gives others
 server = ServerApp()
 
 
@@ -21,7 +21,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def count(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Count this client's messages, as any mod of Flower's may; the reply carries the number."""
+    """Count this client's messages in its context, and add the number to the reply."""
     before: Any = context.state.metric_records.get("seen", {"messages": 0})
     context.state["seen"] = MetricRecord({"messages": before["messages"] + 1})
     reply = call_next(message, context)

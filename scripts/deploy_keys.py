@@ -1,4 +1,4 @@
-"""The certificate and the keys that ``deploy_local.py`` makes for one deployment.
+"""Make the certificate and the keys of one deployment by ``deploy_local.py``.
 
 Each function writes into a folder that its owner alone may read.
 """
@@ -29,9 +29,9 @@ from cryptography.x509 import (
 
 
 def write_certificate(folder: Path) -> tuple[Path, Path]:
-    """A server's certificate for this machine, valid for a week, and its private key.
+    """Write a server's certificate for this machine, valid for a week, and its private key.
 
-    It is signed by itself, so that it is also the root certificate that clients are given.
+    The certificate is signed by itself, so it is also the root certificate that clients trust.
     """
     key, now = ec.generate_private_key(ec.SECP384R1()), datetime.now(UTC)
     name = Name([NameAttribute(NameOID.COMMON_NAME, "localhost")])
@@ -51,7 +51,7 @@ def write_certificate(folder: Path) -> tuple[Path, Path]:
 
 
 def write_node_keys(folder: Path, name: str) -> tuple[Path, Path]:
-    """A SuperNode's private and public key, as ``ssh-keygen -t ecdsa -b 384`` writes them."""
+    """Write a SuperNode's private and public key, as ``ssh-keygen -t ecdsa -b 384`` does."""
     key = ec.generate_private_key(ec.SECP384R1())
     public = folder / f"{name}.pub"
     public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))

@@ -1,8 +1,8 @@
 """Runs one experiment on real Flower processes, with TLS, on this machine.
 
 One SuperLink and N SuperNodes start, each node with a partition, a key, an unpacked bundle and a
-log of its own; the run is submitted, its log shown, its end checked, and every process stopped.
-What follows ``--`` are fedpeft overrides; ``num_clients`` is set to the number of nodes:
+log of its own. The run is submitted, its log shown, its end checked, and every process stopped.
+Arguments after ``--`` are fedpeft overrides; ``num_clients`` is set to the number of nodes:
 
     python scripts/deploy_local.py --num-nodes 3 -- method=fedsa_lora num_rounds=2
 """
@@ -25,7 +25,7 @@ from deploy_processes import BIN, Processes, environment, free_ports, listens
 def main() -> None:
     args = parse_args()
     deployment = Deployment(new_folder(args.work_dir))
-    # As an exception it passes through ``finally``.
+    # SIGTERM becomes an exception, so that ``finally`` runs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
     try:
         deployment.start(args.num_nodes, args.data_path)
@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def new_folder(work_dir: Path | None) -> Path:
-    """For all state: an old database would bring its nodes into the new run."""
+    """Return a new or empty folder, because an old database would bring its nodes into this run."""
     folder = work_dir or Path(tempfile.mkdtemp(prefix="fedpeft-deploy-"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         sys.exit(f"--work-dir must be a new or empty folder, got {folder}")
@@ -80,7 +80,7 @@ class Deployment:
         self.processes = Processes(folder)
 
     def start(self, num_nodes: int, data_paths: list[str]) -> None:
-        """Starts the SuperLink and the nodes, and waits until all nodes are online."""
+        """Start the SuperLink and the nodes, and wait until all nodes are online."""
         port, *node_ports = free_ports(1 + num_nodes)
         trust = self.start_superlink(port)
         for node, node_port in enumerate(node_ports):
@@ -93,7 +93,7 @@ class Deployment:
         say(f"1 SuperLink at 127.0.0.1:{port} and {num_nodes} SuperNodes are up")
 
     def start_superlink(self, port: int) -> Path:
-        """Returns the certificate that its clients are to trust."""
+        """Start the SuperLink, and return the certificate that its clients must trust."""
         trust, key = write_certificate(self.folder)
         address = f"127.0.0.1:{port}"
         connection = toml({"address": address, "root-certificates": str(trust)})
@@ -103,30 +103,40 @@ class Deployment:
         files = ["--ssl-ca-certfile", trust, "--ssl-certfile", trust, "--ssl-keyfile", key]
         self.processes.launch("superlink", command, *files, "--database", self.folder / "state.db")
         self.processes.wait("the SuperLink to listen", lambda: listens(port))
-        # Started by the SuperLink itself, this one could leave a busy ServerApp behind.
+        # The SuperLink could start this process too, but might then leave a busy ServerApp behind.
         command = f"flower-superexec --runtime-api-address {address}"
         self.processes.launch("serverapp", command, "--root-certificates", trust)
         return trust
 
     def start_node(self, name: str, command: str, trust: Path, config: dict[str, Any]) -> None:
+        """Register and start a SuperNode.
+
+        Args:
+            name: of the process and its files.
+            command: the SuperNode's, without files.
+            trust: certificate of the SuperLink.
+            config: the node's configuration.
+        """
         key, public = write_node_keys(self.folder, name)
         self.flwr("supernode", "register", public, "local")
-        # In a file, since on the command line a value cannot hold every character.
+        # In a file, because a value on the command line cannot hold every character.
         files = ["--node-config", self.write(f"{name}.toml", toml(config))]
         files += ["--root-certificates", trust, "--auth-supernode-private-key", key]
         self.processes.launch(name, command, *files)
 
     def write(self, name: str, text: str) -> Path:
+        """Write a file in the folder, and return its path."""
         path = self.folder / name
         path.write_text(text, encoding="utf-8")
         return path
 
     def online(self) -> int:
+        """Count the nodes that are online."""
         nodes = self.flwr("supernode", "list", "local")["nodes"]
         return sum(node["status"] == "online" for node in nodes)
 
     def flwr(self, *arguments: str | Path) -> dict[str, Any]:
-        """The JSON answer of one ``flwr`` command."""
+        """Return the JSON answer of one ``flwr`` command; exit if it failed."""
         command, env = [BIN / "flwr", *arguments, "--format=json"], environment(self.folder / "cli")
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         try:
@@ -138,13 +148,13 @@ class Deployment:
         return answer
 
     def run(self, app: Path, overrides: list[str]) -> None:
-        """Submits the app, shows its log to the end and checks how it ended."""
+        """Submit the app, show its log to the end, and exit if the run did not complete."""
         config = self.write("run.toml", toml({"overrides": shlex.join(overrides)}))
         run_id = self.flwr("run", app.resolve(), "local", "--run-config", config)["run-id"]
         say(f"run {run_id} is submitted")
         show = [BIN / "flwr", "log", run_id, "local", "--stream"]
         subprocess.run(show, env=environment(self.folder / "cli"), check=False)
-        # The log's exit status is 0 however the run ended.
+        # ``flwr log`` exits with 0 even if the run failed.
         ended = self.flwr("list", "local", "--run-id", run_id)["runs"][0]
         if ended["status"] != "finished:completed":
             sys.exit(f"run {run_id} did not complete: {ended['status']} {ended['status-details']}")
@@ -152,7 +162,7 @@ class Deployment:
 
 
 def toml(values: dict[str, Any]) -> str:
-    """One key a line: integers and strings are written alike in JSON and TOML."""
+    """Write one key a line, by JSON, because TOML has the same integers and strings."""
     return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in values.items())
 
 

@@ -1,4 +1,4 @@
-"""The Flower processes that ``deploy_local.py`` starts and ends together."""
+"""Start and stop the Flower processes of ``deploy_local.py`` together."""
 
 import os
 import signal
@@ -10,22 +10,30 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-BIN = Path(sysconfig.get_path("scripts"))  # of the environment that runs this
-START_SECONDS = 120  # for the processes to be there
-STOP_SECONDS = 10  # for the others, then for the first one, to leave by themselves
+BIN = Path(sysconfig.get_path("scripts"))  # of the environment that runs this script
+START_SECONDS = 120  # wait for the processes to be up
+STOP_SECONDS = 10  # wait for processes to end by themselves
 
 Process = subprocess.Popen[bytes]
 
 
 class Processes:
-    """Started one after the other, each with its log ``<name>.log`` in one folder."""
+    """Processes in the order of their start, each with its log ``<name>.log`` in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started: dict[str, Process] = {}
 
     def launch(self, name: str, command: str, *files: str | Path) -> None:
-        """In a session of its own: Ctrl-C is for this script alone, which stops all in order."""
+        """Start a process in a session of its own.
+
+        Ctrl-C then reaches this script alone, which stops all processes in order.
+
+        Args:
+            name: of the process and its log.
+            command: the program and options without spaces.
+            files: further options, which may have spaces.
+        """
         program, *options = command.split()
         with (self.folder / f"{name}.log").open("wb") as log:
             self.started[name] = subprocess.Popen(
@@ -37,7 +45,7 @@ class Processes:
             )
 
     def wait(self, what: str, done: Callable[[], bool]) -> None:
-        """Until it is done; exits when a process has ended instead, or in the end."""
+        """Wait until ``done`` is true; exit if a process ends or after START_SECONDS."""
         deadline = time.monotonic() + START_SECONDS
         while not done():
             for name, process in self.started.items():
@@ -49,28 +57,28 @@ class Processes:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """Ends all, the first one (the SuperLink, where the others sign off) at last."""
+        """End all processes, the SuperLink last, because the rest sign off there."""
         for number in (signal.SIGINT, signal.SIGTERM):  # a second one would leave some behind
             signal.signal(number, signal.SIG_IGN)
-        first, others = list(self.started.values())[:1], list(self.started.values())[1:]
-        for batch in (others, first):
+        first, rest = list(self.started.values())[:1], list(self.started.values())[1:]
+        for batch in (rest, first):
             if not _ended(batch, signal.SIGTERM):
                 _ended(batch, signal.SIGKILL)
 
 
 def _ended(batch: Sequence[Process], number: int) -> bool:
-    """Signals processes and those they started; whether all of them have gone in time."""
+    """Signal processes and their children; return true if all end within STOP_SECONDS."""
     deadline = time.monotonic() + STOP_SECONDS
     while any([_signalled(process, number) for process in batch]):
         if time.monotonic() > deadline:
             return False
-        number = 0  # from now on only ask
+        number = 0  # signal 0 only asks whether a process is there
         time.sleep(0.1)
     return True
 
 
 def _signalled(process: Process, number: int) -> bool:
-    process.poll()  # collects it: until then it counts as there
+    process.poll()  # collects a process that ended, which else still counts as there
     try:
         os.killpg(process.pid, number)
     except ProcessLookupError:
@@ -79,19 +87,22 @@ def _signalled(process: Process, number: int) -> bool:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """A Flower home for each process: one that finds another's half unpacked bundle uses it."""
+    """Return the environment of a process, with a Flower home of its own.
+
+    In a shared home, a process would use a bundle that another one has not fully unpacked.
+    """
     return os.environ | {
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
-        "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",  # they start others by name
+        "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",  # processes start others by name
         "TERM": "dumb",  # no colours in JSON, even where they are forced
     }
 
 
 def free_ports(count: int) -> list[int]:
-    """Bound all at once, so that they differ."""
+    """Return free ports; all are bound at once, so that they differ."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [opened.getsockname()[1] for opened in sockets]
     for opened in sockets:
@@ -100,5 +111,6 @@ def free_ports(count: int) -> list[int]:
 
 
 def listens(port: int) -> bool:
+    """Tell whether a process of this machine listens on a port."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every kind of task on real data, four methods each, into results/tasks: small models, few rounds,
-# one seed. Give the folders of the data sets and of a small decoder (here: stories260k, 512 tokens).
+# Run four methods on every kind of task with real data, into results/tasks: small models, few
+# rounds, one seed. DATA holds the data sets; DECODER is a small decoder (stories260k, 512 tokens).
 #   DATA=/data DECODER=/models/stories260k bash scripts/tasks.sh [NAME...]
 set -euo pipefail
 : "${DATA:?folder with sst2, mrpc, copa, squad, dolly, medquad, brain_tumor}" "${DECODER:?a decoder}"

@@ -155,7 +155,7 @@ def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any
 
 
 def give_back() -> None:
-    """Return the pages that training freed to the system, once in ``GIVE_BACK_EVERY`` at most.
+    """Return freed pages to the system, at most once in ``GIVE_BACK_EVERY`` seconds.
 
     Without it, glibc keeps about 200 MiB of past batches' activations in a worker that trains
     MiniLM.

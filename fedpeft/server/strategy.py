@@ -222,7 +222,7 @@ class FederatedPEFT(Strategy):
         return choice == "always" or (choice == "auto" and self.roles.has_personal)
 
     def _evaluate(self, grid: Grid, round: int) -> Line:
-        """Measure the server's model unless parts are personal, and the clients' if configured."""
+        """Measure the server's model if none of it is personal, and the clients' if configured."""
         line: Line = {}
         if not self.roles.has_personal:
             line |= self.measure("validation", self.down.state)
