@@ -4,15 +4,18 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test quick slow check lint bench clean
+.PHONY: quickstart test quick matrix slow check lint bench clean
 
 quickstart: $(VENV)/quickstart ## six methods on the embedded model and data
 	$(BIN)/fedpeft compare experiment=quickstart
 
-test: quick slow ## every test
+test: quick matrix slow ## every test
 
 quick: $(VENV)/dev ## the tests that take seconds, on all cores
-	$(BIN)/python -m pytest -m "not slow" -n auto --durations=10
+	$(BIN)/python -m pytest -m "not slow and not matrix" -n auto --durations=10
+
+matrix: $(VENV)/dev ## every method with every model, strategy and compression, on all cores
+	$(BIN)/python -m pytest -m "matrix and not slow" -n auto --durations=10
 
 slow: $(VENV)/dev ## Ray, Flower's processes, the real model and data
 	$(BIN)/python -m pytest -m slow

@@ -40,6 +40,7 @@ def test_compare_sorts_by_quality_and_saves(fedpeft: Command, base: list[str]) -
     assert table.count("\n| ") == 2
 
 
+@pytest.mark.matrix
 def test_params_of_all_methods(fedpeft: Command) -> None:
     counts = json.loads(fedpeft("params", "--json", "model=roberta_base", "data=sst2"))
     assert list(counts) == sorted(path.stem for path in (CONF / "method").glob("*.yaml"))

@@ -519,6 +519,7 @@ def beside(name: str) -> torch.dtype | None:
     return torch.uint8 if name.startswith(BITMAP) else None
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("compression", list(WIRE))
 def test_the_dtype_of_every_key_and_its_bytes(compression: str, method: str, run: Runner) -> None:

@@ -50,6 +50,7 @@ def simulated(run: Runner) -> Simulated:
     return Simulated(run)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -206,6 +206,7 @@ def test_every_model_is_counted() -> None:
     assert set(SIZES) == set(SHAPES) == set(MODELS)
 
 
+@pytest.mark.matrix
 @every_model
 def test_lora_and_the_published_size(name: str) -> None:
     backbone, head = SIZES[name]
@@ -215,6 +216,7 @@ def test_lora_and_the_published_size(name: str) -> None:
     assert numbers["trained"] == [layers * sum(8 * (width + o) for o in outputs) + head] * 2
 
 
+@pytest.mark.matrix
 @every_model
 def test_scl(name: str) -> None:
     layers, width, mlp, _ = SHAPES[name]
@@ -230,6 +232,7 @@ def compressed_head(name: str) -> tuple[int, int]:
     return 2 * (width + 1), factors
 
 
+@pytest.mark.matrix
 @every_model
 def test_fedtt(name: str) -> None:
     layers, width, _, _ = SHAPES[name]
@@ -240,6 +243,7 @@ def test_fedtt(name: str) -> None:
     assert counts(name, "fedtt")["trained"] == [expected] * 2
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "name", ["gemma_2b", "gpt2", "minilm", "mistral_7b", "qwen2_5_0_5b", "siglip", "tinyllama"]
 )
@@ -324,6 +328,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_two_rounds_of_a_run(
     name: str, method: str, run: Runner, checkpoint: Path, watched: list[tuple[int, set[str]]]
@@ -382,12 +387,14 @@ def check_two_rounds(name: str, task: str, method: str, a: Architecture) -> None
         assert {n for n in names if roles.role(n, round) is Role.PERSONAL} == personal
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", METHODS)
 @every_model
 def test_every_method_trains_every_model(name: str, method: str) -> None:
     check_two_rounds(name, auto_class(name), method, table(name))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["gemma_2b", "gpt2", "mistral_7b", "qwen2_5_0_5b"])
 def test_a_decoder_classifies_too(name: str, method: str) -> None:

@@ -250,6 +250,7 @@ class Shuffled(InProcessGrid):
             super()._work()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", METHODS)
 def test_same_seed_same_bits(method: str, run: Runner) -> None:
     """A run has the same bits if replies come in another order, from nodes of other numbers."""

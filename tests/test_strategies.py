@@ -152,6 +152,7 @@ def test_every_strategy_has_a_rule() -> None:
 PAIRS = [(method, strategy) for method in METHODS for strategy in STRATEGIES]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("method", "strategy"), [p for p in PAIRS if not refusal(*p)])
 def test_a_pair(method: str, strategy: str, pair: Paired, plain: Paired) -> None:
     rounds = pair(method, strategy)
@@ -175,6 +176,7 @@ def test_too_few_clients(strategy: str, pair: Paired) -> None:
     assert str(refused.value) == TOO_FEW[strategy]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", METHODS)
 def test_fedprox_leads_back(method: str, pair: Paired) -> None:
     """To see it takes a step, and for LoRA's A, because B is zero, two."""
@@ -311,6 +313,7 @@ def test_who_is_alone_keeps_all_that_it_trained(method: str, pair: Paired) -> No
     assert all(set(first[c].kept) <= set(second[c].kept) for c in range(CLIENTS))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "scaffold"])
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("method", ["lora", "fedtt_plus"])

@@ -345,6 +345,7 @@ def times_of(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")}
 
 
+@pytest.mark.slow
 def test_a_real_study_with_runs_that_diverge(fedpeft: Callable[..., str], base: list[str]) -> None:
     rest = [o for o in base if not o.startswith("method=")]
     methods = ["--methods", "scl,scl+strategy=local_only", "method.rank=8"]

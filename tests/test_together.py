@@ -102,6 +102,7 @@ def assert_same(results: Sequence[Result], expected: Sequence[Result]) -> None:
         assert all(torch.equal(ours.after[name], value) for name, value in theirs.after.items())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", sorted(set(names_in("method")) - ONE_BY_ONE))
 def test_together_as_alone(opened: Opened, method: str) -> None:
     engine = opened(f"method={method}", *STEPS, "optimizer.name=sgd", "lr=0.1")
@@ -123,6 +124,7 @@ def test_a_method_that_cannot_says_so_and_trains_alone(
     assert_same(results, alone(engine, group))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -304,6 +304,7 @@ print(sha256(model.state_dict()))
 """
 
 
+@pytest.mark.slow
 def test_federa_is_the_same_bit_for_bit_in_every_process() -> None:
     """Each process computes the frozen weights for itself, because nothing sends them."""
     command = [sys.executable, "-W", "ignore", "-c"]
