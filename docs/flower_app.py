@@ -15,7 +15,7 @@ server = ServerApp()
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     strategy = FederatedPEFT(str(context.run_config.get("overrides", OVERRIDES)))
-    result = strategy.start(grid, strategy.initial_arrays(), num_rounds=2)
+    result = strategy.start(grid, strategy.initial_arrays(), strategy.config.num_rounds)
     numbers = sum(array.numpy().size for array in result.arrays.values())
     print("parameters after two rounds:", numbers)
 

@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.simulation.stop import Terminated, stop_on_sigterm
+
 if TYPE_CHECKING:
     from fedpeft.reporting.progress import Display
 
@@ -48,8 +50,12 @@ def main() -> None:
         return
     if command not in commands:
         sys.exit(f"fedpeft: unknown command {command}, must be one of {', '.join(commands)}")
+    stop_on_sigterm()
     try:
         commands[command](arguments)
+    except KeyboardInterrupt as stopped:
+        print(f"fedpeft: {str(stopped) or 'stopped'}", file=sys.stderr)
+        sys.exit(143 if isinstance(stopped, Terminated) else 130)
     except (ValueError, TimeoutError, RuntimeError) as error:
         if os.environ.get("FEDPEFT_TRACEBACK"):
             raise

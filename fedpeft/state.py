@@ -10,19 +10,24 @@ which it takes:
 """
 
 import hashlib
+import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+
+from fedpeft.files import replacing
 
 State = dict[str, Tensor]
 
 # Prefixes of what a strategy and a method send or keep beside parameters.
 STRATEGY, METHOD = "strategy:", "method:"
+# In a saved file's metadata: names in order, and a hash of names, values and notes.
+ORDER, CHECKSUM = "order", "sha256"
 # NumPy lacks these dtypes, so a view of the bits stands for the values.
 _BITS = {torch.bfloat16: torch.int16}
 
@@ -171,18 +176,50 @@ def is_finite(value: Tensor) -> bool:
     return not value.numel() or all(math.isfinite(end) for end in value.aminmax())
 
 
-def save(path: Path, state: State) -> None:
-    """Write a state as safetensors; the file is complete or not there."""
+def save(path: Path, state: State, notes: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write a state as safetensors with a checksum; the file is complete or not there.
+
+    It is on the disk when this returns, so that it survives a loss of power.
+
+    Args:
+        path: of the file; its folder is made.
+        state: of any kind.
+        notes: text that ``read_notes`` gives back.
+    """
     from safetensors.torch import save_file  # takes long to import
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file({name: value.contiguous() for name, value in state.items()}, draft)
-    draft.replace(path)
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    metadata = {**notes, ORDER: json.dumps(list(state)), CHECKSUM: _checksum(state, notes)}
+    with replacing(path) as draft:
+        save_file(tensors, draft, metadata)
 
 
 def read(path: Path) -> State:
-    """Read what ``save`` wrote."""
-    from safetensors.torch import load_file
+    """Read what ``save`` wrote; see ``read_with_notes``."""
+    return read_with_notes(path)[0]
 
-    return load_file(path)
+
+def read_with_notes(path: Path) -> tuple[State, dict[str, str]]:
+    """Read what ``save`` wrote: the state and the notes.
+
+    Raises:
+        ValueError: the file was cut or changed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            notes = dict(file.metadata() or {})
+            names = json.loads(notes.pop(ORDER, "[]"))
+            state = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is broken: {error}") from error
+    if notes.pop(CHECKSUM, None) != _checksum(state, notes):
+        raise ValueError(f"{path} is broken: its checksum differs")
+    return state, notes
+
+
+def _checksum(state: State, notes: Mapping[str, str]) -> str:
+    text = json.dumps(sorted(notes.items()))
+    return hashlib.sha256((text + sha256(state)).encode()).hexdigest()

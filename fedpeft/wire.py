@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fedpeft.state import State, bits, bits_dtype
 
+MOST_INDEX = 1 << 26
+
 
 def pack(state: State) -> tuple[ArrayRecord, bytes]:
     """Pack a state into one flat array per dtype.
@@ -36,8 +38,13 @@ def pack(state: State) -> tuple[ArrayRecord, bytes]:
     return arrays, zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
 
 
-def unpack(arrays: ArrayRecord, index: bytes) -> State:
+def unpack(arrays: ArrayRecord, index: bytes, most: int = MOST_INDEX) -> State:
     """Return the state that was packed.
+
+    Args:
+        arrays: by dtype.
+        index: of names, dtypes and shapes, compressed.
+        most: bytes that the index may take unpacked.
 
     Raises:
         ValueError: index and arrays do not fit together.
@@ -46,7 +53,11 @@ def unpack(arrays: ArrayRecord, index: bytes) -> State:
     used = dict.fromkeys(flat, 0)
     state: State = {}
     try:
-        entries = json.loads(zlib.decompress(index))
+        unpacker = zlib.decompressobj()
+        text = unpacker.decompress(index, most)
+        if unpacker.unconsumed_tail:
+            raise ValueError(f"it takes more than {most} bytes")
+        entries = json.loads(text)
     except (zlib.error, ValueError) as error:
         raise ValueError(f"the index of the arrays cannot be read: {error}") from error
     for name, dtype, shape in entries:
@@ -77,6 +88,12 @@ def from_named_arrays(arrays: ArrayRecord) -> State:
 def wire_bytes(content: RecordDict) -> int:
     """Count the bytes of a message's content as Flower's transport serialises it."""
     return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+
+
+def sentence(error: Exception) -> str:
+    """Return an error's text, or its name too where the text alone says nothing."""
+    alone = str(error) and not isinstance(error, LookupError)
+    return str(error) if alone else repr(error)
 
 
 # --- Flower's private names ----------------------------------------------------------------------

@@ -85,6 +85,7 @@ class Deployment:
         trust = self.start_superlink(port)
         for node, node_port in enumerate(node_ports):
             config: dict[str, Any] = {"partition-id": node, "num-partitions": num_nodes}
+            config["state-folder"] = str(self.folder / "state")
             if data_paths:
                 config["data-path"] = str(Path(data_paths[node % len(data_paths)]).resolve())
             command = f"flower-supernode --superlink 127.0.0.1:{port} --port {node_port}"

@@ -20,6 +20,8 @@ from rich.console import Console
 
 from fedpeft import cli
 from fedpeft.client.app import app as client_app
+from fedpeft.client.client import Kept
+from fedpeft.client.store import store_of
 from fedpeft.config.load import load_config
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.engine.plan import Job
@@ -69,6 +71,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     os.environ["FEDPEFT_CACHE"] = str(tmp_path_factory.mktemp("fedpeft"))
+    os.environ["FEDPEFT_STATE"] = str(tmp_path_factory.mktemp("state"))
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
 
@@ -239,6 +242,13 @@ class Runner:
         from safetensors.torch import load_file
 
         return load_file(self.run_dir / f"{name}.safetensors")
+
+
+def newest(context: Context, message: Message) -> Kept:
+    """Return what the client of a message last kept; empty if nothing was."""
+    client = int(context.node_config["partition-id"])
+    store = store_of(context, message.content.config_records["config"], client)
+    return Kept.parted(store.load(store.generations[-1]) if store.generations else {})
 
 
 def job_of(engine: Engine, client: int, round: int = 1) -> Job:

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from fedpeft.client.client import answer_all
+from fedpeft.client.store import Store
 from fedpeft.config.load import CONF
 from fedpeft.config.schema import Config
 from fedpeft.engine.engine import Engine
@@ -22,7 +23,6 @@ from fedpeft.engine.roles import Roles
 from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.simulation.grid import InProcessGrid, one_by_one
 from fedpeft.state import STRATEGY, State, prefixed, split_prefixed, zeros
-from fedpeft.wire import unpack
 from tests.conftest import Recorder, Sent
 
 CLIENTS, COHORT, LR = 3, 2, 0.01
@@ -45,7 +45,7 @@ def names_in(group: str) -> list[str]:
 
 @cache
 def made(group: str, name: str) -> Any:
-    """What a file stands for, without Hydra's composition, which takes longer than a pair."""
+    """Build what a YAML file stands for, without Hydra, which takes longer than a pair."""
     momentum = {"momentum": 0.0}  # which a strategy's file may point to
     parts = {"optimizer": momentum, group: OmegaConf.load(CONF / group / f"{name}.yaml")}
     tree: Any = OmegaConf.create(parts)
@@ -121,6 +121,7 @@ class Pair:
         self.grid = InProcessGrid(CLIENTS, one_by_one(self.recorder))
         self.server = FederatedPEFT("", engine)
         self.server.nodes.join(self.grid)
+        self.server.down.begin()
         self.values = [self.server.values]
         self.kept: dict[int, State] = {}
         for round in range(1, rounds + 1):
@@ -130,9 +131,10 @@ class Pair:
         (reply,) = answer_all([message], [context], self.engine)
         if isinstance(reply, Exception):
             raise reply
-        for key, arrays in context.state.array_records.items():
-            index: Any = context.state.config_records[f"{key}-index"]["index"]
-            self.kept[self.recorder.client] = split_prefixed(unpack(arrays, index))[0]
+        client = self.recorder.client
+        store = Store(self.grid.state_folder / self.server.down.run / f"client_{client}")
+        if store.generations:
+            self.kept[client] = split_prefixed(store.load(store.generations[-1]))[0]
         return reply
 
     def _round(self, round: int) -> None:

@@ -37,7 +37,7 @@ def setting(*overrides: str) -> Config:
 
 @cache
 def count(*overrides: str) -> dict[str, Any]:
-    """Of a setting, ``method=name`` and its fields: Hydra composes a setting once."""
+    """Count for a setting, ``method=name`` and its fields; Hydra composes a setting once."""
     (name,) = [o.removeprefix("method=") for o in overrides if o.startswith("method=")]
     fields = [o for o in overrides if o.startswith("method.")]
     rest = [o for o in overrides if not o.startswith("method")]

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from fedpeft.client.app import app as client_app
 from fedpeft.client.client import Client, Kept
-from fedpeft.client.store import Store
 from fedpeft.config.load import load_config
+from fedpeft.config.schema import Checkpointing
 from fedpeft.engine.engine import Engine, Result, open_engine
 from fedpeft.methods.base import At
 from fedpeft.methods.lora import LoRA
@@ -22,7 +22,7 @@ from fedpeft.server.run import Run
 from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import Role, State
-from tests.conftest import Runner, job_of, quiet
+from tests.conftest import Runner, job_of, newest, quiet
 
 HEAD = ["classifier.weight", "classifier.bias"]
 TINY_RANK = "method.rank=4"
@@ -54,8 +54,7 @@ class Watched:
             self.starts[at] = {name: begun.job.start[name] for name in HEAD}
         reply = client_app(message=message, context=context)  # type: ignore[call-arg]
         if training:
-            store = Store(context, client, overrides)
-            self.ends[at] = Kept.parted(store.load()).personal
+            self.ends[at] = newest(context, message).personal
         return reply
 
     def check(self, cohorts: Sequence[Sequence[int]], first: int, before: State) -> None:
@@ -161,7 +160,8 @@ class OnEngine:
         content = client.finish(begun, result)
         at = client.round, client.number
         self.watched.starts[at] = {name: begun.job.start[name] for name in HEAD}
-        self.watched.ends[at] = Kept.parted(client.store.load()).personal
+        kept = client.store.load(max(client.store.generations, default=0))
+        self.watched.ends[at] = Kept.parted(kept).personal
         return Message(content, reply_to=message)
 
 
@@ -172,10 +172,10 @@ def test_a_head_that_becomes_personal_is_measured_on_the_clients_in_every_round(
     engine = Engine(replace(load_config(overrides), method=LateHead(rank=4)))
     assert engine.replica.roles.has_personal
     assert [set(HEAD) <= set(engine.replica.roles.shared(r)) for r in (1, 2, 3)] == [1, 0, 0]
-    directory, display = RunDirectory(str(tmp_path / "run"), OmegaConf.create({}), "x"), quiet()
+    directory, display = RunDirectory(str(tmp_path / "run"), OmegaConf.create({})), quiet()
     display.start("x", 4)
     worker = OnEngine(engine)
-    run = Run(FederatedPEFT("", engine), directory, display)
+    run = Run(FederatedPEFT("", engine), directory, Checkpointing(), display)
     summary = run.serve(InProcessGrid(3, worker))
 
     assert summary["selected_by"] == "client_validation_accuracy"

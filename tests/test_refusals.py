@@ -116,6 +116,13 @@ def with_array(change: Callable[[np.ndarray], np.ndarray]) -> Spoil:
     return spoil
 
 
+def with_record(name: str, record: Any) -> Spoil:
+    def spoil(reply: Message, message: Message) -> Message:
+        return Message(RecordDict({**reply.content, name: record}), reply_to=message)
+
+    return spoil
+
+
 def index_of(reply: Message) -> bytes:
     index = reply.content.config_records["config"]["index"]
     assert isinstance(index, bytes)
@@ -154,6 +161,27 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "fractional examples": (
         with_metrics(**{"num-examples": 2.5}),
         "num-examples must be a whole number >= 1, got 2.5",
+    ),
+    "more examples than it has": (
+        with_metrics(**{"num-examples": 10**18}),
+        "num-examples is 1000000000000000000, but the client has ",
+    ),
+    "more steps than it was told": (
+        with_metrics(**{"num-steps": 10**9}),
+        "num-steps is 1000000000, but the round has 2",
+    ),
+    "finite but huge": (
+        with_value(1e30),
+        "its update's norm is 1e+30, more than strategy.max_norm_ratio=100 times the round's ",
+    ),
+    "largest float": (with_value(3e38), "more than strategy.max_norm_ratio=100 times"),
+    "large record": (
+        with_record("more", ArrayRecord({"x": Array(np.zeros(1 << 19, dtype=np.float32))})),
+        "bytes, but at most",
+    ),
+    "index bomb": (
+        with_index(zlib.compress(b"[" + b" " * (1 << 27))),
+        "the index of the arrays cannot be read: it takes more than",
     ),
     "no loss": (with_metrics(loss=None), "loss must be a finite number, got None"),
     "NaN loss": (with_metrics(loss=float("nan")), "loss must be a finite number, got nan"),
@@ -250,6 +278,73 @@ def test_three_clients_unequal_weights(run: Runner) -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-8)
 
 
+def test_a_client_s_text_is_cut_and_steers_nothing(run: Runner) -> None:
+    """It may hold a path in brackets, which rich would read as markup, or a terminal's codes."""
+
+    def answer(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
+            raise ValueError("no [/data/ward-7] \x1b[31m\n" + "x" * 10**6)
+        return client_app(message=message, context=context)
+
+    reason = run("num_rounds=1", answer=answer)["refused"]["1"]["1"]
+    assert reason.startswith(r"no [/data/ward-7] \x1b[31m\nxxx") and reason.endswith("x...")
+    assert len(reason) < 520 and reason.isprintable()
+
+
+def test_a_round_that_is_not_finite_is_dropped(run: Runner) -> None:
+    """All clients are huge alike, so the median says nothing; a step of 100 overflows."""
+    honest = run("num_rounds=1", "strategy=fedavgm")["shared_state_sha256"]
+
+    def spoil(reply: Message, message: Message) -> Message:
+        state = state_of(reply)
+        return rewritten(reply, message, {n: torch.full_like(v, 1e38) for n, v in state.items()})
+
+    given = ["strategy=fedavgm", "strategy.server_lr=100", "num_rounds=1"]
+    summary = run(*given, answer=spoiling(spoil, {0, 1, 2}, {1}))
+    (reason,) = summary["refused"]["1"].values()
+    assert reason.startswith("the round is dropped, because its aggregate is not finite in ")
+    assert run.lines()[1]["unchanged"] == 1.0
+    assert run.lines()[1]["validation_loss"] == run.lines()[0]["validation_loss"]
+    assert summary["shared_state_sha256"] != honest and run.saved() == {}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "reason"),
+    [
+        ({"foo": 1.0, "my_seconds": 0.3, "validation_foo": 7.0}, None),
+        ({"validation_accuracy": 99.0}, "validation_accuracy must be from -1 to 1, got 99"),
+        ({"test_loss": 1e308}, "test_loss must be from 0 to 1e+06, got 1e+308"),
+        ({"validation_loss": float("nan")}, "validation_loss must be a finite number, got nan"),
+        (
+            {"validation-num-examples": 10**18},
+            "validation-num-examples is 1000000000000000000, but",
+        ),
+        ({"test-num-examples": -1}, "test-num-examples must be from 1 to inf, got -1"),
+        ({"test-num-examples": 2.5}, "num-examples of validation and test must be >= 1"),
+    ],
+)
+def test_a_client_s_measures_are_bounded(
+    metrics: dict[str, Any], reason: str | None, run: Runner
+) -> None:
+    """They choose the best round, so nobody may set them at will."""
+
+    def answer(message: Message, context: Context) -> Message:
+        reply = client_app(message=message, context=context)
+        if message.metadata.message_type == "evaluate" and context.node_config["partition-id"] == 1:
+            record = MetricRecord({**reply.content.metric_records["metrics"], **metrics})
+            return Message(RecordDict({**reply.content, "metrics": record}), reply_to=message)
+        return reply
+
+    plain = run("num_rounds=1", "method=fedsa_lora")
+    summary = run("num_rounds=1", "method=fedsa_lora", answer=answer)
+    if reason is None:
+        assert summary["final"] == plain["final"] and summary["refused"] == {}
+        return
+    assert summary["refused"].keys() == {"0", "1"}
+    assert f"evaluation: {reason}" in summary["refused"]["1"]["1"]
+    assert summary["final"]["client_test_loss"] != plain["final"]["client_test_loss"]
+
+
 def test_a_refused_client_takes_part_again(run: Runner) -> None:
     summary = run(answer=spoiling(CASES["NaN"][0], {1}, {1}))
     assert list(summary["refused"]) == ["1"]
@@ -314,8 +409,8 @@ class Deaf(InProcessGrid):
 
 
 def test_a_late_client_is_left_out(run: Runner) -> None:
-    summary = run("num_rounds=1", "runtime.round_timeout=0.5", grid=Deaf)
-    assert summary["refused"] == {"1": {"1": "no reply within runtime.round_timeout=0.5 s"}}
+    summary = run("num_rounds=1", "runtime.round_timeout=1.5", grid=Deaf)
+    assert summary["refused"] == {"1": {"1": "no reply within runtime.round_timeout=1.5 s"}}
     assert [e.client for e in run.recorder.of("train")] == [0, 2]
 
 
@@ -324,8 +419,8 @@ class DeafInEvaluation(Deaf):
 
 
 def test_a_client_that_is_late_in_evaluation_is_named(run: Runner) -> None:
-    overrides = ("evaluation.clients=always", "num_rounds=1", "runtime.round_timeout=0.5")
-    late = "evaluation: no reply within runtime.round_timeout=0.5 s"
+    overrides = ("evaluation.clients=always", "num_rounds=1", "runtime.round_timeout=1.5")
+    late = "evaluation: no reply within runtime.round_timeout=1.5 s"
     assert run(*overrides, grid=DeafInEvaluation)["refused"] == {"0": {"1": late}, "1": {"1": late}}
 
     def answer(message: Message, context: Context) -> Message:
@@ -343,7 +438,6 @@ def test_only_a_node_names_its_folder(run: Runner, tmp_path: Path) -> None:
     expected = run("method=fedsa_lora")["shared_state_sha256"]
 
     def answer(message: Message, context: Context) -> Message:
-        assert "state-folder" not in context.node_config
         if message.metadata.message_type == "train":
             named = {"clients": [0, 1], "folder": str(folder), "state-folder": str(folder)}
             config = dict(message.content.config_records["config"])
@@ -388,9 +482,18 @@ def test_traffic_of_a_refused_reply_is_counted(run: Runner) -> None:
 @pytest.mark.parametrize(
     ("configs", "message"),
     [
-        ([0, 1, 5], "a client holds partition 5, but num_clients=3"),
-        ([0, 1, 1], "two clients hold partition 1"),
-        ([0, None, 2], "this node has no partition-id"),
+        (
+            [0, 1, 5],
+            r"partitions \[2\] of num_clients=3; node 3 holds partition 5, but num_clients=3",
+        ),
+        (
+            [0, 1, 1],
+            r"partitions \[2\].*; node 3 holds partition 1, as node 2 does, which came first",
+        ),
+        (
+            [0, None, 2],
+            r"partitions \[1\].*; node 2 could not be asked: this node has no partition-id",
+        ),
         ([0, 2], r"no client holds partitions \[1\] of num_clients=3"),
     ],
 )
@@ -398,7 +501,8 @@ def test_nodes_that_cannot_join(configs: list[int | None], message: str, run: Ru
     class Named(InProcessGrid):
         def node_config(self, node: int) -> dict[str, Any]:
             partition = configs[node - 1]
-            return {} if partition is None else {"partition-id": partition}
+            known = {} if partition is None else {"partition-id": partition}
+            return known | {"state-folder": str(self.state_folder)}
 
     def grid(_: int, answer_all: Any) -> InProcessGrid:
         return Named(len(configs), answer_all)

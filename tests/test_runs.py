@@ -38,6 +38,7 @@ SUMMARY = {
     "interference": list,
     "initial_error": dict,
     "refused": dict,
+    "restarted": dict,
     "seconds": float,
     "shared_state_sha256": str,
     "weights_sha256": str,
@@ -309,8 +310,13 @@ def test_cohorts(run: Runner) -> None:
 
 def test_a_directory_holds_one_run(run: Runner, tmp_path: Path) -> None:
     run(f"run_dir={tmp_path / 'mine'}")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "mine").iterdir()}
+
+    def files() -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in (tmp_path / "mine").iterdir() if p.is_file()}
+
+    before = files()
     assert set(before) == {
+        ".lock",
         "config.yaml",
         "metrics.jsonl",
         "summary.json",
@@ -319,7 +325,7 @@ def test_a_directory_holds_one_run(run: Runner, tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError, match=r"run_dir=.*/mine already holds a run"):
         run(f"run_dir={tmp_path / 'mine'}", "seed=5")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "mine").iterdir()} == before
+    assert files() == before
 
 
 def test_evaluation_every(run: Runner) -> None:

@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fedpeft.config.load import load_config
+from fedpeft.config.schema import Checkpointing
 from fedpeft.data.batching import Examples
 from fedpeft.engine.engine import Engine
 from fedpeft.reporting.run_directory import RunDirectory
@@ -26,10 +27,11 @@ def selecting(opened: Callable[..., Engine], tmp_path: Path) -> Callable[..., Ru
     """``selecting("method=lora")`` gives a run whose lines a test writes by hand."""
 
     def make(*overrides: str) -> Run:
-        directory = RunDirectory(str(tmp_path / "run"), OmegaConf.create({}), "x")
+        directory = RunDirectory(str(tmp_path / "run"), OmegaConf.create({}))
         display = quiet()
         display.start("x", 5)
-        return Run(FederatedPEFT("", opened(*overrides)), directory, display)
+        strategy = FederatedPEFT("", opened(*overrides))
+        return Run(strategy, directory, Checkpointing(), display)
 
     return make
 

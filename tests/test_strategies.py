@@ -1,6 +1,6 @@
 """Every file of conf/method with every file of conf/strategy: two rounds, or the refusal.
 
-Which pairs are refused stands here by name; what the others come to, in ``server_rules``.
+Which pairs are refused stands here by name; what the others come to, in ``expected.servers``.
 """
 
 import re
@@ -24,6 +24,7 @@ from fedpeft.methods.lora import LoRA
 from fedpeft.state import Role, State
 from tests.conftest import Runner
 from tests.expected.methods import HEAD, PERSONAL, SENT, TINY, names_of
+from tests.expected.servers import RULES, Array, Given
 from tests.pairs import (
     CLIENTS,
     COHORT,
@@ -37,7 +38,6 @@ from tests.pairs import (
     small,
     with_method,
 )
-from tests.server_rules import RULES, Array, Given
 
 METHODS, STRATEGIES, COMPRESSIONS = map(names_in, ("method", "strategy", "compression"))
 # The classes of the methods that aggregate by a rule of their own; all others take the mean.
@@ -204,7 +204,7 @@ def check_messages(pair: Pair, method: str, strategy: str) -> None:
 
 
 def exact(engine: Engine) -> bool:
-    """Whether what is sent arrives as it was."""
+    """Tell if what is sent arrives as it was."""
     return engine.config.compression == Compression()
 
 
@@ -212,11 +212,10 @@ def check_work(engine: Engine, training: Training, strategy: str) -> None:
     """One step on its own rows; where all are in one place, as many as the cohort's together."""
     rows = [len(engine.rows.client_examples(client)["train"]) for client in range(CLIENTS)]
     assert len(set(rows)) == CLIENTS
-    if strategy == "centralized":
-        phases = len(engine.config.method.phases(At(1, 0, 2)))  # each trains something shared
+    phases = len(engine.config.method.phases(At(1, 0, 2)))
+    if strategy == "centralized":  # where each phase trains something shared
         assert (training.rows, training.steps) == (sum(rows), COHORT * phases)
     else:
-        phases = len(engine.config.method.phases(At(1, 0, 2)))
         assert training.rows in rows
         assert training.steps == (phases if strategy == "local_only" else 1)
     trained = {**training.sent, **training.kept}
@@ -233,7 +232,7 @@ def check_first_round(pair: Pair, plain: Pair, strategy: str) -> None:
 
 
 def check_kept(pair: Pair, method: str, strategy: str) -> None:
-    """What is personal goes on where it ended: AdamW's first step is no longer than lr."""
+    """Check that personal values go on where they ended: AdamW's first step is at most lr."""
     own = names_of(pair.engine.replica.model, PERSONAL.get(method, "^$"))
     if strategy == "centralized":
         own = []
@@ -257,7 +256,7 @@ def moved(training: Training) -> float:
 
 
 def check_values(pair: Pair, method: str, strategy: str) -> None:
-    """What the server makes of it; of methods with a rule of their own, the head."""
+    """Compare the server's values with its rule; for methods with a rule of their own, the head."""
     names, first = pair.engine.replica.roles.names, pair.values[0]
     idle = equal(first, pair.values[-1])
     assert idle == (strategy == "local_only")

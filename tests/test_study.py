@@ -56,7 +56,8 @@ class Fake:
         tree = composed(overrides)
         outcome = self.result(tree.lr, tree.seed)
         self.launched.append((tree.method._target_.rpartition(".")[2], tree.lr, tree.seed))
-        directory = RunDirectory(tree.run_dir, tree, "fake")
+        directory = RunDirectory(tree.run_dir, tree, resume=True)
+        directory.keep_lines(-1)
         directory.append({"round": 0, "client_validation_accuracy": 0.1})
         if isinstance(outcome, dict):
             directory.finish(outcome)
@@ -255,7 +256,7 @@ def test_the_same_command_goes_on_where_it_stopped(tmp_path: Path) -> None:
         study.finish(Fake(stops))
     (tmp_path / "lora/lr=0.001/seed=1").mkdir()
     (run,) = study.runs()[1:]
-    RunDirectory(str(run.path), composed(run.overrides), "").append({"round": 0})
+    RunDirectory(str(run.path), composed(run.overrides)).append({"round": 0})
     again = Fake(steady)
     done = study.finish(again)
     assert again.launched == [("LoRA", 0.001, 1)]

@@ -1,7 +1,7 @@
 """The base of federated algorithms, which is FedAvg (https://arxiv.org/abs/1602.05629)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fedpeft.methods.base import Memory, Method, Round, Term
@@ -31,15 +31,26 @@ class FedAvg:
 
     Args:
         weights: of the clients: ``examples`` (number of training rows) or ``uniform``.
+        max_weight: share of a round, in (0, 1], beyond which no client weighs. Null means 1, but
+            0.5 in a run with clients that train on rows of their own, because the server then has
+            nothing but their word for how many these are.
+        max_norm_ratio: a client is left out of a round if its update's norm is more than so many
+            times the round's median, > 1.
     """
 
     weights: str = "examples"
+    max_weight: float | None = field(default=None, kw_only=True)
+    max_norm_ratio: float = field(default=100.0, kw_only=True)
 
     pooled: ClassVar[bool] = False  # one client trains on all clients' rows
 
     def __post_init__(self) -> None:
         if self.weights not in ("examples", "uniform"):
             raise ValueError(f"weights must be examples or uniform, got {self.weights}")
+        if self.max_weight is not None and not 0 < self.max_weight <= 1:
+            raise ValueError(f"max_weight must be in (0, 1] or null, got {self.max_weight}")
+        if not self.max_norm_ratio > 1:
+            raise ValueError(f"max_norm_ratio must be > 1, got {self.max_norm_ratio}")
 
     def weigh(self, num_examples: Sequence[int]) -> list[float]:
         """Return the clients' weights, which sum to 1, from their numbers of training rows."""

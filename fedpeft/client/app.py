@@ -12,15 +12,18 @@ from flwr.clientapp import ClientApp
 
 
 def query(message: Message, context: Context) -> Message:
-    """Reply with the number of the partition that this node holds.
+    """Reply with the partition that this node holds, and whether its rows are its own.
 
     Raises:
         ValueError: the node's configuration has no partition.
     """
     if "partition-id" not in context.node_config:
         raise ValueError("this node has no partition-id: give --node-config partition-id=N")
-    metrics = MetricRecord({"partition-id": int(context.node_config["partition-id"])})
-    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+    metrics = {
+        "partition-id": int(context.node_config["partition-id"]),
+        "own-rows": int("data-path" in context.node_config),
+    }
+    return Message(RecordDict({"metrics": MetricRecord({**metrics})}), reply_to=message)
 
 
 def train(message: Message, context: Context) -> Message:

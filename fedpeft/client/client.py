@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 
-from fedpeft.client.store import Store
+from fedpeft.client.store import Lost, store_of
 from fedpeft.compression.base import ERROR, OfUpdate
 from fedpeft.engine.cpu import give_back
 from fedpeft.engine.engine import Engine, Result, open_engine
@@ -158,12 +158,15 @@ class Client:
         # The server evaluates what the next round would start from, so its last message to
         # evaluate carries the round after the last one.
         self.last = self.round > engine.config.num_rounds
-        self.store = Store(context, self.number, str(config["overrides"]))
+        self.generation: int = config["generation"]  # type: ignore[assignment]
+        self.store = store_of(context, config, self.number)
+        self.restarted = False
 
     def begin(self) -> Begun:
         """Collect the values to start from: initial, then received, then kept; and corrections."""
-        replica = self.engine.replica
-        kept = Kept.parted(self.store.load())
+        replica, config = self.engine.replica, self.message.content.config_records["config"]
+        self.store.forget(self.generation, int(config["oldest"]), int(config["best"]))  # type: ignore[arg-type]
+        kept = self._kept()
         at, received, extras = self._received()
         start = replica.values(received, kept.personal, at=at)
         before = {name: start[name] for name in replica.roles.shared(self.round)}
@@ -172,6 +175,19 @@ class Client:
             self.config.strategy.term(before, extras, kept.strategy),
         )
         return Begun(Job(at, start, terms, self._moments(kept, at)), kept, before, terms)
+
+    def _kept(self) -> Kept:
+        """Load the generation that the server goes on from.
+
+        If it is lost, begin this client anew where ``runtime.lost_state`` says so.
+        """
+        try:
+            return Kept.parted(self.store.load(self.generation))
+        except Lost:
+            if self.config.runtime.lost_state != "restart":
+                raise
+            self.restarted = True
+            return Kept.parted({})
 
     def _moments(self, kept: Kept, at: At) -> State:
         """Cut the optimizer's moments to the client's blocks; a block may shrink by round."""
@@ -202,15 +218,19 @@ class Client:
         # Personal parameters that rest in this round stay kept, because roles change by round.
         names = names_with(replica.roles.by_name(self.round), Role.PERSONAL)
         personal = kept.personal | {name: result.after[name] for name in names}
-        self.store.keep(Kept(personal, strategy, method, error, result.moments).joined())
+        state = Kept(personal, strategy, method, error, result.moments).joined()
+        if state:
+            self.store.keep(self.round, state)
         arrays, index = pack(wire)
         metrics = {
             "num-examples": trained.num_examples,
             "loss": trained.loss,
             "num-steps": trained.steps,
         }
-        config = ConfigRecord({"index": index})
-        return RecordDict({"metrics": MetricRecord(metrics), "arrays": arrays, "config": config})
+        said: Any = {"index": index, "kept": bool(state), "restarted": self.restarted}
+        return RecordDict(
+            {"metrics": MetricRecord(metrics), "arrays": arrays, "config": ConfigRecord(said)}
+        )
 
     def _encoded(self, state: State, reference: State, error: State) -> tuple[State, State]:
         """Return the wire form of what is shared, and the error to keep."""
@@ -225,7 +245,7 @@ class Client:
         """Measure the client's model on its own validation and test rows."""
         engine = self.engine
         at, received, _ = self._received()
-        engine.replica.load(received, Kept.parted(self.store.load()).personal, at=at)
+        engine.replica.load(received, self._kept().personal, at=at)
         splits = engine.rows.client_examples(self.number)
         metrics: dict[str, Any] = {}
         for split in ("validation", "test"):
@@ -234,7 +254,8 @@ class Client:
                 metrics[f"{split}_{name}"] = value
             if (baseline := engine.baseline(splits["train"], splits[split])) is not None:
                 metrics[f"{split}_baseline"] = baseline
-        return RecordDict({"metrics": MetricRecord(metrics)})
+        config = ConfigRecord({"restarted": self.restarted})
+        return RecordDict({"metrics": MetricRecord(metrics), "config": config})
 
     def _received(self) -> tuple[At, State, State]:
         """Return the client's ``At``, the received parameters (block) and the strategy's extras.

@@ -1,49 +1,106 @@
-"""The kept state of a client: with its node, or in a folder that the node names."""
+"""The kept states of a client, a file a generation.
 
-import hashlib
+A generation is the round whose training made the state; 0 is the seeded start, of which nothing is
+kept. The server says which generation a message goes on from. A reply that was lost or refused
+therefore never happened on the client either, and a node that lacks the state refuses instead of
+beginning anew in silence.
+"""
+
+import os
+import re
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
+from platformdirs import user_state_path
 
-from fedpeft.state import State, read, save
-from fedpeft.wire import pack, unpack
+from fedpeft.state import State, is_finite, read, save
+
+
+class Lost(ValueError):
+    """The generation that the server counts on is not here, or its file is broken."""
 
 
 class Store:
-    """One client's kept state for one configuration.
-
-    A node whose ``node_config`` has a ``state-folder`` keeps a safetensors file there. Any other
-    node keeps the state in Flower's context, which lives as long as the node.
+    """One client's kept states for one run.
 
     Args:
-        context: of the client's node.
-        client: the client's number.
-        overrides: the configuration, because a context may serve several, one after another.
+        folder: of this client and run; made when something is kept.
     """
 
-    def __init__(self, context: Context, client: int, overrides: str) -> None:
-        self.context = context
-        folder = context.node_config.get("state-folder")
-        self._file = None if folder is None else Path(str(folder)) / f"client_{client}.safetensors"
-        self._key = "personal-" + hashlib.sha256(overrides.encode()).hexdigest()[:16]
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    def load(self) -> State:
-        """Return the state that was kept last; empty if there is none."""
-        if self._file is not None:
-            return read(self._file) if self._file.exists() else {}
-        state, key = self.context.state, self._key
-        if key not in state.array_records:
+    @property
+    def generations(self) -> list[int]:
+        """The generations that are here, sorted."""
+        found = [re.fullmatch(r"(\d+)\.safetensors", path.name) for path in self._files()]
+        return sorted(int(match[1]) for match in found if match)
+
+    def load(self, generation: int) -> State:
+        """Return what was kept in a round; empty for generation 0.
+
+        Raises:
+            Lost: it is not here, or its file is broken.
+        """
+        if generation == 0:
             return {}
-        index = state.config_records[key + "-index"]["index"]
-        assert isinstance(index, bytes)
-        return unpack(state.array_records[key], index)
+        if generation not in self.generations:
+            here = ", ".join(map(str, self.generations)) or "none"
+            raise Lost(
+                f"the server goes on from generation {generation} of this client's kept state, "
+                f"but here is {here}: start its node with the state-folder that it had, or set "
+                "runtime.lost_state=restart"
+            )
+        try:
+            return read(self._file(generation))
+        except (ValueError, OSError) as error:
+            raise Lost(f"generation {generation} of this client's kept state: {error}") from error
 
-    def keep(self, state: State) -> None:
-        """Replace the kept state, unless the new one is empty."""
-        if not state:
-            return
-        if self._file is not None:
-            save(self._file, state)
-            return
-        self.context.state[self._key], index = pack(state)
-        self.context.state[self._key + "-index"] = ConfigRecord({"index": index})
+    def keep(self, generation: int, state: State) -> None:
+        """Write a generation.
+
+        Raises:
+            ValueError: the state holds something that is not finite.
+            OSError: it cannot be written.
+        """
+        broken = [name for name, value in state.items() if not is_finite(value)]
+        if broken:
+            raise ValueError(
+                f"{broken[0]} holds values that are not finite after training: lower lr"
+            )
+        save(self._file(generation), state)
+
+    def forget(self, generation: int, oldest: int, best: int) -> None:
+        """Delete what nobody needs any more.
+
+        Args:
+            generation: that the server goes on from; later ones never happened.
+            oldest: that a checkpoint of the server may still go on from.
+            best: that belongs to the best round so far.
+        """
+        for other in self.generations:
+            if other > generation or (other < oldest and other != best):
+                self._file(other).unlink(missing_ok=True)
+
+    def _file(self, generation: int) -> Path:
+        return self.folder / f"{generation:05}.safetensors"
+
+    def _files(self) -> list[Path]:
+        return list(self.folder.iterdir()) if self.folder.is_dir() else []
+
+
+def store_of(context: Context, config: ConfigRecord, client: int) -> Store:
+    """Return the store of a message's run and client on a node.
+
+    It lies in the node's ``state-folder``. Where no one names one, it lies in the folder
+    $FEDPEFT_STATE, or else in the user's own for states, such as ~/.local/state/fedpeft.
+
+    Raises:
+        ValueError: the message names no run.
+    """
+    run = str(config.get("run", ""))
+    if not re.fullmatch(r"[0-9a-f]{16}", run):
+        raise ValueError(f"run must be 16 hexadecimal digits, got {run[:40]!r}")
+    default = os.environ.get("FEDPEFT_STATE") or user_state_path("fedpeft")
+    folder = Path(str(context.node_config.get("state-folder", default)))
+    return Store(folder / run / f"client_{client}")

@@ -61,7 +61,7 @@ def sent(overrides: Sequence[str]) -> str:
 
 def _of_server(override: str) -> bool:
     """Tell whether an override sets a key that clients need not know."""
-    return override.startswith("run_dir=")
+    return override.startswith(("run_dir=", "resume=", "checkpoint."))
 
 
 def addable(override: str) -> str:

@@ -26,6 +26,8 @@ class Runtime:
             (apart from the order of sums); null chooses by the tokens of a step.
         round_timeout: seconds to wait for a round's replies; late clients are left out.
         join_timeout: seconds to wait until all clients have a node.
+        lost_state: for a client whose node lacks the kept state that the server counts on:
+            ``refuse`` leaves it out and says so, ``restart`` begins its kept state anew.
     """
 
     kind: str = "ray"
@@ -37,10 +39,13 @@ class Runtime:
     clients_per_pass: int | None = None
     round_timeout: float = 3600
     join_timeout: float = 120
+    lost_state: str = "refuse"
 
     def __post_init__(self) -> None:
         if self.kind not in ("ray", "inprocess"):
             raise ValueError(f"runtime.kind must be ray or inprocess, got {self.kind}")
+        if self.lost_state not in ("refuse", "restart"):
+            raise ValueError(f"runtime.lost_state must be refuse or restart, got {self.lost_state}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"runtime.device must be auto, cpu or cuda, got {self.device}")
         if self.threads < 1 or self.num_cpus <= 0 or self.num_gpus < 0:
@@ -98,6 +103,24 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Checkpointing:
+    """Checkpoints in the run's directory, from which ``resume=true`` goes on.
+
+    Args:
+        every: rounds between checkpoints; the last round always has one.
+        keep: so many stay.
+    """
+
+    every: int = 1
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for key in ("every", "keep"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"checkpoint.{key} must be >= 1, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True)
 class Settings:
     """A run's numbers.
 
@@ -118,11 +141,13 @@ class Settings:
         bucketing: batch rows of like length, for less padding.
         precision: ``fp32``, or ``bf16`` for autocast.
         run_dir: the run's directory; null for ``runs/<time>_<method>``.
+        resume: go on with the run in ``run_dir`` from its last checkpoint, if there is one.
     """
 
     runtime: Runtime = field(default_factory=Runtime)
     optimizer: Optimization = field(default_factory=Optimization)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
     seed: int = 0
     num_clients: int = 5
     num_rounds: int = 10
@@ -138,6 +163,7 @@ class Settings:
     bucketing: bool = True
     precision: str = "fp32"
     run_dir: str | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
         for key in ("num_clients", "num_rounds", "batch_size", "accumulate"):
@@ -163,6 +189,8 @@ class Settings:
                 f"runtime.clients_per_pass={self.runtime.clients_per_pass} puts several clients' "
                 "batches into one pass: set one of them to 1"
             )
+        if self.resume and not self.run_dir:
+            raise ConfigError("resume=true goes on with a run: give its run_dir")
         self.cohort_size()
 
     def evaluates(self, round: int) -> bool:

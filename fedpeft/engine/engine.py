@@ -14,11 +14,11 @@ from fedpeft.data.batching import Batch, Examples
 from fedpeft.data.clients import ClientRows
 from fedpeft.engine.evaluate import evaluate
 from fedpeft.engine.passes import Passes, train
-from fedpeft.engine.plan import Job, Plan, Trained, plan
+from fedpeft.engine.plan import Ended, Job, Part, Plan, Trained, num_steps, plan
 from fedpeft.engine.probing import Vectorised, vectorised
 from fedpeft.engine.replica import Replica
 from fedpeft.engine.together import IMAGE_TOKENS, Member, Together, clients_in_a_pass
-from fedpeft.methods.base import Phase
+from fedpeft.methods.base import At
 from fedpeft.seeding import rng_state, torch_seed
 from fedpeft.state import State, load_state
 
@@ -83,42 +83,51 @@ class Engine:
 
     def train_client(self, job: Job, round: int) -> Result:
         """Train one client through all phases of its round."""
-        values, moments, parts = job.start, job.moments, []
-        for path, phase, names in self._phases(job, round):
-            plan = self._plan(job.client, path, phase)
-            passes = self._ready(names, phase.setting)
+        values, moments, ended = job.start, job.moments, []
+        for part in self._parts(job, round):
+            plan = self._plan(job.client, part)
+            passes = self._ready(part.names, part.phase.setting)
             passes.flat.load(values)
             resting = {n: v for n, v in values.items() if n not in passes.flat.named}
             load_state(self.replica.model, resting)
-            with torch_seed(self.config.seed, "dropout", *path):
+            with torch_seed(self.config.seed, "dropout", *part.path):
                 loss, state = train(
                     passes, plan.steps, plan.rate, self.config.optimizer, job.terms, moments
                 )
             values, moments = values | passes.flat.state(), moments | state
-            parts.append((names, plan, loss))
-        return Result(self._trained(round, parts), values, moments)
+            ended.append(Ended(part.names, plan, loss))
+        return Result(self._trained(round, ended), values, moments)
 
-    def _phases(self, job: Job, round: int) -> list[tuple[list[int], Phase, list[str]]]:
-        """Return each phase with the path of its draws and the names that train."""
+    def _parts(self, job: Job, round: int) -> list[Part]:
+        """Return the phases in which something trains."""
         trained = self.replica.roles.trained(round)
-        phases = []
+        parts = []
         for number, phase in enumerate(self.config.method.phases(job.at)):
             path = [round, job.client] + ([number] if number else [])
             if names := [name for name in trained if phase.trains(name)]:
-                phases.append((path, phase, names))
-        if not phases:
+                parts.append(Part(path, phase, names))
+        if not parts:
             raise ValueError(f"no parameter trains in round {round}")
-        return phases
+        return parts
 
-    def _trained(self, round: int, parts: list[tuple[list[str], Plan, float]]) -> Trained:
-        """Sum up a client's phases; see ``Trained`` for the phases that count."""
+    def _trained(self, round: int, ended: list[Ended]) -> Trained:
+        """Sum up a client's parts; see ``Trained`` for those that count."""
         shared = set(self.replica.roles.shared(round))
-        counted = [p for names, p, _ in parts if shared & set(names)] or [p for _, p, _ in parts]
-        rates = [plan.rate(step) for plan in counted for step in range(len(plan.steps))]
-        steps = sum(len(plan.steps) for _, plan, _ in parts)
-        loss = sum(loss * len(plan.steps) for _, plan, loss in parts) / steps
-        loss = parts[0][2] if len(parts) == 1 else loss
-        return Trained(parts[0][1].num_examples, loss, len(rates), sum(rates) / len(rates))
+        counted = [part for part in ended if shared & set(part.names)] or ended
+        rates = [part.plan.rate(i) for part in counted for i in range(len(part.plan.steps))]
+        steps = [len(part.plan.steps) for part in ended]
+        loss = sum(part.loss * n for part, n in zip(ended, steps, strict=True)) / sum(steps)
+        if len(ended) == 1:
+            loss = ended[0].loss  # as it is, because x n / n may round
+        return Trained(ended[0].plan.num_examples, loss, len(rates), sum(rates) / len(rates))
+
+    def shared_steps(self, at: At, rows: int) -> int:
+        """Return the steps that a client of so many training rows takes on what is shared."""
+        shared = self.replica.roles.shared(at.round)
+        trained = self.replica.roles.trained(at.round)
+        phases = [p for p in self.config.method.phases(at) if any(map(p.trains, trained))]
+        counted = [p for p in phases if any(map(p.trains, shared))] or phases
+        return sum(num_steps(self.config, rows, phase) for phase in counted)
 
     def _ready(self, names: Sequence[str], setting: str) -> Passes:
         """Return the cached passes over some trained parameters, and let only these train."""
@@ -139,12 +148,15 @@ class Engine:
 
     def _train_together(self, jobs: Sequence[Job], round: int) -> list[Result | Exception]:
         results: dict[int, Result | Exception] = {}
-        members = [Member(job, self._phases(job, round)) for job in jobs]
-        for number in range(max(len(member.phases) for member in members)):
-            self._phase_together([m for m in members if m.at_phase(number)], number)
+        members = [Member(job, self._parts(job, round)) for job in jobs]
+        kinds = [[(part.phase.setting, part.names) for part in m.parts] for m in members]
+        if any(kind != kinds[0] for kind in kinds):
+            raise ValueError("the phases of a round differ by client")
+        for number in range(len(kinds[0])):
+            self._phase_together([m for m in members if m.error is None], number)
         for i, member in enumerate(members):
             if member.error is None:
-                trained = self._trained(round, member.parts)
+                trained = self._trained(round, member.ended)
                 results[i] = Result(trained, member.values, member.moments)
             else:
                 results[i] = member.error
@@ -154,18 +166,18 @@ class Engine:
         """Run one phase of several clients; all clients of a round have the same phases."""
         if not members:
             return
-        _, phase, names = members[0].phases[number]
+        (round, *_), phase, names = members[0].parts[number]
         load_state(self.replica.model, members[0].values)
         self.replica.set_trainable(set(names))
         self.config.method.arrange(self.replica.model, phase.setting)
         self.replica.model.train()
         for member in members:
-            path = member.phases[number][0]
-            member.begin(self._plan(member.job.client, path, phase), self._draws(path))
-        with torch_seed(self.config.seed, "cohort", members[0].phases[number][0][0]):
+            part = member.parts[number]
+            member.begin(self._plan(member.job.client, part), self._draws(part.path))
+        with torch_seed(self.config.seed, "cohort", round):
             self._stacked(names, phase.setting).train(members)
         for member in members:
-            member.parts.append((names, member.plan, member.loss))
+            member.ended.append(Ended(names, member.plan, member.loss))
 
     def _stacked(self, names: Sequence[str], setting: str) -> Together:
         """Return the cached ``Together`` of some trained parameters."""
@@ -180,8 +192,8 @@ class Engine:
         with torch_seed(self.config.seed, "dropout", *path):
             return rng_state(self.replica.device)
 
-    def _plan(self, client: int, path: Sequence[int], phase: Phase) -> Plan:
-        return plan(self.config, *self.rows.training(client), path, phase)
+    def _plan(self, client: int, part: Part) -> Plan:
+        return plan(self.config, *self.rows.training(client), part.path, part.phase)
 
     # --- clients in a pass ---------------------------------------------------------------------
 

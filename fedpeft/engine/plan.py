@@ -53,6 +53,34 @@ class Job(NamedTuple):
         return self.at.client
 
 
+class Part(NamedTuple):
+    """A phase of one client in one round.
+
+    Attributes:
+        path: round, client and, after the first phase, its number: the place of the draws.
+        phase: of the method.
+        names: parameters that train.
+    """
+
+    path: list[int]
+    phase: Phase
+    names: list[str]
+
+
+class Ended(NamedTuple):
+    """A part that was trained.
+
+    Attributes:
+        names: parameters that trained.
+        plan: the batches and rates.
+        loss: mean over its steps.
+    """
+
+    names: list[str]
+    plan: "Plan"
+    loss: float
+
+
 class Plan(NamedTuple):
     """One phase of one client in one round.
 
@@ -91,6 +119,12 @@ def plan(
         return phase.lr * lr
 
     return Plan(len(examples), batches, rate)
+
+
+def num_steps(config: Config, rows: int, phase: Phase) -> int:
+    """Return how many steps a client of so many training rows takes in a phase."""
+    steps, epochs = _count(config, rows, config.local_steps, phase.steps)
+    return steps or -(-rows // config.batch_size) * (epochs or 1)
 
 
 def _count(

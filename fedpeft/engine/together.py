@@ -16,10 +16,9 @@ from fedpeft.data.batching import Batch, merged, within
 from fedpeft.engine.flat import Flat, Stepper
 from fedpeft.engine.graphs import Graphs
 from fedpeft.engine.passes import autocast, mean_loss, pad_id, to_device
-from fedpeft.engine.plan import Job, Plan
+from fedpeft.engine.plan import Ended, Job, Part, Plan
 from fedpeft.engine.replica import Replica
 from fedpeft.engine.stacked import Draws, Stack, calling, cut, owners
-from fedpeft.methods.base import Phase
 from fedpeft.state import State
 
 # A client whose step has more tokens than STEP_TOKENS trains alone; with fewer, clients fill a pass
@@ -54,22 +53,18 @@ class Member:
 
     Args:
         job: where the client starts.
-        phases: path of the draws, phase, and names that train, for each phase.
+        parts: of its round.
     """
 
-    def __init__(self, job: Job, phases: Sequence[tuple[list[int], Phase, list[str]]]) -> None:
-        self.job, self.phases = job, phases
+    def __init__(self, job: Job, parts: Sequence[Part]) -> None:
+        self.job, self.parts = job, parts
         self.values, self.moments = job.start, job.moments
-        self.parts: list[tuple[list[str], Plan, float]] = []
+        self.ended: list[Ended] = []
         self.error: FloatingPointError | None = None
         self.loss = float("nan")
         self.losses: list[Tensor] = []
         self.plan: Plan
         self.draws: Tensor  # state of the random generator at the next step
-
-    def at_phase(self, number: int) -> bool:
-        """Tell whether the client has such a phase and no error yet."""
-        return self.error is None and number < len(self.phases)
 
     def begin(self, plan: Plan, draws: Tensor) -> None:
         """Begin a phase with its plan and the state of its random generator."""

@@ -160,7 +160,10 @@ class Method(ABC):
         return shape
 
     def phases(self, at: At) -> Sequence[Phase]:
-        """Return the parts of a client's training, in order; the base has one for everything."""
+        """Return the parts of a client's training, in order; the base has one for everything.
+
+        They must be the same for every client of a round, because clients may train in one pass.
+        """
         return (Phase(),)
 
     def arrange(self, model: nn.Module, setting: str) -> None:  # noqa: B027
@@ -185,7 +188,8 @@ class Method(ABC):
     def start(self, server: ServerModel) -> State:
         """Return values to set before round 1; only called where ``starts`` is true.
 
-        The role of these parameters at round 0 is RECEIVED, so clients get them from round 1 on.
+        ``role`` must answer RECEIVED for these parameters at round 0; only then do clients get
+        them from round 1 on.
         """
         return {}
 

@@ -95,7 +95,10 @@ class Display:
             text += f"  about {left:.0f} s left" if left >= 1 else ""
         self.console.print(text)
         for client, reason in line.get("refused", {}).items():
-            self.console.print(f"  client {client} was left out: {reason}")
+            self.console.print(f"  client {client} was left out: {reason}", markup=False)
+        if line.get("restarted"):
+            clients = ", ".join(map(str, line["restarted"]))
+            self.console.print(f"  kept state was lost and began anew: clients {clients}")
 
     def stop(self, text: str = "") -> None:
         """End a run."""

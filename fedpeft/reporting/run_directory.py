@@ -1,46 +1,83 @@
 """A run's directory: the resolved configuration, a line a round, and the summary."""
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+
+from fedpeft.files import replacing
 
 PACKAGES = ("fedpeft", "flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy")
 
 
 class RunDirectory:
-    """Writes each file as soon as it is known, so that a killed run leaves complete lines.
+    """Write each file as soon as it is known, so that a killed run leaves complete lines.
+
+    One process owns a directory at a time.
 
     Args:
-        path: the directory; null for ``runs/<time>_<label>``.
-        config: the resolved configuration.
-        label: ends the name of the default directory.
+        path: of the directory.
+        config: the run's, composed.
+        resume: go on with what is there, instead of refusing it.
 
     Raises:
-        ValueError: the directory holds a run.
+        ValueError: another process runs in it, it holds a run, or one of another configuration.
     """
 
-    def __init__(self, path: str | None, config: DictConfig, label: str) -> None:
-        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    def __init__(self, path: str, config: DictConfig, resume: bool = False) -> None:
         # Not resolved, so that shared files do not name folders of this machine.
-        self.path = Path(path or f"runs/{stamp}_{label}")
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"run_dir={self.path} cannot be made: {error}") from error
+        self._lock = FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"run_dir={self.path}: another run writes into it now") from error
+        try:
+            self._claim(config, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self, config: DictConfig, resume: bool) -> None:
         self._metrics = self.path / "metrics.jsonl"
-        if self._metrics.exists():
-            raise ValueError(f"run_dir={self.path} already holds a run: give another")
+        if self._metrics.exists() and not resume:
+            raise ValueError(
+                f"run_dir={self.path} already holds a run: give another, or resume=true to go on"
+            )
+        written = self.path / "config.yaml"
+        if self._metrics.exists() and written.exists():
+            check_same(OmegaConf.load(written), config, self.path)
         self._write("config.yaml", OmegaConf.to_yaml(config, resolve=True))
+
+    def close(self) -> None:
+        """Let others have the directory."""
+        self._lock.release()
+
+    def keep_lines(self, last: int) -> list[dict[str, Any]]:
+        """Drop the lines of rounds after ``last`` and return the others."""
+        lines = read_metrics(self.path) if self._metrics.exists() else []
+        lines = [line for line in lines if line["round"] <= last]
+        self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        return lines
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Append a round's line; it is on the disk when this returns."""
         with self._metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite(line), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -51,12 +88,78 @@ class RunDirectory:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, atomically."""
-        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+        text = json.dumps(finite(summary), indent=2, allow_nan=False)
+        self._write("summary.json", text + "\n")
 
     def _write(self, name: str, text: str) -> None:
-        draft = self.path / f".{name}.part"
-        draft.write_text(text)
-        draft.replace(self.path / name)
+        with replacing(self.path / name) as draft:
+            draft.write_text(text)
+
+
+# Keys that change no result, so that a run may go on with others.
+FREE = {"run_dir", "resume", "checkpoint.every", "checkpoint.keep"} | {
+    f"runtime.{key}"
+    for key in ("kind", "num_cpus", "num_gpus", "total_cpus")
+    + ("round_timeout", "join_timeout", "lost_state")
+}
+
+
+def check_same(before: Any, now: Any, path: Path) -> None:
+    """Raise ValueError if two configurations would give different results."""
+    old, new = (_flat(OmegaConf.to_container(tree, resolve=True)) for tree in (before, now))
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if differ := [key for key in keys if key not in FREE]:
+        key = differ[0]
+        raise ValueError(
+            f"run_dir={path} holds a run with {key}={old.get(key)}, but this one has "
+            f"{key}={new.get(key)}: give another run_dir, or the same configuration"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries by dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves |= _flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def finite(value: Any) -> Any:
+    """Replace numbers that are not finite by null, because JSON has none."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def new_path(label: str) -> str:
+    """Make and return the directory of a run that names none; no other run gets the same."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for number in count(1):
+        path = Path(f"runs/{stamp}_{label}" + (f"_{number}" if number > 1 else ""))
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return str(path)
+    raise AssertionError
+
+
+def finished(config: DictConfig) -> dict[str, Any] | None:
+    """Return the summary of a run that ``resume=true`` finds ended, else null.
+
+    Raises:
+        ValueError: the run that ended has another configuration.
+    """
+    if not config.resume or not config.run_dir:
+        return None
+    folder = Path(config.run_dir)
+    if not (folder / "summary.json").exists():
+        return None
+    check_same(OmegaConf.load(folder / "config.yaml"), config, folder)
+    return json.loads((folder / "summary.json").read_text())
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,9 @@ T = TypeVar("T")
 Outcome = dict[str, Any] | Exception
 RunAll = Callable[[list[list[str]]], Sequence[Outcome]]
 FAILED = "failed.txt"  # in a run's directory: the reason why its training diverged
-DIVERGED = re.compile("finite|training loss is")  # in the error of training that diverged
+DIVERGED = re.compile(
+    r"\bnot finite\b|\btraining loss is "
+)  # in the error of training that diverged
 
 
 class Run(NamedTuple):
@@ -39,7 +40,7 @@ class Run(NamedTuple):
     config: dict[str, Any]
 
     def earlier(self) -> Outcome | None:
-        """Return the outcome of an earlier command, if any; remove a run that it left unfinished.
+        """Return the outcome of an earlier command; null if the run is to begin or to go on.
 
         Raises:
             ValueError: the directory's run was made from another configuration.
@@ -58,7 +59,6 @@ class Run(NamedTuple):
             return json.loads((self.path / "summary.json").read_text())
         if (self.path / FAILED).exists():
             return RuntimeError((self.path / FAILED).read_text())
-        shutil.rmtree(self.path)
         return None
 
 
@@ -134,13 +134,13 @@ class Study:
         method, *extra = re.split(r"\+(?=[\w./@]+=)", entry)
         common = [*self.base, f"method={method}", *extra]
         self._check(extra, common)
-        tree = composed(common)
+        tree = composed([*common, "resume=true"])
         for lr in self.lrs or [tree.lr]:
             for seed in self.seeds or [tree.seed]:
                 tree.lr, tree.seed = lr, seed
                 parts = [] if self.flat else [f"lr={lr}", f"seed={seed}"]
                 path = self.folder.joinpath(entry.replace("/", "_"), *parts)
-                overrides = [*common, *parts, f"run_dir='{path}'"]
+                overrides = [*common, *parts, f"run_dir='{path}'", "resume=true"]
                 yield Run(entry, lr, seed, path, overrides, _plain(tree))
 
     def _check(self, extra: Sequence[str], common: Sequence[str]) -> None:

@@ -1,18 +1,31 @@
 """Reads the replies of a round and aggregates those that can be used."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from flwr.app import Message
 
 from fedpeft.compression.base import stepped
 from fedpeft.engine.server_model import EngineModel
-from fedpeft.methods.base import Round
+from fedpeft.methods.base import At, Memory, Round
 from fedpeft.server.broadcast import Broadcaster
 from fedpeft.server.diagnostics import drift, interference
+from fedpeft.server.limits import capped, too_far, update_norms
+from fedpeft.server.nodes import Nodes
 from fedpeft.server.replies import Reply, read
 from fedpeft.server.seen import RoundFailed, Seen
-from fedpeft.state import STRATEGY, Role, State, filled, payload_bytes, prefixed, zeros
-from fedpeft.wire import wire_bytes
+from fedpeft.state import (
+    STRATEGY,
+    Role,
+    State,
+    filled,
+    is_finite,
+    payload_bytes,
+    prefixed,
+    zeros,
+)
+from fedpeft.wire import sentence, wire_bytes
+
+FRAME = 1 << 20  # bytes of a reply beside its arrays, at most
 
 
 class Aggregator:
@@ -20,11 +33,13 @@ class Aggregator:
 
     Args:
         down: the server's values, which take the result.
+        nodes: of the clients.
     """
 
-    def __init__(self, down: Broadcaster) -> None:
-        self.down, self.engine = down, down.engine
+    def __init__(self, down: Broadcaster, nodes: Nodes) -> None:
+        self.down, self.engine, self.nodes = down, down.engine, nodes
         self.config, self.replica, self.roles = down.config, down.replica, down.roles
+        self._said: dict[int, int] = {}  # rows of their own, as clients first said
 
     def aggregate(
         self, number: int, replies: Iterable[tuple[int, Message]], seen: Seen, late: str
@@ -42,26 +57,52 @@ class Aggregator:
         """
         usable = self._usable(number, replies, seen, late)
         before, algorithm = self.down.broadcast(number).received, self.config.strategy
+        memory, method_memory = _copy(self.down.memory), _copy(self.down.method_memory)
+        weights = algorithm.weigh([reply.num_examples for reply in usable.values()])
         round = Round(
             number=number,
             ats=[self.down.at(number, client) for client in usable],
             states=[filled(reply.state, before) for reply in usable.values()],
-            weights=algorithm.weigh([reply.num_examples for reply in usable.values()]),
+            weights=capped(weights, self._most_weight(usable)),
             before=before,
             steps=[reply.steps for reply in usable.values()],
             extras=[reply.extras for reply in usable.values()],
             share=len(usable) / self.config.num_clients,
             server=EngineModel(self.engine),
-            memory=self.down.method_memory,
+            memory=method_memory,
         )
+        seen.weights = dict(zip(usable, round.weights, strict=True))
         mean = self.config.method.aggregate(round)
-        after = algorithm.server(mean, round, self.down.memory)
+        after = algorithm.server(mean, round, memory)
         seen.metrics = self._train_metrics(round, [r.loss for r in usable.values()], mean)
         if mean and not after:
             seen.metrics["unchanged"] = 1.0  # the strategy had too few replies to go by
         if not self.config.compression.down.exact:
             after = stepped(after, before, self.down.values)
+        if broken := [name for name, value in after.items() if not is_finite(value)]:
+            self._drop(broken[0], usable, before, seen)
+            return
         self.down.update(after)
+        self.down.memory, self.down.method_memory = memory, method_memory
+        self.down.generations.accept(number, [c for c, reply in usable.items() if reply.kept])
+        seen.restarted |= {client for client, reply in usable.items() if reply.restarted}
+
+    def _drop(self, name: str, usable: Mapping[int, Reply], before: State, seen: Seen) -> None:
+        """Leave the last good state as it is, and name who moved furthest."""
+        norms = update_norms(before, [reply.state for reply in usable.values()])
+        _, client = max(zip(norms, usable, strict=True))
+        seen.metrics["unchanged"] = 1.0
+        seen.refuse(
+            client,
+            f"the round is dropped, because its aggregate is not finite in {name} and this "
+            "client's update has the largest norm",
+        )
+
+    def _most_weight(self, usable: Iterable[int]) -> float:
+        """Return the share of the round beyond which no client weighs."""
+        if self.config.strategy.max_weight is not None:
+            return self.config.strategy.max_weight
+        return 0.5 if self.nodes.own_rows & set(usable) else 1.0
 
     def _train_metrics(
         self, round: Round, losses: Sequence[float], mean: State
@@ -69,10 +110,15 @@ class Aggregator:
         """Return the loss, the clients' drift and the interference of the mean."""
         metrics: dict[str, float | None] = {}
         metrics["train_loss"] = sum(w * x for w, x in zip(round.weights, losses, strict=True))
-        metrics |= drift(round.before, round.states)
+        metrics |= drift([self._start(round, at) for at in round.ats], round.states)
         if self.config.evaluation.interference and self.config.evaluates(round.number):
             metrics["interference"] = self._interference(round, mean)
         return metrics
+
+    def _start(self, round: Round, at: At) -> State:
+        """Return shared parameters as a client started from them, full."""
+        shared = {name: round.before[name] for name in self.roles.shared(round.number)}
+        return filled(self.replica.blocks(shared, at), shared)
 
     def _interference(self, round: Round, mean: State) -> float | None:
         """Return null if a factor stays on the client, because its product is then unknown."""
@@ -88,16 +134,20 @@ class Aggregator:
         before = self.down.broadcast(round).received
         shared = {name: before[name] for name in self.roles.shared(round)}
         usable: dict[int, Reply] = {}
-        silent = dict.fromkeys(seen.cohort)
+        silent = dict.fromkeys(client for client in seen.cohort if client not in seen.refused)
         for client, reply in replies:
             silent.pop(client, None)
             try:
                 usable[client] = self._read(client, reply, shared, round, seen)
             except Exception as error:  # whatever a client sends, it must not end the run
-                reason = str(error) if isinstance(error, ValueError) else repr(error)
-                seen.refuse(client, reason)
+                seen.refuse(client, sentence(error))
         for client in silent:
             seen.refuse(client, late)
+        norms = update_norms(before, [reply.state for reply in usable.values()])
+        far = too_far(dict(zip(usable, norms, strict=True)), self.config.strategy.max_norm_ratio)
+        for client, reason in far.items():
+            del usable[client]
+            seen.refuse(client, reason)
         seen.refused = dict(sorted(seen.refused.items()))
         if not usable:
             client, reason = next(iter(seen.refused.items()))
@@ -106,10 +156,45 @@ class Aggregator:
 
     def _read(self, client: int, reply: Message, shared: State, round: int, seen: Seen) -> Reply:
         """Count a reply's bytes and check it against the client's blocks."""
-        if not reply.has_error():
-            seen.count("uplink_bytes", wire_bytes(reply.content))
         start = self.replica.blocks(shared, self.down.at(round, client))
         extras = prefixed(zeros(self.config.strategy.up(start)), STRATEGY)
+        if not reply.has_error():
+            size = wire_bytes(reply.content)
+            seen.count("uplink_bytes", size)
+            if size > (most := 2 * payload_bytes(start | extras) + FRAME):
+                raise ValueError(f"the reply has {size} bytes, but at most {most} may come")
         usable = read(reply, start | extras, self.config.compression.up)
+        self._check_counts(self.down.at(round, client), usable)
         seen.count("uplink_payload_bytes", payload_bytes(usable.sent))
         return usable
+
+    def known_rows(self, client: int) -> int | None:
+        """Return how many rows a client has in all; null for rows of its own."""
+        if client in self.nodes.own_rows:
+            return None
+        return len(self.engine.rows.by_client[client])
+
+    def _check_counts(self, at: At, reply: Reply) -> None:
+        """Check what a client says of its rows and steps against what the server knows.
+
+        Raises:
+            ValueError: it says more rows than it holds or has said before, or other steps than it
+                was told to take.
+        """
+        if self.config.strategy.pooled:
+            return
+        client = at.client
+        assert client is not None
+        most = self.known_rows(client)
+        if most is None:
+            most = self._said.setdefault(client, reply.num_examples)
+        if reply.num_examples > most:
+            raise ValueError(f"num-examples is {reply.num_examples}, but the client has {most}")
+        steps = self.engine.shared_steps(at, reply.num_examples)
+        if reply.steps != steps:
+            raise ValueError(f"num-steps is {reply.steps}, but the round has {steps}")
+
+
+def _copy(memory: Memory) -> Memory:
+    """Copy the dictionaries; tensors are replaced, never changed in place."""
+    return {key: dict(state) for key, state in memory.items()}

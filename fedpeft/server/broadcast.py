@@ -1,7 +1,9 @@
 """The server's values, and what goes down to the clients in a round."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
@@ -9,6 +11,8 @@ from fedpeft.engine.engine import Engine
 from fedpeft.engine.server_model import EngineModel
 from fedpeft.methods.base import At, Memory
 from fedpeft.seeding import generator
+from fedpeft.server.checkpoint import Checkpoint
+from fedpeft.server.generations import Generations
 from fedpeft.server.seen import Seen
 from fedpeft.state import METHOD, STRATEGY, State, payload_bytes, prefixed, split_prefixed
 from fedpeft.wire import from_named_arrays, pack, wire_bytes
@@ -28,6 +32,23 @@ class Broadcast(NamedTuple):
     extras: State
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A state that several clients get.
+
+    Attributes:
+        group: names these clients to the grid.
+        arrays: one for each dtype.
+        index: names, dtypes and shapes.
+        payload: bytes of the arrays alone.
+    """
+
+    group: str
+    arrays: ArrayRecord
+    index: bytes
+    payload: int
+
+
 class Broadcaster:
     """Holds what the server knows from round to round, and encodes what goes down.
 
@@ -39,6 +60,8 @@ class Broadcaster:
         state: every parameter that the server has set so far, full.
         memory: what the server keeps for the strategy from round to round.
         method_memory: the same for the method.
+        run: names what clients keep for this run.
+        generations: of what clients keep.
     """
 
     def __init__(self, engine: Engine, overrides: str) -> None:
@@ -47,8 +70,25 @@ class Broadcaster:
         self.state: State = {}
         self.memory: Memory = {}
         self.method_memory: Memory = {}
+        self.run = uuid4().hex[:16]
+        self.generations = Generations()
         self._broadcasts: dict[int, Broadcast] = {}  # the last one, by its round
         self._begun = False
+
+    def restore(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Take over the last checkpoint, and remember what the others count on."""
+        last = checkpoints[-1]
+        self.state, self.run, self._begun = dict(last.state), last.run, True
+        self.memory, self.method_memory = last.memory, last.method_memory
+        self.generations.accepted, self.generations.best = last.accepted, last.best_accepted
+        self.generations.checkpoints = [checkpoint.accepted for checkpoint in checkpoints]
+        self._broadcasts.clear()
+
+    def begin(self) -> None:
+        """Let the method set its start, once, before anything is sent or measured."""
+        if self.config.method.starts and not self._begun:
+            self.state = self.config.method.start(EngineModel(self.engine)) | self.state
+        self._begun = True
 
     def update(self, after: State) -> None:
         """Take over new values, full."""
@@ -71,9 +111,6 @@ class Broadcaster:
     @property
     def values(self) -> State:
         """Current values of all that can change, full."""
-        if self.config.method.starts and not self._begun:
-            self._begun = True
-            self.state = self.config.method.start(EngineModel(self.engine)) | self.state
         return self.replica.initial | self.state
 
     def broadcast(self, round: int) -> Broadcast:
@@ -107,25 +144,37 @@ class Broadcaster:
         """
         broadcast = self.broadcast(round)
         extras = broadcast.extras if kind == MessageType.TRAIN else {}
-        contents: dict[object, tuple[str, RecordDict, int, int]] = {}
+        packed: dict[object, Packed] = {}
+        contents: dict[object, tuple[RecordDict, int]] = {}
         messages: dict[int, Message] = {}
         prefix = "" if kind == MessageType.TRAIN else "evaluation_"
         for client, node in nodes.items():
             at = self.at(round, client)
             state = self.replica.blocks(broadcast.wire, at)
             key = self._key(state, at)
-            if key not in contents:
+            if key not in packed:
                 whole = state | prefixed(extras, STRATEGY) | prefixed(dict(at.memory), METHOD)
-                arrays, index = pack(whole)
-                config: Any = {"overrides": self.overrides, "round": round, "index": index}
-                content = RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
-                group = f"{kind}/{round}/{len(contents)}"  # they may train in one pass
-                contents[key] = (group, content, wire_bytes(content), payload_bytes(whole))
-            group, content, size, payload = contents[key]
+                group = f"{kind}/{round}/{len(packed)}"  # they may train in one pass
+                packed[key] = Packed(group, *pack(whole), payload_bytes(whole))
+            same = packed[key]
+            generation = self.generations.message(client)
+            key = (same.group, *generation.values())
+            if key not in contents:
+                contents[key] = self._content(same, round, generation)
+            content, size = contents[key]
             seen.count(prefix + "downlink_bytes", size)
-            seen.count(prefix + "downlink_payload_bytes", payload)
-            messages[client] = Message(content, node, kind, group_id=group)
+            seen.count(prefix + "downlink_payload_bytes", same.payload)
+            messages[client] = Message(content, node, kind, group_id=same.group)
         return messages
+
+    def _content(
+        self, packed: Packed, round: int, generation: Mapping[str, int]
+    ) -> tuple[RecordDict, int]:
+        """Return a message's content and its bytes."""
+        config: Any = {"overrides": self.overrides, "round": round, "index": packed.index}
+        record = ConfigRecord(config | {"run": self.run} | dict(generation))
+        content = RecordDict({"arrays": packed.arrays, "config": record})
+        return content, wire_bytes(content)
 
     def _key(self, state: State, at: At) -> object:
         """Return a key that is equal for clients that get the same content."""

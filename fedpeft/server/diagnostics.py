@@ -68,17 +68,23 @@ def _effective(module: nn.Module, method: Method, before: State, state: State) -
     return matrix.detach().to("cpu", torch.float64)
 
 
-def drift(before: State, states: Sequence[State]) -> dict[str, float]:
-    """Return mean and spread of the clients' update norms, and the mean cosine of two updates."""
+def drift(starts: Sequence[State], states: Sequence[State]) -> dict[str, float]:
+    """Return mean and spread of the clients' update norms, and the mean cosine of two updates.
+
+    Args:
+        starts: of each client, shared parameters as it started from them, full; zero where it
+            trains no entry, as in ``states``.
+        states: the same after training.
+    """
     if not states[0]:
         return {}  # nothing is sent
     products = torch.zeros(len(states), len(states), dtype=torch.float64)
-    for name, start in before.items():
-        if name in states[0]:
-            after = [state[name].reshape(-1).split(BLOCK) for state in states]
-            for block, *changed in zip(start.reshape(-1).split(BLOCK), *after, strict=True):
-                updates = torch.stack([(value - block).double() for value in changed])
-                products += updates @ updates.T
+    for name in states[0]:
+        before, after = ([s[name].reshape(-1).split(BLOCK) for s in ss] for ss in (starts, states))
+        for block in range(len(after[0])):
+            pairs = zip(before, after, strict=True)
+            updates = torch.stack([(end[block] - start[block]).double() for start, end in pairs])
+            products += updates @ updates.T
     norms = products.diagonal().sqrt()
     result = {
         "update_norm_mean": float(norms.mean()),

@@ -16,51 +16,85 @@ class Nodes:
 
     Args:
         num_clients: partitions 0..num_clients-1.
-        timeout: seconds to wait for all nodes.
+        timeout: seconds to wait for all nodes before the first round.
+
+    Attributes:
+        of: node id by client.
+        own_rows: clients that train on rows of their own, which the server does not know.
+        left_out: by node id, why a node holds no client of this run.
     """
 
     def __init__(self, num_clients: int, timeout: float) -> None:
         self.num_clients, self.timeout = num_clients, timeout
-        self.of: dict[int, int] = {}  # node id by client
+        self.of: dict[int, int] = {}
+        self.own_rows: set[int] = set()
+        self.left_out: dict[int, str] = {}
+        self._asked: dict[str, int] = {}  # nodes by the query that they have not answered
+        self._begun = False
 
     def join(self, grid: Grid) -> None:
-        """Wait until every partition has a node.
+        """Ask new nodes which partition they hold; before the first round wait for all partitions.
 
-        Node ids differ from run to run, so everything is ordered by partition.
+        A node that comes late, or returns with another id, takes its partition from the next round
+        on. Node ids differ from run to run, so everything is ordered by partition.
 
         Raises:
             TimeoutError: partitions are missing after the timeout.
-            ValueError: two nodes name the same partition, or a number out of range.
         """
-        queried: set[int] = set()
         deadline = time.monotonic() + self.timeout
-        while len(self.of) < self.num_clients:
-            new = [node for node in grid.get_node_ids() if node not in queried]
-            queried.update(new)
-            queries = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
-            numbered = dict(enumerate(queries))
-            for _, reply in exchange(grid, numbered, max(1, deadline - time.monotonic())):
-                self._register(reply)
+        self._ask(grid)
+        while not self._begun and len(self.of) < self.num_clients:
             if time.monotonic() > deadline:
-                missing = sorted(set(range(self.num_clients)) - self.of.keys())
-                raise TimeoutError(
-                    f"no client holds partitions {missing} of num_clients={self.num_clients}"
-                )
-            if not new:
-                time.sleep(POLL_SECONDS)
+                raise TimeoutError(self._missing())
+            time.sleep(POLL_SECONDS)
+            self._ask(grid)
+        self._begun = True
 
-    def _register(self, reply: Message) -> None:
+    def _ask(self, grid: Grid) -> None:
+        """Ask the nodes that are new, and read the answers that have come."""
+        here = set(grid.get_node_ids())
+        if gone := {client for client, node in self.of.items() if node not in here}:
+            self.of = {client: node for client, node in self.of.items() if client not in gone}
+            self.left_out.clear()  # one of them may hold such a client
+        known = {*self.of.values(), *self.left_out, *self._asked.values()}
+        if new := sorted(here - known):
+            queries = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
+            self._asked |= zip(grid.push_messages(queries), new, strict=True)
+        for reply in grid.pull_messages(list(self._asked)) if self._asked else ():
+            node = self._asked.pop(reply.metadata.reply_to_message_id)
+            try:
+                self._register(node, reply)
+            except ValueError as error:
+                self.left_out[node] = str(error)
+
+    def _register(self, node: int, reply: Message) -> None:
+        """Note which client a node is.
+
+        Raises:
+            ValueError: it holds no partition of this run, or one that another node holds.
+        """
         if reply.has_error():
-            raise ValueError(f"a client could not be asked: {reason(reply)}")
-        partition = int(reply.content.metric_records["metrics"]["partition-id"])  # type: ignore[arg-type]
-        if not 0 <= partition < self.num_clients:
+            raise ValueError(f"node {node} could not be asked: {reason(reply)}")
+        record = reply.content.metric_records.get("metrics", {})
+        partition = record.get("partition-id")
+        if not isinstance(partition, int) or not 0 <= partition < self.num_clients:
             raise ValueError(
-                f"a client holds partition {partition}, but num_clients={self.num_clients}: start "
-                f"{self.num_clients} clients, or set num_clients"
+                f"node {node} holds partition {partition!r:.20}, but num_clients="
+                f"{self.num_clients}: start {self.num_clients} clients, or set num_clients"
             )
         if partition in self.of:
-            raise ValueError(f"two clients hold partition {partition}")
-        self.of[partition] = reply.metadata.src_node_id
+            raise ValueError(
+                f"node {node} holds partition {partition}, as node "
+                f"{self.of[partition]} does, which came first"
+            )
+        self.of[partition] = node
+        if record.get("own-rows") == 1:
+            self.own_rows.add(partition)
+
+    def _missing(self) -> str:
+        missing = sorted(set(range(self.num_clients)) - self.of.keys())
+        text = f"no client holds partitions {missing} of num_clients={self.num_clients}"
+        return "; ".join([text, *self.left_out.values()])
 
 
 def exchange(

@@ -3,10 +3,11 @@
 import time
 from typing import Any
 
-import torch
+import numpy as np
 from flwr.serverapp import Grid
 from torch import nn
 
+from fedpeft.config.schema import Checkpointing
 from fedpeft.data.batching import REPORTED
 from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.parameters import parameter_counts
@@ -14,6 +15,7 @@ from fedpeft.engine.passes import autocast
 from fedpeft.models.hub import weights_sha256
 from fedpeft.reporting.progress import Display
 from fedpeft.reporting.run_directory import RunDirectory, versions
+from fedpeft.server.checkpoint import Checkpoint, Checkpoints
 from fedpeft.server.diagnostics import initial_error
 from fedpeft.server.seen import Line, Observer
 from fedpeft.server.strategy import FederatedPEFT
@@ -26,10 +28,17 @@ class Run(Observer):
     Args:
         strategy: runs the rounds.
         directory: takes the lines, the states and the summary.
+        checkpoint: how often, and how many stay.
         display: shows the rounds.
     """
 
-    def __init__(self, strategy: FederatedPEFT, directory: RunDirectory, display: Display) -> None:
+    def __init__(
+        self,
+        strategy: FederatedPEFT,
+        directory: RunDirectory,
+        checkpoint: Checkpointing,
+        display: Display,
+    ) -> None:
         self.strategy, self.engine = strategy, strategy.engine
         self.directory, self.display = directory, display
         self.lines: list[Line] = []
@@ -40,12 +49,34 @@ class Run(Observer):
         self.selects = f"{whose}_{metric}"
         self.best_state: State = {}
         self.best: Line = {}
+        self.every = checkpoint.every
+        self.checkpoints = Checkpoints(directory.path / "checkpoints", checkpoint.keep)
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint, or from the beginning if there is none."""
+        checkpoints = self.checkpoints.load()
+        if not checkpoints:
+            self.directory.keep_lines(-1)
+            return
+        last = checkpoints[-1]
+        self.lines = self.directory.keep_lines(last.round)
+        self.best = next((line for line in self.lines if line["round"] == last.best), {})
+        self.best_state = last.best_state
+        self.started -= last.seconds
+        self.strategy.down.restore(checkpoints)
+        self.strategy.next_round = last.round + 1
 
     def serve(self, grid: Grid) -> dict[str, Any]:
         """Run all rounds and return the summary."""
         self.strategy.observer = self
         self.strategy.start(grid)
         return self.summarize()
+
+    def stopped(self) -> str:
+        """Say how far the run is and how it goes on."""
+        path = self.directory.path
+        done = f"after round {self.lines[-1]['round']}" if self.lines else "before round 0 ended"
+        return f"stopped {done}: the same command with run_dir={path} resume=true goes on"
 
     def phase(self, name: str, clients: int) -> None:
         self.display.phase(name, clients)
@@ -64,6 +95,31 @@ class Run(Observer):
         value, best = line.get(self.selects), self.best.get(self.selects)
         if value is not None and (best is None or self.sign * (value - best) > 0):
             self.best, self.best_state = line, dict(self.strategy.state)
+            self.strategy.down.generations.best = self.strategy.down.generations.accepted
+        round = line["round"]
+        if round % self.every == 0 or round == self.engine.config.num_rounds:
+            self._checkpoint(round)
+
+    def _checkpoint(self, round: int) -> None:
+        """Save what the next round depends on."""
+        down = self.strategy.down
+        generations = down.generations
+        self.checkpoints.save(
+            Checkpoint(
+                round=round,
+                run=down.run,
+                seconds=elapsed(self.started),
+                best=self.best.get("round"),
+                accepted=generations.accepted,
+                best_accepted=generations.best,
+                state=down.state,
+                best_state=self.best_state,
+                memory=down.memory,
+                method_memory=down.method_memory,
+            )
+        )
+        kept = [*generations.checkpoints, generations.accepted]
+        generations.checkpoints = kept[-self.checkpoints.keep :]
 
     def summarize(self) -> dict[str, Any]:
         """Test the final and the best state, and write the summary."""
@@ -87,10 +143,8 @@ class Run(Observer):
             "parameters": parameter_counts(engine.replica.roles, engine.replica.model),
             "bytes": self._bytes(),
             "interference": [line.get("interference") for line in self.lines[1:]],
-            "initial_error": self._initial_error(),
-            "refused": {
-                str(line["round"]): line["refused"] for line in self.lines if "refused" in line
-            },
+            "refused": self._by_round("refused"),
+            "restarted": self._by_round("restarted"),
             "seconds": elapsed(self.started),
             "shared_state_sha256": sha256(state),
             "weights_sha256": self._weights_hash(),
@@ -100,8 +154,14 @@ class Run(Observer):
             "versions": versions(),
             "run_dir": str(self.directory.path),
         }
+        self.directory.finish(summary)  # before the base model is built, for which memory may lack
+        summary["initial_error"] = self._initial_error()
         self.directory.finish(summary)
         return summary
+
+    def _by_round(self, key: str) -> dict[str, Any]:
+        """Collect an entry of the lines that have it."""
+        return {str(line["round"]): line[key] for line in self.lines if key in line}
 
     def _cut(self) -> dict[str, dict[str, int]]:
         """Count rows whose prompt or answer was longer than its room, by split."""
@@ -142,7 +202,7 @@ class Run(Observer):
         engine = self.engine
         examples = engine.rows.examples("validation")
         device = engine.replica.device
-        batch = examples.batch(torch.arange(min(32, len(examples))).numpy())
+        batch = examples.batch(np.arange(min(32, len(examples))))
         batch = {key: value.to(device) for key, value in batch.items()}
         engine.replica.load()
 

@@ -17,12 +17,16 @@ class Seen:
     Attributes:
         cohort: the clients of the round, sorted.
         refused: clients whose reply was left out, and why.
+        restarted: clients whose kept state was lost and began anew.
+        weights: of the clients in the aggregate.
         traffic: bytes by direction.
         metrics: measures of training.
     """
 
     cohort: list[int] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
+    restarted: set[int] = field(default_factory=set)
+    weights: dict[int, float] = field(default_factory=dict)
     traffic: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float | None] = field(default_factory=dict)
 

@@ -21,7 +21,7 @@ from fedpeft.seeding import generator
 from fedpeft.server.aggregation import Aggregator
 from fedpeft.server.broadcast import Broadcaster
 from fedpeft.server.nodes import Nodes, exchange
-from fedpeft.server.replies import client_means
+from fedpeft.server.replies import client_means, restarted
 from fedpeft.server.seen import Line, Observer, Seen
 from fedpeft.state import State
 from fedpeft.wire import named_arrays, wire_bytes
@@ -40,6 +40,7 @@ class FederatedPEFT(Strategy):
         nodes: the clients' nodes.
         observer: is told how the rounds go on.
         seen: the server's view of the last round.
+        next_round: that ``start`` begins with; 0 measures the initial model.
     """
 
     def __init__(self, overrides: str | Sequence[str], engine: Engine | None = None) -> None:
@@ -50,8 +51,10 @@ class FederatedPEFT(Strategy):
         self.nodes = Nodes(self.config.num_clients, self.config.runtime.join_timeout)
         self.observer = Observer()
         self.down = Broadcaster(self.engine, self.overrides)
-        self.up = Aggregator(self.down)
+        self.up = Aggregator(self.down, self.nodes)
         self.seen = Seen()
+        self.next_round = 0
+        self._timeout = self.config.runtime.round_timeout
         self._sent: dict[int, Message] = {}  # the last messages, by client
 
     def start(
@@ -71,7 +74,7 @@ class FederatedPEFT(Strategy):
         Args:
             grid: reaches the clients' nodes.
             initial_arrays: values to start from, by name; null for the seeded ones.
-            num_rounds: null for the configuration's.
+            num_rounds: at most the configuration's, which null stands for.
             timeout: seconds to wait for a round's replies; null for ``runtime.round_timeout``.
             train_config: not sent, because clients take the configuration from the overrides.
             evaluate_config: likewise.
@@ -79,13 +82,20 @@ class FederatedPEFT(Strategy):
 
         Raises:
             RoundFailed: a round had no usable reply.
+            ValueError: there are more rounds than the configuration has.
         """
+        rounds = self.config.num_rounds if num_rounds is None else num_rounds
+        if rounds > self.config.num_rounds:
+            raise ValueError(
+                f"num_rounds must be <= {self.config.num_rounds}, which schedules and methods "
+                f"count on, got {rounds}: set num_rounds in the overrides"
+            )
+        self.down.begin()
         if initial_arrays is not None:
             self.down.load(initial_arrays)
-        self._timeout = timeout or self.config.runtime.round_timeout
+        self._timeout = timeout or self._timeout
         result = Result()
-        rounds = self.config.num_rounds if num_rounds is None else num_rounds
-        for round in range(rounds + 1):
+        for round in range(self.next_round, rounds + 1):
             line = self._run_round(grid, round)
             clients = {k: v for k, v in line.items() if k.startswith("client_")}
             result.evaluate_metrics_clientapp[round] = _record(clients)
@@ -108,11 +118,16 @@ class FederatedPEFT(Strategy):
             self.observer.phase("train", len(messages))
             self.up.aggregate(round, self._exchange(grid, messages), self.seen, self._late())
             line |= {"cohort": self.seen.cohort} | self.seen.metrics
+            line["weights"] = {str(c): w for c, w in self.seen.weights.items()}
         if self.config.evaluates(round):
             line |= self._evaluate(grid, round)
         line |= self.seen.traffic
         if self.seen.refused:
             line["refused"] = {str(c): reason for c, reason in self.seen.refused.items()}
+        if self.nodes.left_out:
+            line["left_out"] = {str(n): reason for n, reason in self.nodes.left_out.items()}
+        if self.seen.restarted:
+            line["restarted"] = sorted(self.seen.restarted)
         line["seconds"] = float(f"{time.perf_counter() - begun:.3f}")
         self.observer.round_done(line)
         return line
@@ -138,7 +153,8 @@ class FederatedPEFT(Strategy):
         return named_arrays(self.down.state)
 
     def initial_arrays(self) -> ArrayRecord:
-        """Return initial values of what round 1 sends, one array a parameter."""
+        """Return the values that round 1 sends, one array a parameter."""
+        self.down.begin()
         return named_arrays({name: self.values[name] for name in self.roles.down(1)})
 
     def cohort(self, round: int) -> list[int]:
@@ -154,7 +170,12 @@ class FederatedPEFT(Strategy):
         return self._messages(MessageType.TRAIN, round, self.seen.cohort)
 
     def _messages(self, kind: str, round: int, clients: Iterable[int]) -> dict[int, Message]:
-        nodes = {client: self.nodes.of[client] for client in clients}
+        nodes = {}
+        for client in clients:
+            if client in self.nodes.of:
+                nodes[client] = self.nodes.of[client]
+            else:
+                self.seen.refuse(client, "no node holds this partition now")
         self._sent = self.down.messages(kind, round, nodes, self.seen)
         return self._sent
 
@@ -171,6 +192,7 @@ class FederatedPEFT(Strategy):
             config: not used.
             grid: asked once for the clients' nodes.
         """
+        self.down.begin()
         self.down.load(arrays)
         self.nodes.join(grid)
         return list(self._train_messages(server_round).values())
@@ -210,8 +232,7 @@ class FederatedPEFT(Strategy):
         return [(clients[reply.metadata.reply_to_message_id], reply) for reply in replies]
 
     def _late(self) -> str:
-        limit = self.config.runtime.round_timeout
-        return f"no reply within runtime.round_timeout={limit:g} s"
+        return f"no reply within runtime.round_timeout={self._timeout:g} s"
 
     # --- evaluation ----------------------------------------------------------------------------
 
@@ -261,11 +282,13 @@ class FederatedPEFT(Strategy):
     def _measures(self, replies: Iterable[tuple[int, Message]]) -> dict[str, float]:
         """Return the clients' means weighted by rows, and note who measured nothing."""
         by_client = dict(replies)
-        for reply in by_client.values():
+        for client, reply in by_client.items():
             if not reply.has_error():
                 self.seen.count("evaluation_uplink_bytes", wire_bytes(reply.content))
+                if restarted(reply):
+                    self.seen.restarted.add(client)
         late = {client: self._late() for client in self._sent if client not in by_client}
-        means, refused = client_means(by_client)
+        means, refused = client_means(by_client, self.engine.task.ranges, self.up.known_rows)
         for client, reason in (refused | late).items():
             self.seen.refuse(client, f"evaluation: {reason}")
         return means

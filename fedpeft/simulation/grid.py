@@ -5,13 +5,17 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
+from weakref import finalize
 
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedpeft.client.app import app
-from fedpeft.wire import empty_run, identify, number
+from fedpeft.client.client import answer_all
+from fedpeft.wire import empty_run, identify, number, sentence
 
 Answer = Callable[[Message, Context], Message]
 AnswerAll = Callable[[Sequence[Message], Sequence[Context]], Sequence[Message | Exception]]
@@ -31,7 +35,8 @@ class LocalGrid(Grid):
 
     Attributes:
         num_clients: may be set anew between two runs.
-        state_folder: holds the clients' kept states; null keeps them in the nodes' contexts.
+        state_folder: holds the clients' kept states; a temporary one that lives as long as the
+            grid if nobody sets another.
         passes: divides clients that may train together into passes, in the order in which workers
             take them.
     """
@@ -40,10 +45,11 @@ class LocalGrid(Grid):
         identify()
         self._run = empty_run()
         self.num_clients, self._sent = num_clients, 0
-        self._contexts: dict[int, Context] = {}
         self._queue: deque[list[Message]] = deque()
         self._replies: dict[str, Message] = {}
-        self.state_folder: Path | None = None
+        self._contexts: dict[int, Context] = {}
+        self.state_folder = self._temporary = Path(mkdtemp(prefix="fedpeft-"))
+        finalize(self, rmtree, self._temporary, ignore_errors=True)
         self.passes: Passes = lambda clients: [[client] for client in clients]
 
     def set_run(self, run: Any) -> None:
@@ -68,16 +74,19 @@ class LocalGrid(Grid):
 
     def node_config(self, node: int) -> dict[str, Any]:
         """Return a node's configuration."""
-        config = {"partition-id": node - 1, "num-partitions": self.num_clients}
-        return config | ({"state-folder": str(self.state_folder)} if self.state_folder else {})
+        partition = {"partition-id": node - 1, "num-partitions": self.num_clients}
+        return partition | {"state-folder": str(self.state_folder)}
 
     def context(self, node: int) -> Context:
-        """Return a node's context, which lives as long as the grid if there is no state folder."""
-        if self.state_folder:
-            return Context(1, node, self.node_config(node), RecordDict(), {})
-        if node not in self._contexts:
-            self._contexts[node] = Context(1, node, self.node_config(node), RecordDict(), {})
-        return self._contexts[node]
+        """Return a node's context.
+
+        Clients keep their state in files. What Flower's mods keep in a context lasts as long as
+        the grid, unless somebody has set a state folder.
+        """
+        context = Context(1, node, self.node_config(node), RecordDict(), {})
+        if self.state_folder != self._temporary:
+            return context
+        return self._contexts.setdefault(node, context)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Queue messages in passes and return their ids; drop messages whose time is up."""
@@ -141,7 +150,7 @@ class LocalGrid(Grid):
     def _reply(self, message: Message, answer: Message | Exception) -> None:
         """Note the reply to a message; an exception becomes an error with its reason."""
         if isinstance(answer, Exception):
-            answer = Message(Error(code=0, reason=str(answer)), reply_to=message)
+            answer = Message(Error(code=0, reason=sentence(answer)), reply_to=message)
         self._replies[message.metadata.message_id] = answer
 
     def _hand_out(self) -> None:  # noqa: B027
@@ -157,19 +166,15 @@ class InProcessGrid(LocalGrid):
 
     Args:
         num_clients: one node each.
-        answer_all: answers the messages of a pass; null for fedpeft's clients.
+        answer_all: answers the messages of a pass; by default fedpeft's clients do.
     """
 
-    def __init__(self, num_clients: int, answer_all: AnswerAll | None = None) -> None:
+    def __init__(self, num_clients: int, answer_all: AnswerAll = answer_all) -> None:
         super().__init__(num_clients)
         self._answer_all = answer_all
 
     def _work(self) -> None:
         """Answer the oldest pass."""
-        if self._answer_all is None:
-            from fedpeft.client.client import answer_all  # torch comes with it
-
-            self._answer_all = answer_all
         if not self._queue:
             return
         group = self._queue.popleft()

@@ -4,13 +4,13 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.config import load as configuration
 from fedpeft.config.schema import Runtime
 from fedpeft.reporting.progress import Display
+from fedpeft.simulation.stop import stop_on_sigterm
 
 if TYPE_CHECKING:
     from fedpeft.simulation.grid import LocalGrid
@@ -41,6 +41,7 @@ def local_grid(
         from fedpeft.simulation.start_ray import start_ray
 
         ours = start_ray(runtime)
+    stop_on_sigterm()  # because Ray has set a handler of its own, which aborts
     try:
         done.result()
         from fedpeft.simulation.ray import RayGrid  # torch comes with it
@@ -61,22 +62,22 @@ def simulate(grid: "LocalGrid", overrides: Sequence[str], display: Display) -> d
         display: shows the rounds.
     """
     from fedpeft.engine.engine import open_engine  # torch comes with it
+    from fedpeft.reporting.run_directory import finished, new_path
     from fedpeft.server.app import serve
 
+    settings = configuration.settings(overrides)
+    if (summary := finished(configuration.composed(overrides))) is not None:
+        return summary
     sent = configuration.sent(overrides)
     grid.prepare(sent)
     engine = open_engine(sent, None)
     engine.rows.by_client  # noqa: B018  # an impossible partition ends the run here
     label = type(engine.config.method).__name__
-    path = configuration.composed(overrides).run_dir or default_path(label)
+    path = settings.run_dir or new_path(label)
     grid.num_clients = engine.config.num_clients
     grid.state_folder, grid.passes = Path(path).resolve() / "clients", engine.passes
-    return serve(grid, [*configuration.split(sent), f"run_dir='{path}'"], display)
-
-
-def default_path(label: str) -> str:
-    """Return the run directory of a run that names none."""
-    return f"runs/{datetime.now().strftime('%Y-%m-%d_%H-%M-%S')}_{label}"
+    given = [o for o in configuration.split(overrides) if not o.startswith("run_dir=")]
+    return serve(grid, [*given, f"run_dir='{path}'"], display)
 
 
 # A run may fail in these ways and leave other runs alone.

@@ -9,7 +9,7 @@ from flwr.app import Context, Message, RecordDict
 from ray.exceptions import RayError, RayTaskError
 
 from fedpeft.simulation.grid import LocalGrid
-from fedpeft.wire import identify
+from fedpeft.wire import identify, sentence
 
 WAIT_SECONDS = 0.2
 START_SECONDS = 60
@@ -45,7 +45,7 @@ class Worker:
 
 def _portable(answer: Message | Exception) -> Message | Exception:
     """Return an answer that another process can read, whatever class an error has."""
-    return ValueError(str(answer)) if isinstance(answer, Exception) else answer
+    return ValueError(sentence(answer)) if isinstance(answer, Exception) else answer
 
 
 class RayGrid(LocalGrid):

@@ -9,14 +9,12 @@ from flwr.app import Context, Message
 from torch import Tensor, nn
 
 from fedpeft.client.app import app as client_app
-from fedpeft.client.client import Kept
-from fedpeft.client.store import Store
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.plan import Job
 from fedpeft.methods.base import At
 from fedpeft.methods.ditto import Ditto, Pull, is_personal, twin
 from fedpeft.state import Role, State
-from tests.conftest import Runner
+from tests.conftest import Runner, newest
 from tests.expected.architectures import tiny
 
 # Full batches and no dropout: both phases, and plain LoRA, then see the same gradients.
@@ -135,8 +133,7 @@ def test_personal_copies_differ_and_are_never_sent(run: Runner) -> None:
         config = message.content.config_records.get("config")
         if config is not None:
             client = int(context.node_config["partition-id"])
-            store = Store(context, client, str(config["overrides"]))
-            copies[client] = Kept.parted(store.load()).personal
+            copies[client] = newest(context, message).personal
         return reply
 
     summary = run("method=ditto", "method.rank=4", answer=answer)

@@ -17,6 +17,18 @@ from tests.conftest import Runner
 ONE = ("method=fed_sb", "method.start_batches=1", "method.start_batch_size=8", "lr=0.01")
 
 
+def test_round_0_measures_the_start(run: Runner, opened: Callable[..., Engine]) -> None:
+    given = (*ONE, "method.start_lr=0.05", "num_rounds=1")
+    run(*given)
+    engine = opened(*given)
+    rows = engine.rows.examples("validation")
+    engine.replica.load(engine.config.method.start(EngineModel(engine)))
+    started = engine.evaluate(rows)["loss"]
+    engine.replica.load()
+    assert run.lines()[0]["validation_loss"] == pytest.approx(started, rel=1e-6)
+    assert abs(started - engine.evaluate(rows)["loss"]) > 1e-3
+
+
 def test_the_start_is_the_best_approximation_of_adamws_first_step(
     opened: Callable[..., Engine],
 ) -> None:

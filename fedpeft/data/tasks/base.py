@@ -1,5 +1,6 @@
 """Base of tasks: the encoding of rows, the loss, and what an evaluation measures."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -13,12 +14,13 @@ from fedpeft.data.batching import Batch, Examples
 from fedpeft.data.rows.cache import cached, recipe
 from fedpeft.data.rows.source import Source
 from fedpeft.evaluate_metrics import title
-from fedpeft.metrics import MODULES, measure
+from fedpeft.metrics import MEASURES, MODULES, measure
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 RESERVED = ("loss", "baseline")  # names of results that no metric may have
+MOST_LOSS = 1e6  # nats; what is beyond says nothing
 Outputs = Sequence[dict[str, Tensor]]
 
 
@@ -37,6 +39,7 @@ class Task(Source):
     measures: ClassVar[tuple[str, ...]]  # names of fedpeft.metrics that ``metrics`` may have
     takes_modules: ClassVar[bool] = True  # true if it may also have modules of evaluate
     reads_rows: ClassVar[bool] = False  # true if ``score`` reads the rows' columns
+    suffixes: ClassVar[tuple[str, ...]] = ("",)  # of the names of ``metrics`` in results
     needs: ClassVar[str] = "tokenizer"  # or image_processor: encodes the rows
 
     def __post_init__(self) -> None:
@@ -103,6 +106,17 @@ class Task(Source):
             suffix: appended to each name.
         """
         return {title(m) + suffix: measure(m, predictions, references) for m in self.metrics}
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Least and greatest value of all that an evaluation may give, by name."""
+        shares = dict.fromkeys(("baseline", "token_accuracy"), (-1.0, 1.0))
+        metrics = {
+            title(metric) + suffix: (-1.0, 1.0) if metric in MEASURES else (-math.inf, math.inf)
+            for metric in self.metrics
+            for suffix in self.suffixes
+        }
+        return {"loss": (0.0, MOST_LOSS)} | shares | metrics
 
     @property
     def num_labels(self) -> int | None:

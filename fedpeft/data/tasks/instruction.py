@@ -69,6 +69,7 @@ class InstructionTuning(Task):
     metrics: list[str] = field(default_factory=lambda: ["rouge_l", "bleu4"])
 
     measures = tuple(TEXTS)
+    suffixes = ("_teacher_forced", "_generated")
     reads_rows = True
     auto_class = "AutoModelForCausalLM"
 

@@ -1,4 +1,4 @@
-"""What servers make of their clients' states, by the papers' formulas, in numpy."""
+"""Servers' rules by the papers' formulas, in numpy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,13 +81,13 @@ def median(given: Given) -> Array:
 
 
 def trimmed(given: Given) -> Array:
-    """Of three, one at each end goes."""
+    """Leave out one of three at each end."""
     assert len(given.states) == 3 and given.fields["beta"] > 1 / 3
     return np.sort(given.states, axis=0)[1]
 
 
 def krum(given: Given) -> Array:
-    """Of three, none of them malicious, each is scored by the one that is nearest to it."""
+    """Score each of three, none of them malicious, by the one that is nearest to it."""
     states = given.states
     assert len(states) == 3 and given.fields["num_malicious"] == 0
     squares = ((states[:, None] - states[None]) ** 2).sum(axis=2)

@@ -1,0 +1,145 @@
+"""Checkpoints: everything that the rounds after one depend on, so that a run can go on.
+
+All draws derive from (seed, purpose, round, client), so a run that goes on from a checkpoint ends
+with the bits of one that was never broken.
+"""
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpeft.methods.base import Memory
+from fedpeft.server.generations import Accepted
+from fedpeft.state import State, read, read_with_notes, save
+
+log = logging.getLogger(__name__)
+NOTES = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The server after a round.
+
+    Attributes:
+        round: the last one that is done.
+        run: names what clients keep for this run.
+        seconds: that the run has taken.
+        best: the best round so far; null if nothing was measured that selects.
+        accepted: each client's generation.
+        best_accepted: each client's generation after the best round.
+        state: every parameter that the server has set, full.
+        best_state: the same after the best round.
+        memory: the strategy's.
+        method_memory: the method's.
+    """
+
+    round: int
+    run: str
+    seconds: float
+    best: int | None
+    accepted: Accepted
+    best_accepted: Accepted
+    state: State
+    best_state: State
+    memory: Memory
+    method_memory: Memory
+
+
+class Checkpoints:
+    """The last checkpoints of a run, a file each, and the best state beside them.
+
+    Args:
+        folder: takes the files.
+        keep: so many stay; older ones are deleted once a newer one is complete.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._bests: dict[int, int | None] = {}  # the best round, by checkpoint
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, and then delete what it replaces."""
+        if checkpoint.best is not None and not self._best(checkpoint.best).exists():
+            save(self._best(checkpoint.best), checkpoint.best_state)
+        tensors = _named("state", {"": checkpoint.state})
+        tensors |= _named("memory", checkpoint.memory)
+        tensors |= _named("method_memory", checkpoint.method_memory)
+        notes = {
+            "round": checkpoint.round,
+            "run": checkpoint.run,
+            "seconds": checkpoint.seconds,
+            "best": checkpoint.best,
+            "accepted": list(checkpoint.accepted.items()),
+            "best_accepted": list(checkpoint.best_accepted.items()),
+        }
+        save(self._file(checkpoint.round), tensors, {NOTES: json.dumps(notes)})
+        self._bests[checkpoint.round] = checkpoint.best
+        self._prune()
+
+    def load(self) -> list[Checkpoint]:
+        """Return the checkpoints that can be read, oldest first; the last one is to go on from.
+
+        Raises:
+            ValueError: there are some, but all are broken.
+        """
+        checkpoints, broken = [], []
+        for round in self._rounds("round"):
+            try:
+                checkpoints.append(self._read(self._file(round)))
+                self._bests[round] = checkpoints[-1].best
+            except (ValueError, OSError) as error:
+                broken.append(str(error))
+                log.warning("%s", error)
+        if broken and not checkpoints:
+            raise ValueError(f"no checkpoint can be read: {broken[-1]}")
+        return checkpoints
+
+    def _read(self, path: Path) -> Checkpoint:
+        tensors, text = read_with_notes(path)
+        notes: dict[str, Any] = json.loads(text[NOTES])
+        parts: dict[str, Memory] = {"state": {}, "memory": {}, "method_memory": {}}
+        for key, value in tensors.items():
+            part, memory, name = json.loads(key)
+            parts[part].setdefault(memory, {})[name] = value
+        for key in ("accepted", "best_accepted"):
+            notes[key] = {client: round for client, round in notes[key]}
+        best = {} if notes["best"] is None else read(self._best(notes["best"]))
+        return Checkpoint(
+            **notes,
+            state=parts["state"].get("", {}),
+            best_state=best,
+            memory=parts["memory"],
+            method_memory=parts["method_memory"],
+        )
+
+    def _prune(self) -> None:
+        """Delete what no kept checkpoint needs, also drafts of a run that was killed."""
+        for round in sorted(self._bests)[: -self.keep]:
+            del self._bests[round]
+        unused = [self._file(r) for r in self._rounds("round") if r not in self._bests]
+        unused += [self._best(r) for r in self._rounds("best") if r not in self._bests.values()]
+        for path in [*unused, *self.folder.glob(".*.part")]:
+            path.unlink()
+
+    def _rounds(self, kind: str) -> list[int]:
+        names = [path.name for path in self.folder.glob(f"{kind}_*.safetensors")]
+        matches = [re.fullmatch(kind + r"_(\d+)\.safetensors", name) for name in names]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _file(self, round: int) -> Path:
+        return self.folder / f"round_{round:05}.safetensors"
+
+    def _best(self, round: int) -> Path:
+        return self.folder / f"best_{round:05}.safetensors"
+
+
+def _named(part: str, memory: Memory) -> State:
+    """Return all tensors of some states under names of their own."""
+    return {
+        json.dumps([part, key, name]): value
+        for key, state in memory.items()
+        for name, value in state.items()
+    }

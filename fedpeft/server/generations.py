@@ -1,0 +1,30 @@
+"""The server's memory of which kept state of each client it counts on; see ``client/store.py``."""
+
+from collections.abc import Iterable
+
+Accepted = dict[int, int]  # by client, the round of the last reply that said it kept something
+
+
+class Generations:
+    """Remembers each client's generation, also of earlier rounds that may be gone back to.
+
+    Attributes:
+        accepted: of each client now; a client that kept nothing is missing, which means 0.
+        best: as they were after the best round so far.
+        checkpoints: as they were at the checkpoints that are kept, oldest first.
+    """
+
+    def __init__(self) -> None:
+        self.accepted: Accepted = {}
+        self.best: Accepted = {}
+        self.checkpoints: list[Accepted] = []
+
+    def accept(self, round: int, clients: Iterable[int]) -> None:
+        """Count on what clients kept in a round whose aggregate is the server's."""
+        self.accepted = self.accepted | dict.fromkeys(clients, round)
+
+    def message(self, client: int) -> dict[str, int]:
+        """Return what a client is told: where it goes on from, and what it must not delete."""
+        generation = self.accepted.get(client, 0)
+        oldest = min([generation, *(kept.get(client, 0) for kept in self.checkpoints)])
+        return {"generation": generation, "oldest": oldest, "best": self.best.get(client, 0)}

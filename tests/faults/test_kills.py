@@ -1,0 +1,107 @@
+"""Processes that are killed at any moment: the run goes on and ends with the same bits."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+SECONDS = 300
+CODE = "import sys; from fedpeft.cli import main; main()"
+
+
+@pytest.fixture
+def command(base: list[str]) -> list[str]:
+    """A run of twelve rounds in which clients keep B, and the server a memory."""
+    given = ["method=fedsa_lora", "method.rank=4", "strategy=fedadam", "num_rounds=12"]
+    return [sys.executable, "-W", "ignore", "-c", CODE, "run", "--json", *base, *given]
+
+
+def started(command: Sequence[str], folder: Path) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, f"run_dir={folder}", "resume=true"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # its workers die with it
+    )
+
+
+def ended(process: "subprocess.Popen[str]") -> dict[str, object]:
+    output, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, errors
+    return json.loads(output.splitlines()[-1])
+
+
+def wait_for_round(folder: Path, number: int) -> None:
+    """Wait until a run has written the line of a round."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        file = folder / "metrics.jsonl"
+        if file.exists() and len(file.read_text().splitlines()) > number:
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"no round {number}")
+
+
+@pytest.mark.parametrize(("runtime", "rounds"), [("inprocess", (1, 4, 8, 12)), ("ray", (3, 9))])
+def test_kills_at_random_moments(
+    command: list[str], runtime: str, rounds: Sequence[int], tmp_path: Path
+) -> None:
+    """Kill -9 of the driver within a second of a round's line, also while it writes files."""
+    more = [f"runtime={runtime}", *(["runtime.total_cpus=2"] if runtime == "ray" else [])]
+    whole = ended(started([*command, *more], tmp_path / "whole"))
+    draws = random.Random(5)
+    for round in rounds:
+        process = started([*command, *more], tmp_path / "broken")
+        wait_for_round(tmp_path / "broken", round)
+        time.sleep(draws.random() * 0.3)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    resumed = ended(started([*command, *more], tmp_path / "broken"))
+    for key in ("shared_state_sha256", "final", "best", "bytes", "interference", "refused"):
+        assert resumed[key] == whole[key], key
+
+
+@pytest.mark.parametrize("runtime", ["inprocess", "ray"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_with_one_sentence(
+    command: list[str], number: int, code: int, runtime: str, tmp_path: Path
+) -> None:
+    more = [f"runtime={runtime}", *(["runtime.total_cpus=2"] if runtime == "ray" else [])]
+    process = started([*command, *more, "num_rounds=100"], tmp_path / "run")
+    wait_for_round(tmp_path / "run", 2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == code
+    (said,) = [line for line in errors.splitlines() if line.startswith("fedpeft: ")]
+    assert said.startswith("fedpeft: stopped after round ")
+    assert said.endswith(f"run_dir={tmp_path / 'run'} resume=true goes on")
+    assert "Traceback" not in errors
+
+
+def test_two_runs_in_one_directory(command: list[str], tmp_path: Path) -> None:
+    """The second ends at once and leaves the first alone."""
+    first = started([*command, "num_rounds=1000"], tmp_path / "run")
+    wait_for_round(tmp_path / "run", 1)
+    second = started([*command, "num_rounds=1000"], tmp_path / "run")
+    _, errors = second.communicate(timeout=SECONDS)
+    assert second.returncode == 2
+    assert f"run_dir={tmp_path / 'run'}: another run writes into it now" in errors
+    first.terminate()
+    first.communicate(timeout=SECONDS)
+    assert first.returncode == 143
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rounds = [json.loads(line)["round"] for line in lines]
+    assert rounds == list(range(len(rounds))) and len(rounds) > 2
