@@ -12,6 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from fedpeft.client.app import app as client_app
+from fedpeft.config.load import split
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.plan import Job
 from fedpeft.reporting.run_directory import read_metrics
@@ -509,3 +510,31 @@ def test_nodes_that_cannot_join(configs: list[int | None], message: str, run: Ru
 
     with pytest.raises((ValueError, TimeoutError), match=message):
         run("runtime.join_timeout=0.3", grid=grid)  # type: ignore[arg-type]
+
+
+# --- what a server may ask of a client -----------------------------------------------------------
+
+
+def test_a_message_reads_no_environment(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that resolved it would send the value back in its error."""
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+
+    def asking(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            config = message.content.config_records["config"]
+            config["overrides"] = f"{config['overrides']} 'precision=${{oc.env:SECRET_TOKEN}}'"
+        return client_app(message=message, context=context)
+
+    with pytest.raises(RoundFailed, match="must not hold an interpolation") as failed:
+        run("num_rounds=1", answer=asking)
+    assert "hunter2" not in str(failed.value)
+
+
+def test_the_server_resolves_its_own(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERS", "last:1")
+    expected = run("num_rounds=1", "layers=last:1")["shared_state_sha256"]
+    summary = run("num_rounds=1", "layers=${oc.env:LAYERS}", "lr=${oc.decode:'3e-3'}")
+    assert summary["shared_state_sha256"] == expected
+    for exchange in run.recorder.of("train"):
+        overrides = split(str(exchange.down.content.config_records["config"]["overrides"]))
+        assert {"layers='last:1'", "lr=0.003"} <= set(overrides)

@@ -34,6 +34,7 @@ GROUPS = {  # base classes by name, because torch is imported only when a group 
     "compression": "fedpeft.compression.base.Compression",
 }
 _FIELD = re.compile(rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation)\.[\w.]+|lr|personal)=")
+INTERPOLATION = "${"
 _lock = Lock()  # Hydra's compose is not thread-safe; a launch composes in a thread too
 
 
@@ -56,7 +57,31 @@ def join(overrides: Sequence[str]) -> str:
 
 def sent(overrides: Sequence[str]) -> str:
     """Return the overrides that clients get, without those that only the server needs."""
-    return join([o for o in overrides if not _of_server(o)])
+    shared = [o for o in overrides if not _of_server(o)]
+    return join([_resolved(o, shared) if INTERPOLATION in o else o for o in shared])
+
+
+def _resolved(override: str, overrides: Sequence[str]) -> str:
+    """Put the value in the place of an interpolation, because clients resolve none.
+
+    Raises:
+        ConfigError: it cannot be resolved, or stands for more than one value.
+    """
+    key = override.partition("=")[0].lstrip("+")
+    try:
+        value = OmegaConf.select(_composed(tuple(overrides)), key)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{override}: {omegaconf_sentence(error)}") from error
+    if OmegaConf.is_config(value):
+        raise ConfigError(f"{override}: an interpolation must stand for one value")
+    quoted = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}=" + (f"'{quoted}'" if isinstance(value, str) else _literal(value))
+
+
+def _literal(value: Any) -> str:
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
 
 
 def _of_server(override: str) -> bool:

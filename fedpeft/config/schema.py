@@ -1,5 +1,6 @@
 """The typed configuration of a run; each value is checked where it is set."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,10 @@ from fedpeft.config.optimization import Optimization
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the key or value and the rule."""
+
+
+MOST = 10**7  # of counts; what is beyond is a slip, and would only keep a client busy
+MOST_THREADS = 1024  # PyTorch ends the process where the system has no more
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,11 @@ class Runtime:
             (apart from the order of sums); null chooses by the tokens of a step.
         round_timeout: seconds to wait for a round's replies; late clients are left out.
         join_timeout: seconds to wait until all clients have a node.
+        min_replies: usable replies that a round needs: a count (int), or a share (float) of the
+            round's clients, rounded up. With fewer the round is repeated once, and then the run
+            ends; its last checkpoint goes on.
+        wait_after_min: seconds to wait for the others once so many replies are in; null waits
+            until ``round_timeout``.
         lost_state: for a client whose node lacks the kept state that the server counts on:
             ``refuse`` leaves it out and says so, ``restart`` begins its kept state anew.
     """
@@ -39,6 +49,8 @@ class Runtime:
     clients_per_pass: int | None = None
     round_timeout: float = 3600
     join_timeout: float = 120
+    min_replies: int | float = 0.5
+    wait_after_min: float | None = None
     lost_state: str = "refuse"
 
     def __post_init__(self) -> None:
@@ -46,6 +58,16 @@ class Runtime:
             raise ValueError(f"runtime.kind must be ray or inprocess, got {self.kind}")
         if self.lost_state not in ("refuse", "restart"):
             raise ValueError(f"runtime.lost_state must be refuse or restart, got {self.lost_state}")
+        share = isinstance(self.min_replies, float)
+        if not (0 < self.min_replies <= 1 if share else self.min_replies >= 1):
+            raise ValueError(
+                "runtime.min_replies must be a count >= 1 or a share in (0, 1], got "
+                f"{self.min_replies}"
+            )
+        if self.wait_after_min is not None and self.wait_after_min <= 0:
+            raise ValueError(
+                f"runtime.wait_after_min must be > 0 or null, got {self.wait_after_min}"
+            )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"runtime.device must be auto, cpu or cuda, got {self.device}")
         if self.threads < 1 or self.num_cpus <= 0 or self.num_gpus < 0:
@@ -53,6 +75,8 @@ class Runtime:
                 "runtime.threads must be >= 1, num_cpus > 0 and num_gpus >= 0, got "
                 f"{self.threads}, {self.num_cpus} and {self.num_gpus}"
             )
+        if self.threads > MOST_THREADS:
+            raise ValueError(f"runtime.threads must be <= {MOST_THREADS}, got {self.threads}")
         if self.total_cpus is not None and self.total_cpus < 1:
             raise ValueError(f"runtime.total_cpus must be >= 1 or null, got {self.total_cpus}")
         if self.clients_per_pass is not None and self.clients_per_pass < 1:
@@ -167,10 +191,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for key in ("num_clients", "num_rounds", "batch_size", "accumulate"):
-            _at_least_one(key, getattr(self, key))
+            _in_range(key, getattr(self, key))
         for key in ("local_steps", "local_epochs"):
             if getattr(self, key) is not None:
-                _at_least_one(key, getattr(self, key))
+                _in_range(key, getattr(self, key))
         if (self.local_steps is None) == (self.local_epochs is None):
             raise ConfigError(
                 "give either local_steps or local_epochs and set the other to null, "
@@ -192,6 +216,11 @@ class Settings:
         if self.resume and not self.run_dir:
             raise ConfigError("resume=true goes on with a run: give its run_dir")
         self.cohort_size()
+
+    def fewest_replies(self, clients: int) -> int:
+        """Return how many usable replies a round of so many clients needs, at most all."""
+        asked = self.runtime.min_replies
+        return min(clients, math.ceil(asked * clients) if isinstance(asked, float) else asked)
 
     def evaluates(self, round: int) -> bool:
         """Tell whether a round ends with an evaluation."""
@@ -228,9 +257,11 @@ class Config(Settings):
     compression: Any
 
 
-def _at_least_one(key: str, value: int) -> None:
+def _in_range(key: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{key} must be >= 1, got {value}")
+    if value > MOST:
+        raise ConfigError(f"{key} must be <= {MOST}, got {value}")
 
 
 def _check_patterns(key: str, value: Any) -> None:

@@ -94,6 +94,8 @@ class Display:
             left = (time.monotonic() - self._started) / done * (self.num_rounds - done)
             text += f"  about {left:.0f} s left" if left >= 1 else ""
         self.console.print(text)
+        if "repeated" in line:
+            self.console.print(f"  repeated, because {line['repeated']}", markup=False)
         for client, reason in line.get("refused", {}).items():
             self.console.print(f"  client {client} was left out: {reason}", markup=False)
         if line.get("restarted"):

@@ -53,7 +53,7 @@ class Aggregator:
             late: reason to note for clients that did not reply.
 
         Raises:
-            RoundFailed: no reply can be used.
+            RoundFailed: fewer replies can be used than ``runtime.min_replies`` asks for.
         """
         usable = self._usable(number, replies, seen, late)
         before, algorithm = self.down.broadcast(number).received, self.config.strategy
@@ -149,9 +149,15 @@ class Aggregator:
             del usable[client]
             seen.refuse(client, reason)
         seen.refused = dict(sorted(seen.refused.items()))
-        if not usable:
+        least = self.config.fewest_replies(len(seen.cohort))
+        if len(usable) < least:
             client, reason = next(iter(seen.refused.items()))
-            raise RoundFailed(f"no client's reply was usable; client {client}: {reason}")
+            few = (
+                f"only {len(usable)} of {len(seen.cohort)} replies were usable, and "
+                f"runtime.min_replies={self.config.runtime.min_replies} asks for {least}"
+            )
+            few = few if usable else "no client's reply was usable"
+            raise RoundFailed(f"{few}; client {client}: {reason}")
         return {client: usable[client] for client in sorted(usable)}
 
     def _read(self, client: int, reply: Message, shared: State, round: int, seen: Seen) -> Reply:

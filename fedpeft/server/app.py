@@ -10,6 +10,7 @@ from fedpeft.engine.engine import open_engine
 from fedpeft.reporting.progress import Display
 from fedpeft.reporting.run_directory import RunDirectory, finished, new_path
 from fedpeft.server.run import Run
+from fedpeft.server.seen import RoundFailed
 from fedpeft.server.strategy import FederatedPEFT
 
 app = ServerApp()
@@ -62,5 +63,7 @@ def _run(run: Run, grid: Grid, label: str) -> dict[str, Any]:
         return run.serve(grid)
     except KeyboardInterrupt as stopped:
         raise type(stopped)(run.stopped()) from None
+    except RoundFailed as failed:
+        raise RoundFailed(f"{failed}; {run.stopped()}") from failed
     finally:
         display.stop()

@@ -102,6 +102,8 @@ def exchange(
     messages: Mapping[int, Message],
     timeout: float,
     on_reply: Callable[[int], None] = lambda count: None,
+    enough: int = 0,
+    wait: float | None = None,
 ) -> Iterator[tuple[int, Message]]:
     """Send messages and yield the replies as they arrive, until the time is up.
 
@@ -112,6 +114,8 @@ def exchange(
         messages: by client.
         timeout: seconds.
         on_reply: is told how many replies came.
+        enough: number of replies after which the time left is at most ``wait``.
+        wait: seconds; null leaves the time as it is.
 
     Yields:
         Client and reply.
@@ -132,5 +136,7 @@ def exchange(
             on_reply(len(arrived))
         for reply in arrived:
             yield waiting.pop(reply.metadata.reply_to_message_id), reply
+        if wait is not None and len(messages) - len(waiting) >= enough:
+            deadline, wait = min(deadline, time.monotonic() + wait), None
         if not arrived:
             time.sleep(POLL_SECONDS)

@@ -7,7 +7,7 @@ Line = dict[str, Any]  # a round in metrics.jsonl
 
 
 class RoundFailed(RuntimeError):
-    """A round in which no client's reply could be used; the message gives the first reason."""
+    """A round in which too few replies could be used; the message gives the first reason."""
 
 
 @dataclass

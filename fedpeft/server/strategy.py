@@ -22,7 +22,7 @@ from fedpeft.server.aggregation import Aggregator
 from fedpeft.server.broadcast import Broadcaster
 from fedpeft.server.nodes import Nodes, exchange
 from fedpeft.server.replies import client_means, restarted
-from fedpeft.server.seen import Line, Observer, Seen
+from fedpeft.server.seen import Line, Observer, RoundFailed, Seen
 from fedpeft.state import State
 from fedpeft.wire import named_arrays, wire_bytes
 
@@ -44,7 +44,7 @@ class FederatedPEFT(Strategy):
     """
 
     def __init__(self, overrides: str | Sequence[str], engine: Engine | None = None) -> None:
-        self.overrides = configuration.join(configuration.split(overrides))
+        self.overrides = configuration.sent(configuration.split(overrides))
         self.engine = engine or open_engine(self.overrides, None)
         self.config, self.replica = self.engine.config, self.engine.replica
         self.roles = self.replica.roles
@@ -81,7 +81,7 @@ class FederatedPEFT(Strategy):
             evaluate_fn: measures the arrays after each round.
 
         Raises:
-            RoundFailed: a round had no usable reply.
+            RoundFailed: a round had too few usable replies twice.
             ValueError: there are more rounds than the configuration has.
         """
         rounds = self.config.num_rounds if num_rounds is None else num_rounds
@@ -114,9 +114,12 @@ class FederatedPEFT(Strategy):
         line: Line = {"round": round}
         self.nodes.join(grid)
         if round:
-            messages = self._train_messages(round)
-            self.observer.phase("train", len(messages))
-            self.up.aggregate(round, self._exchange(grid, messages), self.seen, self._late())
+            try:
+                self._train(grid, round)
+            except RoundFailed as failed:
+                line["repeated"] = str(failed)
+                self.nodes.join(grid)
+                self._train(grid, round)
             line |= {"cohort": self.seen.cohort} | self.seen.metrics
             line["weights"] = {str(c): w for c, w in self.seen.weights.items()}
         if self.config.evaluates(round):
@@ -132,11 +135,19 @@ class FederatedPEFT(Strategy):
         self.observer.round_done(line)
         return line
 
+    def _train(self, grid: Grid, round: int) -> None:
+        """Train the round's cohort and aggregate."""
+        messages = self._train_messages(round)
+        self.observer.phase("train", len(messages))
+        self.up.aggregate(round, self._exchange(grid, messages), self.seen, self._late())
+
     def _exchange(
         self, grid: Grid, messages: Mapping[int, Message]
     ) -> Iterable[tuple[int, Message]]:
         """Send messages and yield client and reply as they arrive."""
-        return exchange(grid, messages, self._timeout, self.observer.clients_done)
+        enough = self.config.fewest_replies(len(messages))
+        wait = self.config.runtime.wait_after_min
+        yield from exchange(grid, messages, self._timeout, self.observer.clients_done, enough, wait)
 
     @property
     def state(self) -> State:
@@ -203,7 +214,7 @@ class FederatedPEFT(Strategy):
         """Aggregate the replies that can be used; return all values and the training metrics.
 
         Raises:
-            RoundFailed: no reply can be used.
+            RoundFailed: fewer replies can be used than ``runtime.min_replies`` asks for.
         """
         self.up.aggregate(server_round, self._by_client(replies), self.seen, self._late())
         return self.arrays(), _record(self.seen.metrics)
