@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.algorithms.fedprox import ProximalTerm
 from fedpeft.data.batching import Batch, lengthened
 from fedpeft.engine.engine import Engine, Result
 from fedpeft.engine.plan import Job, plan
@@ -18,6 +17,7 @@ from fedpeft.engine.probing import Vectorised, probe
 from fedpeft.engine.stacked import Unsupported
 from fedpeft.engine.together import Together
 from fedpeft.methods.base import Phase
+from fedpeft.methods.parts.pull import Pull
 from tests.pairs import names_in
 
 Opened = Callable[..., Engine]
@@ -41,7 +41,7 @@ def jobs(engine: Engine, round: int = 1, mu: float = 0.0) -> list[Job]:
             name: value + 0.05 * torch.randn(value.shape, generator=draws)
             for name, value in engine.replica.initial.items()
         }
-        term = ProximalTerm(mu, {name: start[name] for name in roles.trained(round)})
+        term = Pull(mu, {name: start[name] for name in roles.trained(round)})
         result.append(Job(roles.at(round, client), start, (term,)))
     return result
 

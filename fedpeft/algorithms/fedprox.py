@@ -1,12 +1,10 @@
 """FedProx: a client stays near where it began (https://arxiv.org/abs/1812.06127)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import nn
 
 from fedpeft.algorithms.base import FedAvg
 from fedpeft.methods.base import Term
+from fedpeft.methods.parts.pull import Pull
 from fedpeft.state import State
 
 
@@ -27,23 +25,4 @@ class FedProx(FedAvg):
 
     def term(self, start: State, sent: State, kept: State) -> Term:
         """See ``FedAvg.term``."""
-        return ProximalTerm(self.proximal_mu, start)
-
-
-class ProximalTerm(Term):
-    """Adds mu (theta - theta_received) to the gradients of shared parameters.
-
-    Args:
-        mu: strength of the pull.
-        start: theta_received, full.
-    """
-
-    def __init__(self, mu: float, start: State) -> None:
-        self.mu, self.start = mu, start
-
-    def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        for name, value in self.start.items():
-            parameter = parameters.get(name)  # null if it does not train in this phase
-            if parameter is not None and parameter.grad is not None:
-                start = value.to(parameter.device)
-                parameter.grad.add_(parameter.detach() - start, alpha=self.mu)
+        return Pull(self.proximal_mu, start)

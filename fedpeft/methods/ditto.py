@@ -1,6 +1,6 @@
 """Ditto: a global LoRA, and a personal one pulled towards it (https://arxiv.org/abs/2012.04221)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedpeft.methods.base import At, Phase, Term
 from fedpeft.methods.lora import LoRA
+from fedpeft.methods.parts.pull import Pull
 from fedpeft.models.sites import add_by_peft
 from fedpeft.state import Role, State
 
@@ -70,31 +71,12 @@ class Ditto(LoRA):
                     module.set_scale(adapter, float(adapter == on))
 
     def term(self, at: At, start: State, kept: State) -> Term:
-        """See ``Method.term``."""
-        return Pull(self.pull, start)
+        """Pull the personal adapter to the global one as received; see ``Method.term``."""
+        return Pull(self.pull, {name: start[twin(name)] for name in start if is_personal(name)})
 
     def effective(self, module: nn.Module) -> Tensor | None:
         """Return the global adapter's product, because the personal one is not averaged."""
         return self.product(module, GLOBAL)
-
-
-class Pull(Term):
-    """Adds pull (v - w) to the gradients of the personal adapter.
-
-    Args:
-        pull: lambda.
-        start: every parameter that can change at the round's start, full; its global adapter is w.
-    """
-
-    def __init__(self, pull: float, start: State) -> None:
-        self.pull = pull
-        self.received = {name: start[twin(name)] for name in start if is_personal(name)}
-
-    def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        for name, parameter in parameters.items():
-            if name in self.received and parameter.grad is not None:
-                received = self.received[name].to(parameter.device)
-                parameter.grad.add_(parameter.detach() - received, alpha=self.pull)
 
 
 def is_personal(name: str) -> bool:

@@ -12,7 +12,7 @@ from fedpeft.client.app import app as client_app
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.plan import Job
 from fedpeft.methods.base import At
-from fedpeft.methods.ditto import Ditto, Pull, is_personal, twin
+from fedpeft.methods.ditto import Ditto, is_personal, twin
 from fedpeft.state import Role, State
 from tests.conftest import Runner, newest
 from tests.expected.architectures import tiny
@@ -40,7 +40,8 @@ def test_two_steps_of_sgd_on_a_quadratic_by_hand() -> None:
     """Loss (v - 5)^2 / 2 from v = 1, w = 3, pull 2, rate .1: v is 1.8 and then 2.36."""
     name, other = "x.lora_A.personal.weight", "x.lora_A.global.weight"
     v, w = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([7.0]))
-    pull = Pull(2.0, {name: torch.tensor([1.0]), other: torch.tensor([3.0])})
+    start = {name: torch.tensor([1.0]), other: torch.tensor([3.0])}
+    pull = Ditto(rank=4, pull=2.0).term(At(1), start, {})
     seen = []
     for _ in range(2):
         v.grad, w.grad = (v - 5).detach(), torch.zeros(1)

@@ -1,0 +1,27 @@
+"""A proximal pull, as FedProx and Ditto have it."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from fedpeft.methods.base import Term
+
+
+class Pull(Term):
+    """Adds strength (theta - towards), the gradient of strength/2 |theta - towards|^2.
+
+    Args:
+        strength: of the pull.
+        towards: values by name, full; other parameters, and those that rest in a phase, are left.
+    """
+
+    def __init__(self, strength: float, towards: Mapping[str, Tensor]) -> None:
+        self.strength, self.towards = strength, dict(towards)
+
+    def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            if name in self.towards and parameter.grad is not None:
+                # kept where the parameter is, because each step needs it
+                self.towards[name] = self.towards[name].to(parameter.device)
+                difference = parameter.detach() - self.towards[name]
+                parameter.grad.add_(difference, alpha=self.strength)
