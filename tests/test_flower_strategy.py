@@ -109,7 +109,6 @@ def test_the_example_of_the_documentation(run: Runner, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("method", "start"),
     [
-        ("lora", "flowers"),
         ("fedsa_lora", "flowers"),
         ("fedtt_plus", "flowers"),
         ("fedsa_lora", "ours"),
