@@ -319,6 +319,7 @@ def yaml_files() -> Iterator[tuple[str, str]]:
             yield path.parent.name, path.stem
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("group", "name"), list(yaml_files()))
 def test_every_file_composes_and_loads(group: str, name: str) -> None:
     config = load_config([f"{group}={name}"])

@@ -61,6 +61,7 @@ def injected(method: Method, name: str, seed: int = 0) -> Any:
         return method.inject(tiny(name)).eval()
 
 
+@pytest.mark.matrix
 @every_architecture
 @pytest.mark.parametrize("method", BASELINES)
 def test_roles(method: str, name: str) -> None:
@@ -85,6 +86,7 @@ def test_roles(method: str, name: str) -> None:
     assert names == ever
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 @pytest.mark.parametrize("method", BASELINES)
 def test_a_seeded_injection_is_the_same_everywhere(method: str, name: str) -> None:
@@ -100,6 +102,7 @@ def test_a_seeded_injection_is_the_same_everywhere(method: str, name: str) -> No
     assert bool(drawn) == (method in ("adapter", "prefix", *PROMPTS))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["roberta", "deberta", "gpt2", "siglip", "llama"])
 @pytest.mark.parametrize(
     "method", ["rolora", "full", "bitfit", "adapter", "ia3", "feddpa", "federa"]
@@ -528,6 +531,7 @@ def test_virtual_tokens_on_a_bfloat16_base(method: Method) -> None:
 # --- runs --------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", [m for m in BASELINES if m not in ("bitfit", "fedprompt")])
 def test_two_rounds_of_a_language_model(method: str, run: Runner, checkpoint: Any) -> None:
     sizes = {

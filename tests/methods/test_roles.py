@@ -358,6 +358,7 @@ METHODS: dict[str, Method] = {
 
 
 @every_architecture
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", list(METHODS))
 def test_the_loss_reaches_exactly_what_trains(name: str, method: str) -> None:
     """The model computes with every trained parameter."""
@@ -381,6 +382,7 @@ IDENTITIES: dict[str, Method] = {
 
 
 @every_architecture
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", list(IDENTITIES))
 def test_methods_that_start_as_the_pretrained_model(name: str, method: str) -> None:
     expected = logits(tiny(name)).detach()
