@@ -31,6 +31,14 @@ CASES = [
     ("optimiser.name=sgd", "unknown key optimiser.name"),
     ("optimizer.nme=sgd", "unknown key optimizer.nme: Optimization has no such field"),
     ("evaluation.evry=2", "unknown key evaluation.evry: Evaluation has no such field"),
+    ("checkpoint.evry=2", "unknown key checkpoint.evry: Checkpointing has no such field"),
+    ("checkpoint.keep=0", "checkpoint.keep must be >= 1, got 0"),
+    (
+        "runtime.min_replies=0",
+        "runtime.min_replies must be a count >= 1 or a share in (0, 1], got 0",
+    ),
+    ("runtime.threads=100000", "runtime.threads must be <= 1024, got 100000"),
+    ("num_clients=1000000000", "num_clients must be <= 10000000, got 1000000000"),
     ("runtime.thread=2", "unknown key runtime.thread: Runtime has no such field"),
     ("+extra=1", "unknown key extra: Settings has no such field"),
     # unknown names of groups

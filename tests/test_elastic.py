@@ -13,6 +13,7 @@ from fedpeft.config.schema import Settings
 from fedpeft.server.nodes import Nodes, exchange
 from fedpeft.server.seen import RoundFailed
 from fedpeft.simulation.grid import InProcessGrid
+from fedpeft.wire import wire_bytes
 from tests.conftest import Answer, Runner
 
 AGAIN = "resume=true goes on"
@@ -60,10 +61,16 @@ def test_fewer_may_be_allowed(run: Runner) -> None:
 def test_a_round_is_repeated_once(run: Runner) -> None:
     """The second time everybody is there, so the result is that of a run without a failure."""
     whole = run("method=fedsa_lora")
+    once = run.lines()[1]
     repeated = run("method=fedsa_lora", answer=failing({0, 2}, times=1))
     assert repeated["shared_state_sha256"] == whole["shared_state_sha256"]
     assert repeated["final"] == whole["final"] and repeated["refused"] == {}
-    assert run.lines()[1]["repeated"].startswith("only 1 of 3 replies were usable")
+    line = run.lines()[1]
+    assert line["repeated"].startswith("only 1 of 3 replies were usable")
+    # what went in vain was sent as well
+    assert line["downlink_bytes"] == 2 * once["downlink_bytes"]
+    sent = [wire_bytes(e.up.content) for e in run.recorder.of("train", 1)]
+    assert len(sent) == 1 + 3 and line["uplink_bytes"] == sum(sent)
 
 
 class Changing(InProcessGrid):

@@ -1,5 +1,6 @@
 """One typed configuration, composed by Hydra from ``conf/`` and a list of overrides."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,9 @@ GROUPS = {  # base classes by name, because torch is imported only when a group 
     "strategy": "fedpeft.algorithms.base.FedAvg",
     "compression": "fedpeft.compression.base.Compression",
 }
-_FIELD = re.compile(rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation)\.[\w.]+|lr|personal)=")
+_FIELD = re.compile(
+    rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation|checkpoint)\.[\w.]+|lr|personal)="
+)
 INTERPOLATION = "${"
 _lock = Lock()  # Hydra's compose is not thread-safe; a launch composes in a thread too
 
@@ -74,19 +77,15 @@ def _resolved(override: str, overrides: Sequence[str]) -> str:
         raise ConfigError(f"{override}: {omegaconf_sentence(error)}") from error
     if OmegaConf.is_config(value):
         raise ConfigError(f"{override}: an interpolation must stand for one value")
-    quoted = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}=" + (f"'{quoted}'" if isinstance(value, str) else _literal(value))
-
-
-def _literal(value: Any) -> str:
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    if not isinstance(value, str):
+        return f"{key}={json.dumps(value)}"
+    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{quoted}'"
 
 
 def _of_server(override: str) -> bool:
     """Tell whether an override sets a key that clients need not know."""
-    return override.startswith(("run_dir=", "resume=", "checkpoint."))
+    return override.lstrip("+").startswith(("run_dir=", "resume=", "checkpoint."))
 
 
 def addable(override: str) -> str:
@@ -131,15 +130,17 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
     The keys that only the server needs are set afterwards, in a copy.
     """
     of_server = [o for o in overrides if _of_server(o)]
+    tree = _from_files(tuple(o for o in overrides if not _of_server(o)))
+    if not of_server:
+        return tree
+    tree = deepcopy(tree)
     try:
-        parsed = [OverridesParser.create().parse_override(o) for o in of_server]
-        if not of_server or any(override.is_sweep_override() for override in parsed):
-            return _from_files(overrides)
-    except HydraException:
-        return _from_files(overrides)  # raises the error with its sentence
-    tree = deepcopy(_from_files(tuple(o for o in overrides if not _of_server(o))))
-    for override in parsed:
-        OmegaConf.update(tree, override.key_or_group, override.value())
+        for override in map(OverridesParser.create().parse_override, of_server):
+            if override.is_sweep_override():
+                return _from_files(overrides)  # raises the error with its sentence
+            OmegaConf.update(tree, override.key_or_group, override.value())
+    except (HydraException, OmegaConfBaseException):
+        return _from_files(overrides)  # likewise
     return tree
 
 

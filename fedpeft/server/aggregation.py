@@ -152,11 +152,12 @@ class Aggregator:
         least = self.config.fewest_replies(len(seen.cohort))
         if len(usable) < least:
             client, reason = next(iter(seen.refused.items()))
-            few = (
-                f"only {len(usable)} of {len(seen.cohort)} replies were usable, and "
-                f"runtime.min_replies={self.config.runtime.min_replies} asks for {least}"
-            )
-            few = few if usable else "no client's reply was usable"
+            few = "no client's reply was usable"
+            if usable:
+                few = (
+                    f"only {len(usable)} of {len(seen.cohort)} replies were usable, and "
+                    f"runtime.min_replies={self.config.runtime.min_replies} asks for {least}"
+                )
             raise RoundFailed(f"{few}; client {client}: {reason}")
         return {client: usable[client] for client in sorted(usable)}
 

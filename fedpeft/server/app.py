@@ -19,8 +19,9 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Serve ``flwr run``, whose run configuration carries the ``overrides``."""
-    overrides = str(context.run_config.get("overrides", ""))
-    serve(grid, configuration.split(overrides))
+    overrides = configuration.split(str(context.run_config.get("overrides", "")))
+    if finished(configuration.composed(overrides)) is None:
+        serve(grid, overrides)
 
 
 def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> dict[str, Any]:
@@ -34,8 +35,6 @@ def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> d
     display = display or Display()
     tree = configuration.composed(overrides)
     settings = configuration.settings(overrides)
-    if (summary := finished(tree)) is not None:
-        return summary
     sent = configuration.sent(overrides)
     engine = open_engine(sent, None)  # in one process, the clients' engine too
     engine.rows.examples("validation")

@@ -158,10 +158,10 @@ class Broadcaster:
                 packed[key] = Packed(group, *pack(whole), payload_bytes(whole))
             same = packed[key]
             generation = self.generations.message(client)
-            key = (same.group, *generation.values())
-            if key not in contents:
-                contents[key] = self._content(same, round, generation)
-            content, size = contents[key]
+            whose = (same.group, *generation.values())
+            if whose not in contents:
+                contents[whose] = self._content(same, round, generation)
+            content, size = contents[whose]
             seen.count(prefix + "downlink_bytes", size)
             seen.count(prefix + "downlink_payload_bytes", same.payload)
             messages[client] = Message(content, node, kind, group_id=same.group)

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from flwr.app import Message
@@ -11,9 +10,8 @@ from fedpeft.compression.base import Codec
 from fedpeft.state import State, check, split_prefixed
 from fedpeft.wire import unpack
 
-Ranges = Mapping[str, tuple[float, float]]
+INDEX_ENTRY = 1 << 12  # bytes of a parameter in the index, whatever the codec makes of it, at most
 MOST_CHARACTERS = 500  # of a client's text
-OWN_SPLITS = ("validation", "test")  # a client measures itself on both
 
 
 class Reply(NamedTuple):
@@ -68,80 +66,12 @@ def read(reply: Message, reference: State, codec: Codec) -> Reply:
         raise ValueError(f"loss must be a finite number, got {loss}")
     config = content.config_records["config"]
     index: Any = config.get("index", b"")
-    sent = unpack(content.array_records["arrays"], index)
+    sent = unpack(content.array_records["arrays"], index, INDEX_ENTRY * (1 + len(reference)))
     decoded = codec.decode(sent, reference)
     check(decoded, reference)
     state, extras = split_prefixed(decoded)
     kept = config.get("kept") is True
     return Reply(sent, state, extras, counts[0], counts[1], loss, kept, restarted(reply))
-
-
-def measured(reply: Message, ranges: Ranges) -> dict[str, float]:
-    """Read and check a client's metrics.
-
-    Args:
-        reply: to a message to evaluate.
-        ranges: least and greatest value of each metric that the task gives.
-
-    Raises:
-        ValueError: the reply is an error, or lacks or holds something that it should not.
-    """
-    if reply.has_error():
-        raise ValueError(reason(reply))
-    if "metrics" not in reply.content.metric_records:
-        raise ValueError("the reply carries no metrics")
-    metrics: dict[str, Any] = dict(reply.content.metric_records["metrics"])
-    counts = [f"{split}-num-examples" for split in OWN_SPLITS]
-    bounds = {f"{split}_{name}": ends for split in OWN_SPLITS for name, ends in ranges.items()}
-    # A mod around the client's app may add metrics of its own, which nobody asked for here.
-    metrics = {key: value for key, value in metrics.items() if key in counts or key in bounds}
-    for key, value in metrics.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{key} must be a finite number, got {value!r:.40}")
-        least, most = bounds.get(key, (1, math.inf))
-        if not least <= value <= most:
-            raise ValueError(f"{key} must be from {least:g} to {most:g}, got {value:g}")
-    if not all(isinstance(metrics.get(key), int) and metrics[key] >= 1 for key in counts):
-        raise ValueError(f"num-examples of {' and '.join(OWN_SPLITS)} must be >= 1")
-    return metrics
-
-
-def client_means(
-    replies: Mapping[int, Message], ranges: Ranges, most_rows: Callable[[int], int | None]
-) -> tuple[dict[str, float], dict[int, str]]:
-    """Average the clients' measures, weighted by rows, e.g. ``client_validation_accuracy``.
-
-    Args:
-        replies: by client.
-        ranges: least and greatest value of each metric that the task gives.
-        most_rows: that a client has; null if the server does not know.
-
-    Returns:
-        The means, and the clients whose reply cannot be used, with the reason.
-    """
-    totals: dict[str, float] = {}
-    rows: dict[str, int] = {}
-    refused: dict[int, str] = {}
-    for client in sorted(replies):
-        try:
-            metrics = measured(replies[client], ranges)
-            _check_rows(metrics, most_rows(client))
-        except ValueError as error:
-            refused[client] = str(error)
-            continue
-        for key, value in metrics.items():
-            if not key.endswith("-num-examples"):
-                number = int(metrics[f"{key.partition('_')[0]}-num-examples"])
-                totals[key] = totals.get(key, 0.0) + number * value
-                rows[key] = rows.get(key, 0) + number
-    return {f"client_{key}": totals[key] / rows[key] for key in sorted(totals)}, refused
-
-
-def _check_rows(metrics: Mapping[str, float], most: int | None) -> None:
-    for split in OWN_SPLITS:
-        number = metrics[f"{split}-num-examples"]
-        if most is not None and number > most:
-            raise ValueError(f"{split}-num-examples is {number}, but the client has {most} rows")
 
 
 def restarted(reply: Message) -> bool:

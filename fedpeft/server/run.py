@@ -17,6 +17,7 @@ from fedpeft.reporting.progress import Display
 from fedpeft.reporting.run_directory import RunDirectory, versions
 from fedpeft.server.checkpoint import Checkpoint, Checkpoints
 from fedpeft.server.diagnostics import initial_error
+from fedpeft.server.evaluation import measure
 from fedpeft.server.seen import Line, Observer
 from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.state import State, save, sha256
@@ -182,7 +183,7 @@ class Run(Observer):
         if not self.has_personal:
             # The test split comes last, because its generated texts stay as the samples.
             for split in (*self.engine.task.extra_tests, "test"):
-                measures |= self.strategy.measure(split, state, last=True)
+                measures |= measure(self.engine, split, state, last=True)
         return measures
 
     def _baseline(self) -> dict[str, float]:

@@ -5,7 +5,6 @@ Each trains and replies with what is shared. The server checks every reply, leav
 cannot use, lets the method aggregate the rest, and lets the algorithm step from the mean.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,13 +14,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedpeft.config import load as configuration
-from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.seeding import generator
 from fedpeft.server.aggregation import Aggregator
 from fedpeft.server.broadcast import Broadcaster
+from fedpeft.server.evaluation import client_means, measure
 from fedpeft.server.nodes import Nodes, exchange
-from fedpeft.server.replies import client_means, restarted
+from fedpeft.server.replies import restarted
 from fedpeft.server.seen import Line, Observer, RoundFailed, Seen
 from fedpeft.state import State
 from fedpeft.wire import named_arrays, wire_bytes
@@ -117,9 +116,11 @@ class FederatedPEFT(Strategy):
             try:
                 self._train(grid, round)
             except RoundFailed as failed:
-                line["repeated"] = str(failed)
+                line["repeated"], traffic = str(failed), self.seen.traffic
                 self.nodes.join(grid)
                 self._train(grid, round)
+                for key, amount in traffic.items():
+                    self.seen.count(key, amount)
             line |= {"cohort": self.seen.cohort} | self.seen.metrics
             line["weights"] = {str(c): w for c, w in self.seen.weights.items()}
         if self.config.evaluates(round):
@@ -243,7 +244,9 @@ class FederatedPEFT(Strategy):
         return [(clients[reply.metadata.reply_to_message_id], reply) for reply in replies]
 
     def _late(self) -> str:
-        return f"no reply within runtime.round_timeout={self._timeout:g} s"
+        wait = self.config.runtime.wait_after_min
+        sooner = f", or runtime.wait_after_min={wait:g} s after enough others" if wait else ""
+        return f"no reply within runtime.round_timeout={self._timeout:g} s{sooner}"
 
     # --- evaluation ----------------------------------------------------------------------------
 
@@ -257,7 +260,7 @@ class FederatedPEFT(Strategy):
         """Measure the server's model if none of it is personal, and the clients' if configured."""
         line: Line = {}
         if not self.roles.has_personal:
-            line |= self.measure("validation", self.down.state)
+            line |= measure(self.engine, "validation", self.down.state)
         if self.clients_measure:
             messages = self._evaluate_messages(round)
             self.observer.phase("evaluate", len(messages))
@@ -270,25 +273,6 @@ class FederatedPEFT(Strategy):
         The server may have changed parameters that are first sent down in the next round.
         """
         return self._messages(MessageType.EVALUATE, round + 1, range(self.config.num_clients))
-
-    def measure(self, split: str, state: State, last: bool = False) -> dict[str, float]:
-        """Measure the model that clients would get.
-
-        Args:
-            split: ``validation``, ``test``, or the name of an extra test.
-            state: parameters that the server has set, full.
-            last: the run's last evaluation, in which tasks may also measure generated text.
-
-        Returns:
-            Measures by name, with the split in front.
-        """
-        codec = self.config.compression.down
-        draws = generator(self.config.seed, "compression down", 0)
-        self.replica.load(codec.decode(codec.encode(state, state, draws), state))
-        examples = self.engine.rows.examples(split)
-        metrics = self.engine.evaluate(examples, os.cpu_count() or 1, last)
-        prefix = split if split in SPLITS else f"test_{split}"
-        return {f"{prefix}_{key}": value for key, value in metrics.items()}
 
     def _measures(self, replies: Iterable[tuple[int, Message]]) -> dict[str, float]:
         """Return the clients' means weighted by rows, and note who measured nothing."""
