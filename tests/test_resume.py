@@ -127,8 +127,18 @@ def test_another_configuration_does_not_go_on(launched: Launched, stop: int) -> 
         launched("run", stop=stop)
     except KeyboardInterrupt:
         assert stop == 3
-    with pytest.raises(ValueError, match=r"holds a run with lr=0.003, but this one has lr=0.5"):
+    with pytest.raises(ValueError, match=r"holds a run with lr=0.003, and now it is 0.5"):
         launched("run", "resume=true", "lr=0.5")
+
+
+@pytest.mark.parametrize(
+    "override", ["runtime.min_replies=1", "runtime.round_timeout=9", "checkpoint.every=2"]
+)
+def test_keys_that_change_no_result_may_change(launched: Launched, override: str) -> None:
+    """For example to go on after a round had too few replies."""
+    with pytest.raises(KeyboardInterrupt):
+        launched("run", stop=2)
+    assert launched("run", "resume=true", override)["shared_state_sha256"]
 
 
 def test_resume_begins_where_nothing_is(launched: Launched) -> None:

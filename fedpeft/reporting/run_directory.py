@@ -21,7 +21,7 @@ PACKAGES = ("fedpeft", "flwr", "flwr-datasets", "torch", "transformers", "peft",
 
 
 class RunDirectory:
-    """Write each file as soon as it is known, so that a killed run leaves complete lines.
+    """Writes each file as soon as it is known, so that a killed run leaves complete lines.
 
     One process owns a directory at a time.
 
@@ -99,20 +99,29 @@ class RunDirectory:
 # Keys that change no result, so that a run may go on with others.
 FREE = {"run_dir", "resume", "checkpoint.every", "checkpoint.keep"} | {
     f"runtime.{key}"
-    for key in ("kind", "num_cpus", "num_gpus", "total_cpus")
-    + ("round_timeout", "join_timeout", "lost_state")
+    for key in ("kind", "num_cpus", "num_gpus", "total_cpus", "lost_state")
+    + ("round_timeout", "join_timeout", "min_replies", "wait_after_min")
 }
 
 
 def check_same(before: Any, now: Any, path: Path) -> None:
-    """Raise ValueError if two configurations would give different results."""
+    """Compare the configuration of a run with that of the one that wants to go on.
+
+    Args:
+        before: composed, as it was saved.
+        now: composed.
+        path: of the run's directory.
+
+    Raises:
+        ValueError: they would give different results.
+    """
     old, new = (_flat(OmegaConf.to_container(tree, resolve=True)) for tree in (before, now))
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if differ := [key for key in keys if key not in FREE]:
         key = differ[0]
         raise ValueError(
-            f"run_dir={path} holds a run with {key}={old.get(key)}, but this one has "
-            f"{key}={new.get(key)}: give another run_dir, or the same configuration"
+            f"{path} holds a run with {key}={old.get(key)}, and now it is {new.get(key)}: give "
+            "another run_dir, or remove that run"
         )
 
 

@@ -3,21 +3,22 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from fedpeft.config.load import composed
+from fedpeft.reporting.run_directory import check_same
 
 T = TypeVar("T")
 Outcome = dict[str, Any] | Exception
 RunAll = Callable[[list[list[str]]], Sequence[Outcome]]
 FAILED = "failed.txt"  # in a run's directory: the reason why its training diverged
-DIVERGED = re.compile(
-    r"\bnot finite\b|\btraining loss is "
-)  # in the error of training that diverged
+# In the error of training that diverged.
+DIVERGED = re.compile(r"\bnot finite\b|\btraining loss is ")
 
 
 class Run(NamedTuple):
@@ -29,7 +30,7 @@ class Run(NamedTuple):
         seed: the run's seed.
         path: its directory.
         overrides: its configuration, with the directory.
-        config: the composed configuration by dotted key, without the directory.
+        config: the composed configuration.
     """
 
     entry: str
@@ -37,7 +38,7 @@ class Run(NamedTuple):
     seed: int
     path: Path
     overrides: list[str]
-    config: dict[str, Any]
+    config: DictConfig
 
     def earlier(self) -> Outcome | None:
         """Return the outcome of an earlier command; null if the run is to begin or to go on.
@@ -47,14 +48,7 @@ class Run(NamedTuple):
         """
         if not (self.path / "config.yaml").exists():
             return None
-        saved = _plain(OmegaConf.load(self.path / "config.yaml"))
-        if saved != self.config:
-            keys = sorted(saved.keys() | self.config.keys())
-            key = next(k for k in keys if saved.get(k, "-") != self.config.get(k, "-"))
-            raise ValueError(
-                f"{self.path} holds a run with {key}={saved.get(key, '-')}, and now it is "
-                f"{self.config.get(key, '-')}: give another run_dir, or remove that run"
-            )
+        check_same(OmegaConf.load(self.path / "config.yaml"), self.config, self.path)
         if (self.path / "summary.json").exists():
             return json.loads((self.path / "summary.json").read_text())
         if (self.path / FAILED).exists():
@@ -141,7 +135,7 @@ class Study:
                 parts = [] if self.flat else [f"lr={lr}", f"seed={seed}"]
                 path = self.folder.joinpath(entry.replace("/", "_"), *parts)
                 overrides = [*common, *parts, f"run_dir='{path}'", "resume=true"]
-                yield Run(entry, lr, seed, path, overrides, _plain(tree))
+                yield Run(entry, lr, seed, path, overrides, deepcopy(tree))
 
     def _check(self, extra: Sequence[str], common: Sequence[str]) -> None:
         """Refuse overrides that a single run may not set."""
@@ -153,21 +147,6 @@ class Study:
         for name, values in (("lr", self.lrs), ("seed", self.seeds)):
             if values and (twice := [o for o in common if o.startswith(f"{name}=")]):
                 raise ValueError(f"{name} must be given once, got {twice[0]} and --{name}s")
-
-
-def _plain(tree: Any) -> dict[str, Any]:
-    """Return the values by dotted key, without ``run_dir``."""
-    values = dict(_leaves(OmegaConf.to_container(tree, resolve=True)))
-    values.pop("run_dir", None)
-    return values
-
-
-def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict) and node:
-        for name, value in node.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, node
 
 
 def listed(text: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedpeft.config import load as configuration
 from fedpeft.config.schema import Runtime
 from fedpeft.reporting.progress import Display
-from fedpeft.simulation.stop import stop_on_sigterm
+from fedpeft.simulation.stop import sigterm_kept
 
 if TYPE_CHECKING:
     from fedpeft.simulation.grid import LocalGrid
@@ -40,8 +40,8 @@ def local_grid(
 
         from fedpeft.simulation.start_ray import start_ray
 
-        ours = start_ray(runtime)
-    stop_on_sigterm()  # because Ray has set a handler of its own, which aborts
+        with sigterm_kept():  # because Ray sets a handler of its own, which aborts
+            ours = start_ray(runtime)
     try:
         done.result()
         from fedpeft.simulation.ray import RayGrid  # torch comes with it
