@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from fedpeft.config.load import composed
 from fedpeft.reporting.pages import save_comparison, save_study
@@ -185,7 +186,7 @@ def test_a_method_whose_runs_all_fail_is_named_and_a_study_of_such_ends(tmp_path
 
 def test_a_mean_without_all_clients_is_no_result() -> None:
     late = "evaluation: no reply within runtime.round_timeout=9 s"
-    run = Run("lora", 0.1, 0, Path("x"), [], {})
+    run = Run("lora", 0.1, 0, Path("x"), [], OmegaConf.create())
 
     def failed(**more: Any) -> str | None:
         return run_rows([Done(run, summary_of(0.5, 0.5, **more))], ACCURACY)[0]["failed"]
