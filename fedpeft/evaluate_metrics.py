@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedpeft.errors import PartlyPublic
 from fedpeft.models.hub import reachable
 
 if TYPE_CHECKING:  # imported late, because it takes seconds
@@ -101,7 +102,8 @@ def score(name: str, predictions: Rows, references: Rows) -> float:
                 predictions=predictions, references=_fitted(module.features, references)
             )
     except Exception as error:  # a script may raise anything
-        raise ValueError(f"{name} cannot score these rows: {_first_line(error)}") from error
+        said = _first_line(error)
+        raise PartlyPublic(f"{name} cannot score these rows", f": {said}") from error
     return _chosen(name, key or title(name), results or {})
 
 
@@ -138,7 +140,8 @@ def loaded(path: str) -> "evaluate.EvaluationModule":
         return evaluate.load(source, module_type="metric", keep_in_memory=True, seed=0)
     except Exception as error:  # a script may raise anything when it is imported
         if source != path or not isinstance(error, OSError):
-            raise ValueError(f"metric {path} cannot be loaded: {_first_line(error)}") from error
+            said = _first_line(error)
+            raise PartlyPublic(f"metric {path} cannot be loaded", f": {said}") from error
         raise ValueError(
             f"metric {path} is no folder here and cannot be had from the hub "
             f"({_first_line(error)}): {_download(f'evaluate-metric/{path}')}"
@@ -177,9 +180,9 @@ def _chosen(name: str, key: str, results: dict[str, Any]) -> float:
         key = next(iter(numbers))
     if key not in numbers:
         path = name.removesuffix(f":{key}")
-        raise ValueError(
-            f"{name} has no value {key}, only {', '.join(numbers) or 'none that is a number'}: "
-            f"write {path}:KEY"
+        raise PartlyPublic(  # a module may name its values by labels of the rows
+            f"{name} has no number {key}: write {path}:KEY",
+            f", where KEY is one of {', '.join(numbers)}" if numbers else ", but it has no number",
         )
     if not isfinite(numbers[key]):
         raise ValueError(f"{name} must give a finite number, got {numbers[key]}")

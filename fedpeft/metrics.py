@@ -194,5 +194,5 @@ def _texts(name: str, predictions: Rows, references: Rows) -> tuple[Texts, Refer
         raise ValueError(f"{name} needs at least 1 reference a row, got 0 in row {rows.index([])}")
     for text in chain(predictions, *rows):
         if not isinstance(text, str):
-            raise ValueError(f"texts of {name} must be str, got {text!r}")
+            raise ValueError(f"texts of {name} must be str, got {type(text).__name__}")
     return list(predictions), rows

@@ -293,7 +293,7 @@ def test_text_refusals(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} needs at least 1 reference a row, .* in row 1"):
         measure(name, ["a", "b"], [["a"], []])
     for predictions, references in ((["a", 3], ["a", "b"]), (["a", "b"], [["a"], ["b", 3]])):
-        with pytest.raises(ValueError, match=f"texts of {name} must be str, got 3"):
+        with pytest.raises(ValueError, match=f"texts of {name} must be str, got int"):
             measure(name, predictions, references)
 
 
@@ -364,10 +364,11 @@ def test_one_of_several_values_is_the_module_s_own_or_the_named_one(write: Write
     assert measure(folder, [1], [1]) == 3
     assert measure(f"{folder}:other", [1], [1]) == 0.25
     assert title(f"{folder}:other") == "several_other"
-    with pytest.raises(ValueError, match=f"^{folder}:rows has no value rows, only several, other"):
+    advice = f"write {folder}:KEY, where KEY is one of several, other"
+    with pytest.raises(ValueError, match=f"^{folder}:rows has no number rows: {advice}$"):
         measure(f"{folder}:rows", [1], [1])
     folder = write("pair", "return {'a': 1, 'b': 2}", (INT, INT))
-    listed = f"{folder} has no value pair, only a, b: write {folder}:KEY"
+    listed = f"{folder} has no number pair: write {folder}:KEY, where KEY is one of a, b"
     with pytest.raises(ValueError, match=f"^{listed}$"):
         measure(folder, [1], [1])
 
@@ -400,7 +401,7 @@ def test_one_reference_becomes_a_list_where_a_module_takes_lists(write: Write) -
     [
         ("raise KeyError('lost')", " cannot score these rows: 'lost'"),
         ("return {'x': float('nan')}", " must give a finite number, got nan"),
-        ("return None", " has no value .*, only none that is a number"),
+        ("return None", " has no number .*, but it has no number"),
     ],
 )
 def test_a_module_s_error_is_one_sentence(write: Write, body: str, said: str) -> None:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from fedpeft.errors import PartlyPublic
+
 PATIENCE = 5.0  # seconds; transformers' retries take over 20 a file
 
 
@@ -51,35 +53,39 @@ def one_sentence(source: str, revision: str | None, key: str = "model.path") -> 
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ValueError(_sentence(source, revision, key, error)) from error
+        raise _in_one_sentence(source, revision, key, error) from error
 
 
-def _sentence(source: str, revision: str | None, key: str, error: Exception) -> str:
+def _in_one_sentence(source: str, revision: str | None, key: str, error: Exception) -> ValueError:
     from huggingface_hub import errors
 
-    said = " ".join(str(error).split())
+    said = f": {' '.join(str(error).split())}"  # perhaps with a part of a file that is no model's
     if Path(source).is_dir() or isinstance(error, ValueError):
-        return f"{key}={source} cannot be loaded: {said}"
+        return PartlyPublic(f"{key}={source} cannot be loaded", said)
     named = source if revision is None else f"{source} (revision {revision[:7]})"
     give = f"give {key}=FOLDER"
     option = "" if revision is None else f" --revision {revision}"
     download = f"'hf download {source}{option} --local-dir FOLDER'"
     causes = list(_causes(error))
     if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
-        return (
+        return ValueError(
             f"model {named} is gated: accept its licence on its page of the hub and log in with "
             f"'hf auth login', or {give}"
         )
     if any(isinstance(cause, errors.RevisionNotFoundError) for cause in causes):
-        return f"model {source} has no revision {revision} on the hub: set model.revision"
+        return ValueError(
+            f"model {source} has no revision {revision} on the hub: set model.revision"
+        )
     if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes):
-        return f"model {source} is neither a folder here nor a public model of the hub: {give}"
+        return ValueError(
+            f"model {source} is neither a folder here nor a public model of the hub: {give}"
+        )
     if not reachable():
-        return (
+        return ValueError(
             f"model {named} is not in the hub cache and the hub cannot be reached: download it "
             f"where there is a network, with {download}, and {give}"
         )
-    return f"model {named} cannot be loaded: {said}"
+    return PartlyPublic(f"model {named} cannot be loaded", said)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

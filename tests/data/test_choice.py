@@ -230,8 +230,8 @@ def test_a_run(run: Runner, decoder: Path, tmp_path: Path, likelihood: bool) -> 
 # --- rows and fields ----------------------------------------------------------------------------
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "none right": ({"answers": ["frost"]}, "has answers ['frost']: no candidate's"),
-    "no answer": ({"answers": []}, "has answers []: no candidate's"),
+    "none right": ({"answers": ["frost"]}, "has a list in answers, must be texts of candidates"),
+    "no answer": ({"answers": []}, "has a list in answers, must be texts of candidates"),
     "null answers": ({"answers": None}, "has no answers"),
     "one entity": ({"entities": ["rain", "rain"]}, "has 1 candidates, needs 2"),
     "no entity": ({"entities": []}, "has 0 candidates, needs 2"),
@@ -260,7 +260,9 @@ def test_a_label_that_names_no_candidate(tmp_path: Path, label: int | None) -> N
     path = write(tmp_path, train=[*COPA, COPA[0] | {"label": label}], validation=COPA)
     with pytest.raises(ValueError) as error:
         replace(composed("data=copa").data, path=path).split_rows("train")
-    assert str(error.value) == f"row 2 of train has label {label}: no candidate's: {NO_ROW}"
+    found = "nothing" if label is None else "a whole number"
+    reason = f"has {found} in label, must be the number of a candidate"
+    assert str(error.value) == f"row 2 of train {reason}: {NO_ROW}"
 
 
 FIELDS: list[tuple[dict[str, Any], str]] = [

@@ -198,7 +198,8 @@ def test_other_errors(tmp_path: Path) -> None:
     def error(**fields: Any) -> str:
         return error_of(lambda: task_of(path, **fields).train_rows)
 
-    unknown = "row 1 of train has label 5, which is none of the 2 labels a, b"
+    unknown = "row 1 of train has a whole number in label, must be one of the 2 labels of "
+    unknown += "data.labels"
     assert error() == f"{unknown}: {NO_ROW}"
     assert error(image="picture") == (
         f"data set {path} has no column picture in train, only image, label"

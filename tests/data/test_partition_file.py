@@ -69,7 +69,7 @@ def test_the_column_is_saved_and_compared(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     write_partition(path, Dirichlet(column="author"), LABELS, 0, CLIENTS)
     assert len(replay(path, column="author")) == 3
-    message = f"{path} was made with partition.column=author, but it is now null"
+    message = "another column: it was made with partition.column=author, but it is now null"
     with pytest.raises(ValueError, match=re.escape(message)):
         replay(path)
 
@@ -77,9 +77,19 @@ def test_the_column_is_saved_and_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"labels": np.arange(41) % 4}, "is of 40 training rows, but there are 41"),
-        ({"clients": 4}, "is of 3 clients, but num_clients=4"),
-        ({"column": "author"}, "was made with partition.column=null, but it is now author"),
+        (
+            {"labels": np.arange(41) % 4},
+            "was made for another num_rows: it is of 40 training rows, but there are 41",
+        ),
+        (
+            {"clients": 4},
+            "was made for another num_clients: it is of 3 clients, but num_clients=4",
+        ),
+        (
+            {"column": "author"},
+            "was made for another column: it was made with partition.column=null, but it is now "
+            "author",
+        ),
         (
             {"min_size": 4},
             "gives client 1 3 of 40 rows, but every client needs partition.min_size=4",
@@ -94,7 +104,8 @@ def test_another_run_than_the_file_is_for(file: Path, fields: dict[str, Any], me
 def test_other_labels(file: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=rf"partition.file={file} is of other labels \(sha256 df62.*\) than now \(\w{{64}}\)$",
+        match=rf"partition.file={file} was made for another labels_sha256: it is of other labels "
+        r"\(sha256 df62.*\) than now \(\w{64}\)$",
     ):
         replay(file, np.sort(LABELS))
 
@@ -112,20 +123,20 @@ def put_row(client: int, value: Any) -> Change:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("format", 2), "is of format 2, but only 1 is known"),
+        (put("format", 2), "was made for another format: it is of format 2, but only 1 is known"),
         (lambda saved: saved.pop("num_rows"), "is no partition file: it has no num_rows"),
         (put("clients", 3), "is no partition file: its clients are no list"),
-        (put("clients", [[0, 1, 2], None, []]), "gives client 1 None, not a list of rows"),
+        (put("clients", [[0, 1, 2], None, []]), "gives client 1 no list of rows, but None"),
         (lambda saved: saved["clients"].pop(), "is of 2 clients, but num_clients=3"),
         (put_row(1, 40), "gives client 1 row 40, but rows go from 0 to 39"),
         (put_row(1, -1), "gives client 1 row -1, but rows go from 0 to 39"),
         (put_row(1, 3), "gives row 3 to clients 0 and 1"),
         (put_row(0, 3), "gives row 3 to clients 0 and 0"),
-        (put_row(2, 1.5), "gives client 2 1.5, which is no row number"),
-        (put_row(2, True), "gives client 2 True, which is no row number"),
-        (put_row(2, "7"), "gives client 2 '7', which is no row number"),
-        (put_row(2, 2**63), f"gives client 2 {2**63}, which is no row number"),
-        (put_row(2, None), "gives client 2 None, which is no row number"),
+        (put_row(2, 1.5), "gives client 2 what is no row number: 1.5"),
+        (put_row(2, True), "gives client 2 what is no row number: True"),
+        (put_row(2, "7"), "gives client 2 what is no row number: '7'"),
+        (put_row(2, 2**63), f"gives client 2 what is no row number: {2**63}"),
+        (put_row(2, None), "gives client 2 what is no row number: None"),
     ],
 )
 def test_a_file_that_was_changed(file: Path, change: Change, message: str) -> None:

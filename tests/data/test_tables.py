@@ -139,9 +139,9 @@ def test_a_path_that_is_not_there(path: str) -> None:
 def test_a_hub_name_without_network() -> None:
     error = (
         "data set nobody/nothing is no folder here and cannot be had from the hub "
-        "(ConnectionError: Couldn't reach 'nobody/nothing' on the Hub (OfflineModeIsEnabled)): "
-        "where there is a network, run `hf download nobody/nothing{} --repo-type dataset "
-        "{}--local-dir FOLDER`, then give data.path=FOLDER{}"
+        "(ConnectionError): where there is a network, run `hf download nobody/nothing{} "
+        "--repo-type dataset {}--local-dir FOLDER`, then give data.path=FOLDER{}; Couldn't reach "
+        "'nobody/nothing' on the Hub (OfflineModeIsEnabled)"
     )
     assert error_of(lambda: load("nobody/nothing")) == error.format("", "", "")
     parts = (" --revision 0a1b2c", "--include 'cola/*' ", "/cola")
@@ -151,10 +151,14 @@ def test_a_hub_name_without_network() -> None:
 UNREADABLE = {
     "parquet": (
         "hello",
-        "Parquet file size is 5 bytes, smaller than the minimum file footer (8 bytes)",
+        ": Parquet file size is 5 bytes, smaller than the minimum file footer (8 bytes)",
     ),
-    "jsonl": ("hello", "JSON parse error: Invalid value. in row 0"),
-    "csv": ("", "No columns to parse from file"),
+    "jsonl": (
+        '{"text": "a"}\nhello',
+        ", because line 2 of a file is broken (train.jsonl): JSON parse error: Invalid value. in "
+        "row 1",
+    ),
+    "csv": ("", ": No columns to parse from file"),
 }
 
 
@@ -167,7 +171,7 @@ def test_a_file_that_is_something_else(tmp_path: Path, kind: str, path: str) -> 
     file.write_text(text)
     table = tmp_path if path == "folder" else file
     assert error_of(lambda: load(table)) == (
-        f"data.path={table} cannot be read as parquet, CSV, JSON lines or images: {reason}"
+        f"data.path={table} cannot be read as parquet, CSV, JSON lines or images{reason}"
     )
 
 

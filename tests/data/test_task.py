@@ -201,12 +201,12 @@ def test_columns_that_are_not_read_may_hold_anything(tmp_path: Path) -> None:
 
 # --- errors -------------------------------------------------------------------------------------
 
-ADVICE = "set data.validation_split or data.test_split to one of them, or to null to set rows of "
-ADVICE += "train aside"
+ADVICE = "set data.validation_split or data.test_split to one that it has, or to null to set rows "
+ADVICE += "of train aside"
 SPLITS: dict[str, tuple[dict[str, Any], str, str]] = {
     "validation": ({"validation_split": "dev"}, "dev", ADVICE),
     "test": ({"test_split": "dev"}, "dev", ADVICE),
-    "train": ({"train_split": "dev"}, "dev", "set data.train_split to one of them"),
+    "train": ({"train_split": "dev"}, "dev", "set data.train_split to one that it has"),
 }
 
 
@@ -214,7 +214,7 @@ SPLITS: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_a_missing_split(small: str, split: str) -> None:
     fields, name, advice = SPLITS[split]
     task = TextClassification(path=small, **fields)
-    expected = f"data set {small} has no split {name}, only test, train, validation: {advice}"
+    expected = f"data set {small} has no split {name}: {advice}; it has test, train, validation"
     assert error_of(lambda: task.split_rows(split)) == expected
     if split == "train":  # a run reads num_labels first, for the model's head
         assert error_of(lambda: task.num_labels) == expected
@@ -344,7 +344,7 @@ def test_no_label_is_one_group(small: str) -> None:
 GROUPLESS = {
     "gap": "row 2 of train has no gap to partition by",
     "nan": "row 1 of train has no nan to partition by",
-    "lists": "partition.column=lists must hold texts or numbers, got ['x'] in row 0",
+    "lists": "partition.column=lists must hold texts or numbers, got a list in row 0",
     "else": "partition.column=else is no column of {}, only instruction, response, kind, named, "
     "score, gap, nan, lists, year",
 }

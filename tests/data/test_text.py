@@ -134,17 +134,19 @@ def test_groups_keep_classes_without_a_row(tmp_path: Path) -> None:
 
 NO_ROW = "mend it, or leave such rows out with data.bad_rows=skip"
 UNKNOWN = {
-    "text": (["art"], {}, "label art, which is none of the 2 labels sport, weather"),
-    "null": ([None], {}, "label None, which is none of the 2 labels sport, weather"),
-    "number": ([0, 2], {"labels": ["p", "q"]}, "label 2, which is none of the 2 labels p, q"),
-    "hidden": ([1, -1], {"labels": ["p", "q"]}, "label -1, which is none of the 2 labels p, q"),
-    "gap": ([0, None], {"labels": ["p", "q"]}, "label None, which is none of the 2 labels p, q"),
+    "text": (["art"], {}, "text"),
+    "null": ([None], {}, "nothing"),
+    "number": ([0, 2], {"labels": ["p", "q"]}, "a whole number"),
+    "hidden": ([1, -1], {"labels": ["p", "q"]}, "a whole number"),
+    "gap": ([0, None], {"labels": ["p", "q"]}, "nothing"),
 }
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
 def test_an_unknown_label(tmp_path: Path, case: str) -> None:
-    labels, fields, reason = UNKNOWN[case]
+    labels, fields, kind = UNKNOWN[case]
+    known_from = "data.labels" if fields else "train"
+    reason = f"{kind} in label, must be one of the 2 labels of {known_from}"
     known = [0, 1] if fields else ["sport", "weather"]
     task = task_of(tmp_path, *known, test=rows(*labels), **fields)
     wrong = len(labels) - 1
@@ -159,7 +161,7 @@ def test_an_unknown_label(tmp_path: Path, case: str) -> None:
 def test_one_class_alone(tmp_path: Path) -> None:
     task = task_of(tmp_path, "food", "food")
     assert error_of(lambda: task.num_labels) == (
-        f"column label of {tmp_path} has only the label food: classification needs two"
+        f"column label of {tmp_path} has fewer than two labels, but classification needs two"
     )
 
 
@@ -264,9 +266,10 @@ def test_a_target_that_is_no_number(tmp_path: Path, value: Any) -> None:
     labels = ["1.5", value] if isinstance(value, str) else [1.5, value]
     Dataset.from_list(rows(*labels)).to_parquet(str(tmp_path / "train.parquet"))
     if isinstance(value, str):  # a column of texts has no numbers at all
-        reason = "row 0 of train has label 1.5, which is no finite number (and 1 rows more)"
+        reason = "row 0 of train has text in label, must be a finite number (and 1 rows more)"
     else:
-        reason = f"row 1 of train has label {value}, which is no finite number"
+        kind = "nothing" if value is None else "a number that is not finite"
+        reason = f"row 1 of train has {kind} in label, must be a finite number"
     error = error_of(lambda: Regression(path=str(tmp_path)).train_rows)
     assert error == f"{reason}: {NO_ROW}"
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft.data.partitions.base import Partition, Rows
+from fedpeft.errors import PartlyPublic
 
 FORMAT = 1
 KEYS = ("format", "num_rows", "column", "labels_sha256", "num_clients", "clients")
@@ -77,7 +78,8 @@ class Saved(Partition):
         for key, (now, sentence) in rules.items():
             if saved[key] != now:
                 then, now = ("null" if v is None else v for v in (saved[key], now))
-                raise ValueError(f"{self.origin} {sentence.format(then, now)}")
+                told = f"{self.origin} was made for another {key}"
+                raise PartlyPublic(told, f": it {sentence.format(then, now)}")
         return [self._numbers(client, rows) for client, rows in enumerate(saved["clients"])]
 
     def _read(self) -> dict[str, Any]:
@@ -88,7 +90,7 @@ class Saved(Partition):
         except OSError as error:
             raise ValueError(f"{self.origin} cannot be read: {error.strerror}") from error
         except ValueError as error:  # no UTF-8 or no JSON
-            raise ValueError(f"{self.origin} is no JSON, or cut off: {error}") from error
+            raise PartlyPublic(f"{self.origin} is no JSON, or cut off", f": {error}") from error
         missing = [key for key in KEYS if key not in saved] if isinstance(saved, dict) else KEYS
         if missing:
             raise ValueError(f"{self.origin} is no partition file: it has no {', '.join(missing)}")
@@ -99,10 +101,12 @@ class Saved(Partition):
     def _numbers(self, client: int, rows: Any) -> np.ndarray:
         """Return a client's row numbers, which fit into int64; ``indices`` checks their values."""
         if not isinstance(rows, list):
-            raise ValueError(f"{self.origin} gives client {client} {rows}, not a list of rows")
+            raise PartlyPublic(
+                f"{self.origin} gives client {client} no list of rows", f", but {rows}"
+            )
         for row in rows:
             if type(row) is not int or not -(2**63) <= row < 2**63:
-                raise ValueError(
-                    f"{self.origin} gives client {client} {row!r}, which is no row number"
+                raise PartlyPublic(
+                    f"{self.origin} gives client {client} what is no row number", f": {row!r}"
                 )
         return np.array(rows, np.int64)

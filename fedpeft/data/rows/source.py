@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedpeft.data.rows.cache import cached, content_sha256, remembered
-from fedpeft.data.rows.tables import load_tables, marks, subsample, values
+from fedpeft.data.rows.tables import kind, load_tables, marks, subsample, values
+from fedpeft.errors import PartlyPublic
 from fedpeft.seeding import generator
 
 if TYPE_CHECKING:
@@ -135,13 +136,13 @@ class Source(ABC):
             ValueError: there is no such split.
         """
         if split not in self.tables:
-            advice = "data.validation_split or data.test_split to one of them, or to null to set "
-            advice += "rows of train aside"
+            advice = "data.validation_split or data.test_split to one that it has, or to null to "
+            advice += "set rows of train aside"
             if split == self.train_split:
-                advice = "data.train_split to one of them"
-            raise ValueError(
-                f"data set {self.folder()} has no split {split}, only {', '.join(self.tables)}: "
-                f"set {advice}"
+                advice = "data.train_split to one that it has"
+            raise PartlyPublic(
+                f"data set {self.folder()} has no split {split}: set {advice}",
+                f"; it has {', '.join(self.tables)}",
             )
         return self.tables[split]
 
@@ -167,9 +168,10 @@ class Source(ABC):
         """Raise ValueError if a column that the task reads is missing in a split."""
         for column in [*self.columns(), *filter(None, [self.label])]:
             if column not in rows.column_names:
-                raise ValueError(
-                    f"data set {self.folder()} has no column {column} in {split}, "
-                    f"only {', '.join(rows.column_names)}"
+                # A table without a header has values of its first row in the columns' names.
+                raise PartlyPublic(
+                    f"data set {self.folder()} has no column {column} in {split}",
+                    f", only {', '.join(rows.column_names)}",
                 )
 
     @cached_property
@@ -237,9 +239,9 @@ class Source(ABC):
         if column is None:
             return np.zeros(len(rows), np.int64), ["all"]
         if column not in rows.column_names:
-            raise ValueError(
-                f"partition.column={column} is no column of {self.folder()}, "
-                f"only {', '.join(rows.column_names)}"
+            raise PartlyPublic(
+                f"partition.column={column} is no column of {self.folder()}",
+                f", only {', '.join(rows.column_names)}",
             )
         entries = values(rows, column)
         for i, value in enumerate(entries):
@@ -249,7 +251,8 @@ class Source(ABC):
             raise ValueError(f"row {entries.index(None)} of train has no {column} to partition by")
         if isinstance(entries[0], list | dict):
             raise ValueError(
-                f"partition.column={column} must hold texts or numbers, got {entries[0]} in row 0"
+                f"partition.column={column} must hold texts or numbers, got {kind(entries[0])} in "
+                "row 0"
             )
         distinct = sorted(set(entries))
         index = {value: i for i, value in enumerate(distinct)}

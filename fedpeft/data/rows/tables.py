@@ -1,11 +1,17 @@
 """Tables from a folder, a file or the hub, and one clear error if none of them is there."""
 
+import csv
+import json
+import math
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedpeft.errors import PartlyPublic
 from fedpeft.models.hub import reachable
 from fedpeft.seeding import generator
 
@@ -14,6 +20,14 @@ if TYPE_CHECKING:
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")  # as in train-00000-of-00001 on the hub
 READERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
+KINDS = {
+    type(None): "nothing",
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    list: "a list",
+    dict: "a nested value",
+}
 
 
 def load_tables(path: str, subset: str | None, revision: str | None) -> "dict[str, Dataset]":
@@ -96,9 +110,45 @@ def _read(path: str, files: dict[str, list[Path]]) -> "dict[str, Dataset]":
     except (OSError, ValueError, DatasetsError) as error:
         cause = error.__cause__ or error
         first = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise ValueError(
-            f"data.path={path} cannot be read as parquet, CSV, JSON lines or images: {first}"
-        ) from error
+        what = f"data.path={path} cannot be read as parquet, CSV, JSON lines or images"
+        line, where = _broken_line(file for parts in files.values() for file in parts)
+        raise PartlyPublic(f"{what}{line}", f"{where}: {first}") from error
+
+
+def _broken_line(files: Iterable[Path]) -> tuple[str, str]:
+    """Return which line of the files cannot be read, and of which file; empty if none is found.
+
+    A line is broken if it is no UTF-8, in JSON lines no JSON, and in CSV longer than the header.
+    """
+    for file in files:
+        search = {".csv": _broken_in_csv, ".jsonl": _broken_in_jsonl}.get(file.suffix)
+        if search and (number := search(file)):
+            return f", because line {number} of a file is broken", f" ({file.name})"
+    return "", ""
+
+
+def _broken_in_jsonl(file: Path) -> int | None:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                json.loads(line.decode() if line.strip() else "{}")
+            except ValueError:  # also of UTF-8
+                return number
+    return None
+
+
+def _broken_in_csv(file: Path) -> int | None:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode()
+            except ValueError:
+                return number
+    with file.open(newline="", encoding="utf-8") as text, suppress(csv.Error):
+        rows = csv.reader(text)
+        width = len(next(rows, ()))
+        return next((rows.line_num for row in rows if len(row) > width), None)
+    return None
 
 
 def _from_hub(path: str, subset: str | None, revision: str | None) -> "dict[str, Dataset]":
@@ -115,11 +165,11 @@ def _from_hub(path: str, subset: str | None, revision: str | None) -> "dict[str,
         wanted = f"{path}" + (f" --revision {revision}" if revision else "")
         inside = f"--include '{subset}/*' " if subset else ""
         folder = f"FOLDER/{subset}" if subset else "FOLDER"
-        raise ValueError(
+        raise PartlyPublic(
             f"data set {path} is no folder here and cannot be had from the hub "
-            f"({type(error).__name__}: {first}): where there is a network, run `hf download "
-            f"{wanted} --repo-type dataset {inside}--local-dir FOLDER`, then give "
-            f"data.path={folder}"
+            f"({type(error).__name__}): where there is a network, run `hf download {wanted} "
+            f"--repo-type dataset {inside}--local-dir FOLDER`, then give data.path={folder}",
+            f"; {first}",
         ) from error
     return {str(split): table for split, table in tables.items()}
 
@@ -140,3 +190,10 @@ def subsample(table: "Dataset", rows: int | None, purpose: str) -> "Dataset":
 def values(rows: "Dataset", column: str) -> list[Any]:
     """Return a column's values as Python objects, because ``rows[column]`` is lazy and slow."""
     return rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+
+
+def kind(value: Any) -> str:
+    """Return the kind of a cell, such as ``a whole number``, because errors quote no value."""
+    if isinstance(value, float):
+        return "a number" if math.isfinite(value) else "a number that is not finite"
+    return KINDS.get(type(value), type(value).__name__)

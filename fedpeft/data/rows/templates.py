@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.data.rows.tables import values
+from fedpeft.errors import PartlyPublic
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,8 +44,13 @@ def rendered(text: str, rows: "Dataset", **more: Sequence[Any]) -> list[str]:
         try:
             texts.append(template.render({name: column[i] for name, column in columns.items()}))
         except Exception as error:  # filters of a template may raise anything
-            raise ValueError(f"the template {text!r} fails in row {i}: {error}") from error
+            raise _failing(f"the template {text!r}", i, error) from error
     return texts
+
+
+def _failing(template: str, row: int, error: Exception) -> PartlyPublic:
+    kind = type(error).__name__
+    return PartlyPublic(f"{template} fails in row {row} with {kind}", f": {error}")
 
 
 @lru_cache(maxsize=1)
@@ -66,13 +72,21 @@ def _template(text: str) -> "Template":
 
 
 def chat_prompts(texts: Sequence[str], tokenizer: Any) -> list[str]:
-    """Return each text as a user's message in the model's chat template, up to the answer."""
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-        for text in texts
-    ]
+    """Return each text as a user's message in the model's chat template, up to the answer.
+
+    Raises:
+        ValueError: the template fails in a row.
+    """
+    prompts = []
+    for i, text in enumerate(texts):
+        message = {"role": "user", "content": text}
+        try:
+            prompts.append(
+                tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+            )
+        except Exception as error:  # a template may raise anything
+            raise _failing("the tokenizer's chat template", i, error) from error
+    return prompts
 
 
 def prompt_tokens(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:

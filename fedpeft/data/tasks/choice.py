@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedpeft.data.batching import REPORTED, Batch, flat
-from fedpeft.data.rows.tables import values
+from fedpeft.data.rows.tables import kind, values
 from fedpeft.data.rows.templates import prompt_tokens, rendered, template_columns
 from fedpeft.data.tasks.base import Outputs, Task
 from fedpeft.data.tasks.classification import join
@@ -99,7 +99,9 @@ class MultipleChoice(Task):
                 problems.setdefault(i, f"has {len(texts)} candidates, needs 2")
             elif not right:
                 column = self.answers or self.target
-                problems.setdefault(i, f"has {column} {rows[i][column]}: no candidate's")
+                rule = "texts of candidates" if self.answers else "the number of a candidate"
+                found = kind(rows[i][column])
+                problems.setdefault(i, f"has {found} in {column}, must be {rule}")
         return problems
 
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:

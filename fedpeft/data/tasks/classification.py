@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.data.batching import Batch
-from fedpeft.data.rows.tables import values
+from fedpeft.data.rows.tables import kind, values
 from fedpeft.data.tasks.base import Outputs, Task
 from fedpeft.metrics import LABELS, measure
 
@@ -54,7 +54,7 @@ class Classification(Task):
             ]
         if len(names) < 2:
             raise ValueError(
-                f"column {self.target} of {self.folder()} has only the label {', '.join(names)}: "
+                f"column {self.target} of {self.folder()} has fewer than two labels, but "
                 "classification needs two"
             )
         return list(names)
@@ -85,13 +85,11 @@ class Classification(Task):
 
     def problems(self, rows: "Dataset") -> dict[int, str]:
         problems = super().problems(rows)
-        entries = values(rows, self.target)
+        entries, count = values(rows, self.target), len(self.label_names)
+        known = "data.labels" if self.labels else self.train_split
         for i in np.flatnonzero(self.class_numbers(rows) < 0):
-            problems.setdefault(
-                int(i),
-                f"has label {entries[i]}, which is none of the {len(self.label_names)} labels "
-                f"{', '.join(self.label_names)}",
-            )
+            problem = f"has {kind(entries[i])} in {self.target}, must be one of the {count} labels"
+            problems.setdefault(int(i), f"{problem} of {known}")
         return problems
 
     def grouped(self, column: str | None) -> tuple[np.ndarray, list[str]]:

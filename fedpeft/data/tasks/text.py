@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedpeft.data.batching import Batch, flat
 from fedpeft.data.rows import docstrings
 from fedpeft.data.rows.cache import cache_folder
-from fedpeft.data.rows.tables import values
+from fedpeft.data.rows.tables import kind, values
 from fedpeft.data.tasks.base import Outputs, Task
 from fedpeft.data.tasks.classification import Classification, join
 from fedpeft.metrics import NUMBERS
@@ -90,7 +90,8 @@ class Regression(Texts):
         problems = super().problems(rows)
         for i, value in enumerate(values(rows, self.target)):
             if not isinstance(value, int | float) or not np.isfinite(value):
-                problems.setdefault(i, f"has {self.target} {value}, which is no finite number")
+                problem = f"has {kind(value)} in {self.target}, must be a finite number"
+                problems.setdefault(i, problem)
         return problems
 
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
