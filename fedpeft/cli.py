@@ -56,7 +56,7 @@ def main() -> None:
     except KeyboardInterrupt as stopped:
         print(f"fedpeft: {str(stopped) or 'stopped'}", file=sys.stderr)
         sys.exit(143 if isinstance(stopped, Terminated) else 130)
-    except (ValueError, TimeoutError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("FEDPEFT_TRACEBACK"):
             raise
         print(f"fedpeft: {error}", file=sys.stderr)
