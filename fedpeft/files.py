@@ -1,22 +1,50 @@
 """Files that are complete or not there, whatever ends the process that writes them."""
 
+import errno
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class Unwritten(OSError):
+    """A file was not written. Its text is one sentence that names the file."""
+
+    def __str__(self) -> str:
+        return f"cannot write {self.filename}: {self.strerror}"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a draft's path; at the end the draft takes the place of ``path``, on the disk."""
+    """Yield a draft's path; at the end the draft takes the place of ``path``, on the disk.
+
+    Raises:
+        Unwritten: the disk is full, or the folder cannot be written. What was at ``path`` is still
+            there, and the draft is not.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield draft
         _to_disk(draft)
         draft.replace(path)
         _to_disk(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(path, error) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def _unwritten(path: Path, error: Exception) -> Unwritten:
+    """Return an error with the path and the reason; safetensors gives the number in its text."""
+    number = getattr(error, "errno", None)
+    if match := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(match[1])
+    reason = str(error) if number is None else os.strerror(number)
+    return Unwritten(errno.EIO if number is None else number, reason, str(path))
 
 
 def _to_disk(path: Path) -> None:
