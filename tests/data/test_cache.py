@@ -1,6 +1,6 @@
 """Encoded data on disk: reused for equal contents, built once, written whole or not at all."""
 
-import json
+import os
 import subprocess
 import sys
 import threading
@@ -15,7 +15,14 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from fedpeft.data.partitions.base import Dirichlet
-from fedpeft.data.rows.cache import cache_folder, cached, content_sha256, remembered
+from fedpeft.data.rows.cache import (
+    cache_folder,
+    cached,
+    content_sha256,
+    datasets_cached,
+    explained,
+    remembered,
+)
 from fedpeft.data.tasks.base import Task
 from fedpeft.data.tasks.choice import MultipleChoice
 from fedpeft.data.tasks.instruction import InstructionTuning
@@ -239,35 +246,180 @@ def test_an_interrupted_build_leaves_nothing(
 
     with monkeypatch.context() as patch, pytest.raises(error):
         if at == "write":  # the first array is written, the second fails
-            patch.setattr(np, "save", lambda f, a: fail() if a.ndim == 2 else f.write_bytes(b"x"))
+            patch.setattr(np, "save", lambda f, a: fail() if a.ndim == 2 else f.write(b"x"))
         cached(["x"], fail if at == "build" else arrays)
     assert entries(folder) == []
     assert cached(["x"], arrays)["a"].tolist() == [0, 1, 2]
     assert cached(["x"], fail)["b"].tolist() == [[1, 1], [1, 1]]
 
 
-def test_a_folder_that_cannot_be_written(folder: Path) -> None:
+def test_a_folder_that_cannot_be_written(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The run goes on with what it built, warns once, and builds again next time."""
     folder.write_text("a file stands here")
-    with pytest.raises(ValueError) as error:
-        cached(["x"], arrays)
-    assert str(error.value) == (
-        f"cannot write encoded data to {folder} ([Errno 20] Not a directory: "
-        f"'{folder}/encoded'): set FEDPEFT_CACHE"
+    built = [cached(["x"], arrays) for _ in range(2)]
+    assert [b["a"].tolist() for b in built] == [[0, 1, 2]] * 2
+    with pytest.raises(ValueError, match="read-only"):
+        built[0]["a"][0] = 5
+    assert remembered(["x"], lambda: 7) == 7
+    assert [record.message for record in caplog.records] == [
+        f"cannot write the cache {folder} (Not a directory): the run goes on without it and "
+        "encodes rows in each process; give FEDPEFT_CACHE a folder that can be written and has room"
+    ]
+
+
+def test_an_error_of_the_rows_is_none_of_the_cache(folder: Path) -> None:
+    def build() -> dict[str, np.ndarray]:
+        raise FileNotFoundError(2, "No such file", "image.png")
+
+    with pytest.raises(FileNotFoundError, match="image.png"):
+        cached(["x"], build)
+
+
+# --- broken entries -------------------------------------------------------------------------------
+
+
+def change(file: Path, position: int) -> None:
+    """Change one bit; the size and the time of change stay as they were."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[position] ^= 4
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+WAS_CUT = "was cut or changed since it was written"
+FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "cut": ("a.npy", lambda f: os.truncate(f, 140), "has 140 of 152 bytes"),
+    "empty": ("b.npy", lambda f: os.truncate(f, 0), "has 0 of 144 bytes"),
+    "longer": ("b.npy", lambda f: os.truncate(f, 145), "has 145 of 144 bytes"),
+    "a changed number": ("a.npy", lambda f: change(f, -3), "has changed since it was written"),
+    "a changed header": ("b.npy", lambda f: change(f, 30), "has changed since it was written"),
+    "gone": ("a.npy", lambda f: f.unlink(), "cannot be read (No such file or directory)"),
+    "sums cut": ("sums.json", lambda f: os.truncate(f, 20), WAS_CUT),
+    "sums empty": ("sums.json", lambda f: os.truncate(f, 0), WAS_CUT),
+    "sums changed": ("sums.json", lambda f: change(f, 12), WAS_CUT),
+    "sums of other sums": ("sums.json", lambda f: change(f, 2), WAS_CUT),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_entry_is_built_again(
+    folder: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    """One warning names the file, and what is built then stays."""
+    cached(["x"], arrays)
+    name, spoil, said = FAULTS[fault]
+    (entry,) = (folder / "encoded").glob("*/")
+    spoil(entry / name)
+    calls: list[int] = []
+
+    def build() -> dict[str, np.ndarray]:
+        calls.append(1)
+        return {"a": np.arange(3) + 10, "b": np.zeros(2)}
+
+    for built in (cached(["x"], build), cached(["x"], build)):
+        assert built["a"].tolist() == [10, 11, 12] and built["b"].tolist() == [0, 0]
+        assert {type(array) for array in built.values()} == {np.memmap}
+    assert calls == [1]
+    assert [record.message for record in caplog.records] == [
+        f"{entry / name} of the cache {said}: the entry is built again"
+    ]
+    assert sorted(file.name for file in entry.iterdir()) == ["a.npy", "b.npy", "sums.json"]
+
+
+def test_an_entry_that_was_never_finished_is_no_fault(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that was killed while it wrote leaves no sums; its drafts go.
+
+    Who has mapped what was there before keeps it.
+    """
+    mapped = cached(["x"], arrays)
+    (entry,) = (folder / "encoded").glob("*/")
+    (entry / "sums.json").unlink()
+    (entry / ".a.npy.123.part").write_text("x")
+    assert cached(["x"], lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
+    assert mapped["a"].tolist() == [0, 1, 2] and mapped["b"].tolist() == [[1, 1], [1, 1]]
+    assert caplog.records == []
+    assert sorted(file.name for file in entry.iterdir()) == ["a.npy", "sums.json"]
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda f: os.truncate(f, 13), lambda f: os.truncate(f, 0), lambda f: change(f, -2)]
+)
+def test_a_broken_file_of_facts_is_written_again(
+    folder: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], None]
+) -> None:
+    assert remembered(["a", 1], lambda: {"x": 1}) == {"x": 1}
+    (file,) = (folder / "remembered").glob("*.json")
+    assert remembered(["a", 1], lambda: {"x": 2}) == {"x": 1}
+    spoil(file)  # 1 becomes 5
+    assert remembered(["a", 1], lambda: {"x": 3}) == {"x": 3}
+    assert remembered(["a", 1], lambda: {"x": 4}) == {"x": 3}
+    assert [record.message for record in caplog.records] == [
+        f"{file} of the cache was cut or changed since it was written: it is built again"
+    ]
+
+
+# --- the tables of datasets -----------------------------------------------------------------------
+
+
+def test_tables_lie_in_the_same_folder(
+    task: TextClassification, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """HF_DATASETS_CACHE goes before FEDPEFT_CACHE, and the library's settings stay as they were."""
+    from datasets import config
+
+    names = ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH")
+    before = [getattr(config, name) for name in names]
+    assert list((folder / "datasets").rglob("*.arrow"))
+    with datasets_cached():
+        downloads = folder / "datasets" / "downloads"
+        now = [folder / "datasets", downloads, downloads / "extracted"]
+        assert [getattr(config, name) for name in names] == now
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "theirs"))
+    with datasets_cached():
+        assert [getattr(config, name) for name in names] == before
+    monkeypatch.delenv("HF_DATASETS_CACHE")
+    monkeypatch.delenv("FEDPEFT_CACHE")
+    with datasets_cached():
+        assert [getattr(config, name) for name in names] == before
+    assert [getattr(config, name) for name in names] == before
+
+
+PLACE = Path("/caches/own")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "/caches/own (No space left on device)"),
+        (OSError(30, "Read-only", "/caches"), "/caches (Read-only)"),
+        (PermissionError(13, "denied", "/caches/own/x"), "/caches/own/x (denied)"),
+        (OSError("Not enough disk space. Needed: 2 GB"), "/caches/own (Not enough disk space. N"),
+    ],
+)
+def test_an_error_behind_an_error_names_the_cache(error: OSError, said: str) -> None:
+    with pytest.raises(ValueError) as raised, explained(PLACE):
+        try:
+            raise error
+        except OSError as cause:
+            raise ValueError("data.path cannot be read") from cause
+    assert str(raised.value).startswith(f"cannot write the cache {said}")
+    assert str(raised.value).endswith(
+        "): give FEDPEFT_CACHE a folder that can be written and has room"
     )
 
 
-def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "denied", "/data/train.csv"), ValueError("no column text")]
+)
+def test_an_error_of_the_data_stays(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, explained(PLACE):
+        raise error
+    assert raised.value is error
 
-    monkeypatch.setattr(np, "save", fail)
-    with pytest.raises(ValueError) as error:
-        cached(["x"], arrays)
-    assert str(error.value) == (
-        f"cannot write encoded data to {folder} ([Errno 28] No space left on device): "
-        "set FEDPEFT_CACHE"
-    )
-    assert entries(folder) == []
+
+# --- at once --------------------------------------------------------------------------------------
 
 
 def test_threads_build_once(folder: Path) -> None:
@@ -342,14 +494,6 @@ def test_tables_that_have_not_changed_are_not_read_again(
     monkeypatch.undo()
     again = facts(replace(task))
     assert again[1]["sha256"] != first[1]["sha256"] and again[2:] == first[2:]
-
-
-def test_a_half_written_file_of_facts_is_written_again(folder: Path) -> None:
-    assert remembered(["a", 1], lambda: {"x": 1}) == {"x": 1}
-    (file,) = (folder / "remembered").glob("*.json")
-    assert remembered(["a", 1], lambda: {"x": 2}) == {"x": 1}
-    file.write_text('{"x": ')
-    assert remembered(["a", 1], lambda: {"x": 3}) == {"x": 3} == json.loads(file.read_text())
 
 
 def test_a_partition_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:

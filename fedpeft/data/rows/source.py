@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpeft.data.rows.cache import cached, content_sha256, remembered
+from fedpeft.data.rows.cache import (
+    cache_folder,
+    cached,
+    content_sha256,
+    datasets_cached,
+    explained,
+    remembered,
+)
 from fedpeft.data.rows.tables import kind, load_tables, marks, subsample, values
 from fedpeft.errors import PartlyPublic
 from fedpeft.seeding import generator
@@ -98,6 +105,11 @@ class Source(ABC):
             raise ValueError("data.path is not set: give a folder of tables or a hub name")
         return self.path
 
+    def _built_folder(self) -> str:
+        """Return ``folder()``, which some data sets build in the cache first."""
+        with explained(cache_folder()):
+            return self.folder()
+
     @property
     def target(self) -> str:
         """Column of the label.
@@ -112,7 +124,9 @@ class Source(ABC):
     @cached_property
     def tables(self) -> "dict[str, Dataset]":
         """All splits, with all their rows, unchecked."""
-        return load_tables(self.folder(), self.subset, self.revision)
+        folder = self._built_folder()
+        with datasets_cached():
+            return load_tables(folder, self.subset, self.revision)
 
     @cached_property
     def skipped(self) -> dict[str, int]:
@@ -275,7 +289,7 @@ class Source(ABC):
 
         Files count as unchanged while their sizes and times of change stay.
         """
-        files = marks(self.folder())
+        files = marks(self._built_folder())
         return None if files is None else repr((self, files))
 
     def remembered(self, what: str, compute: Callable[[], Any]) -> Any:
