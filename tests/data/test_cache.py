@@ -364,14 +364,18 @@ def test_a_broken_file_of_facts_is_written_again(
 
 
 def test_tables_lie_in_the_same_folder(
-    task: TextClassification, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """HF_DATASETS_CACHE goes before FEDPEFT_CACHE, and the library's settings stay as they were."""
     from datasets import config
 
     names = ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH")
-    before = [getattr(config, name) for name in names]
-    assert list((folder / "datasets").rglob("*.arrow"))
+    before = [tmp_path / "library" / name for name in names]
+    for name, path in zip(names, before, strict=True):
+        monkeypatch.setattr(config, name, path)
+    path = write(tmp_path / "tables", train=ROWS, validation=ROWS, test=ROWS)
+    assert len(TextClassification(path=path).train_rows) == 3
+    assert list((folder / "datasets").rglob("*.arrow")) and not (tmp_path / "library").exists()
     with datasets_cached():
         downloads = folder / "datasets" / "downloads"
         now = [folder / "datasets", downloads, downloads / "extracted"]
@@ -383,7 +387,6 @@ def test_tables_lie_in_the_same_folder(
     monkeypatch.delenv("FEDPEFT_CACHE")
     with datasets_cached():
         assert [getattr(config, name) for name in names] == before
-    assert [getattr(config, name) for name in names] == before
 
 
 PLACE = Path("/caches/own")
@@ -393,7 +396,7 @@ PLACE = Path("/caches/own")
     ("error", "said"),
     [
         (OSError(28, "No space left on device"), "/caches/own (No space left on device)"),
-        (OSError(30, "Read-only", "/caches"), "/caches (Read-only)"),
+        (PermissionError(13, "denied", "/caches"), "/caches (denied)"),
         (PermissionError(13, "denied", "/caches/own/x"), "/caches/own/x (denied)"),
         (OSError("Not enough disk space. Needed: 2 GB"), "/caches/own (Not enough disk space. N"),
     ],
