@@ -1,4 +1,4 @@
-"""The command line: fedpeft run | compare | study | params | partition."""
+"""The command line: fedpeft run | compare | study | params | partition | node | server | deploy."""
 
 import json
 import os
@@ -22,6 +22,9 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
                                            --lrs 1e-4,1e-3 --seeds 0,1,2 run_dir=FOLDER [overrides]
   params     what a method trains and sends: fedpeft params model=roberta_base [method=fedtt]
   partition  who holds what:               fedpeft partition num_clients=10 partition.alpha=0.1
+  node       a site of a deployment:       fedpeft node --help
+  server     the server of a deployment:   fedpeft server --help
+  deploy     both on this machine:         fedpeft deploy trial method=fedsa_lora num_rounds=2
 
 Overrides are those of Hydra: key=value, group=name. Groups and names stand in conf/.
 """
@@ -44,6 +47,9 @@ def main() -> None:
         "study": study,
         "params": params,
         "partition": partition,
+        "node": node,
+        "server": server,
+        "deploy": deploy,
     }
     if command in ("-h", "--help"):
         print(USAGE)
@@ -251,6 +257,29 @@ def partition(arguments: list[str]) -> None:
         out = Path(folder).absolute()
         names = holdings.save(out)
         print(f"saved {out}/{', '.join(names)}", file=sys.stderr if as_json else sys.stdout)
+
+
+def node(arguments: list[str]) -> None:
+    """Run a site's programs until the process is ended."""
+    from fedpeft.deployment import node
+
+    node.main(arguments)
+
+
+def server(arguments: list[str]) -> None:
+    """Run the server's programs until the process is ended."""
+    from fedpeft.deployment import server
+
+    server.main(arguments)
+
+
+def deploy(arguments: list[str]) -> None:
+    """Try a deployment on this machine."""
+    from fedpeft.deployment import trial
+
+    if arguments[:1] != ["trial"]:
+        raise ValueError(f"deploy must be followed by trial, got {' '.join(arguments[:1])!r}")
+    trial.main(arguments[1:])
 
 
 def _flag(arguments: list[str], name: str) -> tuple[bool, list[str]]:

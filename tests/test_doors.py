@@ -136,12 +136,3 @@ def test_flwr_run(
     )
     assert (tmp_path / "run" / "summary.json").exists(), done.stdout + done.stderr
     assert summary(tmp_path / "run") == expected["fedsa_lora"]
-
-
-def test_three_supernodes_over_tls(
-    base: list[str], expected: dict[str, dict[str, object]], tmp_path: Path
-) -> None:
-    overrides = overrides_of(base, "fedsa_lora", tmp_path / "run")
-    done = command(sys.executable, "scripts/deploy_local.py", "--", *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert summary(tmp_path / "run") == expected["fedsa_lora"]

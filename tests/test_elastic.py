@@ -13,7 +13,7 @@ from fedpeft.config.schema import Settings
 from fedpeft.server.nodes import Nodes, exchange
 from fedpeft.server.seen import RoundFailed
 from fedpeft.simulation.grid import InProcessGrid
-from fedpeft.wire import wire_bytes
+from fedpeft.wire import identify, wire_bytes
 from tests.conftest import Answer, Runner
 
 AGAIN = "resume=true goes on"
@@ -110,6 +110,21 @@ def test_nodes_come_go_and_return() -> None:
     assert nodes.of == {0: 11, 1: 99, 2: 14} and nodes.left_out == {}
 
 
+def test_a_round_waits_for_the_nodes_that_it_needs() -> None:
+    grid, nodes = Changing({11: 0, 12: 1, 13: 2}), Nodes(3, 0.5)
+    nodes.join(grid)
+    del grid.partitions[12]
+    coming = iter([{}, {}, {99: 1}])
+    ask = grid.get_node_ids
+    grid.get_node_ids = lambda: grid.partitions.update(next(coming, {})) or ask()  # type: ignore[method-assign]
+    nodes.join(grid, [0, 1], 2)
+    assert nodes.of == {0: 11, 1: 99, 2: 13} and next(coming, None) is None
+    del grid.partitions[99]
+    begun = time.monotonic()
+    nodes.join(grid, [0, 1], 2)  # after the timeout the round begins without it
+    assert nodes.of == {0: 11, 2: 13} and 0.5 <= time.monotonic() - begun < 1.5
+
+
 class Slow(InProcessGrid):
     """Node 3 never answers."""
 
@@ -123,6 +138,7 @@ class Slow(InProcessGrid):
 
 
 def asked(take: Callable[[int], Message]) -> dict[int, Message]:
+    identify()
     return {client: take(client + 1) for client in range(3)}
 
 

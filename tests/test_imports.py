@@ -8,14 +8,16 @@ import pytest
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent / "fedpeft"
-SYSTEMS = {"engine", "client", "server", "simulation"}
+SYSTEMS = {"engine", "client", "server", "simulation", "deployment"}
 # By package: the packages and modules of fedpeft that it must not import.
 FORBIDDEN = {
     **dict.fromkeys(("data", "models", "methods", "algorithms", "compression"), SYSTEMS),
     "config": SYSTEMS | {"reporting"},
-    "engine": {"client", "server", "simulation", "reporting"},
-    "client": {"server", "simulation", "reporting"},
-    "server": {"client", "simulation"},
+    "engine": {"client", "server", "simulation", "deployment", "reporting"},
+    "client": {"server", "simulation", "deployment", "reporting"},
+    "server": {"client", "simulation", "deployment"},
+    "simulation": {"deployment"},
+    "deployment": {"engine", "server", "simulation", "reporting"},
     "reporting": SYSTEMS
     | {"methods", "models", "algorithms", "compression", "nn", "wire", "state"},
 }

@@ -182,3 +182,30 @@ def test_flower_keeps_a_message_s_id() -> None:
     assert message.metadata.message_id == "17", "Metadata.message_id is not _message_id any more"
     reply = Message(RecordDict(), reply_to=message)
     assert reply.metadata.reply_to_message_id == "17", "a reply does not name its message's id"
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("flwr.proto.runtime_pb2", ["AcquireTaskRequest"]),
+        ("flwr.supercore.constant", ["TaskType"]),
+        ("flwr.supercore.heartbeat", ["HeartbeatSender", "make_task_heartbeat_fn_http"]),
+        (
+            "flwr.supercore.interceptors",
+            [
+                "RuntimeTokenHttpInterceptor",
+                "RuntimeVersionHttpInterceptor",
+                "SuperExecAuthHttpInterceptor",
+            ],
+        ),
+        ("flwr.supercore.retry", ["make_simple_http_retry_invoker"]),
+        ("flwr.supercore.runtime", ["RuntimeHttpClient"]),
+        (
+            "flwr.supernode.runtime.run_clientapp",
+            ["pull_task_input", "push_message", "push_task_output"],
+        ),
+    ],
+)
+def test_flower_has_what_a_node_takes_its_tasks_by(path: str, names: list[str]) -> None:
+    missing = [name for name in names if not hasattr(flower(path), name)]
+    assert not missing, f"{path} has no {missing} any more: see fedpeft/deployment/tasks.py"

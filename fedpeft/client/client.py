@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, 
 
 from fedpeft.client.store import Lost, store_of
 from fedpeft.compression.base import ERROR, OfUpdate
-from fedpeft.config.load import INTERPOLATION
+from fedpeft.config.load import of_message
 from fedpeft.engine.cpu import give_back
 from fedpeft.engine.engine import Engine, Result, open_engine
 from fedpeft.engine.plan import Job
@@ -115,8 +115,7 @@ def _engine(message: Message, context: Context) -> Engine:
     """Open the engine of a message's configuration on this node's data."""
     path = context.node_config.get("data-path")
     overrides = str(message.content.config_records["config"]["overrides"])
-    if INTERPOLATION in overrides:  # it could read this machine's environment
-        raise ValueError("the configuration in a message must not hold an interpolation")
+    of_message(overrides)
     return open_engine(overrides, None if path is None else str(path))
 
 

@@ -64,13 +64,33 @@ def sent(overrides: Sequence[str]) -> str:
     return join([_resolved(o, shared) if INTERPOLATION in o else o for o in shared])
 
 
+def of_message(overrides: str) -> list[str]:
+    """Return the overrides that a server sent, as a list.
+
+    Raises:
+        ConfigError: one could read this machine's environment, or composes other files than ours.
+    """
+    if INTERPOLATION in overrides:
+        raise ConfigError("the configuration in a message must not hold an interpolation")
+    received = split(overrides)
+    for override in received:
+        if key_of(override).startswith("hydra"):
+            raise ConfigError("the configuration in a message must not set Hydra itself")
+    return received
+
+
+def key_of(override: str) -> str:
+    """Return the key that an override sets, or the group that it chooses."""
+    return override.partition("=")[0].lstrip("+~")
+
+
 def _resolved(override: str, overrides: Sequence[str]) -> str:
     """Put the value in the place of an interpolation, because clients resolve none.
 
     Raises:
         ConfigError: it cannot be resolved, or stands for more than one value.
     """
-    key = override.partition("=")[0].lstrip("+")
+    key = key_of(override)
     try:
         value = OmegaConf.select(_composed(tuple(overrides)), key)
     except OmegaConfBaseException as error:
@@ -85,7 +105,7 @@ def _resolved(override: str, overrides: Sequence[str]) -> str:
 
 def _of_server(override: str) -> bool:
     """Tell whether an override sets a key that clients need not know."""
-    return override.lstrip("+").startswith(("run_dir=", "resume=", "checkpoint."))
+    return override.lstrip("+").startswith(("run_dir=", "resume=", "checkpoint.", "hydra."))
 
 
 def addable(override: str) -> str:
@@ -106,7 +126,7 @@ _OLD = {
 
 
 def _override(text: str) -> str:
-    key = text.lstrip("+~").partition("=")[0]
+    key = key_of(text)
     if key in _OLD:
         raise ConfigError(f"{key} {_OLD[key]}")
     if "=" not in text and not text.startswith("~"):

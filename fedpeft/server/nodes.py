@@ -1,14 +1,16 @@
 """The clients' nodes, and the exchange of messages with them."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedpeft.server.replies import reason
 
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.02  # the shortest and the longest pause between two questions
+MOST_POLL_SECONDS = 1.0
+POLL_SHARE = 0.02  # of the time waited so far; over a network each question costs time
 
 
 class Nodes:
@@ -32,23 +34,36 @@ class Nodes:
         self._asked: dict[str, int] = {}  # nodes by the query that they have not answered
         self._begun = False
 
-    def join(self, grid: Grid) -> None:
-        """Ask new nodes which partition they hold; before the first round wait for all partitions.
+    def join(self, grid: Grid, cohort: Collection[int] = (), fewest: int = 0) -> None:
+        """Ask new nodes which partition they hold, and wait for nodes that are needed.
 
-        A node that comes late, or returns with another id, takes its partition from the next round
-        on. Node ids differ from run to run, so everything is ordered by partition.
+        Before the first round all partitions are needed, later ``fewest`` clients of the round's
+        cohort. A node that comes late, or returns with another id, takes its partition from the
+        next round on. Node ids differ from run to run, so everything is ordered by partition.
+
+        Args:
+            grid: asked for the nodes.
+            cohort: the round's clients.
+            fewest: so many of them must have a node; after the timeout the round begins without.
 
         Raises:
-            TimeoutError: partitions are missing after the timeout.
+            TimeoutError: before the first round partitions are missing after the timeout.
         """
-        deadline = time.monotonic() + self.timeout
+        begun = time.monotonic()
         self._ask(grid)
-        while not self._begun and len(self.of) < self.num_clients:
-            if time.monotonic() > deadline:
-                raise TimeoutError(self._missing())
-            time.sleep(POLL_SECONDS)
+        while self._too_few(cohort, fewest):
+            if time.monotonic() > begun + self.timeout:
+                if not self._begun:
+                    raise TimeoutError(self._missing())
+                break
+            pause(begun)
             self._ask(grid)
         self._begun = True
+
+    def _too_few(self, cohort: Collection[int], fewest: int) -> bool:
+        if not self._begun:
+            return len(self.of) < self.num_clients
+        return sum(client in self.of for client in cohort) < fewest
 
     def _ask(self, grid: Grid) -> None:
         """Ask the nodes that are new, and read the answers that have come."""
@@ -123,7 +138,8 @@ def exchange(
     Raises:
         RuntimeError: some messages could not be sent.
     """
-    deadline = time.monotonic() + timeout
+    begun = time.monotonic()
+    deadline = begun + timeout
     for message in messages.values():
         message.metadata.ttl = time.time() + timeout - message.metadata.created_at
     ids = list(grid.push_messages(messages.values()))
@@ -139,4 +155,10 @@ def exchange(
         if wait is not None and len(messages) - len(waiting) >= enough:
             deadline, wait = min(deadline, time.monotonic() + wait), None
         if not arrived:
-            time.sleep(POLL_SECONDS)
+            pause(begun)
+
+
+def pause(begun: float) -> None:
+    """Sleep before the next question to a grid, the longer the wait has lasted since ``begun``."""
+    waited = POLL_SHARE * (time.monotonic() - begun)
+    time.sleep(min(MOST_POLL_SECONDS, max(POLL_SECONDS, waited)))

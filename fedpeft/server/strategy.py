@@ -111,13 +111,13 @@ class FederatedPEFT(Strategy):
         """Train (not in round 0), evaluate when it is time, and report the line."""
         begun = time.perf_counter()
         line: Line = {"round": round}
-        self.nodes.join(grid)
-        if round:
+        if not round:
+            self.nodes.join(grid)
+        else:
             try:
                 self._train(grid, round)
             except RoundFailed as failed:
                 line["repeated"], traffic = str(failed), self.seen.traffic
-                self.nodes.join(grid)
                 self._train(grid, round)
                 for key, amount in traffic.items():
                     self.seen.count(key, amount)
@@ -137,7 +137,9 @@ class FederatedPEFT(Strategy):
         return line
 
     def _train(self, grid: Grid, round: int) -> None:
-        """Train the round's cohort and aggregate."""
+        """Wait for the nodes that the round needs, train its cohort and aggregate."""
+        cohort = self.cohort(round)
+        self.nodes.join(grid, cohort, self.config.fewest_replies(len(cohort)))
         messages = self._train_messages(round)
         self.observer.phase("train", len(messages))
         self.up.aggregate(round, self._exchange(grid, messages), self.seen, self._late())

@@ -1,4 +1,4 @@
-"""Make the certificate and the keys of one deployment by ``deploy_local.py``.
+"""Certificates and keys for one machine, as a trial and the server's own link need them.
 
 Each function writes into a folder that its owner alone may read.
 """

@@ -1,0 +1,130 @@
+"""A site's policy: what a server may set there.
+
+The site composes its own configuration, and then the server's with its own on top. Wherever the
+two differ the server has set something, and the policy must name it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from fedpeft.config.load import composed, join, key_of, of_message
+
+# Neither model nor data, because these name paths, columns, templates and labels of the site.
+ALLOW = (
+    *("method.*", "strategy.*", "compression.*", "optimizer.*", "evaluation.*", "runtime.*"),
+    *("partition._target_", "partition.alpha", "partition.min_size"),
+    *("partition.classes_per_client", "data.max_*", "seed", "num_clients", "num_rounds"),
+    *("clients_per_round", "local_steps", "local_epochs", "lr", "batch_size", "accumulate"),
+    *("personal", "frozen", "layers", "bucketing", "precision"),
+)
+LIMITS = {
+    "num_rounds": 10_000,
+    "local_steps": 10_000,
+    "local_epochs": 100,
+    "batch_size": 4096,
+    "data.max_length": 8192,
+    "evaluation.batch_size": 4096,
+    "evaluation.max_tokens": 1 << 20,
+    "runtime.threads": 64,
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Checks the configuration that a server sends.
+
+    Args:
+        configuration: the site's own overrides; they win over the server's.
+        allow: shell patterns of the keys that a server may set.
+        limits: largest value by key.
+    """
+
+    configuration: Sequence[str] = ()
+    allow: Sequence[str] = ALLOW
+    limits: Mapping[str, float] = field(default_factory=lambda: LIMITS)
+
+    def __post_init__(self) -> None:
+        for key in ("configuration", "allow"):
+            value = getattr(self, key)
+            if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+                raise ValueError(f"{key} of a policy must be a list of texts, got {value}")
+        for key, most in self.limits.items():
+            if isinstance(most, bool) or not isinstance(most, int | float):
+                raise ValueError(f"limits.{key} of a policy must be a number, got {most}")
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Policy":
+        """Return the policy of a YAML file; a key that it leaves out keeps its default.
+
+        Raises:
+            ValueError: the file is no YAML, or has another key or a value of a wrong type.
+        """
+        try:
+            values: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"the policy {path} cannot be read: {error}") from error
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or (values.keys() - set(names)):
+            raise ValueError(f"the policy {path} must have no other keys than {', '.join(names)}")
+        limits = values.get("limits", {})
+        if not isinstance(limits, dict):
+            raise ValueError(f"limits of a policy must be a number for each key, got {limits}")
+        values["limits"] = LIMITS | limits
+        return cls(**values)
+
+    def save(self, path: Path) -> None:
+        """Write the policy as YAML."""
+        path.write_text(
+            yaml.safe_dump({f.name: _plain(getattr(self, f.name)) for f in fields(self)})
+        )
+
+    def allowed(self, overrides: str) -> str:
+        """Return a server's overrides with the site's own in their place.
+
+        Raises:
+            ValueError: the server sets what the policy does not name, or too large a value.
+        """
+        own = tuple(self.configuration)
+        mine = {key_of(override) for override in own}
+        whole = (*(o for o in of_message(overrides) if key_of(o) not in mine), *own)
+        before, after = _values(own), _values(whole)
+        for key in sorted(before.keys() | after.keys()):
+            if key in before and key in after and before[key] == after[key]:
+                continue
+            if not any(fnmatchcase(key, pattern) for pattern in self.allow):
+                raise ValueError(f"this site's policy does not let a server set {key}")
+            self._check(key, after.get(key))
+        return join(whole)
+
+    def _check(self, key: str, value: Any) -> None:
+        """Refuse a value that is too large."""
+        most = self.limits.get(key)
+        if most is not None and isinstance(value, int | float) and value > most:
+            raise ValueError(f"this site's policy limits {key} to {most}, got {value}")
+
+
+@lru_cache(maxsize=8)
+def _values(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Return the values of a configuration by their full keys."""
+    flat: dict[str, Any] = {}
+
+    def add(tree: Any, path: str) -> None:
+        if isinstance(tree, dict) and tree:
+            for name, value in tree.items():
+                add(value, f"{path}.{name}" if path else str(name))
+        else:
+            flat[path] = tree
+
+    add(OmegaConf.to_container(composed(overrides), resolve=False), "")
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else list(value)

@@ -1,0 +1,219 @@
+"""``fedpeft deploy trial``: a server and its nodes on this machine, one run, and their end.
+
+It starts the same two commands that a deployment has, with TLS, a key for each node, and a log of
+each program in one folder.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from fedpeft.deployment.keys import write_certificate, write_node_keys
+from fedpeft.deployment.node import toml
+from fedpeft.deployment.processes import BIN, Processes, Program, environment, free_ports, listens
+
+APP = Path(__file__).parents[2]  # a checkout; Flower submits a project's folder
+START_SECONDS = 120
+POLL_SECONDS = 2
+OF_SITES = ("model=", "model.", "data=", "data.", "partition.file=", "partition.column=")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the trial.
+
+    Raises:
+        ValueError: an argument is wrong.
+        RuntimeError: a program ended, or the run did not complete.
+        TimeoutError: the programs were not up in time.
+    """
+    args = parse(arguments)
+    trial = Trial(new_folder(args.folder))
+    try:
+        trial.start(args.nodes, args.data_path, args.overrides)
+        trial.run(args.app, [f"num_clients={args.nodes}", *args.overrides])
+    finally:
+        trial.processes.stop()
+    if args.folder is None:
+        shutil.rmtree(trial.folder)
+
+
+def say(line: str) -> None:
+    """Print on standard error, because standard output is for the run's log."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Return the arguments, checked.
+
+    Raises:
+        ValueError: a number or a folder is wrong.
+    """
+    parser = argparse.ArgumentParser(prog="fedpeft deploy trial", description=__doc__)
+    add = parser.add_argument
+    add("--nodes", type=int, default=3, help="nodes, one client each (default: 3)")
+    add("--data-path", action="append", default=[], help="a folder for all nodes, or one for each")
+    add("--folder", type=Path, help="a new or empty folder that stays (default: temporary)")
+    add("--app", type=Path, default=APP, help="the project's folder, a checkout of fedpeft")
+    add("overrides", nargs="*", help="the run's configuration")
+    args = parser.parse_args(arguments)
+    if args.nodes < 1:
+        raise ValueError(f"--nodes must be >= 1, got {args.nodes}")
+    if (count := len(args.data_path)) not in (0, 1, args.nodes):
+        raise ValueError(f"--data-path must come 0, 1 or {args.nodes} times, got {count}")
+    for path in args.data_path:
+        if not Path(path).is_dir():
+            raise ValueError(f"--data-path: there is no folder {path}")
+    if not (args.app / "pyproject.toml").is_file():
+        raise ValueError(f"--app must be a checkout of fedpeft, got {args.app}")
+    return args
+
+
+def new_folder(wanted: Path | None) -> Path:
+    """Return a new or empty folder, because an old database would bring its nodes into this run.
+
+    Raises:
+        ValueError: the folder holds something.
+    """
+    folder = wanted or Path(tempfile.mkdtemp(prefix="fedpeft-trial-"))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--folder must be a new or empty folder, got {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)  # private keys lie in it
+    say(f"certificate, keys, database and logs: {folder.resolve()}")
+    return folder.resolve()
+
+
+class Trial:
+    """One server and its nodes, with all that they keep in one folder.
+
+    Attributes:
+        processes: the server and the nodes.
+        nodes: the nodes' programs by name.
+        port: at which sites reach the server.
+        control: port at which operators reach it.
+    """
+
+    port: int
+    control: int
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes = Processes(folder, folder)
+        self.nodes: dict[str, Program] = {}
+
+    def start(self, nodes: int, data_paths: list[str], overrides: list[str]) -> None:
+        """Start the server and the nodes, and wait until all nodes are online.
+
+        Args:
+            nodes: how many.
+            data_paths: a folder for all nodes, or one for each, or none.
+            overrides: the run's; what a site sets by itself is given to the nodes.
+        """
+        self.port, self.control = free_ports(2)
+        certificate, key = write_certificate(self.folder)
+        options: list[str | Path] = ["--folder", self.folder / "server", "--host", "127.0.0.1"]
+        options += ["--port", str(self.port), "--control-port", str(self.control)]
+        options += ["--certificate", certificate, "--key", key]
+        self.processes.start(Program("server", ["fedpeft", "server", *options]))
+        self._wait(
+            "the server to listen",
+            lambda: listens("127.0.0.1", self.port) and listens("127.0.0.1", self.control),
+        )
+        own = [o for o in overrides if o.lstrip("+").startswith(OF_SITES)]
+        for number in range(nodes):
+            private, public = write_node_keys(self.folder, f"node-{number}")
+            self.flwr("supernode", "register", public, "local")
+            options = ["--superlink", f"127.0.0.1:{self.port}", "--partition", str(number)]
+            options += ["--certificate", certificate, "--key", private]
+            options += ["--state-folder", self.folder / "state"]
+            if data_paths:
+                options += ["--data-path", data_paths[number % len(data_paths)]]
+            program = Program(f"node-{number}", ["fedpeft", "node", *options, "--", *own])
+            self.nodes[program.name] = program
+            self.processes.start(program)
+        self._wait("all nodes to be online", lambda: self.online() == nodes)
+        say(f"the server at 127.0.0.1:{self.port} and {nodes} nodes are up")
+
+    def _wait(self, what: str, done: Any) -> None:
+        self.processes.wait(what, done, START_SECONDS)
+
+    def online(self) -> int:
+        """Count the nodes that are online."""
+        nodes = self.flwr("supernode", "list", "local")["nodes"]
+        return sum(node["status"] == "online" for node in nodes)
+
+    def flwr(self, *arguments: str | Path) -> dict[str, Any]:
+        """Return the JSON answer of one ``flwr`` command.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        done = subprocess.run(
+            [BIN / "flwr", *arguments, "--format=json"],
+            env=environment(self.folder / "server" / "cli"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        try:
+            answer = json.loads(done.stdout)
+        except json.JSONDecodeError:
+            answer = {"error-message": done.stdout + done.stderr}
+        if done.returncode or not answer.get("success"):
+            raise RuntimeError(f"flwr {arguments[0]} failed: {answer.get('error-message', answer)}")
+        return answer
+
+    def submit(self, app: Path, overrides: list[str]) -> str:
+        """Submit a run of a checkout and return its number."""
+        config = self.folder / "run.toml"
+        config.write_text(toml({"overrides": shlex.join(overrides)}), encoding="utf-8")
+        run = self.flwr("run", app.resolve(), "local", "--run-config", config)["run-id"]
+        say(f"run {run} is submitted")
+        return str(run)
+
+    def run(self, app: Path, overrides: list[str]) -> None:
+        """Submit a run and show its log until it ends.
+
+        Raises:
+            RuntimeError: the run did not complete.
+        """
+        run, shown = self.submit(app, overrides), 0
+        while (ended := self.status(run))["status"].partition(":")[0] != "finished":
+            shown = self._show_log(run, shown)
+            time.sleep(POLL_SECONDS)
+        if ended["status"] != "finished:completed":
+            raise RuntimeError(
+                f"run {run} did not complete: {ended['status']} {ended['status-details']}"
+            )
+        say(f"run {run} completed in {ended['elapsed']:.0f} s")
+
+    def status(self, run: str) -> dict[str, Any]:
+        """Return what Flower knows of a run."""
+        return self.flwr("list", "local", "--run-id", run)["runs"][0]
+
+    def _show_log(self, run: str, shown: int) -> int:
+        """Print a run's log from a line on until the stream ends, which need not end the run.
+
+        Returns:
+            The number of lines that were printed in all.
+        """
+        stream = subprocess.Popen(
+            [BIN / "flwr", "log", run, "local", "--stream"],
+            env=environment(self.folder / "server" / "cli"),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert stream.stdout is not None
+        for number, line in enumerate(stream.stdout):
+            if number >= shown:
+                print(line, end="", flush=True)
+                shown = number + 1
+        stream.wait()
+        return shown

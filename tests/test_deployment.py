@@ -1,0 +1,168 @@
+"""Real processes over TLS give the bits of a simulation, also when a node starts again half-way."""
+
+import json
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from http.client import HTTPSConnection
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedpeft.deployment.processes import listens
+from fedpeft.deployment.trial import APP, Trial
+from fedpeft.reporting.run_directory import read_metrics
+from tests.conftest import command
+
+pytestmark = pytest.mark.slow
+METHODS = ("fedsa_lora", "fedtt_plus")  # one with personal parameters, one with changing roles
+ROUNDS = 4
+
+
+def overrides_of(base: list[str], method: str, run_dir: Path) -> list[str]:
+    """Return the overrides that a deployment and a simulation have in common."""
+    rest = [o for o in base if not o.startswith(("method=", "runtime=", "num_"))]
+    return [
+        *rest,
+        f"method={method}",
+        f"num_rounds={ROUNDS}",
+        f"evaluation.every={ROUNDS}",
+        "evaluation.clients=always",
+        "runtime.clients_per_pass=1",  # as real machines train; in one pass sums have another order
+        "runtime.min_replies=1.0",  # a round waits for a node that starts again
+        f"run_dir={run_dir}",
+    ]
+
+
+def summary(run_dir: Path) -> dict[str, object]:
+    """Read the part of a summary on which a deployment and a simulation must agree."""
+    whole = json.loads((run_dir / "summary.json").read_text())
+    return {key: whole[key] for key in ("shared_state_sha256", "final", "refused")}
+
+
+@pytest.fixture(scope="module")
+def simulated(
+    base: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, object]]:
+    """The summaries of runs in one process."""
+    summaries = {}
+    for method in METHODS:
+        run_dir = tmp_path_factory.mktemp(method) / "run"
+        overrides = [*overrides_of(base, method, run_dir), "num_clients=3", "runtime=inprocess"]
+        done = command("fedpeft", "run", *overrides)
+        assert done.returncode == 0, done.stderr
+        summaries[method] = summary(run_dir)
+    assert summaries["fedsa_lora"] != summaries["fedtt_plus"]
+    return summaries
+
+
+@pytest.fixture(scope="module")
+def trial(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
+    """A server and three nodes, up and running."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    trial = Trial(tmp_path_factory.mktemp("trial"))
+    try:
+        trial.start(3, [], base)
+        yield trial
+    finally:
+        trial.processes.stop()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def until(done: Callable[[], bool], what: str, seconds: float = 150) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, f"waited {seconds} s until {what}"
+        time.sleep(0.1)
+
+
+def completed(trial: Trial, run: str, run_dir: Path) -> None:
+    """Wait until a run is complete; asking Flower takes a second, so the summary comes first."""
+    until((run_dir / "summary.json").exists, "there is a summary")
+    until(lambda: trial.status(run)["status"].startswith("finished"), "the run ends")
+    assert trial.status(run)["status"] == "finished:completed", trial.status(run)
+
+
+def lines(run_dir: Path) -> int:
+    """Return how many rounds a run has written."""
+    return len(read_metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+
+
+def child(trial: Trial, program: str, word: str) -> psutil.Process:
+    """Return the process below one of the trial's programs that a word of its command names."""
+    below = psutil.Process(trial.processes.started[program].pid).children(recursive=True)
+    (found,) = [p for p in below if any(part.endswith(word) for part in p.cmdline())]
+    return found
+
+
+def test_nodes_that_start_again_half_way(
+    base: list[str], simulated: dict[str, dict[str, object]], trial: Trial, tmp_path: Path
+) -> None:
+    """Personal parameters are on the nodes' disks, and a round waits for the nodes it needs."""
+    method, run_dir = "fedsa_lora", tmp_path / "run"
+    run = trial.submit(APP, ["num_clients=3", *overrides_of(base, method, run_dir)])
+    until(lambda: lines(run_dir) > 2, "round 2 is over")
+    node = trial.processes.started["node-1"]
+    node.send_signal(signal.SIGTERM)
+    child(trial, "node-2", "fedpeft.deployment.worker").kill()
+    assert node.wait(30) == 143
+    trial.processes.start(trial.nodes["node-1"])
+    completed(trial, run, run_dir)
+    assert summary(run_dir) == simulated[method]
+
+
+def test_a_server_that_is_killed_half_way(
+    base: list[str], simulated: dict[str, dict[str, object]], trial: Trial, tmp_path: Path
+) -> None:
+    """Flower fails the run; a new one goes on from the last checkpoint."""
+    method, run_dir = "fedtt_plus", tmp_path / "run"
+    overrides = ["num_clients=3", *overrides_of(base, method, run_dir), "resume=true"]
+    for rounds, victim in ((1, "flwr-serverapp"), (2, "flower-superlink")):
+        trial.submit(APP, overrides)
+        until(lambda rounds=rounds: lines(run_dir) > rounds, f"round {rounds} is over")
+        child(trial, "server", victim).kill()
+        until(lambda: listens("127.0.0.1", trial.control), "the SuperLink is there")
+    completed(trial, trial.submit(APP, overrides), run_dir)
+    assert summary(run_dir) == simulated[method]
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/v1/fleet/pull-messages", 401),  # the SuperLink's own answer to one without a key
+        ("/v1/fleet/register-node", 401),
+        ("/v1/control/list-runs", 404),
+        ("/v1/control/register-node", 404),
+        ("/v1/runtime/acquire-task", 404),
+        ("/v1/fleet/../control/list-runs", 404),
+        ("/v1/fleet/%2e%2e/control/list-runs", 404),
+        ("/v1/fleet/%2e%2e%2fcontrol%2flist-runs", 404),
+        ("//v1/control/list-runs", 404),
+        ("/docs", 404),
+    ],
+)
+def test_an_outsider_reaches_only_what_sites_use(trial: Trial, path: str, status: int) -> None:
+    """Who has the address and the public certificate can neither submit a run nor take a task."""
+    context = ssl.create_default_context(cafile=str(trial.folder / "server.pem"))
+    with closing(HTTPSConnection("127.0.0.1", trial.port, context=context, timeout=20)) as opened:
+        opened.request("POST", path, b"", {"Content-Type": "application/protobuf"})
+        assert opened.getresponse().status == status
+
+
+def test_the_command_ends_with_one_sentence(base: list[str], tmp_path: Path) -> None:
+    command_line = [sys.executable, "-c", "from fedpeft.cli import main; main()"]
+    command_line += ["deploy", "trial", "--folder", "x"]
+    for wrong, sentence in (
+        (["--nodes", "0"], "fedpeft: --nodes must be >= 1, got 0\n"),
+        (["--data-path", "nowhere"], "fedpeft: --data-path: there is no folder nowhere\n"),
+    ):
+        done = subprocess.run([*command_line, *wrong], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (2, sentence)
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,105 @@
+"""A server sets at a site what the site's policy names, and nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft.config.load import composed
+from fedpeft.deployment.policy import LIMITS, Policy
+
+SITE = ("model=minilm", "data=table", "data.path=/notes", "data.text=note", "data.label=ward")
+
+
+def test_method_and_steps_are_the_server_s_and_the_data_the_site_s() -> None:
+    asked = "method=fedtt method.tt_rank=3 lr=0.5 num_rounds=7 data=sst2 data.path=/etc"
+    tree = composed(Policy(SITE).allowed(asked))
+    assert (tree.method.tt_rank, tree.lr, tree.num_rounds) == (3, 0.5, 7)
+    assert (tree.data.path, tree.data.text, tree.data.label) == ("/notes", "note", "ward")
+    assert tree.data._target_ == composed(["data=table"]).data._target_
+
+
+@pytest.mark.parametrize(
+    ("asked", "key"),
+    [
+        ("model.path=/etc/passwd", "model.path"),
+        ("data.labels=[a,b]", "data.labels"),
+        ("data.pair=diagnosis", "data.pair"),
+        ("partition=natural partition.column=ward", "partition.column"),
+        ("partition=saved partition.file=/etc/passwd", "partition.file"),
+        ("experiment=comparison", "model.settings"),
+        ("~model.sha256", "model.sha256"),
+    ],
+)
+def test_a_key_that_the_policy_does_not_name(asked: str, key: str) -> None:
+    with pytest.raises(ValueError, match=f"this site's policy does not let a server set {key}"):
+        Policy(SITE).allowed(asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("num_rounds=10001", "limits num_rounds to 10000, got 10001"),
+        ("runtime.threads=1000", "limits runtime.threads to 64, got 1000"),
+        ("evaluation.max_tokens=100000000", "limits evaluation.max_tokens to"),
+        ("precision=${oc.env:HOME}", "must not hold an interpolation"),
+        ("hydra.searchpath=[file:///tmp]", "must not set Hydra itself"),
+        ("+hydra/launcher=joblib", "must not set Hydra itself"),
+    ],
+)
+def test_what_costs_too_much_or_reads_the_machine(asked: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Policy(SITE).allowed(asked)
+
+
+def test_a_policy_s_file(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("allow: [lr, method.rank, data.max_length]\nlimits: {lr: 0.01}\n")
+    policy = Policy.read(path)
+    assert policy.limits == LIMITS | {"lr": 0.01}
+    assert composed(policy.allowed("lr=0.005 method.rank=2")).method.rank == 2
+    with pytest.raises(ValueError, match="limits lr to 0.01, got 0.1"):
+        policy.allowed("lr=0.1")
+    with pytest.raises(ValueError, match="does not let a server set num_rounds"):
+        policy.allowed("num_rounds=3")
+    saved = Policy(SITE, policy.allow, policy.limits)
+    saved.save(path)
+    assert Policy.read(path) == Policy(list(SITE), policy.allow, policy.limits)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alow: [lr]", "must have no other keys than configuration, allow, limits"),
+        ("allow: lr", "allow of a policy must be a list of texts, got lr"),
+        ("allow: [1]", "allow of a policy must be a list of texts"),
+        ("limits: {lr: high}", "limits.lr of a policy must be a number, got high"),
+        ("limits: 3", "limits of a policy must be a number for each key, got 3"),
+        ("- lr", "must have no other keys"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_a_wrong_policy(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Policy.read(tmp_path / "policy.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "give --certificate and --key, or --insecure alone"),
+        (["--insecure", "--certificate", "c"], "give --certificate and --key, or --insecure alone"),
+        (["--certificate", "c", "--key", "k"], "--certificate: there is no c"),
+        (["--insecure", "--data-path", "d"], "--data-path: there is no d"),
+        (["--insecure", "--policy", "p"], "--policy: there is no p"),
+        (["--insecure", "model=nothing"], "nothing"),
+    ],
+)
+def test_wrong_arguments_of_a_node(
+    arguments: list[str], sentence: str, fedpeft: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        fedpeft("node", "--superlink", "127.0.0.1:1", "--partition", "0", *arguments)
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
