@@ -4,11 +4,16 @@ Imports stand inside of functions, because a process that only registers the app
 that starts Ray, would wait seconds for torch.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+
+from fedpeft.errors import public_text
+
+log = logging.getLogger(__name__)
 
 
 def query(message: Message, context: Context) -> Message:
@@ -37,11 +42,21 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context) -> Message:
+    """Answer a message; Flower sends the server the text of what is raised here.
+
+    Raises:
+        RuntimeError: the client failed. Its text is public, and it has no cause that Flower could
+            send with it.
+    """
     from fedpeft.client.client import answer_all
 
-    (answer,) = answer_all([message], [context])
+    try:
+        (answer,) = answer_all([message], [context])
+    except Exception as error:  # the configuration or the data, before any client's work
+        answer = error
     if isinstance(answer, Exception):
-        raise answer
+        log.error("client %s failed", context.node_config.get("partition-id"), exc_info=answer)
+        raise RuntimeError(public_text(answer)) from None
     return answer
 
 

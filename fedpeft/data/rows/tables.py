@@ -188,8 +188,29 @@ def subsample(table: "Dataset", rows: int | None, purpose: str) -> "Dataset":
 
 
 def values(rows: "Dataset", column: str) -> list[Any]:
-    """Return a column's values as Python objects, because ``rows[column]`` is lazy and slow."""
-    return rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    """Return a column's values as Python objects, because ``rows[column]`` is lazy and slow.
+
+    Raises:
+        ValueError: a text is no UTF-8.
+    """
+    cells = rows.select_columns([column]).with_format("arrow")[:][column]
+    try:
+        return cells.to_pylist()
+    except UnicodeDecodeError as error:
+        row = _undecodable(cells)
+        raise ValueError(
+            f"row {row} of column {column} is no UTF-8: save the file as UTF-8"
+        ) from error
+
+
+def _undecodable(cells: Any) -> int:
+    """Return the number of the first cell whose text is no UTF-8."""
+    for i, cell in enumerate(cells):
+        try:
+            cell.as_py()
+        except UnicodeDecodeError:
+            return i
+    raise AssertionError("all cells are UTF-8")
 
 
 def kind(value: Any) -> str:
