@@ -1,6 +1,7 @@
 """Reads the replies of a round and aggregates those that can be used."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from flwr.app import Message
 
@@ -13,6 +14,7 @@ from fedpeft.server.limits import capped, too_far, update_norms
 from fedpeft.server.nodes import Nodes
 from fedpeft.server.replies import Reply, read
 from fedpeft.server.seen import RoundFailed, Seen
+from fedpeft.server.shelf import Shelf
 from fedpeft.state import (
     STRATEGY,
     Role,
@@ -39,6 +41,7 @@ class Aggregator:
     def __init__(self, down: Broadcaster, nodes: Nodes) -> None:
         self.down, self.engine, self.nodes = down, down.engine, nodes
         self.config, self.replica, self.roles = down.config, down.replica, down.roles
+        self.folder: Path | None = None  # takes replies for which the memory has no room
         self._said: dict[int, int] = {}  # rows of their own, as clients first said
 
     def aggregate(
@@ -134,11 +137,15 @@ class Aggregator:
         before = self.down.broadcast(round).received
         shared = {name: before[name] for name in self.roles.shared(round)}
         usable: dict[int, Reply] = {}
+        shelf = Shelf(self.folder)
         silent = dict.fromkeys(client for client in seen.cohort if client not in seen.refused)
         for client, reply in replies:
             silent.pop(client, None)
             try:
-                usable[client] = self._read(client, reply, shared, round, seen)
+                checked = self._read(client, reply, shared, round, seen)
+                usable[client] = checked._replace(
+                    state=shelf.take(checked.state), extras=shelf.take(checked.extras)
+                )
             except Exception as error:  # whatever a client sends, it must not end the run
                 seen.refuse(client, sentence(error))
         for client in silent:
@@ -172,7 +179,7 @@ class Aggregator:
                 raise ValueError(f"the reply has {size} bytes, but at most {most} may come")
         usable = read(reply, start | extras, self.config.compression.up)
         self._check_counts(self.down.at(round, client), usable)
-        seen.count("uplink_payload_bytes", payload_bytes(usable.sent))
+        seen.count("uplink_payload_bytes", usable.payload_bytes)
         return usable
 
     def known_rows(self, client: int) -> int | None:

@@ -150,11 +150,13 @@ def exchange(
         arrived = list(grid.pull_messages(waiting))
         if arrived:
             on_reply(len(arrived))
-        for reply in arrived:
+        some = bool(arrived)
+        while arrived:  # a reply that was read is not kept
+            reply = arrived.pop(0)
             yield waiting.pop(reply.metadata.reply_to_message_id), reply
         if wait is not None and len(messages) - len(waiting) >= enough:
             deadline, wait = min(deadline, time.monotonic() + wait), None
-        if not arrived:
+        if not some:
             pause(begun)
 
 

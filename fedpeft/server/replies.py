@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from flwr.app import Message
 
 from fedpeft.compression.base import Codec
-from fedpeft.state import State, check, split_prefixed
+from fedpeft.state import State, check, payload_bytes, split_prefixed
 from fedpeft.wire import unpack
 
 INDEX_ENTRY = 1 << 12  # bytes of a parameter in the index, whatever the codec makes of it, at most
@@ -18,7 +18,7 @@ class Reply(NamedTuple):
     """One client's training.
 
     Attributes:
-        sent: arrays as they came, wire.
+        payload_bytes: of the arrays as they came.
         state: shared parameters, block.
         extras: what the strategy's term sent, block.
         num_examples: rows that the client has.
@@ -28,7 +28,7 @@ class Reply(NamedTuple):
         restarted: its kept state was lost, and it began anew.
     """
 
-    sent: State
+    payload_bytes: int
     state: State
     extras: State
     num_examples: int
@@ -71,7 +71,8 @@ def read(reply: Message, reference: State, codec: Codec) -> Reply:
     check(decoded, reference)
     state, extras = split_prefixed(decoded)
     kept = config.get("kept") is True
-    return Reply(sent, state, extras, counts[0], counts[1], loss, kept, restarted(reply))
+    size = payload_bytes(sent)
+    return Reply(size, state, extras, counts[0], counts[1], loss, kept, restarted(reply))
 
 
 def restarted(reply: Message) -> bool:

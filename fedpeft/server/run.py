@@ -42,6 +42,7 @@ class Run(Observer):
     ) -> None:
         self.strategy, self.engine = strategy, strategy.engine
         self.directory, self.display = directory, display
+        strategy.up.folder = directory.path
         self.lines: list[Line] = []
         self.started = time.perf_counter()
         self.has_personal = strategy.roles.has_personal
