@@ -1,12 +1,10 @@
 """Real processes over TLS give the bits of a simulation, also when a node starts again half-way."""
 
-import json
 import signal
 import ssl
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from http.client import HTTPSConnection
 from pathlib import Path
@@ -14,35 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedpeft.deployment.processes import listens
 from fedpeft.deployment.trial import APP, Trial
-from fedpeft.reporting.run_directory import read_metrics
 from tests.conftest import command
+from tests.deployments import completed, lines, overrides_of, summary, until
 
 pytestmark = pytest.mark.slow
 METHODS = ("fedsa_lora", "fedtt_plus")  # one with personal parameters, one with changing roles
-ROUNDS = 4
-
-
-def overrides_of(base: list[str], method: str, run_dir: Path) -> list[str]:
-    """Return the overrides that a deployment and a simulation have in common."""
-    rest = [o for o in base if not o.startswith(("method=", "runtime=", "num_"))]
-    return [
-        *rest,
-        f"method={method}",
-        f"num_rounds={ROUNDS}",
-        f"evaluation.every={ROUNDS}",
-        "evaluation.clients=always",
-        "runtime.clients_per_pass=1",  # as real machines train; in one pass sums have another order
-        "runtime.min_replies=1.0",  # a round waits for a node that starts again
-        f"run_dir={run_dir}",
-    ]
-
-
-def summary(run_dir: Path) -> dict[str, object]:
-    """Read the part of a summary on which a deployment and a simulation must agree."""
-    whole = json.loads((run_dir / "summary.json").read_text())
-    return {key: whole[key] for key in ("shared_state_sha256", "final", "refused")}
 
 
 @pytest.fixture(scope="module")
@@ -64,35 +39,12 @@ def simulated(
 @pytest.fixture(scope="module")
 def trial(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
     """A server and three nodes, up and running."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     trial = Trial(tmp_path_factory.mktemp("trial"))
     try:
         trial.start(3, [], base)
         yield trial
     finally:
         trial.processes.stop()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def until(done: Callable[[], bool], what: str, seconds: float = 150) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, f"waited {seconds} s until {what}"
-        time.sleep(0.1)
-
-
-def completed(trial: Trial, run: str, run_dir: Path) -> None:
-    """Wait until a run is complete; asking Flower takes a second, so the summary comes first."""
-    until((run_dir / "summary.json").exists, "there is a summary")
-    until(lambda: trial.status(run)["status"].startswith("finished"), "the run ends")
-    assert trial.status(run)["status"] == "finished:completed", trial.status(run)
-
-
-def lines(run_dir: Path) -> int:
-    """Return how many rounds a run has written."""
-    return len(read_metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
 
 
 def child(trial: Trial, program: str, word: str) -> psutil.Process:
@@ -128,7 +80,7 @@ def test_a_server_that_is_killed_half_way(
         trial.submit(APP, overrides)
         until(lambda rounds=rounds: lines(run_dir) > rounds, f"round {rounds} is over")
         child(trial, "server", victim).kill()
-        until(lambda: listens("127.0.0.1", trial.control), "the SuperLink is there")
+        until(trial.answers, "the SuperLink is there")
     completed(trial, trial.submit(APP, overrides), run_dir)
     assert summary(run_dir) == simulated[method]
 

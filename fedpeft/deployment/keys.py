@@ -28,19 +28,20 @@ from cryptography.x509 import (
 )
 
 
-def write_certificate(folder: Path) -> tuple[Path, Path]:
-    """Write a server's certificate for this machine, valid for a week, and its private key.
+def write_certificate(folder: Path, host: str = "127.0.0.1") -> tuple[Path, Path]:
+    """Write a server's certificate for an IP address and this machine, and its private key.
 
-    The certificate is signed by itself, so it is also the root certificate that clients trust.
+    The certificate is signed by itself, so it is also the root certificate that clients trust. It
+    is valid for ten years, because a server runs for long.
     """
     key, now = ec.generate_private_key(ec.SECP384R1()), datetime.now(UTC)
     name = Name([NameAttribute(NameOID.COMMON_NAME, "localhost")])
     # Clients compare the address with these names, not with the common name.
-    hosts = SubjectAlternativeName([DNSName("localhost"), IPAddress(ip_address("127.0.0.1"))])
+    hosts = SubjectAlternativeName([DNSName("localhost"), IPAddress(ip_address(host))])
     certificate = (
         CertificateBuilder(name, name, key.public_key(), random_serial_number())
         .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=7))
+        .not_valid_after(now + timedelta(days=3650))
         .add_extension(BasicConstraints(ca=True, path_length=None), critical=True)
         .add_extension(hosts, critical=False)
         .sign(key, SHA384())

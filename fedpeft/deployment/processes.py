@@ -95,11 +95,14 @@ class Processes:
 
     def stop(self) -> None:
         """End all programs, the last first, because the later ones sign off at the first."""
-        for number in (signal.SIGINT, signal.SIGTERM):  # a second one would leave some behind
-            signal.signal(number, signal.SIG_IGN)
+        # A second signal would leave some behind.
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]
         for process in reversed(self.started.values()):
             if not _ended(process, signal.SIGTERM):
                 _ended(process, signal.SIGKILL)
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 class _Kept:
@@ -167,9 +170,3 @@ def free_ports(count: int) -> list[int]:
     for opened in sockets:
         opened.close()
     return ports
-
-
-def listens(host: str, port: int) -> bool:
-    """Tell whether a program listens at an address."""
-    with socket.socket() as probe:
-        return probe.connect_ex((host, port)) == 0

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fedpeft.deployment.keys import write_certificate, write_node_keys
 from fedpeft.deployment.node import toml
-from fedpeft.deployment.processes import BIN, Processes, Program, environment, free_ports, listens
+from fedpeft.deployment.processes import BIN, Processes, Program, environment, free_ports
 
 APP = Path(__file__).parents[2]  # a checkout; Flower submits a project's folder
 START_SECONDS = 120
@@ -102,11 +103,16 @@ class Trial:
 
     port: int
     control: int
+    host = "127.0.0.1"  # at which sites reach the server
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.processes = Processes(folder, folder)
         self.nodes: dict[str, Program] = {}
+
+    def place(self, name: str) -> list[str | Path]:
+        """Return the words to put before a program's, where it runs in a place of its own."""
+        return []
 
     def start(self, nodes: int, data_paths: list[str], overrides: list[str]) -> None:
         """Start the server and the nodes, and wait until all nodes are online.
@@ -117,32 +123,41 @@ class Trial:
             overrides: the run's; what a site sets by itself is given to the nodes.
         """
         self.port, self.control = free_ports(2)
-        certificate, key = write_certificate(self.folder)
-        options: list[str | Path] = ["--folder", self.folder / "server", "--host", "127.0.0.1"]
+        certificate, key = write_certificate(self.folder, self.host)
+        options: list[str | Path] = ["--folder", self.folder / "server", "--host", self.host]
         options += ["--port", str(self.port), "--control-port", str(self.control)]
         options += ["--certificate", certificate, "--key", key]
-        self.processes.start(Program("server", ["fedpeft", "server", *options]))
-        self._wait(
-            "the server to listen",
-            lambda: listens("127.0.0.1", self.port) and listens("127.0.0.1", self.control),
-        )
+        self._start("server", "server", *options)
+        self._wait("the server to answer", self.answers)
         own = [o for o in overrides if o.lstrip("+").startswith(OF_SITES)]
         for number in range(nodes):
-            private, public = write_node_keys(self.folder, f"node-{number}")
+            name = f"node-{number}"
+            private, public = write_node_keys(self.folder, name)
             self.flwr("supernode", "register", public, "local")
-            options = ["--superlink", f"127.0.0.1:{self.port}", "--partition", str(number)]
+            options = ["--superlink", f"{self.host}:{self.port}", "--partition", str(number)]
             options += ["--certificate", certificate, "--key", private]
             options += ["--state-folder", self.folder / "state"]
             if data_paths:
                 options += ["--data-path", data_paths[number % len(data_paths)]]
-            program = Program(f"node-{number}", ["fedpeft", "node", *options, "--", *own])
-            self.nodes[program.name] = program
-            self.processes.start(program)
+            self.nodes[name] = self._start(name, "node", *options, "--", *own)
         self._wait("all nodes to be online", lambda: self.online() == nodes)
-        say(f"the server at 127.0.0.1:{self.port} and {nodes} nodes are up")
+        say(f"the server at {self.host}:{self.port} and {nodes} nodes are up")
 
-    def _wait(self, what: str, done: Any) -> None:
+    def _start(self, name: str, *words: str | Path) -> Program:
+        program = Program(name, [*self.place(name), BIN / "fedpeft", *words])
+        self.processes.start(program)
+        return program
+
+    def _wait(self, what: str, done: Callable[[], bool]) -> None:
         self.processes.wait(what, done, START_SECONDS)
+
+    def answers(self) -> bool:
+        """Tell whether the server answers its operator."""
+        try:
+            self.online()
+        except RuntimeError:
+            return False
+        return True
 
     def online(self) -> int:
         """Count the nodes that are online."""
@@ -156,7 +171,7 @@ class Trial:
             RuntimeError: it failed.
         """
         done = subprocess.run(
-            [BIN / "flwr", *arguments, "--format=json"],
+            [*self.place("server"), BIN / "flwr", *arguments, "--format=json"],
             env=environment(self.folder / "server" / "cli"),
             capture_output=True,
             text=True,
@@ -205,7 +220,7 @@ class Trial:
             The number of lines that were printed in all.
         """
         stream = subprocess.Popen(
-            [BIN / "flwr", "log", run, "local", "--stream"],
+            [*self.place("server"), BIN / "flwr", "log", run, "local", "--stream"],
             env=environment(self.folder / "server" / "cli"),
             stdout=subprocess.PIPE,
             text=True,
