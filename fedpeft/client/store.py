@@ -13,6 +13,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context
 from platformdirs import user_state_path
 
+from fedpeft.files import replacing
 from fedpeft.state import State, is_finite, read, save
 
 
@@ -69,6 +70,21 @@ class Store:
                 f"{broken[0]} holds values that are not finite after training: lower lr"
             )
         save(self._file(generation), state)
+
+    def file(self, generation: int) -> bytes | None:
+        """Return the file of a generation, to send to another machine; null if it is not here."""
+        path = self._file(generation)
+        return path.read_bytes() if path.is_file() else None
+
+    def put(self, generation: int, file: bytes) -> None:
+        """Write the file of a generation that came from another machine, see ``file``.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self._file(generation)) as draft:
+            draft.write_bytes(file)
 
     def forget(self, generation: int, oldest: int, best: int) -> None:
         """Delete what nobody needs any more.

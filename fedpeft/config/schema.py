@@ -15,6 +15,25 @@ MOST = 10**7  # of counts; what is beyond is a slip, and would only keep a clien
 MOST_THREADS = 1024  # PyTorch ends the process where the system has no more
 
 
+def check_address(name: str, value: str) -> None:
+    """Check the address of a Ray cluster.
+
+    Args:
+        name: of the key or variable that holds it.
+        value: the address.
+
+    Raises:
+        ValueError: it is none of a cluster that this machine belongs to.
+    """
+    host, colon, port = value.rpartition(":")
+    is_port = port.isascii() and port.isdigit() and 0 < int(port) < 2**16
+    if value not in ("auto", "local") and not (host and colon and is_port and "/" not in host):
+        raise ValueError(
+            f"{name} must be HOST:PORT of a Ray cluster that this machine belongs to, auto or "
+            f"local, got {value}"
+        )
+
+
 @dataclass(frozen=True)
 class Runtime:
     """The place where clients run.
@@ -23,7 +42,11 @@ class Runtime:
         kind: ``ray`` (worker processes) or ``inprocess`` (same apps and messages, one process).
         num_cpus: cores of a worker; cores / num_cpus workers run at once.
         num_gpus: share of a GPU of a worker, e.g. 0.5 for two workers a GPU.
-        total_cpus: cores that Ray may use; null for all.
+        total_cpus: cores that workers may take altogether; null for all. A Ray that is started here
+            has so many; of a running cluster a run takes no more.
+        address: a running Ray cluster that this machine belongs to: ``HOST:PORT``, or ``auto`` for
+            the one on this machine. ``local`` starts a Ray of this machine alone. Null takes the
+            environment's RAY_ADDRESS if it is set, and else is ``local``.
         threads: torch's threads in every process. The default does not depend on the machine,
             because results are equal bit for bit only for equal numbers of threads.
         device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
@@ -44,6 +67,7 @@ class Runtime:
     num_cpus: float = 1
     num_gpus: float = 0
     total_cpus: int | None = None
+    address: str | None = None
     threads: int = 1
     device: str = "auto"
     clients_per_pass: int | None = None
@@ -79,6 +103,15 @@ class Runtime:
             raise ValueError(f"runtime.threads must be <= {MOST_THREADS}, got {self.threads}")
         if self.total_cpus is not None and self.total_cpus < 1:
             raise ValueError(f"runtime.total_cpus must be >= 1 or null, got {self.total_cpus}")
+        if self.total_cpus is not None and self.total_cpus < self.num_cpus:
+            raise ValueError(
+                f"runtime.total_cpus={self.total_cpus} must be >= the cores of a worker, "
+                f"runtime.num_cpus={self.num_cpus:g}"
+            )
+        if self.address is not None:
+            check_address("runtime.address", self.address)
+            if self.kind != "ray":
+                raise ValueError(f"runtime.address={self.address} is for Ray: set runtime=ray")
         if self.clients_per_pass is not None and self.clients_per_pass < 1:
             raise ValueError(
                 f"runtime.clients_per_pass must be >= 1 or null, got {self.clients_per_pass}"

@@ -1,1 +1,1 @@
-"""Virtual clients on one machine: in one process, or on Ray's workers."""
+"""Virtual clients: in one process, or on Ray's workers, on one machine or several."""

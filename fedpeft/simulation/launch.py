@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def local_grid(
     num_clients: int, runtime: Runtime, before: Callable[[], None] = lambda: None
 ) -> "Iterator[LocalGrid]":
-    """Yield a grid of this machine.
+    """Yield a grid of this machine, or of the Ray cluster that it belongs to.
 
     Args:
         num_clients: number of nodes.
@@ -46,7 +46,8 @@ def local_grid(
         done.result()
         from fedpeft.simulation.ray import RayGrid  # torch comes with it
 
-        with RayGrid(num_clients, runtime.num_cpus, runtime.num_gpus) as grid:
+        cores = runtime.num_cpus, runtime.num_gpus, runtime.total_cpus
+        with RayGrid(num_clients, *cores) as grid:
             yield grid
     finally:
         if ours:

@@ -5,22 +5,29 @@ It imports no torch, so that Ray starts while another thread imports torch.
 
 import logging
 import os
+import socket
 import sys
+from typing import Any
 
 import ray
 
-from fedpeft.config.schema import Runtime
+from fedpeft.config.schema import Runtime, check_address
 
 # Ray's private name for its ``worker_process_setup_hook``. The public option belongs to a runtime
 # environment, for which workers start later.
 SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
+ANSWER_SECONDS = 10
 
 
 def start_ray(runtime: Runtime) -> bool:
-    """Start Ray, and return true, unless it runs already.
+    """Start Ray or connect to a running cluster, and return true, unless this process has a Ray.
 
     Workers import the clients' modules as soon as they start. With GPUs they do not, because an
-    import may look for GPUs before Ray has given the worker its own.
+    import may look for GPUs before Ray has given the worker its own. Those of a running cluster
+    have the environment with which it was started, and import later.
+
+    Raises:
+        ValueError: nothing answers at the address.
     """
     # Actors inherit this environment; Ray's default would run them at nice 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -31,10 +38,49 @@ def start_ray(runtime: Runtime) -> bool:
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     if ray.is_initialized():  # as within a job of Hydra's Ray launcher
         return False
-    ray.init(
-        num_cpus=runtime.total_cpus,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    name, address = address_of(runtime)
+    quiet: Any = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address == "local":
+        ray.init(address, num_cpus=runtime.total_cpus, include_dashboard=False, **quiet)
+        return True
+    check_answers(name, address)
+    try:
+        ray.init(address, **quiet)  # its cores are the cluster's; RayGrid heeds total_cpus
+    except (ConnectionError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name}={address}: {reason}") from error
     return True
+
+
+def address_of(runtime: Runtime) -> tuple[str, str]:
+    """Return the address of the cluster to use, after the name of what says so.
+
+    ``runtime.address`` comes before the environment's RAY_ADDRESS, as overrides of a command do.
+
+    Raises:
+        ValueError: RAY_ADDRESS is not the address of a cluster that this machine can belong to.
+    """
+    if runtime.address is not None:
+        return "runtime.address", runtime.address
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    check_address("RAY_ADDRESS", address)
+    return "RAY_ADDRESS", address
+
+
+def check_answers(name: str, address: str) -> None:
+    """Check that something answers at an address, for which Ray itself would wait for minutes.
+
+    Args:
+        name: of the key or variable that holds the address.
+        address: HOST:PORT, or ``auto``, which is not checked.
+
+    Raises:
+        ValueError: nothing does.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ValueError(f"{name}={address}: no Ray cluster answers there ({error})") from error
