@@ -38,6 +38,8 @@ _FIELD = re.compile(
     rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation|checkpoint)\.[\w.]+|lr|personal)="
 )
 INTERPOLATION = "${"
+# Beginnings of overrides that clients need not know.
+OF_SERVER = ("run_dir=", "resume=", "logs=", "metrics_port=", "check=", "checkpoint.", "hydra.")
 _lock = Lock()  # Hydra's compose is not thread-safe; a launch composes in a thread too
 
 
@@ -105,7 +107,7 @@ def _resolved(override: str, overrides: Sequence[str]) -> str:
 
 def _of_server(override: str) -> bool:
     """Tell whether an override sets a key that clients need not know."""
-    return override.lstrip("+").startswith(("run_dir=", "resume=", "checkpoint.", "hydra."))
+    return override.lstrip("+").startswith(OF_SERVER)
 
 
 def addable(override: str) -> str:

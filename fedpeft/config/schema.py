@@ -199,6 +199,9 @@ class Settings:
         precision: ``fp32``, or ``bf16`` for autocast.
         run_dir: the run's directory; null for ``runs/<time>_<method>``.
         resume: go on with the run in ``run_dir`` from its last checkpoint, if there is one.
+        logs: ``text``, or ``json`` for an object a line on standard error.
+        metrics_port: port on 127.0.0.1 at which Prometheus reads the run's numbers; null for none.
+        check: the ServerApp checks itself and the nodes, and trains nothing.
     """
 
     runtime: Runtime = field(default_factory=Runtime)
@@ -221,6 +224,9 @@ class Settings:
     precision: str = "fp32"
     run_dir: str | None = None
     resume: bool = False
+    logs: str = "text"
+    metrics_port: int | None = None
+    check: bool = False
 
     def __post_init__(self) -> None:
         for key in ("num_clients", "num_rounds", "batch_size", "accumulate"):
@@ -245,6 +251,12 @@ class Settings:
                 f"accumulate={self.accumulate} computes a client's batch in parts, but "
                 f"runtime.clients_per_pass={self.runtime.clients_per_pass} puts several clients' "
                 "batches into one pass: set one of them to 1"
+            )
+        if self.logs not in ("text", "json"):
+            raise ConfigError(f"logs must be text or json, got {self.logs}")
+        if self.metrics_port is not None and not 0 < self.metrics_port < 2**16:
+            raise ConfigError(
+                f"metrics_port must be from 1 to {2**16 - 1} or null, got {self.metrics_port}"
             )
         if self.resume and not self.run_dir:
             raise ConfigError("resume=true goes on with a run: give its run_dir")

@@ -7,10 +7,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fedpeft.reporting.observer import OUTCOMES, Observer
+
 
 def line_text(line: Mapping[str, Any], num_rounds: int) -> str:
     """Return a round as one line of text."""
-    parts = [f"round {line['round']}/{num_rounds}"]
+    parts = [f"round {line['round']}/{num_rounds}", *_replied(line)]
     starts = {"train_loss": "train loss", "validation_": "", "client_validation_": "clients' "}
     for start, text in starts.items():
         for key in line:
@@ -22,6 +24,16 @@ def line_text(line: Mapping[str, Any], num_rounds: int) -> str:
         parts.append(f"sent {(line['uplink_bytes'] + line['downlink_bytes']) / 1e6:.2f} MB")
     parts.append(f"{line['seconds']:.1f} s")
     return "  ".join(parts)
+
+
+def _replied(line: Mapping[str, Any]) -> list[str]:
+    """Say how many clients replied, for each phase in which some did not."""
+    texts = []
+    for start, verb in (("", "replied"), ("evaluation_", "measured")):
+        counts = [line.get(f"{start}{outcome}_clients", 0) for outcome in OUTCOMES]
+        if counts[0] < sum(counts):
+            texts.append(f"{counts[0]} of {sum(counts)} {verb}")
+    return texts
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
@@ -45,7 +57,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class Display:
+class Display(Observer):
     """Shows rounds, clients, loss and the time left.
 
     Args:
@@ -102,10 +114,8 @@ class Display:
             clients = ", ".join(map(str, line["restarted"]))
             self.console.print(f"  kept state was lost and began anew: clients {clients}")
 
-    def stop(self, text: str = "") -> None:
-        """End a run."""
+    def stop(self, status: str = "completed", reason: str = "") -> None:
+        """End a run; the command itself says the reason."""
         if self._live is not None:
             self._live.stop()
             self._live = None
-        if text:
-            self.console.print(text)

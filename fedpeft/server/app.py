@@ -6,12 +6,17 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.config import load as configuration
+from fedpeft.config.schema import Settings
 from fedpeft.engine.engine import open_engine
+from fedpeft.reporting.json_log import JsonLog
+from fedpeft.reporting.observer import Observer, Observers
 from fedpeft.reporting.progress import Display
+from fedpeft.reporting.prometheus import Metrics
 from fedpeft.reporting.run_directory import RunDirectory, finished, new_path
 from fedpeft.server.run import Run
 from fedpeft.server.seen import RoundFailed
 from fedpeft.server.strategy import FederatedPEFT
+from fedpeft.wire import sentence
 
 app = ServerApp()
 
@@ -30,18 +35,24 @@ def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> d
     Args:
         grid: reaches the clients' nodes.
         overrides: the configuration.
-        display: shows the rounds; null for one on standard output.
+        display: shows the rounds, unless ``logs=json``; null for one on standard output.
+
+    Raises:
+        ValueError: ``check=true``, which is no run.
     """
-    display = display or Display()
     tree = configuration.composed(overrides)
     settings = configuration.settings(overrides)
+    if settings.check:
+        raise ValueError("check=true is for flwr run; on this machine it is: fedpeft check")
     sent = configuration.sent(overrides)
     engine = open_engine(sent, None)  # in one process, the clients' engine too
     engine.rows.examples("validation")
     label = type(engine.config.method).__name__
-    directory = RunDirectory(settings.run_dir or new_path(label), tree, settings.resume)
+    path = settings.run_dir or new_path(label)
+    observer = _observer(settings, path, display)
+    directory = RunDirectory(path, tree, settings.resume)
     try:
-        run = Run(FederatedPEFT(sent, engine), directory, settings.checkpoint, display)
+        run = Run(FederatedPEFT(sent, engine), directory, settings.checkpoint, observer)
         if settings.resume:
             run.resume()
         return _run(run, grid, label)
@@ -49,20 +60,33 @@ def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> d
         directory.close()
 
 
+def _observer(settings: Settings, path: str, display: Display | None) -> Observer:
+    """Return what the configuration wants to be told of the run."""
+    shown = JsonLog(path) if settings.logs == "json" else display or Display()
+    port = settings.metrics_port
+    return Observers([shown] if port is None else [shown, Metrics(port)])
+
+
 def _run(run: Run, grid: Grid, label: str) -> dict[str, Any]:
-    """Run the rounds that are left, on a display.
+    """Run the rounds that are left, and tell the observer how the run ended.
 
     Raises:
         KeyboardInterrupt: somebody stopped the run; the message says how to go on.
     """
-    display, engine = run.display, run.engine
+    engine = run.engine
     weights = " (RANDOM WEIGHTS)" if engine.config.model.random else ""
-    display.start(f"{label}{weights}: {run.directory.path}", engine.config.num_rounds)
+    ended = "completed", ""
     try:
+        run.observer.start(f"{label}{weights}: {run.directory.path}", engine.config.num_rounds)
         return run.serve(grid)
     except KeyboardInterrupt as stopped:
+        ended = "stopped", run.stopped()
         raise type(stopped)(run.stopped()) from None
     except RoundFailed as failed:
+        ended = "failed", f"{failed}; {run.stopped()}"
         raise RoundFailed(f"{failed}; {run.stopped()}") from failed
+    except Exception as error:
+        ended = "failed", sentence(error)
+        raise
     finally:
-        display.stop()
+        run.observer.stop(*ended)

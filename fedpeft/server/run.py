@@ -13,12 +13,11 @@ from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.parameters import parameter_counts
 from fedpeft.engine.passes import autocast
 from fedpeft.models.hub import weights_sha256
-from fedpeft.reporting.progress import Display
+from fedpeft.reporting.observer import Line, Observer
 from fedpeft.reporting.run_directory import RunDirectory, versions
 from fedpeft.server.checkpoint import Checkpoint, Checkpoints
 from fedpeft.server.diagnostics import initial_error
 from fedpeft.server.evaluation import measure
-from fedpeft.server.seen import Line, Observer
 from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.state import State, save, sha256
 
@@ -30,7 +29,7 @@ class Run(Observer):
         strategy: runs the rounds.
         directory: takes the lines, the states and the summary.
         checkpoint: how often, and how many stay.
-        display: shows the rounds.
+        observer: is told how the run goes on.
     """
 
     def __init__(
@@ -38,10 +37,10 @@ class Run(Observer):
         strategy: FederatedPEFT,
         directory: RunDirectory,
         checkpoint: Checkpointing,
-        display: Display,
+        observer: Observer,
     ) -> None:
         self.strategy, self.engine = strategy, strategy.engine
-        self.directory, self.display = directory, display
+        self.directory, self.observer = directory, observer
         strategy.up.folder = directory.path
         self.lines: list[Line] = []
         self.started = time.perf_counter()
@@ -81,10 +80,13 @@ class Run(Observer):
         return f"stopped {done}: the same command with run_dir={path} resume=true goes on"
 
     def phase(self, name: str, clients: int) -> None:
-        self.display.phase(name, clients)
+        self.observer.phase(name, clients)
 
     def clients_done(self, count: int) -> None:
-        self.display.clients_done(count)
+        self.observer.clients_done(count)
+
+    def left_out(self, phase: str, client: int, outcome: str, reason: str) -> None:
+        self.observer.left_out(phase, client, outcome, reason)
 
     def round_done(self, line: Line) -> None:
         """Write and show a round's line, and keep the best round.
@@ -93,7 +95,7 @@ class Run(Observer):
         """
         self.lines.append(line)
         self.directory.append(line)
-        self.display.round_done(line)
+        self.observer.round_done(line)
         value, best = line.get(self.selects), self.best.get(self.selects)
         if value is not None and (best is None or self.sign * (value - best) > 0):
             self.best, self.best_state = line, dict(self.strategy.state)

@@ -1,13 +1,47 @@
-"""The server's view of a round, and the observer that is told of it."""
+"""The server's view of a round: who was asked, who answered, and what that made."""
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
-Line = dict[str, Any]  # a round in metrics.jsonl
+from fedpeft.reporting.observer import ABSENT, LATE, OUTCOMES, REFUSED, REPLIED
 
 
 class RoundFailed(RuntimeError):
     """A round in which too few replies could be used; the message gives the first reason."""
+
+
+@dataclass
+class Asked:
+    """The clients of one phase, each with its outcome.
+
+    Attributes:
+        phase: ``train`` or ``evaluate``.
+        clients: of the phase, those that no node holds too.
+        sent: clients to which a message went.
+        answered: clients whose reply came in time.
+        refused: clients that the phase went on without, and why.
+    """
+
+    phase: str
+    clients: Collection[int] = ()
+    sent: Collection[int] = ()
+    answered: set[int] = field(default_factory=set)
+    refused: dict[int, str] = field(default_factory=dict)
+
+    def outcome(self, client: int) -> str:
+        """Return replied, late (no reply came in time), refused or absent (no node holds it)."""
+        if client not in self.sent:
+            return ABSENT
+        if client not in self.answered:
+            return LATE
+        return REFUSED if client in self.refused else REPLIED
+
+    def counts(self) -> dict[str, int]:
+        """Count the clients by outcome, under the keys of a line in metrics.jsonl."""
+        counts = Counter(map(self.outcome, self.clients))
+        prefix = "" if self.phase == "train" else "evaluation_"
+        return {f"{prefix}{outcome}_clients": counts[outcome] for outcome in OUTCOMES}
 
 
 @dataclass
@@ -21,6 +55,7 @@ class Seen:
         weights: of the clients in the aggregate.
         traffic: bytes by direction.
         metrics: measures of training.
+        asked: the clients of each phase so far.
     """
 
     cohort: list[int] = field(default_factory=list)
@@ -29,6 +64,12 @@ class Seen:
     weights: dict[int, float] = field(default_factory=dict)
     traffic: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float | None] = field(default_factory=dict)
+    asked: dict[str, Asked] = field(default_factory=dict)
+
+    @property
+    def last(self) -> Asked:
+        """The clients of the last phase."""
+        return next(reversed(self.asked.values()))
 
     def count(self, key: str, amount: int) -> None:
         """Add to the round's traffic."""
@@ -36,18 +77,6 @@ class Seen:
 
     def refuse(self, client: int, reason: str) -> None:
         """Note why a client was left out, after the reason noted earlier, if any."""
+        self.last.refused[client] = reason
         earlier = self.refused.get(client)
         self.refused[client] = f"{earlier}; {reason}" if earlier else reason
-
-
-class Observer:
-    """Is told how a run goes on; this one does nothing."""
-
-    def phase(self, name: str, clients: int) -> None:
-        """Note that the server begins to wait for this many clients."""
-
-    def clients_done(self, count: int) -> None:
-        """Note that this many more clients replied."""
-
-    def round_done(self, line: Line) -> None:
-        """Note that a round ended."""

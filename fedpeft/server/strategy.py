@@ -15,13 +15,14 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedpeft.config import load as configuration
 from fedpeft.engine.engine import Engine, open_engine
+from fedpeft.reporting.observer import Line, Observer
 from fedpeft.seeding import generator
 from fedpeft.server.aggregation import Aggregator
 from fedpeft.server.broadcast import Broadcaster
 from fedpeft.server.evaluation import client_means, measure
 from fedpeft.server.nodes import Nodes, exchange
 from fedpeft.server.replies import restarted
-from fedpeft.server.seen import Line, Observer, RoundFailed, Seen
+from fedpeft.server.seen import Asked, RoundFailed, Seen
 from fedpeft.state import State
 from fedpeft.wire import named_arrays, wire_bytes
 
@@ -126,6 +127,8 @@ class FederatedPEFT(Strategy):
         if self.config.evaluates(round):
             line |= self._evaluate(grid, round)
         line |= self.seen.traffic
+        for asked in self.seen.asked.values():
+            line |= asked.counts()
         if self.seen.refused:
             line["refused"] = {str(c): reason for c, reason in self.seen.refused.items()}
         if self.nodes.left_out:
@@ -142,7 +145,16 @@ class FederatedPEFT(Strategy):
         self.nodes.join(grid, cohort, self.config.fewest_replies(len(cohort)))
         messages = self._train_messages(round)
         self.observer.phase("train", len(messages))
-        self.up.aggregate(round, self._exchange(grid, messages), self.seen, self._late())
+        try:
+            self.up.aggregate(round, self._exchange(grid, messages), self.seen, self._late())
+        finally:
+            self._tell_who_was_left_out()
+
+    def _tell_who_was_left_out(self) -> None:
+        """Tell the observer, also of a round that failed."""
+        asked = self.seen.last
+        for client, reason in asked.refused.items():
+            self.observer.left_out(asked.phase, client, asked.outcome(client), reason)
 
     def _exchange(
         self, grid: Grid, messages: Mapping[int, Message]
@@ -150,7 +162,10 @@ class FederatedPEFT(Strategy):
         """Send messages and yield client and reply as they arrive."""
         enough = self.config.fewest_replies(len(messages))
         wait = self.config.runtime.wait_after_min
-        yield from exchange(grid, messages, self._timeout, self.observer.clients_done, enough, wait)
+        done = self.observer.clients_done
+        for client, reply in exchange(grid, messages, self._timeout, done, enough, wait):
+            self.seen.last.answered.add(client)
+            yield client, reply
 
     @property
     def state(self) -> State:
@@ -184,11 +199,11 @@ class FederatedPEFT(Strategy):
         return self._messages(MessageType.TRAIN, round, self.seen.cohort)
 
     def _messages(self, kind: str, round: int, clients: Iterable[int]) -> dict[int, Message]:
-        nodes = {}
-        for client in clients:
-            if client in self.nodes.of:
-                nodes[client] = self.nodes.of[client]
-            else:
+        asked = list(clients)
+        nodes = {client: self.nodes.of[client] for client in asked if client in self.nodes.of}
+        self.seen.asked[kind] = Asked(kind, asked, nodes.keys())
+        for client in asked:
+            if client not in nodes:
                 self.seen.refuse(client, "no node holds this partition now")
         self._sent = self.down.messages(kind, round, nodes, self.seen)
         return self._sent
@@ -243,7 +258,9 @@ class FederatedPEFT(Strategy):
     def _by_client(self, replies: Iterable[Message]) -> Iterable[tuple[int, Message]]:
         """Pair each reply with its client; messages get their ids when they are pushed."""
         clients = {m.metadata.message_id: client for client, m in self._sent.items()}
-        return [(clients[reply.metadata.reply_to_message_id], reply) for reply in replies]
+        pairs = [(clients[reply.metadata.reply_to_message_id], reply) for reply in replies]
+        self.seen.last.answered.update(client for client, _ in pairs)
+        return pairs
 
     def _late(self) -> str:
         wait = self.config.runtime.wait_after_min
@@ -267,6 +284,7 @@ class FederatedPEFT(Strategy):
             messages = self._evaluate_messages(round)
             self.observer.phase("evaluate", len(messages))
             line |= self._measures(self._exchange(grid, messages))
+            self._tell_who_was_left_out()
         return line
 
     def _evaluate_messages(self, round: int) -> dict[int, Message]:

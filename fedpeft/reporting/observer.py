@@ -1,0 +1,76 @@
+"""The observers of a run: each is told how it goes on, and shows it in a way of its own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Line = dict[str, Any]  # a round in metrics.jsonl
+REPLIED, LATE, REFUSED, ABSENT = OUTCOMES = ("replied", "late", "refused", "absent")  # of a client
+
+
+class Observer:
+    """Is told how a run goes on; this one does nothing."""
+
+    def start(self, title: str, num_rounds: int) -> None:
+        """Note that a run begins."""
+
+    def phase(self, name: str, clients: int) -> None:
+        """Note that the server begins to wait for this many clients."""
+
+    def clients_done(self, count: int) -> None:
+        """Note that this many more clients replied."""
+
+    def left_out(self, phase: str, client: int, outcome: str, reason: str) -> None:
+        """Note that a phase ended without a client.
+
+        Args:
+            phase: ``train`` or ``evaluate``.
+            client: its number.
+            outcome: ``late``, ``refused`` or ``absent``.
+            reason: one sentence.
+        """
+
+    def round_done(self, line: Line) -> None:
+        """Note that a round ended."""
+
+    def stop(self, status: str = "completed", reason: str = "") -> None:
+        """Note that the run ended, and let go of what observing it took.
+
+        Args:
+            status: ``completed``, ``stopped`` by somebody, or ``failed``.
+            reason: one sentence, unless it is completed.
+        """
+
+
+class Observers(Observer):
+    """Tells several observers, in their order.
+
+    Args:
+        observers: of one run.
+    """
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.observers = observers
+
+    def start(self, title: str, num_rounds: int) -> None:
+        for observer in self.observers:
+            observer.start(title, num_rounds)
+
+    def phase(self, name: str, clients: int) -> None:
+        for observer in self.observers:
+            observer.phase(name, clients)
+
+    def clients_done(self, count: int) -> None:
+        for observer in self.observers:
+            observer.clients_done(count)
+
+    def left_out(self, phase: str, client: int, outcome: str, reason: str) -> None:
+        for observer in self.observers:
+            observer.left_out(phase, client, outcome, reason)
+
+    def round_done(self, line: Line) -> None:
+        for observer in self.observers:
+            observer.round_done(line)
+
+    def stop(self, status: str = "completed", reason: str = "") -> None:
+        for observer in self.observers:
+            observer.stop(status, reason)
