@@ -132,7 +132,13 @@ def test_another_configuration_does_not_go_on(launched: Launched, stop: int) -> 
 
 
 @pytest.mark.parametrize(
-    "override", ["runtime.min_replies=1", "runtime.round_timeout=9", "checkpoint.every=2"]
+    "override",
+    [
+        "runtime.address=local",
+        "runtime.min_replies=1",
+        "runtime.round_timeout=9",
+        "checkpoint.every=2",
+    ],
 )
 def test_keys_that_change_no_result_may_change(launched: Launched, override: str) -> None:
     """For example to go on after a round had too few replies."""

@@ -104,7 +104,7 @@ FREE = (
     }
     | {
         f"runtime.{key}"
-        for key in ("kind", "num_cpus", "num_gpus", "total_cpus", "lost_state")
+        for key in ("kind", "address", "num_cpus", "num_gpus", "total_cpus", "lost_state")
         + ("round_timeout", "join_timeout", "min_replies", "wait_after_min")
     }
 )
