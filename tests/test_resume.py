@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fedpeft.client.app import app as client_app
 from fedpeft.reporting.progress import Display
-from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.reporting.run_directory import check_same, read_metrics
 from fedpeft.server.seen import RoundFailed
 from fedpeft.simulation.launch import run as run_here
 
@@ -134,7 +134,6 @@ def test_another_configuration_does_not_go_on(launched: Launched, stop: int) -> 
 @pytest.mark.parametrize(
     "override",
     [
-        "runtime.address=local",
         "runtime.min_replies=1",
         "runtime.round_timeout=9",
         "checkpoint.every=2",
@@ -145,6 +144,13 @@ def test_keys_that_change_no_result_may_change(launched: Launched, override: str
     with pytest.raises(KeyboardInterrupt):
         launched("run", stop=2)
     assert launched("run", "resume=true", override)["shared_state_sha256"]
+
+
+def test_a_run_may_go_on_on_another_cluster(tmp_path: Path) -> None:
+    before, now = ({"runtime": {"address": a}, "lr": 0.1} for a in (None, "10.0.0.1:6379"))
+    check_same(before, now, tmp_path)
+    with pytest.raises(ValueError, match=r"with lr=0.1, and now it is 0.2"):
+        check_same(before, now | {"lr": 0.2}, tmp_path)
 
 
 def test_resume_begins_where_nothing_is(launched: Launched) -> None:

@@ -98,10 +98,7 @@ class RunDirectory:
 
 # Keys that change no result, so that a run may go on with others.
 FREE = (
-    {"run_dir", "resume", "checkpoint.every", "checkpoint.keep"}
-    | {
-        *("logs", "metrics_port", "check"),
-    }
+    {"run_dir", "resume", "checkpoint.every", "checkpoint.keep", "logs", "metrics_port", "check"}
     | {
         f"runtime.{key}"
         for key in ("kind", "address", "num_cpus", "num_gpus", "total_cpus", "lost_state")
