@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, Message
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from fedpeft.client.app import app as client_app
@@ -147,10 +148,12 @@ def test_keys_that_change_no_result_may_change(launched: Launched, override: str
 
 
 def test_a_run_may_go_on_on_another_cluster(tmp_path: Path) -> None:
-    before, now = ({"runtime": {"address": a}, "lr": 0.1} for a in (None, "10.0.0.1:6379"))
-    check_same(before, now, tmp_path)
+    def tree(address: str | None, lr: float) -> DictConfig:
+        return OmegaConf.create({"runtime": {"address": address}, "lr": lr})
+
+    check_same(tree(None, 0.1), tree("10.0.0.1:6379", 0.1), tmp_path)
     with pytest.raises(ValueError, match=r"with lr=0.1, and now it is 0.2"):
-        check_same(before, now | {"lr": 0.2}, tmp_path)
+        check_same(tree(None, 0.1), tree("10.0.0.1:6379", 0.2), tmp_path)
 
 
 def test_resume_begins_where_nothing_is(launched: Launched) -> None:
