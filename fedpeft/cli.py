@@ -1,6 +1,7 @@
-"""The command line: fedpeft run | compare | study | params | partition | node | server | deploy."""
+"""The command line: fedpeft run | compare | study | params | partition | check | node | ..."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
                                            --lrs 1e-4,1e-3 --seeds 0,1,2 run_dir=FOLDER [overrides]
   params     what a method trains and sends: fedpeft params model=roberta_base [method=fedtt]
   partition  who holds what:               fedpeft partition num_clients=10 partition.alpha=0.1
+  check      a dry run, which trains nothing: fedpeft check method=scl num_clients=4
   node       a site of a deployment:       fedpeft node --help
   server     the server of a deployment:   fedpeft server --help
   deploy     both on this machine:         fedpeft deploy trial method=fedsa_lora num_rounds=2
@@ -47,6 +49,7 @@ def main() -> None:
         "study": study,
         "params": params,
         "partition": partition,
+        "check": check,
         "node": node,
         "server": server,
         "deploy": deploy,
@@ -257,6 +260,29 @@ def partition(arguments: list[str]) -> None:
         out = Path(folder).absolute()
         names = holdings.save(out)
         print(f"saved {out}/{', '.join(names)}", file=sys.stderr if as_json else sys.stdout)
+
+
+def check(arguments: list[str]) -> None:
+    """Open model and data and print versions, hashes, counts and memory; problems give status 2."""
+    from fedpeft.config import load as configuration
+    from fedpeft.server.check import check
+    from fedpeft.simulation.grid import InProcessGrid
+
+    as_json, arguments = _flag(arguments, "--json")
+    grid = InProcessGrid(configuration.settings(arguments).num_clients)
+    log = logging.getLogger("fedpeft.client")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # the report says what is wrong, and a node's log all of it
+    try:
+        report = check(grid, arguments, simulated=True)
+    finally:
+        log.setLevel(level)
+    if as_json:
+        print(report.as_json())
+    else:
+        report.show()
+    if report.problems:
+        sys.exit(2)
 
 
 def node(arguments: list[str]) -> None:

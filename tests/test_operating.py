@@ -1,6 +1,7 @@
 """A run says how it goes on: a line a round, a log for other programs, numbers for Prometheus."""
 
 import json
+import re
 import socket
 import sys
 import urllib.error
@@ -14,12 +15,13 @@ import pytest
 from flwr.app import Context, Message
 
 from fedpeft.client.app import app as client_app
+from fedpeft.reporting.json_log import JsonLog
 from fedpeft.reporting.observer import Line
 from fedpeft.reporting.progress import line_text
 from fedpeft.reporting.prometheus import Metrics
 from fedpeft.server.seen import Asked, RoundFailed
 from fedpeft.simulation.grid import InProcessGrid
-from tests.conftest import Answer, Runner
+from tests.conftest import ROOT, Answer, Runner
 
 COUNTS = ("replied_clients", "late_clients", "refused_clients", "absent_clients")
 
@@ -141,6 +143,31 @@ def test_the_end_says_why_a_run_failed(run: Runner, capsys: pytest.CaptureFixtur
     assert log[-1]["reason"] == str(failed.value)
 
 
+def test_the_end_says_how_a_stopped_run_goes_on(
+    run: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(JsonLog, "round_done", interrupted)
+    capsys.readouterr()
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run("logs=json")
+    end = events(capsys)[-1]
+    assert end["event"] == "run_ended" and end["status"] == "stopped"
+    assert end["reason"] == str(stopped.value) and end["reason"].endswith("resume=true goes on")
+
+
+def test_each_phase_says_whom_it_left_out(run: Runner, capsys: Any) -> None:
+    capsys.readouterr()
+    run("num_rounds=1", "evaluation.clients=always", "logs=json", grid=Leaving)
+    left_out = [entry for entry in events(capsys) if entry["event"] == "client_left_out"]
+    assert [(e["phase"], e["client"], e["outcome"]) for e in left_out] == [
+        ("train", 1, "absent"),
+        ("evaluate", 1, "absent"),
+    ]
+
+
 def test_logs_and_metrics_change_nothing(run: Runner, tmp_path: Path) -> None:
     """Clients do not get these keys, and a run may go on with others."""
 
@@ -198,6 +225,8 @@ def test_prometheus_reads_a_run(run: Runner, monkeypatch: pytest.MonkeyPatch) ->
     assert last["fedpeft_round_seconds_sum"] == pytest.approx(seconds)
     for name in ("validation_accuracy", "client_validation_accuracy", "train_loss"):
         assert last[f'fedpeft_measure{{name="{name}"}}'] == lines[2][name]
+    documented = set(re.findall(r"fedpeft_\w+", (ROOT / "README.md").read_text()))
+    assert documented < {name.partition("{")[0] for name in last} and len(documented) == 6
     with pytest.raises(urllib.error.URLError):  # it ends with the run
         scraped(port)
 

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedpeft.errors import public_text
@@ -19,8 +19,12 @@ log = logging.getLogger(__name__)
 def query(message: Message, context: Context) -> Message:
     """Reply with the partition that this node holds, and whether its rows are its own.
 
+    A query with a configuration is one of ``fedpeft check``: the node opens model and rows, and
+    replies with its facts too.
+
     Raises:
         ValueError: the node's configuration has no partition.
+        RuntimeError: model or rows cannot be opened.
     """
     if "partition-id" not in context.node_config:
         raise ValueError("this node has no partition-id: give --node-config partition-id=N")
@@ -28,7 +32,23 @@ def query(message: Message, context: Context) -> Message:
         "partition-id": int(context.node_config["partition-id"]),
         "own-rows": int("data-path" in context.node_config),
     }
-    return Message(RecordDict({"metrics": MetricRecord({**metrics})}), reply_to=message)
+    content = RecordDict({"metrics": MetricRecord({**metrics})})
+    if "config" in message.content.config_records:
+        content["facts"] = _facts(message, context)
+    return Message(content, reply_to=message)
+
+
+def _facts(message: Message, context: Context) -> ConfigRecord:
+    """Open model and rows, and return versions, a hash, counts and sizes, see ``facts``."""
+    from fedpeft.client.client import _engine
+    from fedpeft.engine.facts import facts, own_rows
+
+    try:
+        engine = _engine(message, context)
+        rows = own_rows(engine, int(context.node_config["partition-id"]))
+        return ConfigRecord({**facts(engine), **rows})
+    except Exception as error:
+        raise _public(error, context) from None
 
 
 def train(message: Message, context: Context) -> Message:
@@ -55,9 +75,14 @@ def _answer(message: Message, context: Context) -> Message:
     except Exception as error:  # the configuration or the data, before any client's work
         answer = error
     if isinstance(answer, Exception):
-        log.error("client %s failed", context.node_config.get("partition-id"), exc_info=answer)
-        raise RuntimeError(public_text(answer)) from None
+        raise _public(answer, context) from None
     return answer
+
+
+def _public(error: Exception, context: Context) -> RuntimeError:
+    """Return what a server may know of an error; the node's log has all of it."""
+    log.error("client %s failed", context.node_config.get("partition-id"), exc_info=error)
+    return RuntimeError(public_text(error))
 
 
 def client_app(mods: Sequence[Any] = ()) -> ClientApp:

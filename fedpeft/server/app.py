@@ -13,6 +13,7 @@ from fedpeft.reporting.observer import Observer, Observers
 from fedpeft.reporting.progress import Display
 from fedpeft.reporting.prometheus import Metrics
 from fedpeft.reporting.run_directory import RunDirectory, finished, new_path
+from fedpeft.server.check import check
 from fedpeft.server.run import Run
 from fedpeft.server.seen import RoundFailed
 from fedpeft.server.strategy import FederatedPEFT
@@ -23,9 +24,18 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Serve ``flwr run``, whose run configuration carries the ``overrides``."""
+    """Serve ``flwr run``, whose run configuration carries the ``overrides``.
+
+    Raises:
+        ValueError: ``check=true`` found problems.
+    """
     overrides = configuration.split(str(context.run_config.get("overrides", "")))
-    if finished(configuration.composed(overrides)) is None:
+    if configuration.settings(overrides).check:
+        report = check(grid, overrides)
+        report.show()
+        if report.problems:
+            raise ValueError("; ".join(report.problems))
+    elif finished(configuration.composed(overrides)) is None:
         serve(grid, overrides)
 
 
