@@ -2,11 +2,11 @@
 
     python -m benchmarks.deployment [--rounds 6]
 
-MiniLM with LoRA, three clients of four steps, and each client evaluates in each round: six messages.
-A server and three nodes run on this machine over TLS, by the commands that an operator starts.
+MiniLM with LoRA, three clients of four steps, and each client evaluates in each round: six
+messages. A server and three nodes run on this machine over TLS, by an operator's commands.
 ``seconds`` are those of the rounds' lines, without the first rounds, in which models are loaded.
-``polling`` is what Flower's polling takes on average: a SuperNode without a message asks every 3 s,
-so the last of three nodes sees a message after 2.25 s, and sends a reply within 0.5 s; twice a round.
+``polling`` is what Flower's polling takes on average. A SuperNode without a message asks every 3 s,
+so the last of three sees a message after 2.25 s; it sends a reply within 0.5 s; twice a round.
 """
 
 import argparse

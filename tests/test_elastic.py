@@ -110,6 +110,15 @@ def test_nodes_come_go_and_return() -> None:
     assert nodes.of == {0: 11, 1: 99, 2: 14} and nodes.left_out == {}
 
 
+def test_only_a_new_run_needs_all_nodes() -> None:
+    nodes = Nodes(3, 0.3)
+    with pytest.raises(TimeoutError, match=r"no client holds partitions \[1\] of num_clients=3"):
+        nodes.join(Changing({11: 0, 13: 2}))
+    nodes.goes_on = True
+    nodes.join(Changing({11: 0, 13: 2}), [0, 1, 2], 2)
+    assert nodes.of == {0: 11, 2: 13}
+
+
 def test_a_round_waits_for_the_nodes_that_it_needs() -> None:
     grid, nodes = Changing({11: 0, 12: 1, 13: 2}), Nodes(3, 0.5)
     nodes.join(grid)

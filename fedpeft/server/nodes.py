@@ -24,6 +24,7 @@ class Nodes:
         of: node id by client.
         own_rows: clients that train on rows of their own, which the server does not know.
         left_out: by node id, why a node holds no client of this run.
+        goes_on: earlier rounds are over, so the run goes on without nodes that do not come.
     """
 
     def __init__(self, num_clients: int, timeout: float) -> None:
@@ -32,13 +33,12 @@ class Nodes:
         self.own_rows: set[int] = set()
         self.left_out: dict[int, str] = {}
         self._asked: dict[str, int] = {}  # nodes by the query that they have not answered
-        self._begun = False
+        self.goes_on = self._begun = False
 
     def join(self, grid: Grid, cohort: Collection[int] = (), fewest: int = 0) -> None:
         """Ask new nodes which partition they hold, and wait for nodes that are needed.
 
-        Before the first round all partitions are needed, later ``fewest`` clients of the round's
-        cohort. A node that comes late, or returns with another id, takes its partition from the
+        The first time all partitions are needed, later ``fewest`` clients of the round's cohort. A node that comes late, or returns with another id, takes its partition from the
         next round on. Node ids differ from run to run, so everything is ordered by partition.
 
         Args:
@@ -47,13 +47,13 @@ class Nodes:
             fewest: so many of them must have a node; after the timeout the round begins without.
 
         Raises:
-            TimeoutError: before the first round partitions are missing after the timeout.
+            TimeoutError: in a new run, partitions are missing after the timeout.
         """
         begun = time.monotonic()
         self._ask(grid)
         while self._too_few(cohort, fewest):
             if time.monotonic() > begun + self.timeout:
-                if not self._begun:
+                if not (self._begun or self.goes_on):
                     raise TimeoutError(self._missing())
                 break
             pause(begun)

@@ -66,6 +66,7 @@ class Run(Observer):
         self.started -= last.seconds
         self.strategy.down.restore(checkpoints)
         self.strategy.next_round = last.round + 1
+        self.strategy.nodes.goes_on = True
 
     def serve(self, grid: Grid) -> dict[str, Any]:
         """Run all rounds and return the summary."""
