@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-ALONE = ("layers", "cohort", "exchange", "deployment")
+ALONE = ("layers", "cohort", "exchange", "deployment", "soak")
 ON_SST2 = ("arithmetic", "round", "example_app", "against_pfl", "population", "startup", "memory")
 
 

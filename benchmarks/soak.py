@@ -5,8 +5,8 @@
 Twenty clients keep personal parameters, and the server a memory. In each round six of them fail, or
 are gone and return under another id, or (every fifth round) never answer. The round's number says
 who and how. Then the same run is killed by SIGKILL at random moments, and goes on each time.
-``rss`` is the server's resident memory in MiB a tenth of the way and at the end of the unbroken run.
-The program fails if the killed run differs in a bit of its result or in a round's members.
+``rss`` is the server's resident memory in MiB a tenth of the way and at the end, unbroken. The
+program fails if the killed run differs in a bit of its result or in a round's members.
 """
 
 import argparse

@@ -104,7 +104,7 @@ def test_the_command_s_table(fedpeft: Callable[..., str], base: list[str]) -> No
 
 
 def test_a_problem_gives_status_2(
-    fedpeft: Callable[..., str], base: list[str], capsys: Any
+    fedpeft: Callable[..., str], base: list[str], capsys: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         fedpeft("check", *base, "partition=dirichlet", "partition.min_size=90")
@@ -112,7 +112,7 @@ def test_a_problem_gives_status_2(
     answer = capsys.readouterr()
     (problem,) = [line for line in answer.out.splitlines() if line.startswith("problem: ")]
     assert problem.startswith("problem: clients 0-2: 240 training rows cannot give")
-    assert "no problem" not in answer.out and answer.err == ""
+    assert "no problem" not in answer.out and answer.err == "" and not caplog.records
 
 
 def test_a_wrong_configuration_is_one_sentence(
@@ -270,7 +270,7 @@ def test_a_node_that_is_silent_or_not_there(base: list[str]) -> None:
 def test_a_site_s_policy_holds_for_a_check(base: list[str], nodes_are: Any) -> None:
     sites = tuple(o for o in base if o.startswith(("model", "data")))
     nodes_are(partial(worker_answer, Policy(sites)))
-    assert checked(base).problems == []
+    assert checked(base, "check=true").problems == []  # no site gets that key
     nodes_are(partial(worker_answer, Policy(sites, allow=["num_*", "runtime.*", "local_steps"])))
     (problem,) = checked(base).problems
     assert problem.startswith("clients 0-2: this site's policy does not let a server set ")
