@@ -98,7 +98,7 @@ def answer_all(
     Returns:
         For each message, in order, its reply or the error that ended this client's work.
     """
-    engine = engine or _engine(messages[0], contexts[0])
+    engine = engine or engine_of(messages[0], contexts[0])
     clients = [Client(m, c, engine) for m, c in zip(messages, contexts, strict=True)]
     if messages[0].metadata.message_type == MessageType.EVALUATE:
         answers = [_tried(client.evaluate) for client in clients]
@@ -111,7 +111,7 @@ def answer_all(
     ]
 
 
-def _engine(message: Message, context: Context) -> Engine:
+def engine_of(message: Message, context: Context) -> Engine:
     """Open the engine of a message's configuration on this node's data."""
     path = context.node_config.get("data-path")
     overrides = str(message.content.config_records["config"]["overrides"])
