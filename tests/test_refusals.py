@@ -173,7 +173,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     ),
     "finite but huge": (
         with_value(1e30),
-        "its update's norm is 1e+30, more than strategy.max_norm_ratio=100 times the round's ",
+        "its update's norm a step is 5e+29, more than strategy.max_norm_ratio=100 times the ",
     ),
     "largest float": (with_value(3e38), "more than strategy.max_norm_ratio=100 times"),
     "large record": (
@@ -263,6 +263,15 @@ def test_a_bad_reply_is_left_out(case: str, run: Runner) -> None:
     ]
     mean = sum(n * x for n, x in zip(numbers, losses, strict=True)) / sum(numbers)
     assert line["train_loss"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_a_client_of_many_steps_is_no_attacker(run: Runner) -> None:
+    """Norms are compared a step, because a client of many rows goes further in a round."""
+    skewed = ("partition=quantity", "partition.alpha=0.2", "partition.min_size=3", "seed=4")
+    epochs = ("local_epochs=1", "local_steps=null", "batch_size=1", "num_rounds=1", "lr=1e-4")
+    assert run(*skewed, *epochs, "strategy.max_norm_ratio=10")["refused"] == {}
+    steps = [e.up.content.metric_records["metrics"]["num-steps"] for e in run.recorder.of("train")]
+    assert sorted(steps) == [1, 1, 188]
 
 
 def test_three_clients_unequal_weights(run: Runner) -> None:

@@ -34,8 +34,8 @@ class FedAvg:
         max_weight: share of a round, in (0, 1], beyond which no client weighs. Null means 1, but
             0.5 in a run with clients that train on rows of their own, because the server then has
             nothing but their word for how many these are.
-        max_norm_ratio: a client is left out of a round if its update's norm is more than so many
-            times the round's median, > 1.
+        max_norm_ratio: a client is left out of a round if its update's norm a step is more than so
+            many times the round's median, > 1.
     """
 
     weights: str = "examples"

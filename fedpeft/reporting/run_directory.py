@@ -97,14 +97,19 @@ class RunDirectory:
 
 
 # Keys that change no result, so that a run may go on with others.
-FREE = (
-    {"run_dir", "resume", "checkpoint.every", "checkpoint.keep", "logs", "metrics_port", "check"}
-    | {
-        f"runtime.{key}"
-        for key in ("kind", "address", "num_cpus", "num_gpus", "total_cpus", "lost_state")
-        + ("round_timeout", "join_timeout", "min_replies", "wait_after_min")
-    }
-)
+FREE = {
+    "run_dir",
+    "resume",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "logs",
+    "metrics_port",
+    "check",
+} | {
+    f"runtime.{key}"
+    for key in ("kind", "address", "num_cpus", "num_gpus", "total_cpus", "lost_state")
+    + ("round_timeout", "join_timeout", "min_replies", "wait_after_min")
+}
 
 
 def check_same(before: Any, now: Any, path: Path) -> None:

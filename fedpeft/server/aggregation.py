@@ -151,7 +151,9 @@ class Aggregator:
         for client in silent:
             seen.refuse(client, late)
         norms = update_norms(before, [reply.state for reply in usable.values()])
-        far = too_far(dict(zip(usable, norms, strict=True)), self.config.strategy.max_norm_ratio)
+        # A client of many rows may take a hundred times the steps of another.
+        a_step = {c: norm / usable[c].steps for c, norm in zip(usable, norms, strict=True)}
+        far = too_far(a_step, self.config.strategy.max_norm_ratio)
         for client, reason in far.items():
             del usable[client]
             seen.refuse(client, reason)

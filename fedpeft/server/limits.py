@@ -34,7 +34,7 @@ def too_far(norms: Mapping[int, float], ratio: float) -> dict[int, str]:
     """Return the clients whose update is far longer than the others', with the reason.
 
     Args:
-        norms: of the updates, by client.
+        norms: of the updates, each divided by the client's steps, by client.
         ratio: multiple of the median that a norm may have. Of an even number, the smaller of the
             two in the middle counts, so that one of two clients cannot set it.
     """
@@ -45,7 +45,7 @@ def too_far(norms: Mapping[int, float], ratio: float) -> dict[int, str]:
     if median == 0:
         return {}
     return {
-        client: f"its update's norm is {norm:.3g}, more than strategy.max_norm_ratio={ratio:g} "
+        client: f"its update's norm a step is {norm:.3g}, more than strategy.max_norm_ratio={ratio:g} "
         f"times the round's median {median:.3g}"
         for client, norm in norms.items()
         if norm > ratio * median
