@@ -128,8 +128,8 @@ def check_same(before: Any, now: Any, path: Path) -> None:
     if differ := [key for key in keys if key not in FREE]:
         key = differ[0]
         raise ValueError(
-            f"{path} holds a run with {key}={old.get(key)}, and now it is {new.get(key)}: give "
-            "another run_dir, or remove that run"
+            f"{path} holds a run with {key}={old.get(key, '-')}, and now it is "
+            f"{new.get(key, '-')}: give another run_dir, or remove that run"
         )
 
 

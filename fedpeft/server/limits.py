@@ -45,8 +45,8 @@ def too_far(norms: Mapping[int, float], ratio: float) -> dict[int, str]:
     if median == 0:
         return {}
     return {
-        client: f"its update's norm a step is {norm:.3g}, more than strategy.max_norm_ratio={ratio:g} "
-        f"times the round's median {median:.3g}"
+        client: f"its update's norm a step is {norm:.3g}, more than "
+        f"strategy.max_norm_ratio={ratio:g} times the round's median {median:.3g}"
         for client, norm in norms.items()
         if norm > ratio * median
     }

@@ -38,8 +38,9 @@ class Nodes:
     def join(self, grid: Grid, cohort: Collection[int] = (), fewest: int = 0) -> None:
         """Ask new nodes which partition they hold, and wait for nodes that are needed.
 
-        The first time all partitions are needed, later ``fewest`` clients of the round's cohort. A node that comes late, or returns with another id, takes its partition from the
-        next round on. Node ids differ from run to run, so everything is ordered by partition.
+        The first time all partitions are needed, later ``fewest`` clients of the round's cohort. A
+        node that comes late, or returns with another id, takes its partition from the next round
+        on. Node ids differ from run to run, so everything is ordered by partition.
 
         Args:
             grid: asked for the nodes.
