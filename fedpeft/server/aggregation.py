@@ -12,7 +12,7 @@ from fedpeft.server.broadcast import Broadcaster
 from fedpeft.server.diagnostics import drift, interference
 from fedpeft.server.limits import capped, too_far, update_norms
 from fedpeft.server.nodes import Nodes
-from fedpeft.server.replies import Reply, read
+from fedpeft.server.replies import Reply, printable, read
 from fedpeft.server.seen import RoundFailed, Seen
 from fedpeft.server.shelf import Shelf
 from fedpeft.state import (
@@ -138,18 +138,20 @@ class Aggregator:
         shared = {name: before[name] for name in self.roles.shared(round)}
         usable: dict[int, Reply] = {}
         shelf = Shelf(self.folder)
-        silent = dict.fromkeys(client for client in seen.cohort if client not in seen.refused)
+        silent = {client: late for client in seen.cohort if client not in seen.refused}
         for client, reply in replies:
-            silent.pop(client, None)
             try:
+                if silent.pop(client, None) is None:
+                    raise ValueError("the client replied twice")
                 checked = self._read(client, reply, shared, round, seen)
                 usable[client] = checked._replace(
                     state=shelf.take(checked.state), extras=shelf.take(checked.extras)
                 )
             except Exception as error:  # whatever a client sends, it must not end the run
-                seen.refuse(client, sentence(error))
-        for client in silent:
-            seen.refuse(client, late)
+                usable.pop(client, None)
+                seen.refuse(client, printable(sentence(error)))
+        for client, reason in silent.items():
+            seen.refuse(client, reason)
         norms = update_norms(before, [reply.state for reply in usable.values()])
         # A client of many rows may take a hundred times the steps of another.
         a_step = {c: norm / usable[c].steps for c, norm in zip(usable, norms, strict=True)}

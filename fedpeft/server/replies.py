@@ -89,6 +89,7 @@ def reason(reply: Message) -> str:
 
 
 def printable(text: str) -> str:
-    """Cut a client's text, and escape what would steer a terminal."""
-    cut = text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 3] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+    """Escape what would steer a terminal in a client's text, and cut the text."""
+    begin = text[: MOST_CHARACTERS + 1]  # one more, so that a longer text shows that it is cut
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in begin)
+    return safe if len(safe) <= MOST_CHARACTERS else safe[: MOST_CHARACTERS - 3] + "..."
