@@ -524,17 +524,31 @@ def test_nodes_that_cannot_join(configs: list[int | None], message: str, run: Ru
 # --- what a server may ask of a client -----------------------------------------------------------
 
 
-def test_a_message_reads_no_environment(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("'precision=${oc.env:SECRET_TOKEN}'", "must not hold an interpolation"),
+        ('precision=$"{oc.env:SECRET_TOKEN}"', "must not hold an interpolation"),
+        (r"precision=$\{oc.env:SECRET_TOKEN}", "must not hold an interpolation"),
+        (r"'precision=$\{oc.env\:SECRET_TOKEN\}'", "must not hold an interpolation"),
+        ("model=../../hunter2", "must not name a path in model"),
+        ("+experiment@_global_=../../hunter2", r"must not name a path in \+experiment"),
+        ("lr='" + "x" * (1 << 16) + "'", "must have at most 65536 characters"),
+    ],
+)
+def test_a_message_reads_nothing_of_the_node(
+    override: str, rule: str, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A client that resolved it would send the value back in its error."""
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
 
     def asking(message: Message, context: Context) -> Message:
         if message.metadata.message_type == "train":
             config = message.content.config_records["config"]
-            config["overrides"] = f"{config['overrides']} 'precision=${{oc.env:SECRET_TOKEN}}'"
+            config["overrides"] = f"{config['overrides']} {override}"
         return client_app(message=message, context=context)
 
-    with pytest.raises(RoundFailed, match="must not hold an interpolation") as failed:
+    with pytest.raises(RoundFailed, match=rule) as failed:
         run("num_rounds=1", answer=asking)
     assert "hunter2" not in str(failed.value)
 

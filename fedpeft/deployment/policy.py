@@ -15,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from fedpeft.config.load import composed, join, key_of, of_message
+from fedpeft.config.sentences import check_message
 
 # Neither model nor data, because these name paths, columns, templates and labels of the site.
 ALLOW = (
@@ -91,6 +92,7 @@ class Policy:
         Raises:
             ValueError: the server sets what the policy does not name, or too large a value.
         """
+        check_message(overrides)
         own = tuple(self.configuration)
         mine = {key_of(override) for override in own}
         whole = (*(o for o in of_message(overrides) if key_of(o) not in mine), *own)
