@@ -1,4 +1,4 @@
-"""Run long with nodes that fail, and see that nothing grows and nothing is lost.
+"""Run long with nodes that fail, see that nothing is lost, and record the memory.
 
     python -m benchmarks.soak [--rounds 200] [--kills 20]
 

@@ -36,8 +36,8 @@ def test_who_is_left_out(norms: dict[int, float], left_out: list[int]) -> None:
 def test_the_reason_names_norm_rule_and_median() -> None:
     (reason,) = too_far({0: 1.0, 1: 1e30, 2: 2.0}, 100.0).values()
     assert reason == (
-        "its update's norm a step is 1e+30, more than strategy.max_norm_ratio=100 times the round's "
-        "median 2"
+        "its update's norm a step is 1e+30, more than strategy.max_norm_ratio=100 times the "
+        "round's median 2"
     )
 
 

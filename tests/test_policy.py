@@ -1,5 +1,6 @@
 """A server sets at a site what the site's policy names, and nothing else."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,14 @@ import pytest
 
 from fedpeft.config.load import composed
 from fedpeft.deployment.policy import LIMITS, Policy
+from tests.conftest import ROOT
 
 SITE = ("model=minilm", "data=table", "data.path=/notes", "data.text=note", "data.label=ward")
 
 
 def test_method_and_steps_are_the_server_s_and_the_data_the_site_s() -> None:
     asked = "method=fedtt method.tt_rank=3 lr=0.5 num_rounds=7 data=sst2 data.path=/etc"
-    tree = composed(Policy(SITE).allowed(asked))
+    tree = composed(Policy(SITE).merged(asked))
     assert (tree.method.tt_rank, tree.lr, tree.num_rounds) == (3, 0.5, 7)
     assert (tree.data.path, tree.data.text, tree.data.label) == ("/notes", "note", "ward")
     assert tree.data._target_ == composed(["data=table"]).data._target_
@@ -33,7 +35,7 @@ def test_method_and_steps_are_the_server_s_and_the_data_the_site_s() -> None:
 )
 def test_a_key_that_the_policy_does_not_name(asked: str, key: str) -> None:
     with pytest.raises(ValueError, match=f"this site's policy does not let a server set {key}"):
-        Policy(SITE).allowed(asked)
+        Policy(SITE).merged(asked)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,10 @@ def test_a_key_that_the_policy_does_not_name(asked: str, key: str) -> None:
         ("num_rounds=10001", "limits num_rounds to 10000, got 10001"),
         ("runtime.threads=1000", "limits runtime.threads to 64, got 1000"),
         ("evaluation.max_tokens=100000000", "limits evaluation.max_tokens to"),
+        ("local_steps='\"9999999\"'", "limits local_steps to 10000, got '9999999'"),
+        ("method.rank=100000", "limits method.rank to 4096, got 100000"),
+        ("method=hetlora method.ranks=[4,100000]", "limits method.ranks to 4096, got 100000"),
+        ("runtime.clients_per_pass=10000", "limits runtime.clients_per_pass to 64"),
         ("precision=${oc.env:HOME}", "must not hold an interpolation"),
         ("hydra.searchpath=[file:///tmp]", "must not set Hydra itself"),
         ("+hydra/launcher=joblib", "must not set Hydra itself"),
@@ -49,7 +55,17 @@ def test_a_key_that_the_policy_does_not_name(asked: str, key: str) -> None:
 )
 def test_what_costs_too_much_or_reads_the_machine(asked: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Policy(SITE).allowed(asked)
+        Policy(SITE).merged(asked)
+
+
+def test_the_documented_run_passes_the_documented_policy(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "deployment.md").read_text()
+    policy = re.search(r"```yaml\n(configuration.*?)```", text, re.DOTALL)
+    run = re.search(r"overrides=\"(method=.*?) run_dir", text)
+    assert policy is not None and run is not None
+    (tmp_path / "policy.yaml").write_text(policy[1])
+    tree = composed(Policy.read(tmp_path / "policy.yaml").merged(run[1]))
+    assert (tree.num_rounds, tree.model.path) == (20, "/models/bert")
 
 
 def test_a_policy_s_file(tmp_path: Path) -> None:
@@ -57,11 +73,11 @@ def test_a_policy_s_file(tmp_path: Path) -> None:
     path.write_text("allow: [lr, method.rank, data.max_length]\nlimits: {lr: 0.01}\n")
     policy = Policy.read(path)
     assert policy.limits == LIMITS | {"lr": 0.01}
-    assert composed(policy.allowed("lr=0.005 method.rank=2")).method.rank == 2
+    assert composed(policy.merged("lr=0.005 method.rank=2")).method.rank == 2
     with pytest.raises(ValueError, match="limits lr to 0.01, got 0.1"):
-        policy.allowed("lr=0.1")
+        policy.merged("lr=0.1")
     with pytest.raises(ValueError, match="does not let a server set num_rounds"):
-        policy.allowed("num_rounds=3")
+        policy.merged("num_rounds=3")
     saved = Policy(SITE, policy.allow, policy.limits)
     saved.save(path)
     assert Policy.read(path) == Policy(list(SITE), policy.allow, policy.limits)
@@ -94,6 +110,7 @@ def test_a_wrong_policy(text: str, message: str, tmp_path: Path) -> None:
         (["--insecure", "--data-path", "d"], "--data-path: there is no d"),
         (["--insecure", "--policy", "p"], "--policy: there is no p"),
         (["--insecure", "model=nothing"], "nothing"),
+        (["--insecure", "model.path=${oc.env:HOME}"], "must hold no interpolation: model.path="),
     ],
 )
 def test_wrong_arguments_of_a_node(

@@ -38,6 +38,8 @@ _FIELD = re.compile(
     rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation|checkpoint)\.[\w.]+|lr|personal)="
 )
 INTERPOLATION = "${"
+MOST_CHARACTERS = 1 << 16  # of a message's overrides, because Hydra takes a minute for a megabyte
+_MARKS = re.compile(r"[\\'\"]")  # characters that splitting or parsing an override takes away
 # Beginnings of overrides that clients need not know.
 OF_SERVER = ("run_dir=", "resume=", "logs=", "metrics_port=", "check=", "checkpoint.", "hydra.")
 _lock = Lock()  # Hydra's compose is not thread-safe; a launch composes in a thread too
@@ -69,15 +71,27 @@ def sent(overrides: Sequence[str]) -> str:
 def of_message(overrides: str) -> list[str]:
     """Return the overrides that a server sent, as a list.
 
+    Quotes and escapes vanish when the text is split and parsed, so they may hide no interpolation.
+    Hydra takes the choice of a group for a path, from which ``..`` leads to any YAML file.
+
     Raises:
-        ConfigError: one could read this machine's environment, or composes other files than ours.
+        ConfigError: the text is too long, could read this machine's environment, or composes other
+            files than ours.
     """
-    if INTERPOLATION in overrides:
-        raise ConfigError("the configuration in a message must not hold an interpolation")
+    if len(overrides) > MOST_CHARACTERS:
+        raise ConfigError(
+            f"the configuration in a message must have at most {MOST_CHARACTERS} characters, "
+            f"got {len(overrides)}"
+        )
     received = split(overrides)
     for override in received:
-        if key_of(override).startswith("hydra"):
+        key, value = key_of(override).strip(), override.partition("=")[2]
+        if INTERPOLATION in _MARKS.sub("", override):
+            raise ConfigError("the configuration in a message must not hold an interpolation")
+        if key.startswith("hydra"):
             raise ConfigError("the configuration in a message must not set Hydra itself")
+        if "." not in key.partition("@")[0] and "/" in value:
+            raise ConfigError(f"the configuration in a message must not name a path in {key}")
     return received
 
 

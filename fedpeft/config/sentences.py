@@ -1,12 +1,9 @@
 """One sentence for each error of Hydra and OmegaConf, made from its attributes.
 
 Their own English stays only where it needs no change; the tests in ``tests/test_config.py`` raise
-each error and say which sentence an upgrade changed. What Hydra would do with a hostile text is
-refused here before it sees it.
+each error and say which sentence an upgrade changed.
 """
 
-import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from types import NoneType
@@ -20,38 +17,9 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from fedpeft.config.schema import ConfigError
-
 UNKNOWN = (ConfigAttributeError, ConfigKeyError)
 ADVICE = ("To append", "See http")  # beginnings of advice on Hydra's flags
-MOST_CHARACTERS = 1 << 16  # of a message's overrides, because Hydra takes a minute for a megabyte
-MARKS = re.compile(r"[\\'\"]")  # characters that splitting or parsing an override takes away
 NUMBERS = {int: "Integer", float: "Float"}  # types as named in sentences
-
-
-def check_message(overrides: str) -> None:
-    """Refuse overrides from a server that cost much or read what is not theirs.
-
-    Quotes and escapes vanish when the text is split and parsed, so they may hide no interpolation.
-    Hydra takes the choice of a group for a path, from which ``..`` leads to any YAML file.
-
-    Raises:
-        ConfigError: the text is too long, or holds an interpolation or a path to a configuration.
-    """
-    if len(overrides) > MOST_CHARACTERS:
-        raise ConfigError(
-            f"the configuration in a message must have at most {MOST_CHARACTERS} characters, "
-            f"got {len(overrides)}"
-        )
-    if "${" in MARKS.sub("", overrides):
-        raise ConfigError("the configuration in a message must not hold an interpolation")
-    try:
-        received = shlex.split(overrides)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    for key, _, value in (override.partition("=") for override in received):
-        if "." not in key.partition("@")[0] and "/" in value:
-            raise ConfigError(f"the configuration in a message must not name a path in {key}")
 
 
 def hydra_sentence(error: Exception, overrides: Sequence[str]) -> str:

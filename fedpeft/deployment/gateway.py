@@ -6,6 +6,7 @@ operators work, and sites reach it through this gateway.
 """
 
 import argparse
+import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,12 +16,23 @@ import httpx
 import uvicorn
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-ROUTES = "/v1/fleet/{name:str}"
+SITES = "/v1/fleet/"
+# Flower's routes for SuperNodes; the bodies of objects are parts of arrays, of at most 20 MB.
+LARGE = ("push-object",)
+SMALL = (
+    *("register-node", "activate-node", "deactivate-node", "unregister-node", "get-run", "get-fab"),
+    *("send-node-heartbeat", "pull-messages", "push-messages", "pull-object"),
+    *("confirm-message-received",),
+)
+MOST_BYTES = {**dict.fromkeys(LARGE, 64 << 20), **dict.fromkeys(SMALL, 16 << 20)}  # of a body
+BODY_SECONDS = 60  # for a request's body
+MOST_REQUESTS = 512  # at once
 OF_THE_HOP = {"connection", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
+OF_THE_HOP |= {"content-length", "date", "server"}  # these are written anew
 TIMEOUT = httpx.Timeout(120, connect=10)
 
 
@@ -32,27 +44,60 @@ def gateway(superlink: str, certificate: str) -> Starlette:
         certificate: file of the certificate that the SuperLink must show.
     """
     context = ssl.create_default_context(cafile=certificate)
-    client = httpx.AsyncClient(base_url=superlink, verify=context, timeout=TIMEOUT)
+    client = httpx.AsyncClient(
+        base_url=superlink,
+        verify=context,
+        timeout=TIMEOUT,
+        limits=httpx.Limits(max_connections=None),
+        trust_env=False,  # no proxy stands between two programs of one machine
+    )
 
-    async def forward(request: Request) -> Response:
-        """Hand a request on, and its answer back, in parts, so that neither fills the memory."""
-        asked = client.build_request(
-            "POST", request.url.path, headers=_end_to_end(request.headers), content=request.stream()
-        )
-        try:
-            answer = await client.send(asked, stream=True)
-        except httpx.TransportError:  # it starts again; a SuperNode asks again after a 503
-            return Response("the SuperLink does not answer", status_code=503)
-        headers = _end_to_end(answer.headers)
-        done = BackgroundTask(answer.aclose)
-        return StreamingResponse(answer.aiter_raw(), answer.status_code, headers, background=done)
+    def route(name: str) -> Route:
+        async def forward(request: Request) -> Response:
+            """Hand a request on when it is here as a whole, and its answer back in parts.
+
+            The SuperLink reads a body before it knows the sender, so a body has a bound.
+            """
+            try:
+                body = await asyncio.wait_for(_body(request, MOST_BYTES[name]), BODY_SECONDS)
+            except (TimeoutError, ClientDisconnect):
+                return Response("the request did not come in time", status_code=408)
+            except ValueError as error:
+                return Response(str(error), status_code=413)
+            headers = _end_to_end(request.headers)
+            asked = client.build_request("POST", SITES + name, headers=headers, content=body)
+            try:
+                answer = await client.send(asked, stream=True)
+            except httpx.TransportError:  # it starts again; a SuperNode asks again after a 503
+                return Response("the SuperLink does not answer", status_code=503)
+            headers = _end_to_end(answer.headers)
+            done = BackgroundTask(answer.aclose)
+            parts = answer.aiter_raw()
+            return StreamingResponse(parts, answer.status_code, headers, background=done)
+
+        return Route(SITES + name, forward, methods=["POST"])
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
         async with client:
             yield
 
-    return Starlette(routes=[Route(ROUTES, forward, methods=["POST"])], lifespan=life)
+    return Starlette(routes=[route(name) for name in MOST_BYTES], lifespan=life)
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """Read a request's body.
+
+    Raises:
+        ValueError: it is too long.
+        ClientDisconnect: it does not end.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > most:
+            raise ValueError(f"a body has at most {most} bytes here")
+    return bytes(body)
 
 
 def _end_to_end(headers: object) -> dict[str, str]:
@@ -73,6 +118,7 @@ def main() -> None:
         ssl_certfile=Path(args.certificate),
         ssl_keyfile=Path(args.key),
         access_log=False,
+        limit_concurrency=MOST_REQUESTS,
         log_level="warning",
     )
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import secrets
 import sys
 import tempfile
@@ -22,6 +23,7 @@ def main(arguments: list[str]) -> None:
     """
     args = parse(arguments)
     policy = read_policy(args.policy, args.overrides)
+    os.umask(0o077)  # kept states and encoded rows are this user's alone
     logging.basicConfig(level=logging.INFO, format="%(asctime)s fedpeft node: %(message)s")
     with tempfile.TemporaryDirectory(prefix="fedpeft-node-") as folder:  # its owner alone reads it
         processes = Processes(Path(folder))

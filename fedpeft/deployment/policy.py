@@ -4,6 +4,7 @@ The site composes its own configuration, and then the server's with its own on t
 two differ the server has set something, and the policy must name it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -14,8 +15,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from fedpeft.config.load import composed, join, key_of, of_message
-from fedpeft.config.sentences import check_message
+from fedpeft.config.load import INTERPOLATION, composed, join, key_of, of_message
 
 # Neither model nor data, because these name paths, columns, templates and labels of the site.
 ALLOW = (
@@ -26,10 +26,15 @@ ALLOW = (
     *("personal", "frozen", "layers", "bucketing", "precision"),
 )
 LIMITS = {
+    "method.*": 1_000_000,
+    "method.*rank*": 4096,
+    "num_clients": 100_000,
     "num_rounds": 10_000,
     "local_steps": 10_000,
     "local_epochs": 100,
     "batch_size": 4096,
+    "accumulate": 4096,
+    "runtime.clients_per_pass": 64,
     "data.max_length": 8192,
     "evaluation.batch_size": 4096,
     "evaluation.max_tokens": 1 << 20,
@@ -44,7 +49,7 @@ class Policy:
     Args:
         configuration: the site's own overrides; they win over the server's.
         allow: shell patterns of the keys that a server may set.
-        limits: largest value by key.
+        limits: largest value by shell pattern of keys.
     """
 
     configuration: Sequence[str] = ()
@@ -56,6 +61,8 @@ class Policy:
             value = getattr(self, key)
             if isinstance(value, str) or not all(isinstance(v, str) for v in value):
                 raise ValueError(f"{key} of a policy must be a list of texts, got {value}")
+        if held := [o for o in self.configuration if INTERPOLATION in o]:
+            raise ValueError(f"a site's own configuration must hold no interpolation: {held[0]}")
         for key, most in self.limits.items():
             if isinstance(most, bool) or not isinstance(most, int | float):
                 raise ValueError(f"limits.{key} of a policy must be a number, got {most}")
@@ -86,13 +93,12 @@ class Policy:
             yaml.safe_dump({f.name: _plain(getattr(self, f.name)) for f in fields(self)})
         )
 
-    def allowed(self, overrides: str) -> str:
+    def merged(self, overrides: str) -> str:
         """Return a server's overrides with the site's own in their place.
 
         Raises:
             ValueError: the server sets what the policy does not name, or too large a value.
         """
-        check_message(overrides)
         own = tuple(self.configuration)
         mine = {key_of(override) for override in own}
         whole = (*(o for o in of_message(overrides) if key_of(o) not in mine), *own)
@@ -106,10 +112,22 @@ class Policy:
         return join(whole)
 
     def _check(self, key: str, value: Any) -> None:
-        """Refuse a value that is too large."""
-        most = self.limits.get(key)
-        if most is not None and isinstance(value, int | float) and value > most:
-            raise ValueError(f"this site's policy limits {key} to {most}, got {value}")
+        """Refuse a number that is too large, also one in a list or in quotes."""
+        if isinstance(value, list):
+            for part in value:
+                self._check(key, part)
+            return
+        for pattern, most in self.limits.items():
+            if fnmatchcase(key, pattern) and _number(value) > most:
+                raise ValueError(f"this site's policy limits {key} to {most}, got {value!r:.30}")
+
+
+def _number(value: Any) -> float:
+    """Return the number that the typed configuration makes of a value; -inf if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return -math.inf
 
 
 @lru_cache(maxsize=8)

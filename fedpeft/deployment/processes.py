@@ -159,8 +159,15 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",  # programs start others by name
+        # A proxy would take what is meant to stay on this machine.
+        "NO_PROXY": _with_local(os.environ.get("NO_PROXY", "")),
+        "no_proxy": _with_local(os.environ.get("no_proxy", "")),
         "TERM": "dumb",  # no colours in JSON, even where they are forced
     }
+
+
+def _with_local(hosts: str) -> str:
+    return ",".join([*filter(None, [hosts]), "127.0.0.1", "localhost"])
 
 
 def free_ports(count: int) -> list[int]:

@@ -19,6 +19,7 @@ def main(arguments: list[str]) -> None:
         ValueError: an argument is wrong.
     """
     args = parse(arguments)
+    os.umask(0o077)  # keys and states are this user's alone
     logging.basicConfig(level=logging.INFO, format="%(asctime)s fedpeft server: %(message)s")
     logging.info(
         "sites reach it at %s:%s; submit runs here, with FLWR_HOME=%s, to the SuperLink local",

@@ -6,6 +6,7 @@ each program in one folder.
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ def main(arguments: list[str]) -> None:
         TimeoutError: the programs were not up in time.
     """
     args = parse(arguments)
+    os.umask(0o077)  # keys and states are this user's alone
     trial = Trial(new_folder(args.folder))
     try:
         trial.start(args.nodes, args.data_path, args.overrides)

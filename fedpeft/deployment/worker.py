@@ -42,7 +42,7 @@ def _answer(policy: Policy, message: Message, context: Context) -> Message:
     """Answer a message whose configuration the site allows."""
     config = message.content.config_records.get("config")
     if config is not None:
-        config["overrides"] = policy.allowed(str(config.get("overrides", "")))
+        config["overrides"] = policy.merged(str(config.get("overrides", "")))
     return app(message, context)
 
 

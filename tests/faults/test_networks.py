@@ -4,6 +4,7 @@ Each network is a network namespace of this machine with an address of its own. 
 bridge in a further namespace, so that nothing of the machine's own network changes.
 """
 
+import os
 import shutil
 import subprocess
 import time
@@ -17,7 +18,9 @@ from tests.conftest import command
 from tests.deployments import completed, lines, overrides_of, summary, until
 
 pytestmark = pytest.mark.slow
-HUB, SERVER = "fedpeft-hub", "10.77.0.1"
+SERVER = "10.77.0.1"
+PREFIX = f"fedpeft-{os.getpid()}-"  # of the namespaces, which all programs of a machine share
+HUB = f"{PREFIX}hub"
 PLACES = {
     "server": SERVER,
     "node-0": "10.77.0.10",
@@ -38,7 +41,7 @@ def inside(place: str, *words: str) -> None:
 @pytest.fixture
 def networks() -> Iterator[None]:
     """Four namespaces on a bridge in a fifth."""
-    places = [HUB, *(f"fedpeft-{name}" for name in PLACES)]
+    places = [HUB, *(f"{PREFIX}{name}" for name in PLACES)]
     try:
         for place in places:
             ip("netns", "add", place)
@@ -50,7 +53,7 @@ def networks() -> Iterator[None]:
         inside(HUB, "link", "add", "bridge", "type", "bridge")
         inside(HUB, "link", "set", "bridge", "up")
         for name, address in PLACES.items():
-            place, end = f"fedpeft-{name}", f"to-{name}"
+            place, end = f"{PREFIX}{name}", f"to-{name}"
             inside(HUB, "link", "add", end, "type", "veth", "peer", "name", "net", "netns", place)
             inside(HUB, "link", "set", end, "master", "bridge", "up")
             inside(place, "address", "add", f"{address}/24", "dev", "net")
@@ -71,7 +74,7 @@ class Between(Trial):
     host = SERVER
 
     def place(self, name: str) -> list[str | Path]:
-        return [shutil.which("ip") or "ip", "netns", "exec", f"fedpeft-{name}"]
+        return [shutil.which("ip") or "ip", "netns", "exec", f"{PREFIX}{name}"]
 
 
 def test_a_link_is_cut_and_a_site_moves(networks: None, base: list[str], tmp_path: Path) -> None:
@@ -89,8 +92,8 @@ def test_a_link_is_cut_and_a_site_moves(networks: None, base: list[str], tmp_pat
         moved = trial.processes.started["node-1"]
         moved.terminate()
         assert moved.wait(60) == 143
-        inside("fedpeft-node-1", "address", "flush", "dev", "net")
-        inside("fedpeft-node-1", "address", "add", "10.77.0.99/24", "dev", "net")
+        inside(f"{PREFIX}node-1", "address", "flush", "dev", "net")
+        inside(f"{PREFIX}node-1", "address", "add", "10.77.0.99/24", "dev", "net")
         trial.processes.start(trial.nodes["node-1"])
         time.sleep(CUT_SECONDS)
         assert lines(run_dir) <= 3  # at most the round that was under way has ended
