@@ -32,7 +32,7 @@ def summary(run_dir: Path) -> dict[str, object]:
     return {key: whole[key] for key in ("shared_state_sha256", "final", "refused")}
 
 
-def until(done: Callable[[], bool], what: str, seconds: float = 150) -> None:
+def until(done: Callable[[], bool], what: str, seconds: float = 300) -> None:
     """Wait until something is so."""
     deadline = time.monotonic() + seconds
     while not done():

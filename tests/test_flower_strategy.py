@@ -116,7 +116,8 @@ def test_the_example_of_the_documentation(run: Runner, capsys: pytest.CaptureFix
 )
 def test_the_example_on_flowers_simulation_engine(method: str, start: str, run: Runner) -> None:
     expected = run(f"method={method}")["shared_state_sha256"]
-    overrides = join([*run.base, f"method={method}", *TINY.get(method, [])])
+    patient = "runtime.join_timeout=380"  # Flower starts Ray, which a busy machine delays
+    overrides = join([*run.base, f"method={method}", *TINY.get(method, []), patient])
     path = os.pathsep.join([str(EXAMPLE.parent), *sys.path])
     done = command(
         *(sys.executable, "-c", IN_FLOWERS_ENGINE, start, overrides),

@@ -31,7 +31,9 @@ def two_cores() -> Iterator[None]:
 
 
 def message_to(node: int, kind: str = MessageType.TRAIN) -> Message:
-    """Return a message that no client can answer, because its configuration names no method."""
+    """Return a message, which no client can train by, because its configuration names no method."""
+    if kind == MessageType.QUERY:
+        return Message(RecordDict(), node, kind)
     content = RecordDict({"config": ConfigRecord({"overrides": "method=none", "round": 1})})
     return Message(content, node, kind)
 

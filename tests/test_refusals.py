@@ -532,7 +532,7 @@ def test_nodes_that_cannot_join(configs: list[int | None], message: str, run: Ru
         (r"precision=$\{oc.env:SECRET_TOKEN}", "must not hold an interpolation"),
         (r"'precision=$\{oc.env\:SECRET_TOKEN\}'", "must not hold an interpolation"),
         ("model=../../hunter2", "must not name a path in model"),
-        ("+experiment@_global_=../../hunter2", r"must not name a path in \+experiment"),
+        ("+experiment@_global_=../../hunter2", r"must not name a path in experiment"),
         ("lr='" + "x" * (1 << 16) + "'", "must have at most 65536 characters"),
     ],
 )

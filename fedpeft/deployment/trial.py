@@ -22,7 +22,7 @@ from fedpeft.deployment.node import toml
 from fedpeft.deployment.processes import BIN, Processes, Program, environment, free_ports
 
 APP = Path(__file__).parents[2]  # a checkout; Flower submits a project's folder
-START_SECONDS = 120
+START_SECONDS = 240
 POLL_SECONDS = 2
 OF_SITES = ("model=", "model.", "data=", "data.", "partition.file=", "partition.column=")
 
