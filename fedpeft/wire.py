@@ -1,7 +1,7 @@
 """States as Flower records, and the byte counts of messages.
 
-Every private name of Flower that fedpeft needs stands in this file; ``tests/test_wire.py`` says
-which one an upgrade has removed.
+The private names of Flower that fedpeft needs stand in this file, and those by which a node takes
+its messages in ``deployment/tasks.py``; ``tests/test_wire.py`` says which one an upgrade removed.
 """
 
 import json
