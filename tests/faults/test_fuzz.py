@@ -49,7 +49,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def silent() -> Iterator[None]:
+def no_logs() -> Iterator[None]:
     """Log nothing: tracebacks of hostile texts hold surrogates, which pytest-xdist cannot send."""
     logging.disable(logging.CRITICAL)
     yield
