@@ -35,6 +35,8 @@ def started(command: Sequence[str], folder: Path) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # its workers die with it
+        # A shell that starts the tests in the background lets them ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
