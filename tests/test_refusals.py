@@ -1,6 +1,7 @@
 """A client's unusable reply is left out with its reason; the other replies are averaged."""
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -551,6 +552,29 @@ def test_a_message_reads_nothing_of_the_node(
     with pytest.raises(RoundFailed, match=rule) as failed:
         run("num_rounds=1", answer=asking)
     assert "hunter2" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("round", 10**9, "round in a message must be from 0 to 2, got 1000000000"),
+        ("round", -1, "round in a message must be from 0 to 2, got -1"),
+        ("round", 1.0, "round in a message must be from 0 to 2, got 1.0"),
+        ("generation", 2, "generation in a message must be from 0 to 1, got 2"),
+        ("oldest", 10**9, "oldest in a message must be from 0 to 1, got 1000000000"),
+        ("best", -1, "best in a message must be from 0 to 1, got -1"),
+    ],
+)
+def test_numbers_of_a_message_are_the_run_s(key: str, value: Any, rule: str, run: Runner) -> None:
+    """A round of 10^9 would keep a node busy for hours, and fill its memory with roles."""
+
+    def asking(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            message.content.config_records["config"][key] = value
+        return client_app(message=message, context=context)
+
+    with pytest.raises(RoundFailed, match=re.escape(rule)):
+        run("num_rounds=1", answer=asking)
 
 
 def test_the_server_resolves_its_own(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,19 @@ def _tried(function: Callable[[], T]) -> T | Exception:
         return error
 
 
+def _whole(config: ConfigRecord, key: str, most: int) -> int:
+    """Return a number of a message.
+
+    Raises:
+        ValueError: it is none from 0 to ``most``. Roles are worked out round by round, so a round
+            far beyond the run's would keep the node busy and fill its memory.
+    """
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise ValueError(f"{key} in a message must be from 0 to {most}, got {value!r:.40}")
+    return value
+
+
 class Client:
     """One client and the message to it.
 
@@ -156,18 +169,19 @@ class Client:
         config = message.content.config_records["config"]
         self.message, self.engine, self.config = message, engine, engine.config
         self.number = int(context.node_config["partition-id"])
-        self.round: int = config["round"]  # type: ignore[assignment]
         # The server evaluates what the next round would start from, so its last message to
         # evaluate carries the round after the last one.
+        self.round = _whole(config, "round", engine.config.num_rounds + 1)
         self.last = self.round > engine.config.num_rounds
-        self.generation: int = config["generation"]  # type: ignore[assignment]
+        self.generation = _whole(config, "generation", self.round)
         self.store = store_of(context, config, self.number)
         self.restarted = False
 
     def begin(self) -> Begun:
         """Collect the values to start from: initial, then received, then kept; and corrections."""
         replica, config = self.engine.replica, self.message.content.config_records["config"]
-        self.store.forget(self.generation, int(config["oldest"]), int(config["best"]))  # type: ignore[arg-type]
+        oldest, best = (_whole(config, key, self.round) for key in ("oldest", "best"))
+        self.store.forget(self.generation, oldest, best)
         kept = self._kept()
         at, received, extras = self._received()
         start = replica.values(received, kept.personal, at=at)

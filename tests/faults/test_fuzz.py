@@ -63,7 +63,7 @@ THOUSAND = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-MOST_SECONDS = 120  # for one example, also on a busy machine; without its bounds some took for ever
+MOST_SECONDS = 20  # for one example; no reply and no configuration may keep anybody busy
 EACH = 100  # examples between two checks that right messages are still answered
 MOST_REASON = 500 + len("evaluation: ")
 
@@ -775,6 +775,8 @@ def spoiled(site: Site, kind: str, change: str, value: Any) -> RecordDict:
 @example("app", "train", ("add", "+experiment@_global_=" + "../" * 12 + "PLANTED/password"))
 @example("policy", "train", ("add", "+experiment@_global_=" + "../" * 12 + "PLANTED/password"))
 @example("app", "train", ("add", "lr='" + "x" * 10**6 + "'"))
+@example("app", "train", ("round", 10**9))
+@example("app", "evaluate", ("round", 10**9))
 def test_a_hostile_configuration(site: Site, door: str, kind: str, sent: tuple[str, Any]) -> None:
     begun = time.monotonic()
     try:
