@@ -159,6 +159,21 @@ def composed(overrides: str | Sequence[str]) -> DictConfig:
     return deepcopy(_composed(tuple(split(overrides))))
 
 
+def leaves(tree: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    """Return a configuration's values by dotted key; an empty group is a value."""
+    flat: dict[str, Any] = {}
+
+    def add(node: Any, path: str) -> None:
+        if not isinstance(node, dict) or not node:
+            flat[path] = node
+            return
+        for name, value in node.items():
+            add(value, f"{path}.{name}" if path else str(name))
+
+    add(OmegaConf.to_container(tree, resolve=resolve), "")
+    return flat
+
+
 @lru_cache(maxsize=16)
 def _composed(overrides: tuple[str, ...]) -> DictConfig:
     """Compose once for the server and the clients, because it takes 0.1 s.

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 
-from fedpeft.config.load import INTERPOLATION, composed, join, key_of, of_message
+from fedpeft.config.load import INTERPOLATION, composed, join, key_of, leaves, of_message
 
 # Neither model nor data, because these name paths, columns, templates and labels of the site.
 ALLOW = (
@@ -133,17 +132,7 @@ def _number(value: Any) -> float:
 @lru_cache(maxsize=8)
 def _values(overrides: tuple[str, ...]) -> dict[str, Any]:
     """Return the values of a configuration by their full keys."""
-    flat: dict[str, Any] = {}
-
-    def add(tree: Any, path: str) -> None:
-        if isinstance(tree, dict) and tree:
-            for name, value in tree.items():
-                add(value, f"{path}.{name}" if path else str(name))
-        else:
-            flat[path] = tree
-
-    add(OmegaConf.to_container(composed(overrides), resolve=False), "")
-    return flat
+    return leaves(composed(overrides), resolve=False)
 
 
 def _plain(value: Any) -> Any:

@@ -221,16 +221,15 @@ class Trial:
         Returns:
             The number of lines that were printed in all.
         """
-        stream = subprocess.Popen(
+        with subprocess.Popen(
             [*self.place("server"), BIN / "flwr", "log", run, "local", "--stream"],
             env=environment(self.folder / "server" / "cli"),
             stdout=subprocess.PIPE,
             text=True,
-        )
-        assert stream.stdout is not None
-        for number, line in enumerate(stream.stdout):
-            if number >= shown:
-                print(line, end="", flush=True)
-                shown = number + 1
-        stream.wait()
+        ) as stream:
+            assert stream.stdout is not None
+            for number, line in enumerate(stream.stdout):
+                if number >= shown:
+                    print(line, end="", flush=True)
+                    shown = number + 1
         return shown

@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+from fedpeft.config.load import leaves
 from fedpeft.files import replacing
 
 PACKAGES = ("fedpeft", "flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy")
@@ -123,7 +124,7 @@ def check_same(before: Any, now: Any, path: Path) -> None:
     Raises:
         ValueError: they would give different results.
     """
-    old, new = (_flat(OmegaConf.to_container(tree, resolve=True)) for tree in (before, now))
+    old, new = leaves(before), leaves(now)
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if differ := [key for key in keys if key not in FREE]:
         key = differ[0]
@@ -131,17 +132,6 @@ def check_same(before: Any, now: Any, path: Path) -> None:
             f"{path} holds a run with {key}={old.get(key, '-')}, and now it is "
             f"{new.get(key, '-')}: give another run_dir, or remove that run"
         )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dictionaries by dotted key."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            leaves |= _flat(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
 
 
 def finite(value: Any) -> Any:

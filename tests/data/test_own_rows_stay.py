@@ -307,9 +307,14 @@ def test_a_server_s_template(ask: Ask, tmp_path: Path, case: str) -> None:
 
 
 def test_a_metric_s_own_error(
-    ask: Ask, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ask: Ask,
+    messages: Callable[[str, str], Sent],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The log of the node has what the server does not get."""
+    messages("text", "evaluate")  # the run that sends it has a metric that works
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise KeyError(SECRET)
