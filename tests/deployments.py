@@ -1,19 +1,23 @@
-"""Runs on real processes: their overrides, their end and the part of a summary that must agree."""
+"""Runs through several doors: their overrides, their end and the part of a summary that agrees."""
 
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fedpeft.deployment.trial import Trial
 from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.simulation.launch import run
+from tests.conftest import quiet
 
+METHODS = ("fedsa_lora", "fedtt_plus")  # one with personal parameters, one with changing roles
 ROUNDS = 4
 
 
 def overrides_of(base: list[str], method: str, run_dir: Path) -> list[str]:
-    """Return the overrides that a deployment and a simulation have in common."""
-    rest = [o for o in base if not o.startswith(("method=", "runtime=", "num_"))]
+    """Return the overrides that all doors have in common."""
+    rest = [o for o in base if not o.startswith(("method=", "runtime=", "num_rounds="))]
     return [
         *rest,
         f"method={method}",
@@ -27,9 +31,19 @@ def overrides_of(base: list[str], method: str, run_dir: Path) -> list[str]:
 
 
 def summary(run_dir: Path) -> dict[str, object]:
-    """Read the part of a summary on which a deployment and a simulation must agree."""
+    """Read the part of a summary on which all doors must agree."""
     whole = json.loads((run_dir / "summary.json").read_text())
     return {key: whole[key] for key in ("shared_state_sha256", "final", "refused")}
+
+
+def simulated(base: list[str], folder: Path) -> dict[str, dict[str, object]]:
+    """Run both methods in this process and return the parts of their summaries."""
+    for method in METHODS:
+        overrides = overrides_of(base, method, folder / method)
+        run([*overrides, "runtime=inprocess"], quiet())
+    summaries = {method: summary(folder / method) for method in METHODS}
+    assert summaries["fedsa_lora"] != summaries["fedtt_plus"]
+    return summaries
 
 
 def until(done: Callable[[], bool], what: str, seconds: float = 300) -> None:
@@ -40,11 +54,23 @@ def until(done: Callable[[], bool], what: str, seconds: float = 300) -> None:
         time.sleep(0.1)
 
 
+def ended(trial: Trial, run: str) -> dict[str, Any]:
+    """Wait until a run ends, and return what Flower knows of it.
+
+    Asking takes a program of a second or more, so it comes seldom.
+    """
+    deadline = time.monotonic() + 300
+    while not (status := trial.status(run))["status"].startswith("finished"):
+        assert time.monotonic() < deadline, status
+        time.sleep(3)
+    return status
+
+
 def completed(trial: Trial, run: str, run_dir: Path) -> None:
-    """Wait until a run is complete; asking Flower takes a second, so the summary comes first."""
+    """Wait until a run is complete; the summary comes first."""
     until((run_dir / "summary.json").exists, "there is a summary")
-    until(lambda: trial.status(run)["status"].startswith("finished"), "the run ends")
-    assert trial.status(run)["status"] == "finished:completed", trial.status(run)
+    status = ended(trial, run)
+    assert status["status"] == "finished:completed", status
 
 
 def lines(run_dir: Path) -> int:

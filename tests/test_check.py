@@ -14,8 +14,6 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from fedpeft.client.app import app as client_app
 from fedpeft.config.load import join, load_config
 from fedpeft.deployment.policy import Policy
-from fedpeft.deployment.processes import Program
-from fedpeft.deployment.trial import APP, Trial
 from fedpeft.deployment.worker import _answer as worker_answer
 from fedpeft.engine import facts as facts_module
 from fedpeft.engine.engine import Engine
@@ -26,7 +24,6 @@ from fedpeft.server.app import main, serve
 from fedpeft.server.check import check
 from fedpeft.simulation.grid import InProcessGrid
 from tests.conftest import Answer, quiet
-from tests.deployments import until
 
 Patch = pytest.MonkeyPatch
 CONFIG = "config"
@@ -297,33 +294,3 @@ def test_a_serverapp_checks(base: list[str], capsys: Any, nodes_are: Any, tmp_pa
 def test_a_run_is_no_check(base: list[str]) -> None:
     with pytest.raises(ValueError, match="check=true is for flwr run"):
         serve(InProcessGrid(3), [*base, "check=true"], quiet())
-
-
-@pytest.mark.slow
-def test_a_deployment_is_checked(base: list[str], tmp_path: Path) -> None:
-    """Nodes of real processes answer, under their policy; a site without its weights is named."""
-    trial = Trial(tmp_path / "trial")
-    trial.folder.mkdir()
-    overrides = [*base, "num_clients=2", "check=true", f"run_dir={tmp_path / 'run'}"]
-
-    def ended() -> dict[str, Any]:
-        run = trial.submit(APP, overrides)
-        until(lambda: trial.status(run)["status"].startswith("finished"), "the check ends")
-        return trial.status(run)
-
-    try:
-        trial.start(2, [], base)
-        assert ended()["status"] == "finished:completed"
-        node = trial.nodes["node-1"]
-        trial.processes.started["node-1"].terminate()
-        trial.processes.started["node-1"].wait(30)
-        until(lambda: trial.online() == 1, "the node has signed off")
-        words = ["model.path=/nowhere" if "model.path" in str(w) else w for w in node.command]
-        trial.processes.start(Program("node-1", words))
-        until(lambda: trial.online() == 2, "the node is back")
-        status = ended()
-        assert status["status"] == "finished:failed"
-        assert "client 1: model.path=/nowhere" in status["status-details"]
-    finally:
-        trial.processes.stop()
-    assert not (tmp_path / "run").exists()

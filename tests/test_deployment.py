@@ -13,27 +13,16 @@ import psutil
 import pytest
 
 from fedpeft.deployment.trial import APP, Trial
-from tests.conftest import command
-from tests.deployments import completed, lines, overrides_of, summary, until
+from tests.deployments import completed, ended, lines, overrides_of, simulated, summary, until
 
 pytestmark = pytest.mark.slow
-METHODS = ("fedsa_lora", "fedtt_plus")  # one with personal parameters, one with changing roles
 
 
 @pytest.fixture(scope="module")
-def simulated(
+def expected(
     base: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, object]]:
-    """The summaries of runs in one process."""
-    summaries = {}
-    for method in METHODS:
-        run_dir = tmp_path_factory.mktemp(method) / "run"
-        overrides = [*overrides_of(base, method, run_dir), "num_clients=3", "runtime=inprocess"]
-        done = command("fedpeft", "run", *overrides)
-        assert done.returncode == 0, done.stderr
-        summaries[method] = summary(run_dir)
-    assert summaries["fedsa_lora"] != summaries["fedtt_plus"]
-    return summaries
+    return simulated(base, tmp_path_factory.mktemp("inprocess"))
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +43,24 @@ def child(trial: Trial, program: str, word: str) -> psutil.Process:
     return found
 
 
+def test_a_check(base: list[str], trial: Trial, tmp_path: Path) -> None:
+    """Nodes answer under their policy, and a refusal is the text with which the run fails."""
+    overrides = [*overrides_of(base, "lora", tmp_path / "run"), "check=true"]
+    good = trial.submit(APP, overrides)
+    bad = ended(trial, trial.submit(APP, [*overrides, "batch_size=5000"]))
+    assert ended(trial, good)["status"] == "finished:completed"
+    assert bad["status"] == "finished:failed"
+    limited = "clients 0-2: this site's policy limits batch_size to 4096, got 5000"
+    assert limited in bad["status-details"]
+    assert not (tmp_path / "run").exists()
+
+
 def test_nodes_that_start_again_half_way(
-    base: list[str], simulated: dict[str, dict[str, object]], trial: Trial, tmp_path: Path
+    base: list[str], expected: dict[str, dict[str, object]], trial: Trial, tmp_path: Path
 ) -> None:
     """Personal parameters are on the nodes' disks, and a round waits for the nodes it needs."""
     method, run_dir = "fedsa_lora", tmp_path / "run"
-    run = trial.submit(APP, ["num_clients=3", *overrides_of(base, method, run_dir)])
+    run = trial.submit(APP, overrides_of(base, method, run_dir))
     until(lambda: lines(run_dir) > 2, "round 2 is over")
     node = trial.processes.started["node-1"]
     node.send_signal(signal.SIGTERM)
@@ -67,22 +68,22 @@ def test_nodes_that_start_again_half_way(
     assert node.wait(30) == 143
     trial.processes.start(trial.nodes["node-1"])
     completed(trial, run, run_dir)
-    assert summary(run_dir) == simulated[method]
+    assert summary(run_dir) == expected[method]
 
 
 def test_a_server_that_is_killed_half_way(
-    base: list[str], simulated: dict[str, dict[str, object]], trial: Trial, tmp_path: Path
+    base: list[str], expected: dict[str, dict[str, object]], trial: Trial, tmp_path: Path
 ) -> None:
     """Flower fails the run; a new one goes on from the last checkpoint."""
     method, run_dir = "fedtt_plus", tmp_path / "run"
-    overrides = ["num_clients=3", *overrides_of(base, method, run_dir), "resume=true"]
+    overrides = [*overrides_of(base, method, run_dir), "resume=true"]
     for rounds, victim in ((1, "flwr-serverapp"), (2, "flower-superlink")):
         trial.submit(APP, overrides)
         until(lambda rounds=rounds: lines(run_dir) > rounds, f"round {rounds} is over")
         child(trial, "server", victim).kill()
         until(trial.answers, "the SuperLink is there")
     completed(trial, trial.submit(APP, overrides), run_dir)
-    assert summary(run_dir) == simulated[method]
+    assert summary(run_dir) == expected[method]
 
 
 @pytest.mark.parametrize(

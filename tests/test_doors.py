@@ -12,62 +12,28 @@ import pytest
 
 from fedpeft.config.load import join
 from tests.conftest import ROOT, command
+from tests.deployments import overrides_of, simulated, summary
 
 pytestmark = pytest.mark.slow
-METHODS = ("fedsa_lora", "fedtt_plus")  # one with personal parameters, one with changing roles
-
-
-def overrides_of(base: list[str], method: str, run_dir: Path) -> list[str]:
-    """Return the overrides that all doors have in common."""
-    rest = [o for o in base if not o.startswith(("method=", "runtime="))]
-    return [
-        *rest,
-        f"method={method}",
-        "evaluation.clients=always",
-        # as real machines train; in one pass, sums are in another order
-        "runtime.clients_per_pass=1",
-        f"run_dir={run_dir}",
-    ]
-
-
-def summary(run_dir: Path) -> dict[str, object]:
-    """Read the part of a summary on which all doors must agree."""
-    whole = json.loads((run_dir / "summary.json").read_text())
-    # Messages carry the overrides, and these name the door: only that part of the bytes differs.
-    for key in ("downlink_bytes", "evaluation_downlink_bytes"):
-        del whole["bytes"][key]
-    return {key: whole[key] for key in ("shared_state_sha256", "final", "bytes", "refused")}
 
 
 @pytest.fixture(scope="module")
 def expected(
     base: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, object]]:
-    """The summaries of runs in one process, through the command line."""
-    summaries = {}
-    for method in METHODS:
-        run_dir = tmp_path_factory.mktemp(method) / "run"
-        done = command("fedpeft", "run", *overrides_of(base, method, run_dir), "runtime=inprocess")
-        assert done.returncode == 0, done.stderr
-        summaries[method] = summary(run_dir)
-    assert summaries["fedsa_lora"]["refused"] == {}
-    assert summaries["fedsa_lora"] != summaries["fedtt_plus"]
-    return summaries
+    return simulated(base, tmp_path_factory.mktemp("inprocess"))
 
 
-@pytest.mark.parametrize("actors", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "workers"), [("fedsa_lora", 2), ("fedtt_plus", 1)])
 def test_ray(
     base: list[str],
     expected: dict[str, dict[str, object]],
     method: str,
-    actors: int,
+    workers: int,
     tmp_path: Path,
 ) -> None:
-    overrides = overrides_of(base, method, tmp_path / "run")
-    done = command(
-        "fedpeft", "run", "--json", *overrides, "runtime=ray", f"runtime.total_cpus={actors}"
-    )
+    overrides = [*overrides_of(base, method, tmp_path / "run"), "runtime=ray"]
+    done = command("fedpeft", "run", "--json", *overrides, f"runtime.total_cpus={workers}")
     assert done.returncode == 0, done.stderr
     assert summary(tmp_path / "run") == expected[method]
     assert json.loads(done.stdout)["shared_state_sha256"] == expected[method]["shared_state_sha256"]

@@ -108,11 +108,7 @@ def test_the_example_of_the_documentation(run: Runner, capsys: pytest.CaptureFix
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "start"),
-    [
-        ("fedsa_lora", "flowers"),
-        ("fedtt_plus", "flowers"),
-        ("fedsa_lora", "ours"),
-    ],
+    [("fedsa_lora", "flowers"), ("fedtt_plus", "ours")],
 )
 def test_the_example_on_flowers_simulation_engine(method: str, start: str, run: Runner) -> None:
     expected = run(f"method={method}")["shared_state_sha256"]

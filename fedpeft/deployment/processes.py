@@ -78,7 +78,7 @@ class Processes:
                 raise RuntimeError(f"{name} exited with {code} at its start{self._tail(name)}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"waited {seconds} s for {what}, see the logs in {self.logs}")
-            time.sleep(0.2)
+            time.sleep(1)  # because asking may take a program of its own
 
     def _tail(self, name: str) -> str:
         if self.logs is None:

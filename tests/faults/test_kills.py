@@ -9,21 +9,33 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from fedpeft.simulation.launch import run
+from tests.conftest import ROOT, quiet
 
 pytestmark = pytest.mark.slow
 SECONDS = 300
 CODE = "import sys; from fedpeft.cli import main; main()"
 
 
-@pytest.fixture
-def command(base: list[str]) -> list[str]:
+@pytest.fixture(scope="module")
+def overrides(base: list[str]) -> list[str]:
     """A run of eight rounds in which clients keep B, and the server a memory."""
-    given = ["method=fedsa_lora", "method.rank=4", "strategy=fedadam", "num_rounds=8"]
-    return [sys.executable, "-W", "ignore", "-c", CODE, "run", "--json", *base, *given]
+    return [*base, "method=fedsa_lora", "method.rank=4", "strategy=fedadam", "num_rounds=8"]
+
+
+@pytest.fixture(scope="module")
+def whole(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The summary of the run that nothing disturbs."""
+    return run([*overrides, f"run_dir={tmp_path_factory.mktemp('whole')}/run"], quiet())
+
+
+@pytest.fixture
+def command(overrides: list[str]) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-c", CODE, "run", "--json", *overrides]
 
 
 def started(command: Sequence[str], folder: Path) -> "subprocess.Popen[str]":
@@ -40,7 +52,7 @@ def started(command: Sequence[str], folder: Path) -> "subprocess.Popen[str]":
     )
 
 
-def ended(process: "subprocess.Popen[str]") -> dict[str, object]:
+def ended(process: "subprocess.Popen[str]") -> dict[str, Any]:
     output, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, errors
     return json.loads(output.splitlines()[-1])
@@ -59,21 +71,22 @@ def wait_for_round(folder: Path, number: int) -> None:
 
 @pytest.mark.parametrize(("runtime", "rounds"), [("inprocess", (1, 4, 8)), ("ray", (3,))])
 def test_kills_at_random_moments(
-    command: list[str], runtime: str, rounds: Sequence[int], tmp_path: Path
+    command: list[str], whole: dict[str, Any], runtime: str, rounds: Sequence[int], tmp_path: Path
 ) -> None:
     """Kill -9 of the driver within a second of a round's line, also while it writes files."""
     more = [f"runtime={runtime}", *(["runtime.total_cpus=2"] if runtime == "ray" else [])]
-    whole = ended(started([*command, *more], tmp_path / "whole"))
     draws = random.Random(5)
     for round in rounds:
-        process = started([*command, *more], tmp_path / "broken")
-        wait_for_round(tmp_path / "broken", round)
+        process = started([*command, *more], tmp_path / "run")
+        wait_for_round(tmp_path / "run", round)
         time.sleep(draws.random() * 0.3)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    resumed = ended(started([*command, *more], tmp_path / "broken"))
-    for key in ("shared_state_sha256", "final", "best", "bytes", "interference", "refused"):
+    resumed = ended(started([*command, *more], tmp_path / "run"))
+    for key in ("shared_state_sha256", "final", "best", "interference", "refused"):
         assert resumed[key] == whole[key], key
+    for key in ("uplink_bytes", "evaluation_uplink_bytes"):  # what goes down names the runtime
+        assert resumed["bytes"][key] == whole["bytes"][key] > 0, key
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_a_link_is_cut_and_a_site_moves(networks: None, base: list[str], tmp_pat
     run_dir, trial = tmp_path / "run", Between(tmp_path)
     try:
         trial.start(3, [], base)
-        run = trial.submit(APP, ["num_clients=3", *overrides_of(base, method, run_dir)])
+        run = trial.submit(APP, overrides_of(base, method, run_dir))
         until(lambda: lines(run_dir) > 1, "round 1 is over")
         inside(HUB, "link", "set", "to-node-0", "down")
         moved = trial.processes.started["node-1"]
