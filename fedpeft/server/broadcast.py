@@ -162,8 +162,8 @@ class Broadcaster:
             if whose not in contents:
                 contents[whose] = self._content(same, round, generation)
             content, size = contents[whose]
-            seen.count(prefix + "downlink_bytes", size)
-            seen.count(prefix + "downlink_payload_bytes", same.payload)
+            seen.count(prefix + "downlink_bytes", size, client)
+            seen.count(prefix + "downlink_payload_bytes", same.payload, client)
             messages[client] = Message(content, node, kind, group_id=same.group)
         return messages
 

@@ -95,7 +95,7 @@ class Run(Observer):
         Validation rows select, test rows never; the earlier of equal rounds stays.
         """
         self.lines.append(line)
-        self.directory.append(line)
+        self.directory.append(line, self.strategy.seen.rows(line["round"]))
         self.observer.round_done(line)
         value, best = line.get(self.selects), self.best.get(self.selects)
         if value is not None and (best is None or self.sign * (value - best) > 0):
@@ -160,6 +160,7 @@ class Run(Observer):
             "run_dir": str(self.directory.path),
         }
         self.directory.finish(summary)  # before the base model is built, for which memory may lack
+        self.directory.pack_clients()
         summary["initial_error"] = self._initial_error()
         self.directory.finish(summary)
         return summary

@@ -19,9 +19,9 @@ from fedpeft.reporting.observer import Line, Observer
 from fedpeft.seeding import generator
 from fedpeft.server.aggregation import Aggregator
 from fedpeft.server.broadcast import Broadcaster
-from fedpeft.server.evaluation import client_means, measure
+from fedpeft.server.evaluation import client_measures, measure, noted, over_clients
 from fedpeft.server.nodes import Nodes, exchange
-from fedpeft.server.replies import restarted
+from fedpeft.server.replies import restarted, seconds
 from fedpeft.server.seen import Asked, RoundFailed, Seen
 from fedpeft.state import State
 from fedpeft.wire import named_arrays, wire_bytes
@@ -118,10 +118,9 @@ class FederatedPEFT(Strategy):
             try:
                 self._train(grid, round)
             except RoundFailed as failed:
-                line["repeated"], traffic = str(failed), self.seen.traffic
+                line["repeated"], first = str(failed), self.seen
                 self._train(grid, round)
-                for key, amount in traffic.items():
-                    self.seen.count(key, amount)
+                self.seen.count_again(first)
             line |= {"cohort": self.seen.cohort} | self.seen.metrics
             line["weights"] = {str(c): w for c, w in self.seen.weights.items()}
         if self.config.evaluates(round):
@@ -249,7 +248,7 @@ class FederatedPEFT(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Return the clients' means, weighted by rows; null if clients do not measure."""
+        """Return the clients' measures, see ``over_clients``; null if clients do not measure."""
         return _record(self._measures(self._by_client(replies))) if self._sent else None
 
     def summary(self) -> None:
@@ -295,18 +294,21 @@ class FederatedPEFT(Strategy):
         return self._messages(MessageType.EVALUATE, round + 1, range(self.config.num_clients))
 
     def _measures(self, replies: Iterable[tuple[int, Message]]) -> dict[str, float]:
-        """Return the clients' means weighted by rows, and note who measured nothing."""
+        """Sum up the clients' measures, note each client's, and who measured nothing."""
         by_client = dict(replies)
         for client, reply in by_client.items():
             if not reply.has_error():
-                self.seen.count("evaluation_uplink_bytes", wire_bytes(reply.content))
+                self.seen.count("evaluation_uplink_bytes", wire_bytes(reply.content), client)
                 if restarted(reply):
                     self.seen.restarted.add(client)
         late = {client: self._late() for client in self._sent if client not in by_client}
-        means, refused = client_means(by_client, self.engine.task.ranges, self.up.known_rows)
+        ranges, known_rows = self.engine.task.ranges, self.up.known_rows
+        measures, refused = client_measures(by_client, ranges, known_rows)
+        for client, metrics in measures.items():
+            self.seen.note(client, **noted(metrics), evaluation_seconds=seconds(by_client[client]))
         for client, reason in (refused | late).items():
             self.seen.refuse(client, f"evaluation: {reason}")
-        return means
+        return over_clients(measures)
 
 
 def _record(metrics: Mapping[str, float | None]) -> MetricRecord:
