@@ -173,7 +173,8 @@ class Client:
         # The server evaluates what the next round would start from, so its last message to
         # evaluate carries the round after the last one.
         self.round = _whole(config, "round", engine.config.num_rounds + 1)
-        self.last = self.round > engine.config.num_rounds
+        ends_early = config.get("last") is True
+        self.last = self.round > engine.config.num_rounds or ends_early
         self.generation = _whole(config, "generation", self.round)
         self.store = store_of(context, config, self.number)
         self.restarted = False

@@ -41,6 +41,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     final, sent, lines = summary["final"], summary["bytes"], []
     if summary["weights"] == "RANDOM":
         lines.append("RANDOM WEIGHTS: a dry run, its measures say nothing about the model")
+    if stopped := summary.get("stopped_early"):
+        lines.append(f"ended early after round {stopped['round']}: {stopped['reason']}")
     for key in sorted(final):
         if key.startswith(("test_", "client_test_")) and not key.endswith(SPREAD):
             best = summary["best"].get(key, 0)
