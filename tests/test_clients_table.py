@@ -15,7 +15,7 @@ from fedpeft.reporting.clients import ClientTable, read_clients
 from fedpeft.reporting.observer import SPREAD
 from fedpeft.reporting.progress import Display, line_text
 from fedpeft.reporting.run_directory import read_metrics
-from fedpeft.server.evaluation import over_clients
+from fedpeft.server.evaluation import measured, over_clients
 from fedpeft.server.replies import seconds
 from fedpeft.server.seen import Asked, Seen
 from fedpeft.simulation.launch import run as run_here
@@ -103,6 +103,16 @@ def test_a_client_s_seconds_are_checked(said: float, read: float | None) -> None
     identify()
     content = RecordDict({"metrics": MetricRecord({"seconds": said})})
     assert seconds(Message(content, 1, "train")) == read
+
+
+def test_whole_numbers_of_a_measure_are_read_as_floats() -> None:
+    """A column of the table has one type, whatever a client sends."""
+    identify()
+    rows = {"validation-num-examples": 1, "test-num-examples": 2}
+    content = RecordDict({"metrics": MetricRecord({**rows, "test_mine": 2**60})})
+    read = measured(Message(content, 1, "evaluate"), {"mine": (-math.inf, math.inf)})
+    assert read == {**rows, "test_mine": 2.0**60}
+    assert [type(value) for value in read.values()] == [int, int, float]
 
 
 def test_the_table_holds_what_the_messages_held(run: Runner) -> None:

@@ -67,7 +67,7 @@ def measured(reply: Message, ranges: Ranges) -> dict[str, float]:
             raise ValueError(f"{key} must be from {least:g} to {most:g}, got {value:g}")
     if not all(isinstance(metrics.get(key), int) and metrics[key] >= 1 for key in counts):
         raise ValueError(f"num-examples of {' and '.join(OWN_SPLITS)} must be >= 1")
-    return metrics
+    return {key: value if key in counts else float(value) for key, value in metrics.items()}
 
 
 def client_measures(
