@@ -265,6 +265,16 @@ def test_show_on_the_command_line(fedpeft: Callable[..., str], killed: Path) -> 
     assert table == {"round": 2, "clients": [ROWS[3]], "summed": {}}
 
 
+def test_show_says_how_a_run_ended(killed: Path) -> None:
+    before = list(ClientTable.of(killed).page().notes)
+    summary: dict[str, Any] = {"selected_by": "validation_f1", "best": {"round": 1}}
+    summary["stopped_early"] = {"round": 2, "reason": "why"}
+    (killed / "summary.json").write_text(json.dumps(summary))
+    notes = list(ClientTable.of(killed).page().notes)
+    ended = ["Best round by validation_f1: 1.", "Ended early after round 2: why."]
+    assert notes == [*before[:-1], *ended, before[-1]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.reporting.observer import P10, REPLIED, UNWEIGHTED, WORST
-from fedpeft.reporting.run_directory import CLIENTS, METRICS, PACKED, read_lines, read_metrics
+from fedpeft.reporting.run_directory import (
+    CLIENTS,
+    METRICS,
+    PACKED,
+    SUMMARY,
+    read_lines,
+    read_metrics,
+)
 from fedpeft.reporting.tables import Page, Rows
 
 SPLITS = ("validation_", "test_")  # begin the names of what clients measure
@@ -133,8 +140,19 @@ class ClientTable:
             "rows: those that train; kB: the messages of training and evaluation; s: the client's "
             "own clock, of clients in one pass the whole pass.",
             "10th percentile: nine of ten clients are as good or better.",
+            *self._ended(),
             f"All rounds and columns: {self.run / file}",
         ]
+
+    def _ended(self) -> list[str]:
+        """Say how the run ended; nothing if it has no summary yet."""
+        if not (self.run / SUMMARY).exists():
+            return []
+        summary = json.loads((self.run / SUMMARY).read_text())
+        notes = [f"Best round by {summary['selected_by']}: {summary['best']['round']}."]
+        if stopped := summary.get("stopped_early"):
+            notes.append(f"Ended early after round {stopped['round']}: {stopped['reason']}.")
+        return notes
 
 
 def _number(value: float | None) -> str:

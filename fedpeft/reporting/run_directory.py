@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from fedpeft.config.load import leaves
 from fedpeft.files import replacing
 
-METRICS = "metrics.jsonl"
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 CLIENTS, PACKED = "clients.jsonl", "clients.parquet"  # while the run lasts, and after it
 PACKAGES = ("fedpeft", "flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy")
 
@@ -115,7 +115,7 @@ class RunDirectory:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, atomically."""
         text = json.dumps(finite(summary), indent=2, allow_nan=False)
-        self._write("summary.json", text + "\n")
+        self._write(SUMMARY, text + "\n")
 
     def _write(self, name: str, text: str) -> None:
         with replacing(self.path / name) as draft:
@@ -188,10 +188,10 @@ def finished(config: DictConfig) -> dict[str, Any] | None:
     if not config.resume or not config.run_dir:
         return None
     folder = Path(config.run_dir)
-    if not (folder / "summary.json").exists():
+    if not (folder / SUMMARY).exists():
         return None
     check_same(OmegaConf.load(folder / "config.yaml"), config, folder)
-    return json.loads((folder / "summary.json").read_text())
+    return json.loads((folder / SUMMARY).read_text())
 
 
 def versions() -> dict[str, str]:
