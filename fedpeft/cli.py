@@ -1,4 +1,4 @@
-"""The command line: fedpeft run | compare | study | params | partition | check | node | ..."""
+"""The command line: fedpeft run | compare | study | params | show | partition | check | ..."""
 
 import json
 import logging
@@ -22,6 +22,7 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
   study      methods x learning rates x seeds: fedpeft study --methods scl,lora+strategy=local_only
                                            --lrs 1e-4,1e-3 --seeds 0,1,2 run_dir=FOLDER [overrides]
   params     what a method trains and sends: fedpeft params model=roberta_base [method=fedtt]
+  show       what each client got:         fedpeft show RUN [--round N]
   partition  who holds what:               fedpeft partition num_clients=10 partition.alpha=0.1
   check      a dry run, which trains nothing: fedpeft check method=scl num_clients=4
   node       a site of a deployment:       fedpeft node --help
@@ -48,6 +49,7 @@ def main() -> None:
         "compare": compare,
         "study": study,
         "params": params,
+        "show": show,
         "partition": partition,
         "check": check,
         "node": node,
@@ -242,6 +244,23 @@ def _counts(names: list[str], base: list[str]) -> tuple[dict[str, Any], dict[str
     if not counts:
         raise ValueError(next(iter(refused.values())))
     return counts, refused
+
+
+def show(arguments: list[str]) -> None:
+    """Show what each client of a run got in one round: rows, measures, bytes and seconds."""
+    from fedpeft.reporting.clients import ClientTable
+    from fedpeft.reporting.study import numbers
+
+    as_json, arguments = _flag(arguments, "--json")
+    number, arguments = _option(arguments, "--round", "")
+    if len(arguments) != 1:
+        raise ValueError("show needs the directory of one run: fedpeft show RUN [--round N]")
+    round = next(iter(numbers("--round", number, int)), None)
+    table = ClientTable.of(Path(arguments[0]), round)
+    if as_json:
+        print(table.as_json())
+    else:
+        table.page().show()
 
 
 def partition(arguments: list[str]) -> None:

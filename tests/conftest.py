@@ -258,6 +258,13 @@ def job_of(engine: Engine, client: int, round: int = 1) -> Job:
     return Job(at, start, (engine.config.method.term(at, start, {}),))
 
 
+def without_time(value: Any) -> Any:
+    """Drop what may differ between equal runs."""
+    if isinstance(value, dict):
+        return {k: without_time(v) for k, v in value.items() if k not in ("seconds", "run_dir")}
+    return [without_time(v) for v in value] if isinstance(value, list) else value
+
+
 def quiet() -> Display:
     """Return a display on no terminal."""
     return Display(Console(file=io.StringIO()))

@@ -27,12 +27,17 @@ def test_compare_sorts_by_quality_and_saves(fedpeft: Command, base: list[str]) -
     text = fedpeft("compare", *TWO_METHODS, *rest, "run_dir=out")
     folder = Path("out")
     rows = (folder / "comparison.csv").read_text().splitlines()
-    assert rows[0].startswith("method,quality,global_test,round_0")
-    quality = {name: float(value) for name, value, *_ in (row.split(",") for row in rows[1:])}
+    assert rows[0].startswith("method,quality,quality_unweighted,quality_worst,global_test,")
+    cells = [row.split(",") for row in rows[1:]]
+    quality = {name: float(value) for name, value, *_ in cells}
+    others = {name: [float(v) for v in values] for name, _, *values in (c[:4] for c in cells)}
     assert list(quality.values()) == sorted(quality.values(), reverse=True)
     for name, value in quality.items():
         summary = json.loads((folder / name / "summary.json").read_text())
         assert value == summary["final"]["client_test_accuracy"]
+        assert others[name] == [
+            summary["final"][f"client_test_accuracy_{kind}"] for kind in ("unweighted", "worst")
+        ]
         assert ("test_accuracy" in summary["final"]) == (name == "ffa_lora")
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     table = (folder / "comparison.md").read_text()

@@ -59,7 +59,7 @@ def test_example_settles_and_aggregates_exactly_from_there_on(
 def test_commands_of_the_readme_exist() -> None:
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     used = set(re.findall(r"^fedpeft (\w+)", "\n".join(blocks), re.MULTILINE))
-    assert used == {"run", "compare", "study", "params", "partition", "check", "deploy"}
+    assert used == {"run", "compare", "study", "show", "params", "partition", "check", "deploy"}
     targets = set(re.findall(r"^make (\w+)", "\n".join(blocks), re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text()
     assert targets == {"quickstart", "test"}

@@ -14,6 +14,7 @@ from fedpeft.reporting.progress import Display
 from fedpeft.reporting.run_directory import check_same, read_metrics
 from fedpeft.server.seen import RoundFailed
 from fedpeft.simulation.launch import run as run_here
+from tests.conftest import without_time
 
 
 class Stopping(Display):
@@ -54,13 +55,6 @@ CASES = {
     "alternating": ["method=rolora", "method.rank=4", "clients_per_round=0.5"],
     "nothing sent": ["strategy=local_only"],
 }
-
-
-def without_time(value: Any) -> Any:
-    """Drop what may differ between equal runs."""
-    if isinstance(value, dict):
-        return {k: without_time(v) for k, v in value.items() if k not in ("seconds", "run_dir")}
-    return [without_time(v) for v in value] if isinstance(value, list) else value
 
 
 @pytest.mark.matrix

@@ -29,6 +29,7 @@ METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 SUMMARY = {
     "method": str,
     "selected_by": str,
+    "stopped_early": type(None),
     "final": dict,
     "best": dict,
     "initial": dict,
@@ -319,6 +320,7 @@ def test_a_directory_holds_one_run(run: Runner, tmp_path: Path) -> None:
         ".lock",
         "config.yaml",
         "metrics.jsonl",
+        "clients.parquet",
         "summary.json",
         "shared_state.safetensors",
         "best_shared_state.safetensors",

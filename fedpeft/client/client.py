@@ -4,6 +4,7 @@ A round of a client: the message gives what the server has, the store what the c
 engine trains, the store keeps what is personal, and the reply carries what is shared.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -172,7 +173,8 @@ class Client:
         # The server evaluates what the next round would start from, so its last message to
         # evaluate carries the round after the last one.
         self.round = _whole(config, "round", engine.config.num_rounds + 1)
-        self.last = self.round > engine.config.num_rounds
+        ends_early = config.get("last") is True
+        self.last = self.round > engine.config.num_rounds or ends_early
         self.generation = _whole(config, "generation", self.round)
         self.store = store_of(context, config, self.number)
         self.restarted = False
@@ -242,6 +244,7 @@ class Client:
             "num-examples": trained.num_examples,
             "loss": trained.loss,
             "num-steps": trained.steps,
+            "seconds": result.seconds,
         }
         said: Any = {"index": index, "kept": bool(state), "restarted": self.restarted}
         return RecordDict(
@@ -259,7 +262,7 @@ class Client:
 
     def evaluate(self) -> RecordDict:
         """Measure the client's model on its own validation and test rows."""
-        engine = self.engine
+        engine, begun = self.engine, time.perf_counter()
         at, received, _ = self._received()
         engine.replica.load(received, self._kept().personal, at=at)
         splits = engine.rows.client_examples(self.number)
@@ -270,6 +273,7 @@ class Client:
                 metrics[f"{split}_{name}"] = value
             if (baseline := engine.baseline(splits["train"], splits[split])) is not None:
                 metrics[f"{split}_baseline"] = baseline
+        metrics["seconds"] = time.perf_counter() - begun
         config = ConfigRecord({"restarted": self.restarted})
         return RecordDict({"metrics": MetricRecord(metrics), "config": config})
 

@@ -35,13 +35,17 @@ GROUPS = {  # base classes by name, because torch is imported only when a group 
     "compression": "fedpeft.compression.base.Compression",
 }
 _FIELD = re.compile(
-    rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation|checkpoint)\.[\w.]+|lr|personal)="
+    rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation|checkpoint|early_stopping)\.[\w.]+"
+    "|lr|personal)="
 )
 INTERPOLATION = "${"
 MOST_CHARACTERS = 1 << 16  # of a message's overrides, because Hydra takes a minute for a megabyte
 _MARKS = re.compile(r"[\\'\"]")  # characters that splitting or parsing an override takes away
 # Beginnings of overrides that clients need not know.
-OF_SERVER = ("run_dir=", "resume=", "logs=", "metrics_port=", "check=", "checkpoint.", "hydra.")
+OF_SERVER = (
+    *("run_dir=", "resume=", "logs=", "metrics_port=", "check="),
+    *("checkpoint.", "early_stopping.", "hydra."),
+)
 _lock = Lock()  # Hydra's compose is not thread-safe; a launch composes in a thread too
 
 

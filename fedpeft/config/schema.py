@@ -178,6 +178,22 @@ class Checkpointing:
 
 
 @dataclass(frozen=True)
+class EarlyStopping:
+    """When a run ends before its last round.
+
+    Args:
+        patience: evaluations in a row without a better measure on validation rows, by the measure
+            that selects the best round; null to run all rounds.
+    """
+
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"early_stopping.patience must be >= 1 or null, got {self.patience}")
+
+
+@dataclass(frozen=True)
 class Settings:
     """A run's numbers.
 
@@ -208,6 +224,7 @@ class Settings:
     optimizer: Optimization = field(default_factory=Optimization)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     seed: int = 0
     num_clients: int = 5
     num_rounds: int = 10

@@ -1,6 +1,7 @@
 """A process's engine: it trains and evaluates clients on the resident model."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
@@ -31,11 +32,13 @@ class Result(NamedTuple):
     Attributes:
         after: all parameters that can change, full.
         moments: the optimizer's state to keep; empty unless ``optimizer.keep_state``.
+        seconds: that the training took; of clients in one pass, the whole pass.
     """
 
     trained: Trained
     after: State
     moments: State
+    seconds: float
 
 
 class Engine:
@@ -83,6 +86,7 @@ class Engine:
 
     def train_client(self, job: Job, round: int) -> Result:
         """Train one client through all phases of its round."""
+        begun = time.perf_counter()
         values, moments, ended = job.start, job.moments, []
         for part in self._parts(job, round):
             plan = self._plan(job.client, part)
@@ -96,7 +100,7 @@ class Engine:
                 )
             values, moments = values | passes.flat.state(), moments | state
             ended.append(Ended(part.names, plan, loss))
-        return Result(self._trained(round, ended), values, moments)
+        return Result(self._trained(round, ended), values, moments, time.perf_counter() - begun)
 
     def _parts(self, job: Job, round: int) -> list[Part]:
         """Return the phases in which something trains."""
@@ -147,6 +151,7 @@ class Engine:
         return self.task.loss(self.task.forward(model, batch), batch)
 
     def _train_together(self, jobs: Sequence[Job], round: int) -> list[Result | Exception]:
+        begun = time.perf_counter()
         results: dict[int, Result | Exception] = {}
         members = [Member(job, self._parts(job, round)) for job in jobs]
         kinds = [[(part.phase.setting, part.names) for part in m.parts] for m in members]
@@ -156,8 +161,8 @@ class Engine:
             self._phase_together([m for m in members if m.error is None], number)
         for i, member in enumerate(members):
             if member.error is None:
-                trained = self._trained(round, member.ended)
-                results[i] = Result(trained, member.values, member.moments)
+                trained, seconds = self._trained(round, member.ended), time.perf_counter() - begun
+                results[i] = Result(trained, member.values, member.moments, seconds)
             else:
                 results[i] = member.error
         return [results[i] for i in range(len(jobs))]

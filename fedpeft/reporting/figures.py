@@ -37,7 +37,11 @@ def plot_comparison(
         right.plot(*zip(*points, strict=True), ms=4, **style)
     _against_bytes(left, metric, baseline)
     name = selects.replace("_", " ")
-    right.set(xlabel="round", ylabel=f"validation {name}", title=f"{name.capitalize()} by round")
+    right.set(
+        xlabel="round",
+        ylabel=f"validation {name}, mean by rows",
+        title=f"{name.capitalize()} by round",
+    )
     _finish(right, baseline)
     right.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
@@ -70,7 +74,9 @@ def _style(i: int, label: str) -> dict[str, Any]:
 
 def _against_bytes(axis: Any, metric: str, baseline: float | None) -> None:
     axis.set(xscale="log", xlabel="MB sent, all clients, both ways")
-    axis.set(ylabel=f"test {metric.replace('_', ' ')}", title="Quality against bytes sent")
+    axis.set(
+        ylabel=f"test {metric.replace('_', ' ')}, mean by rows", title="Quality against bytes sent"
+    )
     _finish(axis, baseline)
 
 

@@ -56,7 +56,7 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
     rows = [study_row([r for r in runs if r["method"] == e], measures.sign) for e in study.entries]
     rows.sort(key=lambda row: -1 if row["quality"] is None else row["quality"], reverse=True)
     notes = [*study_notes(measures), *_floor_notes(floor), *failed, f"Made by: {command}"]
-    title = f"{measures.quality} after the last round"
+    title = f"{measures.quality} after the last round, mean by rows"
     page = Page(title, STUDY, study_cells(rows), notes)
     page.save(study.folder / "study.md")
     shown = [row for row in rows if row["quality"] is not None]
@@ -89,7 +89,7 @@ def save_comparison(
     ]
     rows.sort(key=lambda row: -row["quality"])
     notes = [comparison_note(measures), *_floor_notes(floor), *failed, f"Made by: {command}"]
-    title = f"{measures.quality} after the last round"
+    title = f"{measures.quality} after the last round, mean by rows"
     page = Page(title, COMPARISON, comparison_cells(rows), notes)
     page.save(study.folder / "comparison.md")
     write_csv(study.folder / "comparison.csv", rows)
@@ -102,19 +102,22 @@ def save_comparison(
 def comparison_note(measures: Measures) -> str:
     """Return the sentence that explains the columns of a comparison."""
     return (
-        f"quality: {measures.quality} on the clients' own test rows after the last round, mean by "
-        "rows; best: the same at the round that validation chose; global test: the server's model "
-        "on the test set (none where the head is personal); kB per client."
+        f"quality: {measures.quality} on the clients' own test rows after the last round, mean "
+        "weighted by rows (comparison.csv has the unweighted one too); best: the same at the round "
+        "that validation chose; global test: the server's model on the test set (none where the "
+        "head is personal); kB per client."
     )
 
 
 def study_notes(measures: Measures) -> list[str]:
     """Return the sentences that explain the columns of a study."""
     return [
-        f"quality: {measures.quality} on the clients' own test rows after the last round, mean by "
-        "rows; of the seeds the mean ± the sample standard deviation.",
+        f"quality: {measures.quality} on the clients' own test rows after the last round, mean "
+        "weighted by rows (runs.csv has the unweighted one too); of the seeds the mean ± the "
+        "sample standard deviation.",
         f"lr: the one with the best {measures.selects} on the clients' own validation rows after "
-        "the last round, mean of all seeds; (edge): it is the grid's first or last, and a better "
+        "the last round, mean weighted by rows, mean of all seeds; (edge): it is the grid's first "
+        "or last, and a better "
         "one may lie beyond.",
         "MB: 10^6 bytes of the training's messages, all clients, both ways, mean of the seeds.",
     ]

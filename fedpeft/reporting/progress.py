@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fedpeft.reporting.observer import OUTCOMES, Observer
+from fedpeft.reporting.observer import OUTCOMES, SPREAD, UNWEIGHTED, Observer
 
 
 def line_text(line: Mapping[str, Any], num_rounds: int) -> str:
@@ -16,7 +16,7 @@ def line_text(line: Mapping[str, Any], num_rounds: int) -> str:
     starts = {"train_loss": "train loss", "validation_": "", "client_validation_": "clients' "}
     for start, text in starts.items():
         for key in line:
-            if key.startswith(start) and not key.endswith(("_examples", "_baseline")):
+            if key.startswith(start) and not key.endswith(("_baseline", *SPREAD)):
                 name = key.removeprefix(start) if start.endswith("_") else ""
                 name = "validation loss" if key == "validation_loss" else name.replace("_", " ")
                 parts.append(f"{text}{name} {line[key]:.4f}")
@@ -41,10 +41,12 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     final, sent, lines = summary["final"], summary["bytes"], []
     if summary["weights"] == "RANDOM":
         lines.append("RANDOM WEIGHTS: a dry run, its measures say nothing about the model")
+    if stopped := summary.get("stopped_early"):
+        lines.append(f"ended early after round {stopped['round']}: {stopped['reason']}")
     for key in sorted(final):
-        if key.startswith(("test_", "client_test_")):
+        if key.startswith(("test_", "client_test_")) and not key.endswith(SPREAD):
             best = summary["best"].get(key, 0)
-            lines.append(f"{key}: {final[key]:.4f} (best round {best:.4f})")
+            lines.append(f"{key}: {final[key]:.4f} (best round {best:.4f}){_spread(final, key)}")
     for reason, count in summary["data"]["skipped"].items():
         lines.append(f"left out: {count} rows, each {reason}")
     for split, counts in summary["data"]["cut"].items():
@@ -55,6 +57,17 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     lines.append(f"shared_state_sha256: {summary['shared_state_sha256']}")
     lines.append(f"results: {summary['run_dir']}")
     return "\n".join(lines)
+
+
+def _spread(measures: Mapping[str, Any], key: str) -> str:
+    """Say how a measure spreads over the clients; nothing for the server's own."""
+    if key + UNWEIGHTED not in measures:
+        return ""
+    unweighted, worst, p10 = (measures[key + suffix] for suffix in SPREAD)
+    return (
+        f"; mean by rows. By clients: mean {unweighted:.4f}, 10th percentile {p10:.4f}, "
+        f"worst {worst:.4f}"
+    )
 
 
 class Display(Observer):

@@ -4,10 +4,20 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from fedpeft.reporting.observer import UNWEIGHTED, WORST
 from fedpeft.reporting.study import Done, Outcome
 from fedpeft.reporting.tables import Rows
 
-VALUES = ("quality", "validation", "trained", "bytes", "seconds", "failed")
+VALUES = (
+    "quality",
+    "quality_unweighted",
+    "quality_worst",
+    "validation",
+    "trained",
+    "bytes",
+    "seconds",
+    "failed",
+)
 
 
 class Measures(NamedTuple):
@@ -58,6 +68,8 @@ def _run_row(one: Done, measures: Measures, searched: bool) -> dict[str, Any]:
     final, size = outcome["final"], outcome["bytes"]
     return row | {
         "quality": final[f"client_test_{measures.quality}"],
+        "quality_unweighted": final.get(f"client_test_{measures.quality}{UNWEIGHTED}"),
+        "quality_worst": final.get(f"client_test_{measures.quality}{WORST}"),
         "validation": final.get(f"client_validation_{measures.selects}"),
         "trained": outcome["parameters"]["trained"][1],
         "bytes": size["uplink_bytes"] + size["downlink_bytes"],

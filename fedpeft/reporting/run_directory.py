@@ -1,4 +1,4 @@
-"""A run's directory: the resolved configuration, a line a round, and the summary."""
+"""A run's directory: the configuration, a line a round, the table of clients, the summary."""
 
 import json
 import math
@@ -18,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from fedpeft.config.load import leaves
 from fedpeft.files import replacing
 
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+CLIENTS, PACKED = "clients.jsonl", "clients.parquet"  # while the run lasts, and after it
 PACKAGES = ("fedpeft", "flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy")
 
 
@@ -54,13 +56,15 @@ class RunDirectory:
             raise
 
     def _claim(self, config: DictConfig, resume: bool) -> None:
-        self._metrics = self.path / "metrics.jsonl"
-        if self._metrics.exists() and not resume:
+        held = (self.path / METRICS).exists()
+        if held and not resume:
             raise ValueError(
                 f"run_dir={self.path} already holds a run: give another, or resume=true to go on"
             )
+        if not held:  # of a run that was killed before its first line
+            (self.path / CLIENTS).unlink(missing_ok=True)
         written = self.path / "config.yaml"
-        if self._metrics.exists() and written.exists():
+        if held and written.exists():
             check_same(OmegaConf.load(written), config, self.path)
         self._write("config.yaml", OmegaConf.to_yaml(config, resolve=True))
 
@@ -70,17 +74,38 @@ class RunDirectory:
 
     def keep_lines(self, last: int) -> list[dict[str, Any]]:
         """Drop the lines of rounds after ``last`` and return the others."""
-        lines = read_metrics(self.path) if self._metrics.exists() else []
+        self._keep(CLIENTS, last)
+        return self._keep(METRICS, last)
+
+    def _keep(self, name: str, last: int) -> list[dict[str, Any]]:
+        path = self.path / name
+        lines = read_lines(path) if path.exists() else []
         lines = [line for line in lines if line["round"] <= last]
-        self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        self._write(name, "".join(json.dumps(line) + "\n" for line in lines))
         return lines
 
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Append a round's line; it is on the disk when this returns."""
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+    def append(self, line: Mapping[str, Any], clients: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Append a round's line and its clients' rows; both are on the disk when this returns."""
+        self._append(CLIENTS, clients)
+        self._append(METRICS, [line])
+
+    def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        with (self.path / name).open("a") as file:
+            file.writelines(json.dumps(finite(line), allow_nan=False) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
+
+    def pack_clients(self) -> None:
+        """Turn the rows of all rounds into ``clients.parquet``, at the end of the run."""
+        import pyarrow  # takes a quarter of a second
+        from pyarrow import parquet
+
+        rows = read_lines(self.path / CLIENTS)
+        names = dict.fromkeys(name for row in rows for name in row)
+        table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+        with replacing(self.path / PACKED) as draft:
+            parquet.write_table(table, draft)
+        (self.path / CLIENTS).unlink()
 
     def save_samples(self, samples: Sequence[Mapping[str, str]], most: int = 100) -> None:
         """Write ``samples.jsonl``: at most ``most`` generated texts beside their references."""
@@ -90,7 +115,7 @@ class RunDirectory:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, atomically."""
         text = json.dumps(finite(summary), indent=2, allow_nan=False)
-        self._write("summary.json", text + "\n")
+        self._write(SUMMARY, text + "\n")
 
     def _write(self, name: str, text: str) -> None:
         with replacing(self.path / name) as draft:
@@ -163,10 +188,10 @@ def finished(config: DictConfig) -> dict[str, Any] | None:
     if not config.resume or not config.run_dir:
         return None
     folder = Path(config.run_dir)
-    if not (folder / "summary.json").exists():
+    if not (folder / SUMMARY).exists():
         return None
     check_same(OmegaConf.load(folder / "config.yaml"), config, folder)
-    return json.loads((folder / "summary.json").read_text())
+    return json.loads((folder / SUMMARY).read_text())
 
 
 def versions() -> dict[str, str]:
@@ -180,5 +205,9 @@ def versions() -> dict[str, str]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return a run's lines, without a last one that was cut off."""
-    lines = (path / "metrics.jsonl").read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return read_lines(path / METRICS)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file, one a line, without a last one that was cut off."""
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]

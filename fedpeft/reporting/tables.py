@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedpeft.reporting.observer import UNWEIGHTED, WORST
+
 Rows = list[dict[str, Any]]
 
 
@@ -101,9 +103,10 @@ def comparison_row(
 ) -> dict[str, Any]:
     """Return a run's row.
 
-    ``quality`` is the mean of ``metric`` on the clients' own test rows after the last round, the
-    one measure that global and personal models share; ``best`` is the same at the round that
-    validation chose.
+    ``quality`` is the mean of ``metric`` on the clients' own test rows after the last round,
+    weighted by these rows: the one measure that global and personal models share. ``best`` is the
+    same at the round that validation chose. ``quality_unweighted`` counts each client alike, and
+    ``quality_worst`` is the worst client's.
 
     Args:
         name: the row's label.
@@ -115,9 +118,12 @@ def comparison_row(
         The columns of comparison.csv.
     """
     size, rounds = summary["bytes"], len(summary["interference"])
+    quality = summary["final"][f"client_test_{metric}"]
     return {
         "method": name,
-        "quality": summary["final"][f"client_test_{metric}"],
+        "quality": quality,
+        "quality_unweighted": summary["final"].get(f"client_test_{metric}{UNWEIGHTED}"),
+        "quality_worst": summary["final"].get(f"client_test_{metric}{WORST}"),
         "global_test": summary["final"].get(f"test_{metric}"),
         "round_0": summary["initial"].get(f"client_test_{metric}"),
         "best": summary["best"].get(f"client_test_{metric}"),

@@ -154,6 +154,15 @@ class Aggregator:
             seen.refuse(client, reason)
         norms = update_norms(before, [reply.state for reply in usable.values()])
         # A client of many rows may take a hundred times the steps of another.
+        for (client, reply), norm in zip(usable.items(), norms, strict=True):
+            seen.note(
+                client,
+                train_rows=reply.num_examples,
+                steps=reply.steps,
+                train_loss=reply.loss,
+                update_norm=norm,
+                train_seconds=reply.seconds,
+            )
         a_step = {c: norm / usable[c].steps for c, norm in zip(usable, norms, strict=True)}
         far = too_far(a_step, self.config.strategy.max_norm_ratio)
         for client, reason in far.items():
@@ -178,12 +187,12 @@ class Aggregator:
         extras = prefixed(zeros(self.config.strategy.up(start)), STRATEGY)
         if not reply.has_error():
             size = wire_bytes(reply.content)
-            seen.count("uplink_bytes", size)
+            seen.count("uplink_bytes", size, client)
             if size > (most := 2 * payload_bytes(start | extras) + FRAME):
                 raise ValueError(f"the reply has {size} bytes, but at most {most} may come")
         usable = read(reply, start | extras, self.config.compression.up)
         self._check_counts(self.down.at(round, client), usable)
-        seen.count("uplink_payload_bytes", usable.payload_bytes)
+        seen.count("uplink_payload_bytes", usable.payload_bytes, client)
         return usable
 
     def known_rows(self, client: int) -> int | None:

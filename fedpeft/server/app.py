@@ -62,7 +62,7 @@ def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> d
     observer = _observer(settings, path, display)
     directory = RunDirectory(path, tree, settings.resume)
     try:
-        run = Run(FederatedPEFT(sent, engine), directory, settings.checkpoint, observer)
+        run = Run(FederatedPEFT(overrides, engine), directory, settings.checkpoint, observer)
         if settings.resume:
             run.resume()
         return _run(run, grid, label)

@@ -132,7 +132,7 @@ class Broadcaster:
         return at._replace(memory=self.config.method.down(self.method_memory, at))
 
     def messages(
-        self, kind: str, round: int, nodes: Mapping[int, int], seen: Seen
+        self, kind: str, round: int, nodes: Mapping[int, int], seen: Seen, last: bool = False
     ) -> dict[int, Message]:
         """Return a message for each client; one content for all that train the same blocks.
 
@@ -141,6 +141,7 @@ class Broadcaster:
             round: round of the messages.
             nodes: node id by client.
             seen: takes the bytes.
+            last: the run's last evaluation, although ``round`` does not say so.
         """
         broadcast = self.broadcast(round)
         extras = broadcast.extras if kind == MessageType.TRAIN else {}
@@ -160,18 +161,19 @@ class Broadcaster:
             generation = self.generations.message(client)
             whose = (same.group, *generation.values())
             if whose not in contents:
-                contents[whose] = self._content(same, round, generation)
+                contents[whose] = self._content(same, round, generation, last)
             content, size = contents[whose]
-            seen.count(prefix + "downlink_bytes", size)
-            seen.count(prefix + "downlink_payload_bytes", same.payload)
+            seen.count(prefix + "downlink_bytes", size, client)
+            seen.count(prefix + "downlink_payload_bytes", same.payload, client)
             messages[client] = Message(content, node, kind, group_id=same.group)
         return messages
 
     def _content(
-        self, packed: Packed, round: int, generation: Mapping[str, int]
+        self, packed: Packed, round: int, generation: Mapping[str, int], last: bool
     ) -> tuple[RecordDict, int]:
         """Return a message's content and its bytes."""
         config: Any = {"overrides": self.overrides, "round": round, "index": packed.index}
+        config |= {"last": True} if last else {}
         record = ConfigRecord(config | {"run": self.run} | dict(generation))
         content = RecordDict({"arrays": packed.arrays, "config": record})
         return content, wire_bytes(content)

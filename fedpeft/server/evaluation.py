@@ -1,14 +1,17 @@
-"""Measures of a round: of the server's model, and the means of the clients' own."""
+"""Measures of a round: of the server's model, and the clients' own, summed up."""
 
 import math
 import os
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 from flwr.app import Message
 
 from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.engine import Engine
+from fedpeft.reporting.observer import P10, UNWEIGHTED, WORST
 from fedpeft.seeding import generator
 from fedpeft.server.replies import reason
 from fedpeft.state import State
@@ -64,13 +67,13 @@ def measured(reply: Message, ranges: Ranges) -> dict[str, float]:
             raise ValueError(f"{key} must be from {least:g} to {most:g}, got {value:g}")
     if not all(isinstance(metrics.get(key), int) and metrics[key] >= 1 for key in counts):
         raise ValueError(f"num-examples of {' and '.join(OWN_SPLITS)} must be >= 1")
-    return metrics
+    return {key: value if key in counts else float(value) for key, value in metrics.items()}
 
 
-def client_means(
+def client_measures(
     replies: Mapping[int, Message], ranges: Ranges, most_rows: Callable[[int], int | None]
-) -> tuple[dict[str, float], dict[int, str]]:
-    """Average the clients' measures, weighted by rows, e.g. ``client_validation_accuracy``.
+) -> tuple[dict[int, dict[str, float]], dict[int, str]]:
+    """Read the clients' measures of their own models.
 
     Args:
         replies: by client.
@@ -78,24 +81,53 @@ def client_means(
         most_rows: that a client has; null if the server does not know.
 
     Returns:
-        The means, and the clients whose reply cannot be used, with the reason.
+        Measures by client, sorted, and the clients whose reply cannot be used, with the reason.
     """
-    totals: dict[str, float] = {}
-    rows: dict[str, int] = {}
+    measures: dict[int, dict[str, float]] = {}
     refused: dict[int, str] = {}
     for client in sorted(replies):
         try:
             metrics = measured(replies[client], ranges)
             _check_rows(metrics, most_rows(client))
+            measures[client] = metrics
         except ValueError as error:
             refused[client] = str(error)
-            continue
-        for key, value in metrics.items():
-            if not key.endswith("-num-examples"):
-                number = int(metrics[f"{key.partition('_')[0]}-num-examples"])
-                totals[key] = totals.get(key, 0.0) + number * value
-                rows[key] = rows.get(key, 0) + number
-    return {f"client_{key}": totals[key] / rows[key] for key in sorted(totals)}, refused
+    return measures, refused
+
+
+def noted(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return a client's measures under the names of the table of clients."""
+    return {key.replace("-num-examples", "_rows"): value for key, value in metrics.items()}
+
+
+def over_clients(measures: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """Sum up what clients measured, four numbers for each metric.
+
+    ``client_test_accuracy`` is the mean weighted by the clients' rows of the split. With a suffix:
+    ``unweighted`` is the mean in which each client counts alike, ``worst`` the
+    worst client's value, and ``p10`` the value that nine of ten clients reach: the 10th percentile,
+    or the 90th of a loss. Percentiles between two clients are interpolated.
+
+    Args:
+        measures: by client, with the rows of each split.
+    """
+    result: dict[str, float] = {}
+    keys = {key for metrics in measures.values() for key in metrics}
+    for key in sorted(key for key in keys if not key.endswith("-num-examples")):
+        rows = f"{key.partition('_')[0]}-num-examples"
+        having = [metrics for metrics in measures.values() if key in metrics]
+        values = [metrics[key] for metrics in having]
+        weighted = 0.0
+        for metrics in having:  # sum() would add in another way from Python 3.12 on
+            weighted += metrics[rows] * metrics[key]
+        less_is_better = key.endswith("_loss")
+        result |= {
+            f"client_{key}": weighted / sum(metrics[rows] for metrics in having),
+            f"client_{key}{UNWEIGHTED}": fmean(values),
+            f"client_{key}{WORST}": max(values) if less_is_better else min(values),
+            f"client_{key}{P10}": float(np.percentile(values, 90 if less_is_better else 10)),
+        }
+    return result
 
 
 def _check_rows(metrics: Mapping[str, float], most: int | None) -> None:

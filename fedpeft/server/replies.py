@@ -26,6 +26,7 @@ class Reply(NamedTuple):
         loss: mean over these steps.
         kept: the client keeps the state of this round.
         restarted: its kept state was lost, and it began anew.
+        seconds: that its training took, by its own clock; null if it does not say.
     """
 
     payload_bytes: int
@@ -36,6 +37,7 @@ class Reply(NamedTuple):
     loss: float
     kept: bool
     restarted: bool
+    seconds: float | None
 
 
 def read(reply: Message, reference: State, codec: Codec) -> Reply:
@@ -72,7 +74,16 @@ def read(reply: Message, reference: State, codec: Codec) -> Reply:
     state, extras = split_prefixed(decoded)
     kept = config.get("kept") is True
     size = payload_bytes(sent)
-    return Reply(size, state, extras, counts[0], counts[1], loss, kept, restarted(reply))
+    anew, took = restarted(reply), seconds(reply)
+    return Reply(size, state, extras, counts[0], counts[1], loss, kept, anew, took)
+
+
+def seconds(reply: Message) -> float | None:
+    """Return the seconds that a client says its work took; null if it says no such number."""
+    value: Any = reply.content.metric_records["metrics"].get("seconds")
+    if isinstance(value, float) and math.isfinite(value) and value >= 0:
+        return float(f"{value:.3f}")
+    return None
 
 
 def restarted(reply: Message) -> bool:

@@ -45,11 +45,8 @@ class Run(Observer):
         self.lines: list[Line] = []
         self.started = time.perf_counter()
         self.has_personal = strategy.roles.has_personal
-        metric, self.sign = self.engine.task.selects
-        whose = "client_validation" if self.has_personal else "validation"
-        self.selects = f"{whose}_{metric}"
+        self.selection = strategy.selection
         self.best_state: State = {}
-        self.best: Line = {}
         self.every = checkpoint.every
         self.checkpoints = Checkpoints(directory.path / "checkpoints", checkpoint.keep)
 
@@ -61,7 +58,8 @@ class Run(Observer):
             return
         last = checkpoints[-1]
         self.lines = self.directory.keep_lines(last.round)
-        self.best = next((line for line in self.lines if line["round"] == last.best), {})
+        for line in self.lines:
+            self.selection.add(line)
         self.best_state = last.best_state
         self.started -= last.seconds
         self.strategy.down.restore(checkpoints)
@@ -90,19 +88,16 @@ class Run(Observer):
         self.observer.left_out(phase, client, outcome, reason)
 
     def round_done(self, line: Line) -> None:
-        """Write and show a round's line, and keep the best round.
-
-        Validation rows select, test rows never; the earlier of equal rounds stays.
-        """
+        """Write and show a round's line, and keep the state of the best round."""
         self.lines.append(line)
-        self.directory.append(line)
+        self.directory.append(line, self.strategy.seen.rows(line["round"]))
         self.observer.round_done(line)
-        value, best = line.get(self.selects), self.best.get(self.selects)
-        if value is not None and (best is None or self.sign * (value - best) > 0):
-            self.best, self.best_state = line, dict(self.strategy.state)
+        if self.selection.best is line:
+            self.best_state = dict(self.strategy.state)
             self.strategy.down.generations.best = self.strategy.down.generations.accepted
         round = line["round"]
-        if round % self.every == 0 or round == self.engine.config.num_rounds:
+        last = round == self.engine.config.num_rounds or self.selection.stopped
+        if round % self.every == 0 or last:
             self._checkpoint(round)
 
     def _checkpoint(self, round: int) -> None:
@@ -114,7 +109,7 @@ class Run(Observer):
                 round=round,
                 run=down.run,
                 seconds=elapsed(self.started),
-                best=self.best.get("round"),
+                best=self.selection.best.get("round"),
                 accepted=generations.accepted,
                 best_accepted=generations.best,
                 state=down.state,
@@ -130,19 +125,21 @@ class Run(Observer):
         """Test the final and the best state, and write the summary."""
         engine, state = self.engine, self.strategy.state
         save(self.directory.path / "shared_state.safetensors", state)
-        if not self.best:  # nothing was measured that selects, so the last round counts as the best
-            self.best, self.best_state = self.lines[-1], state
+        best = self.selection.best
+        if not best:  # nothing was measured that selects, so the last round counts as the best
+            best, self.best_state = self.lines[-1], state
         best_state = {n: self.best_state.get(n, engine.replica.initial[n]) for n in state}
         save(self.directory.path / "best_shared_state.safetensors", best_state)
         final = self._tested(self.lines[-1], state)
         if engine.samples and not self.has_personal:
             self.directory.save_samples(engine.samples)
-        last_is_best = self.best is self.lines[-1]
+        last_is_best = best is self.lines[-1]
         summary = {
             "method": type(engine.config.method).__name__,
-            "selected_by": self.selects,
+            "selected_by": self.selection.name,
+            "stopped_early": self._stopped_early(),
             "final": final,
-            "best": final if last_is_best else self._tested(self.best, self.best_state),
+            "best": final if last_is_best else self._tested(best, self.best_state),
             "initial": _measures(self.lines[0]),
             "baseline": self._baseline(),
             "parameters": parameter_counts(engine.replica.roles, engine.replica.model),
@@ -160,9 +157,16 @@ class Run(Observer):
             "run_dir": str(self.directory.path),
         }
         self.directory.finish(summary)  # before the base model is built, for which memory may lack
+        self.directory.pack_clients()
         summary["initial_error"] = self._initial_error()
         self.directory.finish(summary)
         return summary
+
+    def _stopped_early(self) -> dict[str, Any] | None:
+        """Return after which round the run ended early, and why; null if it had all rounds."""
+        round, reason = self.lines[-1]["round"], self.selection.stopped
+        early = reason and round < self.engine.config.num_rounds
+        return {"round": round, "reason": reason} if early else None
 
     def _by_round(self, key: str) -> dict[str, Any]:
         """Collect an entry of the lines that have it."""

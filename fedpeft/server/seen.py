@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from fedpeft.reporting.observer import ABSENT, LATE, OUTCOMES, REFUSED, REPLIED
 
@@ -56,6 +57,7 @@ class Seen:
         traffic: bytes by direction.
         metrics: measures of training.
         asked: the clients of each phase so far.
+        by_client: what the table of clients has of each: bytes, rows, measures, seconds.
     """
 
     cohort: list[int] = field(default_factory=list)
@@ -65,15 +67,48 @@ class Seen:
     traffic: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float | None] = field(default_factory=dict)
     asked: dict[str, Asked] = field(default_factory=dict)
+    by_client: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def last(self) -> Asked:
         """The clients of the last phase."""
         return next(reversed(self.asked.values()))
 
-    def count(self, key: str, amount: int) -> None:
-        """Add to the round's traffic."""
+    def count(self, key: str, amount: int, client: int) -> None:
+        """Add to the round's traffic, and to that of the client.
+
+        Args:
+            key: phase, direction and kind of the bytes, as in a line in metrics.jsonl.
+            amount: of bytes.
+            client: that sent or got them.
+        """
         self.traffic[key] = self.traffic.get(key, 0) + amount
+        noted = self.by_client.setdefault(client, {})
+        noted[key] = noted.get(key, 0) + amount
+
+    def count_again(self, failed: "Seen") -> None:
+        """Add the traffic of the same round, which failed and was repeated."""
+        for client, noted in failed.by_client.items():
+            for key in noted.keys() & failed.traffic.keys():
+                self.count(key, noted[key], client)
+
+    def note(self, client: int, **facts: float | None) -> None:
+        """Put facts of a client into the table of clients."""
+        self.by_client.setdefault(client, {}).update(facts)
+
+    def rows(self, round: int) -> list[dict[str, Any]]:
+        """Return a row of the table of clients for each that was asked, sorted by client."""
+        rows: dict[int, dict[str, Any]] = {}
+        for phase in self.asked.values():
+            key = "outcome" if phase.phase == "train" else "evaluation_outcome"
+            for client in phase.clients:
+                rows.setdefault(client, {})[key] = phase.outcome(client)
+        for client, weight in self.weights.items():
+            rows[client]["weight"] = weight
+        return [
+            {"round": round, "client": client} | rows[client] | self.by_client.get(client, {})
+            for client in sorted(rows)
+        ]
 
     def refuse(self, client: int, reason: str) -> None:
         """Note why a client was left out, after the reason noted earlier, if any."""

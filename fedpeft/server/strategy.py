@@ -19,10 +19,11 @@ from fedpeft.reporting.observer import Line, Observer
 from fedpeft.seeding import generator
 from fedpeft.server.aggregation import Aggregator
 from fedpeft.server.broadcast import Broadcaster
-from fedpeft.server.evaluation import client_means, measure
+from fedpeft.server.evaluation import client_measures, measure, noted, over_clients
 from fedpeft.server.nodes import Nodes, exchange
-from fedpeft.server.replies import restarted
+from fedpeft.server.replies import restarted, seconds
 from fedpeft.server.seen import Asked, RoundFailed, Seen
+from fedpeft.server.selection import Selection
 from fedpeft.state import State
 from fedpeft.wire import named_arrays, wire_bytes
 
@@ -34,17 +35,22 @@ class FederatedPEFT(Strategy):
         overrides: the configuration, as on the command line; the clients get it with each message.
         engine: of this process; null to open it by the overrides.
 
+    Raises:
+        ValueError: ``early_stopping.patience`` waits for what nobody measures.
+
     Attributes:
         down: the server's values, and what goes down.
         up: reads replies and aggregates.
         nodes: the clients' nodes.
         observer: is told how the rounds go on.
         seen: the server's view of the last round.
+        selection: knows the best round, and whether the run ends early.
         next_round: that ``start`` begins with; 0 measures the initial model.
     """
 
     def __init__(self, overrides: str | Sequence[str], engine: Engine | None = None) -> None:
-        self.overrides = configuration.sent(configuration.split(overrides))
+        listed = configuration.split(overrides)
+        self.overrides = configuration.sent(listed)
         self.engine = engine or open_engine(self.overrides, None)
         self.config, self.replica = self.engine.config, self.engine.replica
         self.roles = self.replica.roles
@@ -53,9 +59,26 @@ class FederatedPEFT(Strategy):
         self.down = Broadcaster(self.engine, self.overrides)
         self.up = Aggregator(self.down, self.nodes)
         self.seen = Seen()
+        self.selection = self._selection(configuration.settings(listed).early_stopping.patience)
         self.next_round = 0
         self._timeout = self.config.runtime.round_timeout
         self._sent: dict[int, Message] = {}  # the last messages, by client
+
+    def _selection(self, patience: int | None) -> Selection:
+        """Return a selection by the server's measure, or the clients' if a parameter is personal.
+
+        Raises:
+            ValueError: the run should end early, but nobody measures.
+        """
+        personal = self.roles.has_personal
+        metric, sign = self.engine.task.selects
+        name = f"{'client_' if personal else ''}validation_{metric}"
+        if patience is not None and personal and not self.clients_measure:
+            raise ValueError(
+                f"early_stopping.patience={patience} waits for {name}, which nobody measures with "
+                f"evaluation.clients={self.config.evaluation.clients}: set it to auto"
+            )
+        return Selection(name, sign, patience)
 
     def start(
         self,
@@ -69,7 +92,7 @@ class FederatedPEFT(Strategy):
     ) -> Result:
         """Run all rounds; clients also measure round 0, and replies are read as they arrive.
 
-        Flower's own ``Strategy.start`` gives the same state.
+        Flower's own ``Strategy.start`` gives the same state, but knows no ``early_stopping``.
 
         Args:
             grid: reaches the clients' nodes.
@@ -96,6 +119,8 @@ class FederatedPEFT(Strategy):
         self._timeout = timeout or self._timeout
         result = Result()
         for round in range(self.next_round, rounds + 1):
+            if self.selection.stopped:
+                break
             line = self._run_round(grid, round)
             clients = {k: v for k, v in line.items() if k.startswith("client_")}
             result.evaluate_metrics_clientapp[round] = _record(clients)
@@ -118,14 +143,15 @@ class FederatedPEFT(Strategy):
             try:
                 self._train(grid, round)
             except RoundFailed as failed:
-                line["repeated"], traffic = str(failed), self.seen.traffic
+                line["repeated"], first = str(failed), self.seen
                 self._train(grid, round)
-                for key, amount in traffic.items():
-                    self.seen.count(key, amount)
+                self.seen.count_again(first)
             line |= {"cohort": self.seen.cohort} | self.seen.metrics
             line["weights"] = {str(c): w for c, w in self.seen.weights.items()}
         if self.config.evaluates(round):
             line |= self._evaluate(grid, round)
+            if self.selection.is_last(line) and self._last_measures_more(round):
+                line |= self._evaluate_clients(grid, round, last=True)
         line |= self.seen.traffic
         for asked in self.seen.asked.values():
             line |= asked.counts()
@@ -136,8 +162,19 @@ class FederatedPEFT(Strategy):
         if self.seen.restarted:
             line["restarted"] = sorted(self.seen.restarted)
         line["seconds"] = float(f"{time.perf_counter() - begun:.3f}")
-        self.observer.round_done(line)
+        self.report(line)
         return line
+
+    def report(self, line: Line) -> None:
+        """Take in a round that ended, and tell the observer."""
+        self.selection.add(line)
+        self.observer.round_done(line)
+
+    def _last_measures_more(self, round: int) -> bool:
+        """Tell whether clients measure more in the last evaluation, which this round's was not."""
+        task = self.engine.task
+        more = task.generates(True) and not task.generates(False)
+        return more and self.clients_measure and round < self.config.num_rounds
 
     def _train(self, grid: Grid, round: int) -> None:
         """Wait for the nodes that the round needs, train its cohort and aggregate."""
@@ -198,14 +235,16 @@ class FederatedPEFT(Strategy):
         self.seen = Seen(cohort=self.cohort(round))
         return self._messages(MessageType.TRAIN, round, self.seen.cohort)
 
-    def _messages(self, kind: str, round: int, clients: Iterable[int]) -> dict[int, Message]:
+    def _messages(
+        self, kind: str, round: int, clients: Iterable[int], last: bool = False
+    ) -> dict[int, Message]:
         asked = list(clients)
         nodes = {client: self.nodes.of[client] for client in asked if client in self.nodes.of}
         self.seen.asked[kind] = Asked(kind, asked, nodes.keys())
         for client in asked:
             if client not in nodes:
                 self.seen.refuse(client, "no node holds this partition now")
-        self._sent = self.down.messages(kind, round, nodes, self.seen)
+        self._sent = self.down.messages(kind, round, nodes, self.seen, last)
         return self._sent
 
     # --- Flower's verbs ------------------------------------------------------------------------
@@ -249,7 +288,7 @@ class FederatedPEFT(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Return the clients' means, weighted by rows; null if clients do not measure."""
+        """Return the clients' measures, see ``over_clients``; null if clients do not measure."""
         return _record(self._measures(self._by_client(replies))) if self._sent else None
 
     def summary(self) -> None:
@@ -281,32 +320,40 @@ class FederatedPEFT(Strategy):
         if not self.roles.has_personal:
             line |= measure(self.engine, "validation", self.down.state)
         if self.clients_measure:
-            messages = self._evaluate_messages(round)
-            self.observer.phase("evaluate", len(messages))
-            line |= self._measures(self._exchange(grid, messages))
-            self._tell_who_was_left_out()
+            line |= self._evaluate_clients(grid, round)
         return line
 
-    def _evaluate_messages(self, round: int) -> dict[int, Message]:
+    def _evaluate_clients(self, grid: Grid, round: int, last: bool = False) -> dict[str, float]:
+        messages = self._evaluate_messages(round, last)
+        self.observer.phase("evaluate", len(messages))
+        measures = self._measures(self._exchange(grid, messages))
+        self._tell_who_was_left_out()
+        return measures
+
+    def _evaluate_messages(self, round: int, last: bool = False) -> dict[int, Message]:
         """Return messages with what the next round would start from.
 
         The server may have changed parameters that are first sent down in the next round.
         """
-        return self._messages(MessageType.EVALUATE, round + 1, range(self.config.num_clients))
+        clients = range(self.config.num_clients)
+        return self._messages(MessageType.EVALUATE, round + 1, clients, last)
 
     def _measures(self, replies: Iterable[tuple[int, Message]]) -> dict[str, float]:
-        """Return the clients' means weighted by rows, and note who measured nothing."""
+        """Sum up the clients' measures, note each client's, and who measured nothing."""
         by_client = dict(replies)
         for client, reply in by_client.items():
             if not reply.has_error():
-                self.seen.count("evaluation_uplink_bytes", wire_bytes(reply.content))
+                self.seen.count("evaluation_uplink_bytes", wire_bytes(reply.content), client)
                 if restarted(reply):
                     self.seen.restarted.add(client)
         late = {client: self._late() for client in self._sent if client not in by_client}
-        means, refused = client_means(by_client, self.engine.task.ranges, self.up.known_rows)
+        ranges, known_rows = self.engine.task.ranges, self.up.known_rows
+        measures, refused = client_measures(by_client, ranges, known_rows)
+        for client, metrics in measures.items():
+            self.seen.note(client, **noted(metrics), evaluation_seconds=seconds(by_client[client]))
         for client, reason in (refused | late).items():
             self.seen.refuse(client, f"evaluation: {reason}")
-        return means
+        return over_clients(measures)
 
 
 def _record(metrics: Mapping[str, float | None]) -> MetricRecord:

@@ -5,35 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    NaturalIdPartitioner,
-    PathologicalPartitioner,
-    SizePartitioner,
-)
+from flwr_datasets.partitioner import NaturalIdPartitioner, SizePartitioner
 
-from fedpeft.data.partitions import flower_datasets
-from fedpeft.data.partitions.flower_datasets import (
-    INDICES,
-    cut,
-    drawn,
-    natural,
-    pathological,
-    table,
-)
+from fedpeft.data.partitions.flower_datasets import INDICES, cut, drawn, natural, table
 
 LABELS = np.array([2, 0, 1, 0, 2, 1, 0, 0, 2, 1, 1, 2], np.int64)
 PARTITIONERS = {
     "SizePartitioner": lambda: SizePartitioner([5, 3, 4]),
-    "DirichletPartitioner": lambda: DirichletPartitioner(
-        3, "label", 2.0, min_partition_size=0, self_balancing=False, seed=1
-    ),
-    "PathologicalPartitioner": lambda: PathologicalPartitioner(3, "label", 2, shuffle=False),
     "NaturalIdPartitioner": lambda: NaturalIdPartitioner("label"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*unique classes:UserWarning")
 @pytest.mark.parametrize("name", PARTITIONERS)
 def test_the_private_row_numbers_are_those_of_the_public_partitions(name: str) -> None:
     partitioner: Any = PARTITIONERS[name]()
@@ -60,14 +42,3 @@ def test_natural_parts_are_the_values_rows(capfd: pytest.CaptureFixture) -> None
 def test_cut_gives_rows_in_their_order() -> None:
     parts = cut(np.array([4, 2, 0, 3, 1]), np.array([2, 3]))
     assert [part.tolist() for part in parts] == [[4, 2], [0, 3, 1]]
-
-
-def test_a_label_with_fewer_rows_than_holders_gives_no_parts() -> None:
-    rows = table(np.array([0, 0, 0, 1]))
-    assert pathological(rows, 2, 3, 0) == []
-    assert len(pathological(rows, 1, 2, 0)) == 2
-
-
-def test_a_dirichlet_draw_may_leave_a_client_without_rows() -> None:
-    sizes = [len(r) for r in flower_datasets.dirichlet(table(LABELS), 0.01, 8, 0)]
-    assert sum(sizes) == 12 and min(sizes) == 0

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from fedpeft.data.partitions import base
+from fedpeft.data.partitions import shares as module
 from fedpeft.data.partitions.base import Partition, Rows
-from fedpeft.data.partitions.skew import EqualSize, Natural, Pathological, Quantity, apportion
+from fedpeft.data.partitions.shares import apportion
+from fedpeft.data.partitions.skew import EqualSize, Natural, Pathological, Quantity, _equal_size
 
 LABELS = np.arange(2000) % 10
 
@@ -87,25 +88,55 @@ def test_pathological_draws_again_until_every_label_has_a_client(seed: int) -> N
         (
             Pathological(1, min_size=101),
             11,
-            "7 draws of partition.classes_per_client=1 of 10 labels for num_clients=11 all left a "
-            "label without a client or a client with fewer than partition.min_size=101 rows: raise "
-            "classes_per_client, or change num_clients",
+            "no draw of 7 of partition.classes_per_client=1 of 10 labels for num_clients=11 can be "
+            "used; the last one left a client with fewer than partition.min_size=101 rows: lower "
+            "min_size, or change classes_per_client or num_clients",
+        ),
+        (
+            Pathological(5),
+            2,
+            "no draw of 7 of partition.classes_per_client=5 of 10 labels for num_clients=2 can be "
+            "used; the last one left a label without a client: raise classes_per_client or "
+            "num_clients",
         ),
     ],
 )
 def test_pathological_errors(
     monkeypatch: pytest.MonkeyPatch, partition: Partition, clients: int, message: str
 ) -> None:
-    monkeypatch.setattr(base, "DRAWS", 7)
+    monkeypatch.setattr(module, "DRAWS", 7)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         partition.indices(LABELS, clients, 0)
 
 
 def test_pathological_label_with_fewer_rows_than_holders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "DRAWS", 2)
+    monkeypatch.setattr(module, "DRAWS", 2)
     labels = np.array([0] * 95 + [1] * 5)
-    with pytest.raises(ValueError, match="2 draws of partition.classes_per_client=1 of 2 labels"):
+    with pytest.raises(
+        ValueError,
+        match="no draw of 2 .* left a label with more clients than rows: lower classes_per_client",
+    ):
         Pathological(1).indices(labels, 20, 0)
+
+
+def test_pathological_rest_goes_to_any_holder() -> None:
+    """Three rows of each label for two holders: over 200 seeds, each client has 7.5 rows (sd 1.1).
+
+    flwr-datasets gives the rest of each division to the first holder: 10 rows and 5.
+    """
+    labels = np.arange(15) % 5
+    drawn = [Pathological(5).indices(labels, 2, seed) for seed in range(200)]
+    held = np.array([[len(rows) for rows in by_client] for by_client in drawn])
+    assert held.mean(0) == pytest.approx(7.5, abs=0.35)
+    assert held.std() == pytest.approx(1.12, abs=0.15)
+
+
+def test_pathological_further_labels_are_any() -> None:
+    """Client 0 holds label 0 and, over 300 seeds, each of the others as often."""
+    tables = [counts(Pathological(4).indices(LABELS, 10, seed)) for seed in range(300)]
+    held = np.mean([table[0] > 0 for table in tables], axis=0)
+    assert held[0] == 1
+    assert held[1:] == pytest.approx(1 / 3, abs=0.11)  # four standard errors
 
 
 @pytest.mark.parametrize("each", [0, -1])
@@ -151,7 +182,7 @@ def test_equal_size_is_equal(alpha: float, seed: int) -> None:
 
 @pytest.mark.parametrize("alpha", [1e-6, 0.01, 0.1, 1.0, 10.0, 1e6])
 def test_equal_size_differs_by_one_row_at_most(alpha: float) -> None:
-    assert sizes(EqualSize(alpha), 7).tolist() == [286] * 5 + [285] * 2
+    assert sorted(sizes(EqualSize(alpha), 7)) == [285] * 2 + [286] * 5
 
 
 def test_equal_size_skew_follows_alpha() -> None:
@@ -170,10 +201,11 @@ def test_equal_size_skew_follows_alpha() -> None:
 def test_equal_size_draws_around_the_labels_shares() -> None:
     """Dirichlet(alpha x share) has the share q as its mean and q (1 - q) / (alpha + 1) as variance.
 
-    The first 250 clients are counted, because no label has run out yet.
+    The first 250 clients to come are counted, because no label has run out yet.
     """
-    labels = np.array([0] * 90_000 + [1] * 10_000)
-    table = counts(EqualSize(1.0).indices(labels, 500, 0), labels)[:250]
+    table = _equal_size(
+        np.full(500, 200), np.array([90_000, 10_000]), 1.0, np.random.default_rng(0)
+    )[:250]
     share = table[:, 1] / table.sum(1)
     assert share.mean() == pytest.approx(0.1, abs=0.03)
     assert share.var() == pytest.approx(0.1 * 0.9 / 2, abs=0.015)
@@ -187,10 +219,17 @@ def test_equal_size_with_a_huge_alpha_is_known() -> None:
 
 
 def test_equal_size_fills_up_from_the_rows_left() -> None:
-    """The first clients hold one label each, and the last take the remains of several."""
+    """The first to come hold one label each, and the last take the remains of several."""
     held = np.count_nonzero(counts(EqualSize(1e-6).indices(LABELS, 20, 0)), axis=1)
-    assert held[0] == 1
+    assert held.min() == 1
     assert held.max() > 1
+
+
+def test_equal_size_clients_come_in_any_order() -> None:
+    """Over 100 seeds no client holds more labels than another because of its number."""
+    drawn = [EqualSize(1e-6).indices(LABELS, 8, seed) for seed in range(100)]
+    held = np.array([np.count_nonzero(counts(by_client), axis=1) for by_client in drawn])
+    assert held.mean(0) == pytest.approx(held.mean(), abs=4 * held.std() / 10)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +245,11 @@ def test_shares_become_whole_numbers_by_largest_remainders(
     total: int, shares: list[float], expected: list[int]
 ) -> None:
     assert apportion(total, np.array(shares)).tolist() == expected
+
+
+def test_each_row_of_shares_has_a_total_of_its_own() -> None:
+    shares = np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
+    assert apportion(np.array([7, 8]), shares).tolist() == [[4, 2, 1], [1, 2, 5]]
 
 
 @pytest.mark.parametrize("kind", [Quantity, EqualSize])

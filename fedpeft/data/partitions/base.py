@@ -1,4 +1,4 @@
-"""Partitions of rows over clients through flwr-datasets, and the splits of a client's rows.
+"""Partitions of rows over clients, and the splits of a client's rows.
 
 Partitions are seeded, and ``check_rows`` checks each result: no row twice, no client without the
 rows that it needs. More partitions stand in ``fedpeft.data.partitions.skew`` and
@@ -7,19 +7,16 @@ rows that it needs. More partitions stand in ``fedpeft.data.partitions.skew`` an
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 
-from fedpeft.data.partitions.flower_datasets import cut, dirichlet, table
+from fedpeft.data.partitions.flower_datasets import cut
+from fedpeft.data.partitions.shares import apportion, dealt, draws, even, first_fitting
 from fedpeft.data.rows.cache import cached
-from fedpeft.seeding import derive, generator
+from fedpeft.seeding import generator
 
 MIN_ROWS = 3  # one each to train, validate and test
-DRAWS = 550  # at most, of a partition that may leave a client with too few rows
-DRAW_COST = 4_000_000  # rows and counts (clients x labels) in all draws: half a minute
 
 Rows = list[np.ndarray]
 
@@ -71,7 +68,8 @@ class Partition(ABC):
     def once(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
         """Return ``indices``, computed once for all processes.
 
-        The result is cached because importing flwr-datasets takes seconds.
+        The result is cached because importing flwr-datasets takes seconds, and because some
+        partitions are drawn many times.
 
         Args:
             labels: see ``indices``.
@@ -84,7 +82,7 @@ class Partition(ABC):
             return {"rows": np.concatenate(clients), "ends": np.cumsum([len(r) for r in clients])}
 
         digest = hashlib.sha256(labels.tobytes()).hexdigest()
-        arrays = cached(["partition", self, num_clients, seed, digest], compute)
+        arrays = cached(["partition 2", self, num_clients, seed, digest], compute)
         return np.split(arrays["rows"], arrays["ends"][:-1])
 
     @abstractmethod
@@ -128,36 +126,6 @@ def check_rows(origin: str, clients: Rows, rows: int, num_clients: int, min_size
         raise ValueError(f"{origin} gives row {row} to clients {' and '.join(holders)}")
 
 
-def first_fitting(
-    draw: Callable[[int], Rows], times: int, rows: int, min_size: int, seed: int
-) -> Rows | None:
-    """Return the first draw that deals out all rows and ``min_size`` to each client, else None.
-
-    Args:
-        draw: maps a seed to row numbers by client.
-        times: number of draws at most.
-        rows: number of all rows.
-        min_size: rows that every client must have.
-        seed: the seeds of all draws derive from it.
-    """
-    for attempt in range(times):
-        clients = draw(derive(seed, "partition", attempt))
-        if min(map(len, clients), default=0) >= min_size and sum(map(len, clients)) == rows:
-            return clients
-    return None
-
-
-def draws(num_clients: int, labels: np.ndarray) -> int:
-    """Return how often a partition is drawn at most: ``DRAWS``, or what ``DRAW_COST`` allows."""
-    cost = len(labels) + num_clients * len(np.unique(labels))
-    return max(1, min(DRAWS, DRAW_COST // cost))
-
-
-def even(total: int, parts: int) -> np.ndarray:
-    """Return sizes (parts,) of sum ``total`` that differ by one at most, the larger ones first."""
-    return total // parts + (np.arange(parts) < total % parts)
-
-
 @dataclass(frozen=True)
 class IID(Partition):
     """Random shares whose sizes differ by one row at most.
@@ -176,8 +144,13 @@ class IID(Partition):
 class Dirichlet(Partition):
     """Divides each label's rows by shares from Dirichlet(alpha) (arXiv 1905.12022).
 
-    The partition is drawn again until every client has ``min_size`` rows: at most 550 times, and
-    beyond some 7,000 rows less often, so that it ends within about half a minute.
+    Shares become rows by largest remainders, and a label's rows are dealt out at random. The
+    partition is drawn again until every client has ``min_size`` rows: at most 550 times, and beyond
+    some 7,000 clients x labels less often, so that it ends within about a second.
+
+    flwr-datasets' ``DirichletPartitioner`` is not used, because it rounds the shares down and gives
+    the rest of every label to the last client, which then holds nearly all labels, and half of the
+    rows if labels have two each.
 
     Args:
         alpha: > 0; a small one skews, ``inf`` is IID.
@@ -194,42 +167,31 @@ class Dirichlet(Partition):
     def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
         if np.isinf(self.alpha):
             return IID()._indices(labels, num_clients, seed)
-        times = draws(num_clients, labels)
-        clients = draw_dirichlet(
-            labels.tobytes(), self.alpha, self.min_size, num_clients, seed, times
-        )
-        if clients is None:
+        numbers, totals = np.unique(labels, return_inverse=True, return_counts=True)[1:]
+        times = draws(num_clients, len(totals))
+
+        def draw(rng: np.random.Generator) -> np.ndarray:
+            # NumPy overflows with a greater alpha; these shares are even to six digits.
+            alphas = np.full(num_clients, min(self.alpha, 1e12))
+            return apportion(totals, rng.dirichlet(alphas, len(totals))).T
+
+        counts = first_fitting(draw, times, self.min_size, seed)
+        if isinstance(counts, str):
             raise ValueError(
                 f"partition.alpha={self.alpha} left a client with fewer than partition.min_size="
                 f"{self.min_size} of {len(labels)} rows in each of {times} draws for num_clients="
-                f"{num_clients}: raise alpha, or lower min_size or num_clients"
+                f"{num_clients}: {self._remedy(totals, num_clients)}"
             )
-        return clients
+        return dealt(numbers, counts, seed)
 
-
-@lru_cache(maxsize=4)  # several engines of one process share a partition
-def draw_dirichlet(
-    labels: bytes, alpha: float, min_size: int, num_clients: int, seed: int, times: int
-) -> Rows | None:
-    """Draw ``Dirichlet``'s rows; equal arguments share a draw.
-
-    Args:
-        labels: each training row's class number, the bytes of int64 (rows,).
-        alpha: see ``Dirichlet``.
-        min_size: rows that every client gets at least.
-        num_clients: number of clients.
-        seed: the seeds of all draws derive from it.
-        times: number of draws at most.
-
-    Returns:
-        Row numbers by client, or None if no draw gives every client ``min_size`` rows.
-    """
-    rows = table(np.frombuffer(labels, np.int64))
-
-    def draw(seed: int) -> Rows:
-        return dirichlet(rows, alpha, num_clients, seed)
-
-    return first_fitting(draw, times, len(rows), min_size, seed)
+    def _remedy(self, totals: np.ndarray, num_clients: int) -> str:
+        """Say what would help: a greater alpha cannot divide a label's few rows evenly."""
+        if (totals // num_clients).sum() >= self.min_size:
+            return "raise alpha, or lower min_size or num_clients"
+        return (
+            f"no alpha divides these labels evenly, because the median of the {len(totals)} has "
+            f"{np.median(totals):g} rows: set alpha=inf, or lower min_size or num_clients"
+        )
 
 
 def own_splits(rows: np.ndarray, seed: int, client: int) -> dict[str, np.ndarray]:

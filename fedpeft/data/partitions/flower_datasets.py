@@ -5,7 +5,6 @@ rows. ``tests/data/test_flower_datasets.py`` fails when an upgrade removes it.
 """
 
 import io
-import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from typing import TYPE_CHECKING, Any
@@ -41,58 +40,6 @@ def cut(order: np.ndarray, sizes: Sequence[int] | np.ndarray) -> list[np.ndarray
 
     parts = drawn(SizePartitioner([int(size) for size in sizes]), table(order))
     return [order[part] for part in parts]
-
-
-def dirichlet(rows: "Dataset", alpha: float, num_clients: int, seed: int) -> list[np.ndarray]:
-    """Draw a Dirichlet partition once; a client may get any number of rows.
-
-    With a minimum, flwr-datasets would draw eleven times, warn each time, and give up.
-
-    Args:
-        rows: from ``table``.
-        alpha: concentration of the shares of each label.
-        num_clients: number of parts.
-        seed: of numpy's generator.
-
-    Returns:
-        Row numbers by client.
-    """
-    from flwr_datasets.partitioner import DirichletPartitioner
-
-    partitioner = DirichletPartitioner(
-        num_clients, "label", alpha, min_partition_size=0, self_balancing=False, seed=seed
-    )
-    return drawn(partitioner, rows)
-
-
-def pathological(rows: "Dataset", classes: int, num_clients: int, seed: int) -> list[np.ndarray]:
-    """Draw a pathological partition once, without the warning of labels that no client holds.
-
-    Args:
-        rows: from ``table``, shuffled, because each holder gets a block of a label's rows.
-        classes: number of labels that a client holds.
-        num_clients: number of parts.
-        seed: of numpy's generator.
-
-    Returns:
-        Row numbers by client; an empty list if a label has fewer rows than holders.
-    """
-    from flwr_datasets.partitioner import PathologicalPartitioner
-
-    partitioner = PathologicalPartitioner(
-        num_partitions=num_clients,
-        partition_by="label",
-        num_classes_per_partition=classes,
-        class_assignment_mode="first-deterministic",  # as in the paper
-        shuffle=False,
-        seed=seed,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            return drawn(partitioner, rows)
-        except ValueError:
-            return []
 
 
 def natural(labels: np.ndarray) -> list[np.ndarray]:

@@ -4,17 +4,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedpeft.data.partitions.base import Partition, Rows, draws, even, first_fitting
-from fedpeft.data.partitions.flower_datasets import cut, natural, pathological, table
+from fedpeft.data.partitions.base import Partition, Rows
+from fedpeft.data.partitions.flower_datasets import cut, natural
+from fedpeft.data.partitions.shares import apportion, dealt, draws, even, first_fitting
 from fedpeft.seeding import generator
-
-
-def apportion(total: int, shares: np.ndarray) -> np.ndarray:
-    """Return whole numbers of sum ``total``, each within one of its share (largest remainders)."""
-    exact = total * shares
-    numbers = np.floor(exact).astype(np.int64)
-    numbers[np.argsort(numbers - exact, kind="stable")[: total - numbers.sum()]] += 1
-    return numbers
 
 
 def _check_alpha(alpha: float) -> None:
@@ -27,8 +20,12 @@ class Pathological(Partition):
     """Gives every client rows of a few labels only (arXiv 2102.02079).
 
     Client i holds label i modulo the number of labels, and further labels at random. A label's rows
-    are divided evenly among its holders. The partition is drawn again until every label has a
-    holder and every client has ``min_size`` rows, as often as ``Dirichlet``.
+    are divided evenly among its holders, and the rest of the division is dealt out among them at
+    random. The partition is drawn again until every label has a holder and every client has
+    ``min_size`` rows, as often as ``Dirichlet``.
+
+    flwr-datasets' ``PathologicalPartitioner`` is not used, because it gives the rest of the
+    division to the clients with the smallest numbers, and takes minutes for thousands of labels.
 
     Args:
         classes_per_client: number of labels that a client holds.
@@ -44,25 +41,25 @@ class Pathological(Partition):
             )
 
     def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
-        num_labels, each = len(np.unique(labels)), self.classes_per_client
-        self._check_number(num_labels, num_clients)
-        # Shuffle rows first, because each holder gets a block of a label's rows in table order.
-        order = generator(seed, "partition").permutation(len(labels))
-        shuffled = table(labels[order])
+        numbers, totals = np.unique(labels, return_inverse=True, return_counts=True)[1:]
+        self._check_number(len(totals), num_clients)
+        times = draws(num_clients, len(totals))
 
-        def draw(seed: int) -> Rows:
-            return [order[held] for held in pathological(shuffled, each, num_clients, seed)]
+        def draw(rng: np.random.Generator) -> np.ndarray | str:
+            return _few_labels(totals, num_clients, self.classes_per_client, rng)
 
-        times = draws(num_clients, labels)
-        clients = first_fitting(draw, times, len(labels), self.min_size, seed)
-        if clients is None:
-            raise ValueError(
-                f"{times} draws of partition.classes_per_client={each} of {num_labels} labels for "
-                f"num_clients={num_clients} all left a label without a client or a client with "
-                f"fewer than partition.min_size={self.min_size} rows: raise classes_per_client, or "
-                "change num_clients"
+        counts = first_fitting(draw, times, self.min_size, seed)
+        if isinstance(counts, str):
+            few = (
+                f"a client with fewer than partition.min_size={self.min_size} rows: lower "
+                "min_size, or change classes_per_client or num_clients"
             )
-        return clients
+            raise ValueError(
+                f"no draw of {times} of partition.classes_per_client={self.classes_per_client} of "
+                f"{len(totals)} labels for num_clients={num_clients} can be used; the last one "
+                f"left {counts or few}"
+            )
+        return dealt(numbers, counts, seed)
 
     def _check_number(self, labels: int, num_clients: int) -> None:
         each = self.classes_per_client
@@ -73,6 +70,23 @@ class Pathological(Partition):
                 f"num_clients={num_clients} of partition.classes_per_client={each} cannot hold "
                 f"all {labels} labels: raise one of them"
             )
+
+
+def _few_labels(
+    totals: np.ndarray, num_clients: int, each: int, rng: np.random.Generator
+) -> np.ndarray | str:
+    """Return numbers of rows (clients, labels) of ``each`` labels a client, or what is wrong."""
+    clients, labels = np.arange(num_clients), len(totals)
+    keys = rng.random((num_clients, labels))
+    keys[clients, clients % labels] = -1  # the label that the client holds in any case
+    holds = keys.argsort(1).argsort(1) < each
+    holders = holds.sum(0)
+    if (holders == 0).any():
+        return "a label without a client: raise classes_per_client or num_clients"
+    if (holders > totals).any():
+        return "a label with more clients than rows: lower classes_per_client or num_clients"
+    keys = np.where(holds, rng.random((num_clients, labels)), 2)
+    return holds * (totals // holders + (keys.argsort(0).argsort(0) < totals % holders))
 
 
 @dataclass(frozen=True)
@@ -105,9 +119,9 @@ class EqualSize(Partition):
     """FedPETuning's label skew (arXiv 2212.10025): equal shares with different mixes of labels.
 
     A client's shares of labels come from Dirichlet(alpha x the labels' shares of all rows), as in
-    the official code. If a label runs out, the missing rows are drawn from all rows left, so the
-    last clients hold what earlier ones did not want. Sizes differ by one row at most; the official
-    code gives the remainder to the last client.
+    the official code. If a label runs out, the missing rows are drawn from all rows left, so those
+    who come last hold what others did not want; clients come in a random order. Sizes differ by one
+    row at most; the official code gives the remainder to the last client.
 
     flwr-datasets' ``InnerDirichlet`` is not used, because it draws from Dirichlet(alpha), ends in
     an error if alpha is small and a label has run out, and takes more than a minute for 10,000
@@ -125,14 +139,9 @@ class EqualSize(Partition):
 
     def _indices(self, labels: np.ndarray, num_clients: int, seed: int) -> Rows:
         rng = generator(seed, "partition")
-        _, numbers, totals = np.unique(labels, return_inverse=True, return_counts=True)
-        sizes = even(len(labels), num_clients)
-        counts = _equal_size(sizes, totals, self.alpha, rng)
-        holder = np.empty(len(labels), np.int64)
-        for label in range(len(totals)):
-            rows = rng.permutation(np.flatnonzero(numbers == label))
-            holder[rows] = np.repeat(np.arange(num_clients), counts[:, label])
-        return cut(np.argsort(holder, kind="stable"), sizes)
+        numbers, totals = np.unique(labels, return_inverse=True, return_counts=True)[1:]
+        counts = _equal_size(even(len(labels), num_clients), totals, self.alpha, rng)
+        return dealt(numbers, rng.permutation(counts), seed)
 
 
 def _equal_size(

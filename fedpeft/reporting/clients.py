@@ -1,0 +1,159 @@
+"""``fedpeft show``: what each client got in one round of a run, from the run's own files."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpeft.reporting.observer import P10, REPLIED, UNWEIGHTED, WORST
+from fedpeft.reporting.run_directory import (
+    CLIENTS,
+    METRICS,
+    PACKED,
+    SUMMARY,
+    read_lines,
+    read_metrics,
+)
+from fedpeft.reporting.tables import Page, Rows
+
+SPLITS = ("validation_", "test_")  # begin the names of what clients measure
+SUMMED = {"": "mean by rows", UNWEIGHTED: "mean by client", P10: "10th percentile", WORST: "worst"}
+
+
+def read_clients(run: Path) -> Rows:
+    """Return a run's table of clients, one row a round and client, without what is not known.
+
+    Args:
+        run: the run's directory; the run may still go on, or have been killed.
+
+    Raises:
+        ValueError: it holds no such table.
+    """
+    if (run / CLIENTS).exists():
+        return read_lines(run / CLIENTS)
+    if not (run / PACKED).exists():
+        raise ValueError(f"{run} holds no {PACKED} and no {CLIENTS}: give a run's directory")
+    from pyarrow import parquet  # takes a quarter of a second
+
+    rows = parquet.read_table(run / PACKED).to_pylist()
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+
+@dataclass(frozen=True)
+class ClientTable:
+    """The clients of one round.
+
+    Args:
+        run: the run's directory.
+        round: its number.
+        rows: one a client, sorted.
+        line: the round in metrics.jsonl; empty if the run ended before it was written.
+    """
+
+    run: Path
+    round: int
+    rows: Rows
+    line: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: Path, round: int | None = None) -> "ClientTable":
+        """Read a round's table.
+
+        Args:
+            run: the run's directory.
+            round: its number; null for the last one that clients measured, or trained in.
+
+        Raises:
+            ValueError: the directory holds no run, or no clients in this round.
+        """
+        rows = read_clients(run)
+        rounds = sorted({row["round"] for row in rows})
+        if not rows or (round is not None and round not in rounds):
+            asked = "any round" if round is None else f"round {round}"
+            known = ", ".join(map(str, rounds)) or "none"
+            raise ValueError(f"{run} has no clients in {asked}; rounds with clients: {known}")
+        evaluated = [row["round"] for row in rows if any(k.startswith(SPLITS) for k in row)]
+        shown = max(evaluated or rounds) if round is None else round
+        lines = read_metrics(run) if (run / METRICS).exists() else []
+        line = next((line for line in lines if line["round"] == shown), {})
+        return cls(run, shown, [row for row in rows if row["round"] == shown], line)
+
+    def as_json(self) -> str:
+        """Return the round's rows, and its measures summed up, as JSON."""
+        summed = {key: value for key, value in self.line.items() if key.startswith("client_")}
+        return json.dumps({"round": self.round, "clients": self.rows, "summed": summed})
+
+    def page(self) -> Page:
+        """Return the table with a row a client, and below it the measures summed up."""
+        measures = self._measures()
+        names = [name.replace("_", " ") for name in measures]
+        header = ("client", "rows", "train loss", *names, "update norm", "kB up", "kB down", "s")
+        cells = [self._cells(row, measures) for row in self.rows]
+        cells += self._summed(measures)
+        title = f"{self.run}, round {self.round}"
+        return Page(title, header, cells, self._notes())
+
+    def _measures(self) -> list[str]:
+        """Return the names of what clients measured, without rows and baselines."""
+        names = dict.fromkeys(key for row in self.rows for key in row if key.startswith(SPLITS))
+        return [name for name in names if not name.endswith(("_rows", "_baseline"))]
+
+    def _cells(self, row: dict[str, Any], measures: list[str]) -> list[str]:
+        sent = {
+            way: sum(row.get(f"{phase}{way}link_bytes", 0) for phase in ("", "evaluation_"))
+            for way in ("up", "down")
+        }
+        seconds = [row[key] for key in ("train_seconds", "evaluation_seconds") if key in row]
+        return [
+            str(row["client"]) + self._outcome(row),
+            str(row.get("train_rows", "-")),
+            *(_number(row.get(key)) for key in ("train_loss", *measures)),
+            _number(row.get("update_norm")),
+            f"{sent['up'] / 1e3:.1f}",
+            f"{sent['down'] / 1e3:.1f}",
+            f"{sum(seconds):.1f}" if seconds else "-",
+        ]
+
+    def _outcome(self, row: dict[str, Any]) -> str:
+        """Say in which phase a client did not do what it was asked."""
+        phases = {"outcome": "train", "evaluation_outcome": "evaluate"}
+        bad = [
+            f"{row[key]} ({name})"
+            for key, name in phases.items()
+            if row.get(key, REPLIED) != REPLIED
+        ]
+        return f" {', '.join(bad)}" if bad else ""
+
+    def _summed(self, measures: list[str]) -> list[list[str]]:
+        if not any(f"client_{name}" in self.line for name in measures):
+            return []
+        return [
+            [text, "", ""]
+            + [_number(self.line.get(f"client_{name}{suffix}")) for name in measures]
+            + [""] * 4
+            for suffix, text in SUMMED.items()
+        ]
+
+    def _notes(self) -> list[str]:
+        file = CLIENTS if (self.run / CLIENTS).exists() else PACKED
+        return [
+            "rows: those that train; kB: the messages of training and evaluation; s: the client's "
+            "own clock, of clients in one pass the whole pass.",
+            "10th percentile: nine of ten clients are as good or better.",
+            *self._ended(),
+            f"All rounds and columns: {self.run / file}",
+        ]
+
+    def _ended(self) -> list[str]:
+        """Say how the run ended; nothing if it has no summary yet."""
+        if not (self.run / SUMMARY).exists():
+            return []
+        summary = json.loads((self.run / SUMMARY).read_text())
+        notes = [f"Best round by {summary['selected_by']}: {summary['best']['round']}."]
+        if stopped := summary.get("stopped_early"):
+            notes.append(f"Ended early after round {stopped['round']}: {stopped['reason']}.")
+        return notes
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

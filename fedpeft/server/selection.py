@@ -1,0 +1,64 @@
+"""The best round by a measure on validation rows, and whether the run should end early."""
+
+import math
+from dataclasses import dataclass, field
+
+from fedpeft.reporting.observer import Line
+
+
+@dataclass
+class Selection:
+    """Chooses the best of the rounds that are evaluated; test rows never choose.
+
+    It depends on the rounds' lines alone, so a run that goes on from a checkpoint chooses, and
+    stops, as one that was never broken.
+
+    Args:
+        name: of the measure, as in a round's line.
+        sign: 1 if more of it is better, -1 if less.
+        patience: evaluations in a row without a better one, after which the run ends; null if it
+            never ends early.
+
+    Attributes:
+        best: line of the best round, the earlier one of equals; empty if nothing was measured.
+        waited: evaluations since then.
+    """
+
+    name: str
+    sign: int
+    patience: int | None = None
+    best: Line = field(default_factory=dict)
+    waited: int = 0
+
+    def better(self, line: Line) -> bool:
+        """Tell whether a round is better than all that were added."""
+        value = line.get(self.name)  # null or not finite if training diverged
+        if value is None or not math.isfinite(value):
+            return False
+        return not self.best or self.sign * (value - self.best[self.name]) > 0
+
+    def add(self, line: Line) -> None:
+        """Take in a round that ended; one that was not evaluated changes nothing."""
+        if self.name not in line:
+            return
+        if self.better(line):
+            self.best, self.waited = line, 0
+        else:
+            self.waited += 1
+
+    def is_last(self, line: Line) -> bool:
+        """Tell whether the run ends early once a round is added."""
+        if self.patience is None or self.name not in line:
+            return False
+        return not self.better(line) and self.waited + 1 >= self.patience
+
+    @property
+    def stopped(self) -> str:
+        """Say why the run ends early; empty if it goes on."""
+        if self.patience is None or self.waited < self.patience:
+            return ""
+        best = self.best and f"better than {self.best[self.name]:.4f} of round {self.best['round']}"
+        return (
+            f"in {self.waited} evaluation{'s' * (self.waited > 1)} {self.name} was not "
+            f"{best or 'a finite number'} (early_stopping.patience={self.patience})"
+        )
