@@ -204,7 +204,7 @@ class Source(ABC):
                 )
 
     def _name(self, split: str) -> str | None:
-        """Return the name in ``tables`` of validation, test or an extra test; null for rows of train.
+        """Return a split's name in ``tables``; null if it is of rows of train that are set aside.
 
         A split of another name that nothing reads may be meant, so it takes no rows of train.
         """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpeft.data.rows.text_files import RECODE, TextFormat
+from fedpeft.data.rows.text_files import PLAIN, RECODE, TextFormat
 from fedpeft.errors import PartlyPublic
 from fedpeft.models.hub import reachable
 from fedpeft.seeding import generator
@@ -34,7 +34,7 @@ KINDS = {
 
 
 def load_tables(
-    path: str, subset: str | None, revision: str | None, text: TextFormat = TextFormat()
+    path: str, subset: str | None, revision: str | None, text: TextFormat = PLAIN
 ) -> "dict[str, Dataset]":
     """Load all splits of a local folder or file; if neither is there, of a hub data set.
 

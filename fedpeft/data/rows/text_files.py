@@ -130,13 +130,13 @@ class TextFormat:
 
     def _undecodable(self, file: Path) -> int | None:
         decoder = codecs.getincrementaldecoder(self.encoding)()
-        number = 0
-        with file.open("rb") as lines, suppress(UnicodeDecodeError):
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                decoder.decode(line)
-            decoder.decode(b"", final=True)
-            return None
-        return number
+                try:
+                    decoder.decode(line)
+                except UnicodeDecodeError:
+                    return number
+        return None
 
     def _in_jsonl(self, file: Path) -> int | None:
         with file.open(encoding=self.encoding) as lines:
@@ -153,6 +153,9 @@ class TextFormat:
             width = len(next(rows, ()))
             return next((rows.line_num for row in rows if len(row) > width), None)
         return None
+
+
+PLAIN = TextFormat()
 
 
 def _named(file: Path) -> str:
