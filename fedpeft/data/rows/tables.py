@@ -115,6 +115,8 @@ def _read(path: str, files: dict[str, list[Path]], text: TextFormat) -> "dict[st
     except (OSError, ValueError, TypeError, DatasetsError) as error:
         cause = error.__cause__ or error
         first = (str(cause).splitlines() or [type(cause).__name__])[0]
+        if "corresponds to no data" in first:
+            raise ValueError(f"data.path={path}: a file has no rows") from error
         what = f"data.path={path} cannot be read as parquet, CSV, JSON lines or images"
         line, where = text.broken_line(file for parts in files.values() for file in parts)
         raise PartlyPublic(f"{what}{line}", f"{where}: {first}") from error

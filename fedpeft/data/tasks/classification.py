@@ -77,7 +77,9 @@ class Classification(Task):
             numbers = np.asarray([-1 if v is None else v for v in entries], np.int64)
             return np.where(numbers < len(self.label_names), np.maximum(numbers, -1), -1)
         # Entries are names, or numbers that are names themselves, such as ratings from 1 to 5.
-        return np.array([index.get(str(value), -1) for value in entries], np.int64)
+        # A missing one is none of them, not even of a class called None.
+        numbers = [-1 if value is None else index.get(str(value), -1) for value in entries]
+        return np.array(numbers, np.int64)
 
     def _recipe(self) -> str:
         """See ``Task._recipe``; class names are added, because other splits get train's numbers."""
