@@ -83,7 +83,8 @@ def test_only_the_missing_split_is_set_aside(tmp_path: Path) -> None:
 def test_splits_that_are_not_replaced(
     tmp_path: Path, splits: tuple[str, ...], fields: dict[str, Any]
 ) -> None:
-    path = write(tmp_path, **dict.fromkeys(splits, rows(20)))
+    tables: dict[str, Any] = dict.fromkeys(splits, rows(20))
+    path = write(tmp_path, **tables)
     task = TextClassification(path=path, **fields)
     name = fields.get("validation_split", "validation")
     assert error_of(lambda: task.split_rows("validation")) == (

@@ -160,7 +160,7 @@ class Source(ABC):
         """Return all rows of a split, unchecked.
 
         Raises:
-            ValueError: there is no such split, or it has no rows.
+            ValueError: there is no such split.
         """
         if split not in self.tables:
             advice = "data.validation_split or data.test_split to one that it has, or to null to "
@@ -171,8 +171,6 @@ class Source(ABC):
                 f"data set {self.folder()} has no split {split}: set {advice}",
                 f"; it has {', '.join(self.tables)}",
             )
-        if len(self.tables[split]) == 0:
-            raise ValueError(f"split {split} of data set {self.folder()} has no rows")
         return self.tables[split]
 
     def _checked(self, split: str, rows: "Dataset") -> "Dataset":
