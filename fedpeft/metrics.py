@@ -2,7 +2,9 @@
 
 Sources: BLEU by sacrebleu (https://aclanthology.org/W18-6319), ROUGE-L by rouge_score
 (https://aclanthology.org/W04-1013), exact match and token F1 as in SQuAD v1.1's official script
-(https://arxiv.org/abs/1606.05250), the others by scikit-learn and scipy.
+(https://arxiv.org/abs/1606.05250), the others by scikit-learn and scipy. All three count Latin
+words. In a row whose references are mainly of another script, each character of a script without
+spaces is a word.
 """
 
 import re
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft import evaluate_metrics
+from fedpeft.words import AnyScript, beyond_latin, spaced
 
 Rows = Sequence[Any] | np.ndarray
 Texts = list[str]
@@ -82,10 +85,16 @@ def bleu4(predictions: Texts, references: References) -> float:
     """Return corpus BLEU, 0 to 1: tokenizer 13a, case kept, up to 4-grams, exponential smoothing.
 
     Rows may differ in their number of references. If no prediction has a 4-gram, the score is 0,
-    even if all are right.
+    even if all are right. Chinese is split as by sacrebleu's tokenizer zh.
     """
     from sacrebleu import corpus_bleu
 
+    others = [beyond_latin(row) for row in references]
+    predictions = [spaced(t) if o else t for t, o in zip(predictions, others, strict=True)]
+    references = [
+        list(map(spaced, row)) if other else row
+        for row, other in zip(references, others, strict=True)
+    ]
     columns = list(zip_longest(*references))  # None where a row has fewer than another
     return min(1.0, corpus_bleu(predictions, columns, tokenize="13a", force=True).score / 100)
 
@@ -93,14 +102,19 @@ def bleu4(predictions: Texts, references: References) -> float:
 def rouge_l(predictions: Texts, references: References) -> float:
     """Return ROUGE-L's F-measure without stemmer: best reference of a row, mean over the rows.
 
-    Words are runs of a-z and 0-9 after lower-casing, so texts in other scripts score 0.
+    Words are runs of a-z and 0-9 after lower-casing. Where the references are mainly of another
+    script, they are those of ``AnyScript``.
     """
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
 
-    scorer = RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=False))
+    latin = RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=False))
+    other = RougeScorer(["rougeL"], tokenizer=AnyScript())
     pairs = zip(predictions, references, strict=True)
-    return fmean(scorer.score_multi(row, text)["rougeL"].fmeasure for text, row in pairs)
+    return fmean(
+        (other if beyond_latin(row) else latin).score_multi(row, text)["rougeL"].fmeasure
+        for text, row in pairs
+    )
 
 
 def exact_match(prediction: str, reference: str) -> float:
@@ -113,7 +127,10 @@ def exact_match(prediction: str, reference: str) -> float:
 
 def token_f1(prediction: str, reference: str) -> float:
     """Return F1 of the normalized words, repeats counted."""
-    ours, theirs = normalized(prediction).split(), normalized(reference).split()
+    texts = [normalized(prediction), normalized(reference)]
+    if beyond_latin([reference]):
+        texts = list(map(spaced, texts))
+    ours, theirs = (text.split() for text in texts)
     same = (Counter(ours) & Counter(theirs)).total()
     return 2 * same / (len(ours) + len(theirs)) if same else 0.0
 

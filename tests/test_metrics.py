@@ -29,9 +29,7 @@ LABELS = ("accuracy", "f1", "f1_macro", "f1_weighted", "matthews")
 NUMBERS = ("spearman", "pearson")
 TEXTS = ("bleu4", "rouge_l", "exact_match", "token_f1")
 NAMES = (*LABELS, *NUMBERS, *TEXTS)
-WORDS = (
-    "the a cat dogs Café sat, on. «blue» naïve 東京 running 3.14 don't mat! &amp; привет".split()
-)
+WORDS = "the a cat dogs Café sat, on. «blue» naïve 東京 running 3.14 don't mat! &amp; été".split()
 
 
 def rows(name: str, count: int = 6) -> tuple[list[Any], list[Any]]:
@@ -187,7 +185,7 @@ def test_bleu_logs_nothing_of_spaced_full_stops(caplog: pytest.LogCaptureFixture
         ("a b\nc d", ["c d\na b"], 2 / 4),  # a line is not a unit of its own
         ("The, CAT!", ["the cat"], 1),
         ("cats running", ["cat run"], 0),  # no stemmer
-        ("привет", ["привет"], 0),
+        ("naïve 東京", ["na ve"], 1),  # only a-z count where most letters are Latin
         ("a b c d", ["x", "a b", "a y"], 2 * 2 / (4 + 2)),
     ],
 )
@@ -195,6 +193,50 @@ def test_rouge_by_hand(prediction: str, references: list[str], value: float) -> 
     assert measure("rouge_l", [prediction], [references]) == pytest.approx(value)
     both = measure("rouge_l", [prediction, "same"], [references, ["same"]])
     assert both == pytest.approx((value + 1) / 2)
+
+
+CHINESE, PART = "休息和喝水 3天。", "休息和睡觉 3天。"  # 5 + 3 characters, of which 2 differ
+OTHER_SCRIPTS = {
+    # metric, prediction and reference: value
+    ("rouge_l", CHINESE, CHINESE): 1,
+    ("rouge_l", PART, CHINESE): 5 / 7,  # without the full stop
+    ("rouge_l", "Привет, мир!", "привет мир"): 1,
+    ("rouge_l", "привет мир", "привет, тёмный мир"): 2 * 2 / (2 + 3),
+    ("rouge_l", "हिन्दी में", "हिन्दी में"): 1,
+    ("rouge_l", "हिन्दी", "हिन्दू"): 0,  # a vowel sign is part of the word
+    ("rouge_l", "สวัสดี", "สวัสดี"): 1,
+    ("rouge_l", "休息", "rest"): 0,
+    ("bleu4", CHINESE, CHINESE): 1,
+    ("token_f1", CHINESE, CHINESE): 1,
+    ("token_f1", PART, CHINESE): 6 / 8,
+    ("token_f1", "что-то тут", "что-то там"): 1 / 2,
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SCRIPTS)
+def test_words_of_other_scripts(case: tuple[str, str, str]) -> None:
+    name, prediction, reference = case
+    value = measure(name, [prediction], [reference])
+    assert value == pytest.approx(OTHER_SCRIPTS[case])
+
+
+def test_bleu_of_chinese_as_sacrebleu_s_tokenizer_zh() -> None:
+    """Rows of Latin words in the same corpus are split by 13a, as alone."""
+    predictions, references = [PART, "wait, the cat sat."], [CHINESE, "the cat, it sat."]
+    theirs = BLEU(tokenize="zh").corpus_score(predictions, [references]).score
+    assert 20 < theirs < 90
+    assert measure("bleu4", predictions, references) == pytest.approx(theirs / 100)
+
+
+def test_few_letters_of_another_script_change_nothing() -> None:
+    """A row counts by the script of most letters of its references."""
+    text, reference = "the αβγ waves", "an αβγ wave of the brain"
+    theirs = BLEU(tokenize="13a").corpus_score([text], [[reference]]).score
+    assert measure("bleu4", [text], [reference]) == theirs / 100
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    assert (
+        measure("rouge_l", [text], [reference]) == scorer.score(reference, text)["rougeL"].fmeasure
+    )
 
 
 def test_rouge_as_rouge_score() -> None:

@@ -45,6 +45,7 @@ SUMMARY = {
     "weights_sha256": str,
     "weights": str,
     "data": dict,
+    "notes": list,
     "seed": int,
     "versions": dict,
     "run_dir": str,

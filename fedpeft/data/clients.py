@@ -9,6 +9,7 @@ import numpy as np
 from fedpeft.config.schema import Config
 from fedpeft.data.batching import Examples
 from fedpeft.data.partitions.base import own_splits
+from fedpeft.data.rows.source import SPLITS
 
 
 class ClientRows:
@@ -30,6 +31,15 @@ class ClientRows:
     def _examples(self, split: str) -> Examples:
         """Return a split of the whole data set."""
         return self.task.encode(split, self.processor)
+
+    def read_all(self) -> None:
+        """Read and encode every split, so that what is wrong with one ends a run before it begins.
+
+        Raises:
+            ValueError: a split is missing, or a row of it cannot be used.
+        """
+        for split in (*SPLITS, *self.task.extra_tests):
+            self.examples(split)
 
     @cached_property
     def by_client(self) -> list[np.ndarray]:

@@ -291,5 +291,6 @@ def open_engine(overrides: str, data_path: str | None) -> Engine:
     """
     extended: list[Any] = configuration.split(overrides)
     if data_path is not None:
-        extended.append(f"data.path='{data_path}'")
+        # All rows of a client's own folder train, and the client divides them itself.
+        extended += [f"data.path='{data_path}'", "data.missing_split=error"]
     return Engine(configuration.load_config(extended), data_path)

@@ -22,6 +22,9 @@ class JsonLog(Observer):
     def start(self, title: str, num_rounds: int) -> None:
         self._write("run_begun", title=title, rounds=num_rounds)
 
+    def note(self, text: str) -> None:
+        self._write("noted", note=text)
+
     def phase(self, name: str, clients: int) -> None:
         self._write("phase_begun", phase=name, clients=clients)
 

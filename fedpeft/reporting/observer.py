@@ -15,6 +15,9 @@ class Observer:
     def start(self, title: str, num_rounds: int) -> None:
         """Note that a run begins."""
 
+    def note(self, text: str) -> None:
+        """Note a sentence on what may be as it is meant, once and before the first round."""
+
     def phase(self, name: str, clients: int) -> None:
         """Note that the server begins to wait for this many clients."""
 
@@ -56,6 +59,10 @@ class Observers(Observer):
     def start(self, title: str, num_rounds: int) -> None:
         for observer in self.observers:
             observer.start(title, num_rounds)
+
+    def note(self, text: str) -> None:
+        for observer in self.observers:
+            observer.note(text)
 
     def phase(self, name: str, clients: int) -> None:
         for observer in self.observers:

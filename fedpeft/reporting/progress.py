@@ -99,6 +99,10 @@ class Display(Observer):
             self._rounds = self._live.add_task("rounds", total=num_rounds)
             self._clients = self._live.add_task("clients", total=None)
 
+    def note(self, text: str) -> None:
+        """Show a note on the run."""
+        self.console.print(f"note: {text}", markup=False)
+
     def phase(self, name: str, clients: int) -> None:
         """Begin to wait for this many clients."""
         if self._live is not None:

@@ -56,7 +56,7 @@ def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> d
         raise ValueError("check=true is for flwr run; on this machine it is: fedpeft check")
     sent = configuration.sent(overrides)
     engine = open_engine(sent, None)  # in one process, the clients' engine too
-    engine.rows.examples("validation")
+    engine.rows.read_all()
     label = type(engine.config.method).__name__
     path = settings.run_dir or new_path(label)
     observer = _observer(settings, path, display)
@@ -88,6 +88,8 @@ def _run(run: Run, grid: Grid, label: str) -> dict[str, Any]:
     ended = "completed", ""
     try:
         run.observer.start(f"{label}{weights}: {run.directory.path}", engine.config.num_rounds)
+        for note in engine.task.notes():
+            run.observer.note(note)
         return run.serve(grid)
     except KeyboardInterrupt as stopped:
         ended = "stopped", run.stopped()

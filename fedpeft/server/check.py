@@ -39,6 +39,7 @@ def check(grid: Grid, overrides: Sequence[str], simulated: bool = False) -> Repo
     sent = configuration.sent(overrides)
     engine = open_engine(sent, None)
     config, replica = engine.config, engine.replica
+    engine.rows.read_all()
     rows = {split: len(engine.rows.examples(split)) for split in SPLITS}
     own = facts(engine)
     nodes = Nodes(config.num_clients, config.runtime.join_timeout)
@@ -59,7 +60,7 @@ def check(grid: Grid, overrides: Sequence[str], simulated: bool = False) -> Repo
         rows=rows,
         parameters=parameter_counts(replica.roles, replica.model),
         problems=[*problems, *failed, *others],
-        notes=notes,
+        notes=[*engine.task.notes(), *notes],
     )
 
 

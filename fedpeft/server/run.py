@@ -152,6 +152,7 @@ class Run(Observer):
             "weights_sha256": self._weights_hash(),
             "weights": "RANDOM" if engine.config.model.random else "pretrained",
             "data": engine.task.fingerprint() | {"cut": self._cut()},
+            "notes": engine.task.notes(),
             "seed": engine.config.seed,
             "versions": versions(),
             "run_dir": str(self.directory.path),

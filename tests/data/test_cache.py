@@ -169,7 +169,9 @@ def test_prompts_and_templates_are_part_of_the_key(tmp_path: Path) -> None:
     assert not is_built(replace(task, max_answer_length=3), tokenizer)
     tokenizer.chat_template = "{{ messages[0].content }} a"
     assert not is_built(replace(task), tokenizer)
-    choice = MultipleChoice(path=path, choices=["q", "a"], prompt="the", label=None, answers="a")
+    choice = MultipleChoice(
+        path=path, choices=["q", "a"], prompt="the {{ q }}", label=None, answers="a"
+    )
     assert not is_built(replace(choice, validation_split="test"), tokenizer)
 
 

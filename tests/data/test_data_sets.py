@@ -98,9 +98,11 @@ def test_every_yaml_composes(name: str) -> None:
     if name not in EXPECTED:
         return
     _, fraction, test, metrics, _ = EXPECTED[name]
-    assert (data.validation_fraction, data.test_split, data.metrics) == (fraction, test, metrics)
-    assert data.validation_split is None and data.test_fraction == 0.1
-    assert data.path is None or "/" in data.path
+    assert (data.validation_fraction, data.test_fraction, data.metrics) == (fraction, 0.1, metrics)
+    if data.path is None:  # somebody's own rows, perhaps with splits
+        assert (data.validation_split, data.test_split) == ("validation", "test")
+    else:
+        assert (data.validation_split, data.test_split) == (None, test) and "/" in data.path
     if data.path in ("nyu-mll/glue", "aps/super_glue"):
         assert data.subset == name and len(data.revision) == 40
 

@@ -163,6 +163,7 @@ def bad(task: str, **cells: Any) -> Rows:
 
 TWO = '{"text": "SECRET-471193", "label": "food"}\n'
 BROKEN_LINE = "because line 2 of a file is broken (this node's log"
+NO_UTF_8 = "because line 2 of a file is no UTF-8: save it as UTF-8, or name its encoding, such as"
 LONG_ROW = "because line 3 of a file is broken (this node's log"
 SEVERAL = "row 0 of train has text in label, must be"  # a column of several kinds is read as JSON
 ROWS: dict[str, tuple[str, str, Rows | bytes, str]] = {
@@ -183,7 +184,7 @@ ROWS: dict[str, tuple[str, str, Rows | bytes, str]] = {
     "semicolons": (
         *("text", "csv"),
         b"SECRET-471193;label\nSECRET-471193;food\n",
-        "has no column text in train (this node's log",
+        "a file has semicolons between its cells: give \"data.separator=';'\" (this node's log",
     ),
     "keys that are values": (
         *("text", "jsonl"),
@@ -202,7 +203,7 @@ ROWS: dict[str, tuple[str, str, Rows | bytes, str]] = {
     ),
     "a long row": ("text", "csv", b"text,label\na,food\nSECRET-471193,food,SECRET\n", LONG_ROW),
     "a row cut off": ("text", "csv", b'text,label\n"SECRET-471193,food\n', "images (this node's"),
-    "no CSV in UTF-8": ("text", "csv", b"text,label\nSECRET-471193\xe9,food\n", BROKEN_LINE),
+    "no CSV in UTF-8": ("text", "csv", b"text,label\nSECRET-471193\xe9,food\n", NO_UTF_8),
     "no line in UTF-8": (
         "text",
         "jsonl",
@@ -211,7 +212,7 @@ ROWS: dict[str, tuple[str, str, Rows | bytes, str]] = {
     ),
     "a line cut off": ("text", "jsonl", (TWO + TWO[:20]).encode(), BROKEN_LINE),
     "JSON cut off": ("text", "json", b'[{"text": "SECRET-471193", "lab', "images (this node's log"),
-    "JSON of a text": ("text", "json", b'"SECRET-471193"', "TypeError in fedpeft/data/rows/tables"),
+    "JSON of a text": ("text", "json", b'"SECRET-471193"', "images (this node's log"),
     "no parquet": ("text", "parquet", b"PAR1SECRET-471193PAR1", "images (this node's log"),
     "another split": ("text", "jsonl", bad("text"), "has no split train: set data.train_split"),
     "a text for a number": (

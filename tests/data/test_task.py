@@ -331,7 +331,7 @@ def test_groups_of_rounded_numbers(groups: InstructionTuning) -> None:
 
 def test_groups_of_a_regression(tmp_path: Path) -> None:
     rows = [{"text": "x", "label": v} for v in (0.2, 1.8, 2.4)]
-    task = Regression(path=write(tmp_path, train=rows))
+    task = Regression(path=write(tmp_path, train=rows), missing_split="error")
     numbers, names = task.grouped(None)
     assert (names, numbers.tolist()) == (["0", "2"], [0, 1, 1])
 

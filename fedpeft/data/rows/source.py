@@ -19,6 +19,7 @@ from fedpeft.data.rows.cache import (
     remembered,
 )
 from fedpeft.data.rows.tables import kind, load_tables, marks, subsample, values
+from fedpeft.data.rows.text_files import TextFormat
 from fedpeft.errors import PartlyPublic
 from fedpeft.seeding import generator
 
@@ -41,6 +42,8 @@ class Source(ABC):
         validation_split: split to validate on; null sets ``validation_fraction`` of train aside.
         test_split: split to test on; null sets ``test_fraction`` of train aside, before the
             validation rows.
+        missing_split: ``aside`` reads null where a split named validation or test is not there and
+            no other split could be meant; ``error`` refuses.
         extra_tests: further test splits, by their names in the results.
         validation_fraction: of the rows of train, in (0, 1).
         test_fraction: likewise.
@@ -49,6 +52,9 @@ class Source(ABC):
         max_test_rows: likewise, for each test split.
         bad_rows: ``error`` refuses a row that cannot be used (an empty text, an unknown label, a
             broken image); ``skip`` leaves it out and counts it in the summary.
+        separator: the character between two cells of CSV files, or ``tab``; null for a comma, and
+            for a tab in ``.tsv`` files.
+        encoding: of CSV files and JSON lines, as Python names it.
     """
 
     path: str | None = None
@@ -58,6 +64,7 @@ class Source(ABC):
     train_split: str = "train"
     validation_split: str | None = "validation"
     test_split: str | None = "test"
+    missing_split: str = "aside"
     extra_tests: dict[str, str] = field(default_factory=dict)
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
@@ -65,8 +72,11 @@ class Source(ABC):
     max_validation_rows: int | None = None
     max_test_rows: int | None = None
     bad_rows: str = "error"
+    separator: str | None = None
+    encoding: str = "utf-8"
 
     def __post_init__(self) -> None:
+        TextFormat(self.separator, self.encoding)  # checks them
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be in (0, 1), got {getattr(self, name)}")
@@ -75,6 +85,8 @@ class Source(ABC):
                 raise ValueError(f"data.{name} must be >= 1 or null, got {getattr(self, name)}")
         if self.bad_rows not in ("error", "skip"):
             raise ValueError(f"data.bad_rows must be error or skip, got {self.bad_rows}")
+        if self.missing_split not in ("aside", "error"):
+            raise ValueError(f"data.missing_split must be aside or error, got {self.missing_split}")
         if reserved := set(self.extra_tests) & set(SPLITS):
             raise ValueError(f"data.extra_tests must not be named {', '.join(sorted(reserved))}")
 
@@ -126,7 +138,8 @@ class Source(ABC):
         """All splits, with all their rows, unchecked."""
         folder = self._built_folder()
         with datasets_cached():
-            return load_tables(folder, self.subset, self.revision)
+            text = TextFormat(self.separator, self.encoding)
+            return load_tables(folder, self.subset, self.revision, text)
 
     @cached_property
     def skipped(self) -> dict[str, int]:
@@ -188,12 +201,25 @@ class Source(ABC):
                     f", only {', '.join(rows.column_names)}",
                 )
 
+    def _name(self, split: str) -> str | None:
+        """Return a split's name in ``tables``; null if it is of rows of train that are set aside.
+
+        A split of another name that nothing reads may be meant, so it takes no rows of train.
+        """
+        name = {"validation": self.validation_split, "test": self.test_split}.get(
+            split, self.extra_tests.get(split)
+        )
+        if name is None or name != split or name in self.tables or self.missing_split == "error":
+            return name
+        read = {self.train_split, self.validation_split, self.test_split, *SPLITS}
+        return name if self.tables.keys() - read - {*self.extra_tests.values()} else None
+
     @cached_property
     def _carved(self) -> "dict[str, Dataset]":
         """Train, and the splits that are set aside from it."""
         parts = {"train": self._table(self.train_split)}
-        for split, name in (("test", self.test_split), ("validation", self.validation_split)):
-            if name is None:
+        for split in ("test", "validation"):
+            if self._name(split) is None:
                 train, share = parts["train"], getattr(self, f"{split}_fraction")
                 rows = generator(0, f"{split} split").permutation(len(train))
                 cut = math.ceil(len(train) * share)
@@ -220,9 +246,7 @@ class Source(ABC):
         if split == "train":
             return self.train_rows
         if split not in self._split_rows:
-            name = {"validation": self.validation_split, "test": self.test_split}.get(
-                split, self.extra_tests.get(split)
-            )
+            name = self._name(split)
             rows = self._carved[split] if name is None else self._table(name)
             limit = self.max_validation_rows if split == "validation" else self.max_test_rows
             kind = "validation" if split == "validation" else "test"
@@ -232,6 +256,25 @@ class Source(ABC):
     @cached_property
     def _split_rows(self) -> "dict[str, Dataset]":
         return {}
+
+    # --- notes -------------------------------------------------------------------------------
+
+    def notes(self) -> list[str]:
+        """Return sentences on the rows that somebody should know before a run."""
+        return self.remembered("notes", self._notes)
+
+    def _notes(self) -> list[str]:
+        named = {"validation": self.validation_split, "test": self.test_split}
+        missing = [split for split, name in named.items() if name and split in self._carved]
+        if not missing:
+            return []
+        counts = [f"{len(self._carved[split])} for {split}" for split in missing]
+        keys = " and ".join(f"data.{split}_fraction" for split in missing)
+        return [
+            f"data set {self.folder()} has no split {' and no split '.join(missing)}: of its "
+            f"{len(self._table(self.train_split))} rows, {' and '.join(counts)} are set aside "
+            f"({keys})"
+        ]
 
     # --- groups ------------------------------------------------------------------------------
 

@@ -1,16 +1,13 @@
 """Tables from a folder, a file or the hub, and one clear error if none of them is there."""
 
-import csv
-import json
 import math
 import re
-from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedpeft.data.rows.text_files import PLAIN, RECODE, TextFormat
 from fedpeft.errors import PartlyPublic
 from fedpeft.models.hub import reachable
 from fedpeft.seeding import generator
@@ -19,7 +16,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")  # as in train-00000-of-00001 on the hub
-READERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
+READERS = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "json",
+    ".json": "json",
+}
 KINDS = {
     type(None): "nothing",
     str: "text",
@@ -30,7 +33,9 @@ KINDS = {
 }
 
 
-def load_tables(path: str, subset: str | None, revision: str | None) -> "dict[str, Dataset]":
+def load_tables(
+    path: str, subset: str | None, revision: str | None, text: TextFormat = PLAIN
+) -> "dict[str, Dataset]":
     """Load all splits of a local folder or file; if neither is there, of a hub data set.
 
     In a folder of tables (``train.parquet``, ``validation_matched-00000-of-00001.parquet``), the
@@ -41,6 +46,7 @@ def load_tables(path: str, subset: str | None, revision: str | None) -> "dict[st
         path: folder, file or hub name.
         subset: the hub data set's configuration.
         revision: the hub data set's commit or tag.
+        text: the format of CSV files and JSON lines.
 
     Returns:
         Tables by split.
@@ -53,9 +59,9 @@ def load_tables(path: str, subset: str | None, revision: str | None) -> "dict[st
     datasets.disable_progress_bars()
     local = check_path(path)
     if local.is_file():
-        return _read(path, {"train": [local]})
+        return _read(path, {"train": [local]}, text)
     if local.is_dir():
-        return _read(path, _split_files(local))
+        return _read(path, _split_files(local), text)
     return _from_hub(path, subset, revision)
 
 
@@ -89,7 +95,7 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     return tables if all(split.isidentifier() for split in tables) else {}
 
 
-def _read(path: str, files: dict[str, list[Path]]) -> "dict[str, Dataset]":
+def _read(path: str, files: dict[str, list[Path]], text: TextFormat) -> "dict[str, Dataset]":
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -99,56 +105,21 @@ def _read(path: str, files: dict[str, list[Path]]) -> "dict[str, Dataset]":
             f"data.path={path} holds {', '.join(sorted(kinds))}: give files of one kind, "
             f"one of {', '.join(READERS)}"
         )
+    for file in (file for parts in files.values() for file in parts if kinds != {".parquet"}):
+        text.check(path, file)
     try:
         if files:  # load splits one by one, because in one call all need the same columns
             kind = READERS[kinds.pop()]
-            return {
-                split: datasets.load_dataset(kind, data_files=[str(f) for f in parts])["train"]
-                for split, parts in files.items()
-            }
+            return {split: text.load(kind, parts) for split, parts in files.items()}
         return {str(k): v for k, v in datasets.load_dataset(str(Path(path).expanduser())).items()}
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, TypeError, DatasetsError) as error:
         cause = error.__cause__ or error
         first = (str(cause).splitlines() or [type(cause).__name__])[0]
+        if "corresponds to no data" in first:
+            raise ValueError(f"data.path={path}: a file has no rows") from error
         what = f"data.path={path} cannot be read as parquet, CSV, JSON lines or images"
-        line, where = _broken_line(file for parts in files.values() for file in parts)
+        line, where = text.broken_line(file for parts in files.values() for file in parts)
         raise PartlyPublic(f"{what}{line}", f"{where}: {first}") from error
-
-
-def _broken_line(files: Iterable[Path]) -> tuple[str, str]:
-    """Return which line of the files cannot be read, and of which file; empty if none is found.
-
-    A line is broken if it is no UTF-8, in JSON lines no JSON, and in CSV longer than the header.
-    """
-    for file in files:
-        search = {".csv": _broken_in_csv, ".jsonl": _broken_in_jsonl}.get(file.suffix)
-        if search and (number := search(file)):
-            return f", because line {number} of a file is broken", f" ({file.name})"
-    return "", ""
-
-
-def _broken_in_jsonl(file: Path) -> int | None:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                json.loads(line.decode() if line.strip() else "{}")
-            except ValueError:  # also of UTF-8
-                return number
-    return None
-
-
-def _broken_in_csv(file: Path) -> int | None:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                line.decode()
-            except ValueError:
-                return number
-    with file.open(newline="", encoding="utf-8") as text, suppress(csv.Error):
-        rows = csv.reader(text)
-        width = len(next(rows, ()))
-        return next((rows.line_num for row in rows if len(row) > width), None)
-    return None
 
 
 def _from_hub(path: str, subset: str | None, revision: str | None) -> "dict[str, Dataset]":
@@ -198,9 +169,7 @@ def values(rows: "Dataset", column: str) -> list[Any]:
         return cells.to_pylist()
     except UnicodeDecodeError as error:
         row = _undecodable(cells)
-        raise ValueError(
-            f"row {row} of column {column} is no UTF-8: save the file as UTF-8"
-        ) from error
+        raise ValueError(f"row {row} of column {column} is no UTF-8: {RECODE}") from error
 
 
 def _undecodable(cells: Any) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.data.rows.conversations import Conversation
 from fedpeft.data.rows.tables import values
 from fedpeft.errors import PartlyPublic
 
@@ -53,6 +54,21 @@ def _failing(template: str, row: int, error: Exception) -> PartlyPublic:
     return PartlyPublic(f"{template} fails in row {row} with {kind}", f": {error}")
 
 
+def check_prompt(prompt: str) -> None:
+    """Check that a prompt differs by row.
+
+    Raises:
+        ValueError: the text is no Jinja template, or uses no column.
+    """
+    if not template_columns(prompt):
+        name = prompt if prompt.isidentifier() else "column"
+        form = "{{ " + name + " }}"
+        raise ValueError(
+            f"data.prompt={prompt} uses no column, so all prompts would be the same: give "
+            f"\"data.prompt='{form}'\""
+        )
+
+
 @lru_cache(maxsize=1)
 def _environment() -> Any:
     from jinja2 import StrictUndefined
@@ -61,9 +77,20 @@ def _environment() -> Any:
     # Sandboxed, because a client gets its templates from the server, with the configuration.
     return ImmutableSandboxedEnvironment(
         undefined=StrictUndefined,
-        finalize=lambda value: "" if value is None else value,
+        finalize=_printed,
         keep_trailing_newline=True,
     )
+
+
+def _printed(value: Any) -> Any:
+    """Return a value as a template prints it; a null is the empty text.
+
+    Raises:
+        TypeError: it is a list or a nested value, of which Python's notation would be printed.
+    """
+    if isinstance(value, list | dict):
+        raise TypeError("it prints a list or a nested value: join it, or name a text in it")
+    return "" if value is None else value
 
 
 @lru_cache(maxsize=16)
@@ -71,18 +98,17 @@ def _template(text: str) -> "Template":
     return _environment().from_string(text)
 
 
-def chat_prompts(texts: Sequence[str], tokenizer: Any) -> list[str]:
-    """Return each text as a user's message in the model's chat template, up to the answer.
+def chat_prompts(conversations: Sequence[Conversation], tokenizer: Any) -> list[str]:
+    """Return each conversation in the model's chat template, up to the answer.
 
     Raises:
         ValueError: the template fails in a row.
     """
     prompts = []
-    for i, text in enumerate(texts):
-        message = {"role": "user", "content": text}
+    for i, messages in enumerate(conversations):
         try:
             prompts.append(
-                tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+                tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             )
         except Exception as error:  # a template may raise anything
             raise _failing("the tokenizer's chat template", i, error) from error

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fedpeft.data.batching import REPORTED, Batch, flat
 from fedpeft.data.rows.tables import kind, values
-from fedpeft.data.rows.templates import prompt_tokens, rendered, template_columns
+from fedpeft.data.rows.templates import check_prompt, prompt_tokens, rendered, template_columns
 from fedpeft.data.tasks.base import Outputs, Task
 from fedpeft.data.tasks.classification import join
 from fedpeft.data.tasks.instruction import sequences
@@ -54,6 +54,13 @@ class MultipleChoice(Task):
             raise ValueError(f"data.scoring must be head or likelihood, got {self.scoring}")
         if self.max_length < 4:
             raise ValueError(f"data.max_length must be >= 4, got {self.max_length}")
+        if self.prompt.isidentifier():
+            check_prompt(self.prompt)
+        if "choice" not in template_columns(self.candidate):
+            raise ValueError(
+                f"data.candidate={self.candidate} does not use {{{{ choice }}}}, so all candidates "
+                "of a row would be the same"
+            )
         if self.answers is None and self.label is None:
             raise ValueError("data.label or data.answers must say which candidate is right")
 

@@ -77,7 +77,9 @@ class Classification(Task):
             numbers = np.asarray([-1 if v is None else v for v in entries], np.int64)
             return np.where(numbers < len(self.label_names), np.maximum(numbers, -1), -1)
         # Entries are names, or numbers that are names themselves, such as ratings from 1 to 5.
-        return np.array([index.get(str(value), -1) for value in entries], np.int64)
+        # A missing one is none of them, not even of a class called None.
+        numbers = [-1 if value is None else index.get(str(value), -1) for value in entries]
+        return np.array(numbers, np.int64)
 
     def _recipe(self) -> str:
         """See ``Task._recipe``; class names are added, because other splits get train's numbers."""
@@ -87,10 +89,25 @@ class Classification(Task):
         problems = super().problems(rows)
         entries, count = values(rows, self.target), len(self.label_names)
         known = "data.labels" if self.labels else self.train_split
+        alike = {_plain(name) for name in self.label_names}
         for i in np.flatnonzero(self.class_numbers(rows) < 0):
             problem = f"has {kind(entries[i])} in {self.target}, must be one of the {count} labels"
-            problems.setdefault(int(i), f"{problem} of {known}")
+            nearly = ", and is one but for blanks or case" if _plain(entries[i]) in alike else ""
+            problems.setdefault(int(i), f"{problem} of {known}{nearly}")
         return problems
+
+    def _notes(self) -> list[str]:
+        """See ``Source.notes``; labels that differ by blanks or case only are named."""
+        numbers = self.class_numbers(self._table(self.train_split))
+        counts = np.bincount(numbers, minlength=len(self.label_names)).tolist()
+        alike: dict[str, list[str]] = {}
+        for name, count in zip(self.label_names, counts, strict=True):
+            alike.setdefault(_plain(name), []).append(f"'{name}' ({count} rows)")
+        return super()._notes() + [
+            f"labels of column {self.target} differ by blanks or case only: {', '.join(names)}"
+            for names in alike.values()
+            if len(names) > 1
+        ]
 
     def grouped(self, column: str | None) -> tuple[np.ndarray, list[str]]:
         if column in (None, self.target):
@@ -118,6 +135,11 @@ class Classification(Task):
         """See ``Task.baseline``; the constant answer is the commonest label of ``train``."""
         commonest = int(np.bincount(train).argmax())
         return measure(self.metrics[0], [commonest] * len(rows), rows.tolist())
+
+
+def _plain(label: Any) -> str:
+    """Return a label's text in lower case and with single blanks."""
+    return " ".join(str(label).split()).casefold()
 
 
 def join(outputs: Outputs) -> dict[str, Tensor]:

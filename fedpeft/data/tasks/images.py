@@ -33,8 +33,6 @@ class ImageClassification(Classification):
 
     image: str = "image"
     duplicates: str = "drop"
-    validation_split: str | None = None
-    validation_fraction: float = 0.1
     metrics: list[str] = field(default_factory=lambda: ["f1_macro", "f1_weighted", "accuracy"])
 
     auto_class = "AutoModelForImageClassification"

@@ -1,16 +1,18 @@
 """Instruction tuning and question answering: prompts, answers and generated text."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedpeft.data.batching import Batch, flat
-from fedpeft.data.rows.tables import values
+from fedpeft.data.rows.conversations import Conversation, as_text, divided, problem
+from fedpeft.data.rows.tables import kind, values
 from fedpeft.data.rows.templates import (
     chat_prompts,
+    check_prompt,
     keep_ends,
     prompt_tokens,
     rendered,
@@ -27,10 +29,12 @@ from fedpeft.data.tasks.language import (
 from fedpeft.data.tasks.text import model_logits
 from fedpeft.evaluate_metrics import title
 from fedpeft.metrics import TEXTS
+from fedpeft.words import beyond_latin
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+SPLIT_WORDS = ("rouge_l", "bleu4", "token_f1")  # metrics that compare words
 IGNORED = -100  # target of a token that is not predicted
 
 
@@ -50,6 +54,8 @@ class InstructionTuning(Task):
     Args:
         prompt: Jinja template over the columns.
         answer: column of the answer.
+        messages: column of conversations, in place of prompt and answer: lists of ``{role,
+            content}``. The assistant's last message is the answer, and those before are the prompt.
         max_length: tokens of prompt and answer together at most, the end token included.
         max_answer_length: tokens that the answer keeps at least, if it has them, and that are
             generated at most; null for half of ``max_length``.
@@ -61,6 +67,7 @@ class InstructionTuning(Task):
 
     prompt: str = "{{ instruction }}"
     answer: str = "response"
+    messages: str | None = None
     max_length: int = 512
     max_answer_length: int | None = None
     loss_on: str = "answer"
@@ -68,6 +75,7 @@ class InstructionTuning(Task):
     generation: dict[str, Any] = field(default_factory=dict)
     metrics: list[str] = field(default_factory=lambda: ["rouge_l", "bleu4"])
 
+    several_answers: ClassVar[bool] = False  # true if a row may have a list of answers
     measures = tuple(TEXTS)
     suffixes = ("_teacher_forced", "_generated")
     reads_rows = True
@@ -75,6 +83,10 @@ class InstructionTuning(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.messages is None:
+            check_prompt(self.prompt)
+        elif (self.prompt, self.answer) != (type(self).prompt, type(self).answer):
+            raise ValueError("data.messages stands in place of data.prompt and data.answer")
         if self.max_length < 4:
             raise ValueError(f"data.max_length must be >= 4, got {self.max_length}")
         if not 1 <= self.answer_room < self.max_length:
@@ -110,11 +122,22 @@ class InstructionTuning(Task):
         return self.generate == "always" or (last and self.generate == "last")
 
     def columns(self) -> list[str]:
-        return [*template_columns(self.prompt), self.answer]
+        return (
+            [*template_columns(self.prompt), self.answer]
+            if self.messages is None
+            else [self.messages]
+        )
 
     def problems(self, rows: "Dataset") -> dict[int, str]:
         """See ``Source.problems``; a column may be empty, but neither prompt nor answer."""
+        if self.messages is not None:
+            reasons = [problem(conversation) for conversation in values(rows, self.messages)]
+            return {i: f"{why} in {self.messages}" for i, why in enumerate(reasons) if why}
         problems: dict[int, str] = {}
+        advice = f"must be a text; data.messages={self.answer} reads conversations"
+        for i, value in enumerate([] if self.several_answers else values(rows, self.answer)):
+            if isinstance(value, list | dict):
+                problems[i] = f"has {kind(value)} in {self.answer}, {advice}"
         for i, answer in enumerate(self.references(rows)):
             if not any(text.strip() for text in answer):
                 problems[i] = f"has an empty {self.answer}"
@@ -125,10 +148,38 @@ class InstructionTuning(Task):
 
     def references(self, rows: "Dataset") -> list[list[str]]:
         """Return the right answers of each row; the first one trains."""
+        if self.messages is not None:
+            return [[divided(conversation)[1]] for conversation in values(rows, self.messages)]
         return [["" if text is None else str(text)] for text in values(rows, self.answer)]
 
+    def _notes(self) -> list[str]:
+        """See ``Source.notes``; answers of other scripts than Latin have words of other rules."""
+        rows = [self.references(self.split_rows(split)) for split in ("validation", "test")]
+        answers = [texts for part in rows for texts in part]
+        count = sum(map(beyond_latin, answers))
+        names = [name for name in self.metrics if name in SPLIT_WORDS]
+        if not count or not names:
+            return super()._notes()
+        return super()._notes() + [
+            f"{count} of the {len(answers)} answers of validation and test are mainly of another "
+            f"script than Latin: for them {' and '.join(names)} take letters of any script, and "
+            "each character of a script without spaces as a word"
+        ]
+
+    def asked(self, rows: "Dataset") -> list[Conversation]:
+        """Return the messages before each row's answer."""
+        if self.messages is not None:
+            return [divided(conversation)[0] for conversation in values(rows, self.messages)]
+        return [[{"role": "user", "content": text}] for text in rendered(self.prompt, rows)]
+
+    def prompts(self, rows: "Dataset") -> list[str]:
+        """Return each row's prompt as people read it."""
+        if self.messages is not None:
+            return [as_text(messages) for messages in self.asked(rows)]
+        return rendered(self.prompt, rows)
+
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
-        prompts = prompt_tokens(chat_prompts(rendered(self.prompt, rows), processor), processor)
+        prompts = prompt_tokens(chat_prompts(self.asked(rows), processor), processor)
         end = [] if processor.eos_token_id is None else [processor.eos_token_id]
         texts = [answers[0] for answers in self.references(rows)]
         answers = [[*ids, *end] for ids in processor(texts, add_special_tokens=False)["input_ids"]]
@@ -214,7 +265,7 @@ class InstructionTuning(Task):
         texts = decoded([ids for batch in outputs for ids in batch["generated"]], processor)
         order = torch.cat([batch["row"] for batch in outputs]).cpu().numpy()
         chosen = rows.select(order)
-        references, prompts = self.references(chosen), rendered(self.prompt, chosen)
+        references, prompts = self.references(chosen), self.prompts(chosen)
         metrics = self.scored(texts, references, "_generated")
         samples = [
             {"row": str(r), "prompt": p, "reference": a[0], "generated": t}
@@ -238,7 +289,11 @@ class QuestionAnswering(InstructionTuning):
     answer: str = "answers"
     metrics: list[str] = field(default_factory=lambda: ["token_f1", "exact_match"])
 
+    several_answers = True
+
     def references(self, rows: "Dataset") -> list[list[str]]:
+        if self.messages is not None:
+            return super().references(rows)
         references = []
         for value in values(rows, self.answer):
             texts = value.get("text") if isinstance(value, dict) else value

@@ -1,0 +1,178 @@
+"""Files of text (CSV and JSON lines): how they are read, and a sentence for each that cannot be."""
+
+import codecs
+import csv
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedpeft.errors import PartlyPublic
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # that a CSV file may have for commas
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Cells that pandas takes for gaps unless it is told otherwise.
+GAPS = [
+    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+    *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+]
+RECODE = "save it as UTF-8, or name its encoding, such as data.encoding=cp1252"
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """The format of files of text.
+
+    Args:
+        separator: the character between two cells of a CSV file, or ``tab``; null for a comma, and
+            for a tab in a ``.tsv`` file.
+        encoding: as Python names it.
+    """
+
+    separator: str | None = None
+    encoding: str = "utf-8"
+
+    def __post_init__(self) -> None:
+        if self.separator not in (None, "tab") and len(self.separator) != 1:
+            raise ValueError(f"data.separator must be one character or tab, got {self.separator}")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError as error:
+            raise ValueError(
+                f"data.encoding={self.encoding} is no encoding that Python knows, such as utf-8, "
+                "utf-16, cp1252 or latin-1"
+            ) from error
+
+    def between(self, file: Path) -> str:
+        """Return the character between two cells of a file."""
+        separator = self.separator or ("tab" if file.suffix == ".tsv" else ",")
+        return "\t" if separator == "tab" else separator
+
+    def load(self, kind: str, files: list[Path]) -> "Dataset":
+        """Read the files of a split.
+
+        Args:
+            kind: name of the reader of ``datasets``.
+            files: of one kind.
+        """
+        import datasets
+
+        settings: dict[str, Any] = {"data_files": [str(f) for f in files], "split": "train"}
+        if kind == "json":
+            settings["encoding"] = self.encoding
+        if kind != "csv":
+            return datasets.load_dataset(kind, **settings)
+        settings |= {"encoding": self.encoding, "sep": self.between(files[0])}
+        rows = datasets.load_dataset(kind, **settings)
+        if gaps := _columns_with_gaps(rows):
+            # In a column of texts, NA and None are texts, and only an empty cell is a gap.
+            missing = {name: [""] if name in gaps else GAPS for name in rows.column_names}
+            settings |= {"keep_default_na": False, "na_values": missing}
+            rows = datasets.load_dataset(kind, **settings)
+        return rows
+
+    def check(self, path: str, file: Path) -> None:
+        """Check the beginning of a file.
+
+        Args:
+            path: ``data.path``, for the error.
+            file: CSV or JSON lines.
+
+        Raises:
+            ValueError: it is in UTF-16, has no rows, or other characters between its cells.
+        """
+        with file.open("rb") as stream:
+            start = stream.read(2)
+        if start in UTF_16 and not codecs.lookup(self.encoding).name.startswith("utf-16"):
+            problem = "is in UTF-16: save it as UTF-8, or give data.encoding=utf-16"
+        elif file.suffix in (".csv", ".tsv"):
+            problem = self._problem_of_csv(file)
+        else:
+            problem = "" if start.strip() else "is empty"
+        if problem:
+            raise PartlyPublic(f"data.path={path}: a file {problem}", f" ({file.name})")
+
+    def _problem_of_csv(self, file: Path) -> str:
+        separator = self.between(file)
+        with file.open(newline="", encoding=self.encoding) as text, suppress(ValueError, csv.Error):
+            lines = (line for line in text if line.strip())
+            header = next(lines, "")
+            if not header:
+                return "is empty"
+            if len(_cells(header, separator)) == 1:
+                for other, name in SEPARATORS.items():
+                    if other != separator and len(_cells(header, other)) > 1:
+                        value = "tab" if other == "\t" else f"'{other}'"
+                        return f'has {name} between its cells: give "data.separator={value}"'
+            if next(lines, None) is None:
+                return "has a header and no rows"
+        return ""
+
+    def broken_line(self, files: Iterable[Path]) -> tuple[str, str]:
+        """Return what is wrong with which line, and of which file; empty if nothing is found.
+
+        A line is broken if it is not in the encoding, in JSON lines no JSON, and in CSV longer
+        than the header.
+        """
+        for file in files:
+            search = {".csv": self._in_csv, ".tsv": self._in_csv, ".jsonl": self._in_jsonl}
+            if file.suffix in search and (number := self._undecodable(file)):
+                name = "UTF-8" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding
+                return f", because line {number} of a file is no {name}: {RECODE}", _named(file)
+            if file.suffix in search and (number := search[file.suffix](file)):
+                return f", because line {number} of a file is broken", _named(file)
+        return "", ""
+
+    def _undecodable(self, file: Path) -> int | None:
+        decoder = codecs.getincrementaldecoder(self.encoding)()
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    decoder.decode(line)
+                except UnicodeDecodeError:
+                    return number
+        return None
+
+    def _in_jsonl(self, file: Path) -> int | None:
+        with file.open(encoding=self.encoding) as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    json.loads(line if line.strip() else "{}")
+                except ValueError:
+                    return number
+        return None
+
+    def _in_csv(self, file: Path) -> int | None:
+        with file.open(newline="", encoding=self.encoding) as text, suppress(csv.Error):
+            rows = csv.reader(text, delimiter=self.between(file))
+            width = len(next(rows, ()))
+            return next((rows.line_num for row in rows if len(row) > width), None)
+        return None
+
+
+PLAIN = TextFormat()
+
+
+def _named(file: Path) -> str:
+    return f" ({file.name})"
+
+
+def _cells(line: str, separator: str) -> list[str]:
+    return next(csv.reader([line], delimiter=separator), [])
+
+
+def _columns_with_gaps(rows: "Dataset") -> list[str]:
+    """Return the columns of texts in which a cell is missing, and those without any value."""
+    table = rows.with_format("arrow")[:]
+    missing = {name: table[name].null_count for name in rows.column_names}
+    texts = ("string", "large_string")
+    return [
+        name
+        for name, count in missing.items()
+        if count == len(rows) or (count and getattr(rows.features[name], "dtype", "") in texts)
+    ]
