@@ -43,6 +43,7 @@ SUMMARY = {
     "shared_state_sha256": str,
     "weights_sha256": str,
     "weights": str,
+    "labels": list,
     "data": dict,
     "seed": int,
     "versions": dict,

@@ -23,12 +23,15 @@ def write(folder: Path, form: str, tree: DictConfig, **more: Any) -> None:
         form: one of ``FORMS``.
         tree: the run's composed configuration. Places of rows are left out, because whoever gets
             the model does not have them.
-        more: further entries, such as the labels.
+        more: further entries, among them the ``labels``; null if the task has none.
     """
     kept: dict[str, Any] = {key: _plain(tree[key]) for key in KEYS}
     kept["data"]["path"] = None
-    if kept["data"].get("labels") is not None or more.get("labels"):
+    if more["labels"]:
         kept["data"]["labels"] = more["labels"]
+    path = kept["model"]["path"]
+    if path is not None and Path(path).expanduser().is_dir():
+        kept["model"]["path"] = str(Path(path).expanduser().resolve())
     text = json.dumps({"form": form} | more | {"config": kept}, indent=2)
     (folder / NAME).write_text(text + "\n")
 
@@ -82,7 +85,7 @@ def with_labels(tree: DictConfig, labels: Sequence[str] | None) -> DictConfig:
         ValueError: the task has another number of classes.
     """
     if labels and not tree.data.get("labels"):
-        tree.data.labels = list(labels)
+        OmegaConf.update(tree, "data.labels", list(labels), force_add=True)
     elif labels and len(tree.data.labels) != len(labels):
         raise ValueError(
             f"data.labels must name the model's {len(labels)} classes, got {len(tree.data.labels)}"

@@ -151,7 +151,7 @@ def _common(replica: Replica) -> str:
             f"{len(own)} parameters stay on the clients in this run, such as {min(own)}, so there "
             f"is no model of all: choose one with --client, 0 to {replica.config.num_clients - 1}"
         )
-    return method.common
+    return method.common or ""
 
 
 def _of_client(folder: Path, replica: Replica, best: bool, client: int) -> tuple[At, State]:

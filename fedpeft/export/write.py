@@ -6,15 +6,14 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from fedpeft.engine.replica import injected
 from fedpeft.export import folder as files
 from fedpeft.export.card import card
 from fedpeft.export.load import opened
 from fedpeft.export.run import FinishedRun
+from fedpeft.export.verify import difference, logits, made_up
 from fedpeft.methods.exported import INNER, PeftForm
 from fedpeft.models.sites import head_names
 from fedpeft.state import save
@@ -24,8 +23,6 @@ HOW = {
     "transformers": "AutoModel....from_pretrained(DIR)",
     "fedpeft": "fedpeft.load(DIR)",
 }
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # of the largest logit
-
 
 Writer = Callable[[Path], None]
 
@@ -90,14 +87,9 @@ def _written(run: FinishedRun, draft: Path, form: str | None) -> Written:
         id2label=None if labels is None else dict(enumerate(labels)),
         label2id=None if labels is None else {name: i for i, name in enumerate(labels)},
     )
-    difference = _difference(logits(opened(draft, _moved(run)).model, inputs), expected, run)
-    (draft / "README.md").write_text(card(run, chosen, difference))
-    return Written(draft, chosen, difference)
-
-
-def _moved(run: FinishedRun) -> list[str]:
-    """Return overrides for a base model that has no folder by the run's own configuration."""
-    return [] if run.config.model.path is None else [f"model.path='{run.config.model.path}'"]
+    largest = difference(logits(opened(draft).model, inputs), expected, run)
+    (draft / "README.md").write_text(card(run, chosen, largest))
+    return Written(draft, chosen, largest)
 
 
 def _plan(run: FinishedRun, form: str | None) -> tuple[str, Writer]:
@@ -221,45 +213,3 @@ _WRITERS: dict[str, Callable[[FinishedRun], Writer]] = {
     "transformers": _plain,
     "fedpeft": _own,
 }
-
-
-def made_up(run: FinishedRun) -> dict[str, Tensor]:
-    """Return inputs of two rows, drawn alike each time; the second row of a text is shorter."""
-    draws = torch.Generator().manual_seed(0)
-    config: Any = run.replica.model.config
-    if run.config.data.needs != "tokenizer":
-        side = np.zeros((8, 8, 3), np.uint8)
-        shape = run.replica.processor([side], return_tensors="pt")["pixel_values"].shape
-        return {"pixel_values": torch.randn(2, *shape[1:], generator=draws)}
-    count = min(config.vocab_size, len(run.replica.processor))
-    ids = torch.randint(count, (2, 8), generator=draws)
-    mask = torch.ones_like(ids)
-    mask[1, 5:] = 0
-    return {
-        "input_ids": ids.masked_fill(mask == 0, config.pad_token_id or 0),
-        "attention_mask": mask,
-    }
-
-
-@torch.no_grad()
-def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Return a model's logits in float32; those of padding are left out."""
-    values = model(**inputs).logits.float()
-    return values[inputs["attention_mask"] == 1] if values.dim() == 3 else values
-
-
-def _difference(actual: Tensor, expected: Tensor, run: FinishedRun) -> float:
-    """Return the largest difference.
-
-    Raises:
-        ValueError: it is more than rounding.
-    """
-    largest = float((actual - expected).abs().max())
-    most = TOLERANCE[run.config.model.dtype] * max(1.0, float(expected.abs().max()))
-    if not largest <= most:
-        raise ValueError(
-            f"the folder would give other logits than the run, by {largest:.2g} where {most:.2g} "
-            "is rounding, because the base model as others load it differs from the run's: try "
-            "--as fedpeft"
-        )
-    return largest

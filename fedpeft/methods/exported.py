@@ -87,7 +87,7 @@ def adapter_sum(module: nn.Module) -> tuple[Tensor, Tensor]:
     return torch.cat(left, dim=1), torch.cat(right)  # type: ignore[arg-type]
 
 
-def lora_sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def lora_sites(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the names and the modules of PEFT's LoRA layers."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):

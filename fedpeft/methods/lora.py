@@ -74,7 +74,7 @@ class LoRA(Method):
     def peft_form(self, model: nn.Module, start: State) -> PeftForm | None:
         """See ``Method.peft_form``; several adapters on a module become one."""
         sites = dict(lora_sites(model))
-        if all(len(module.scaling) == 1 for module in sites.values()):  # type: ignore[arg-type]
+        if all(len(module.scaling) == 1 for module in sites.values()):
             return super().peft_form(model, start)
         return as_lora(model, {name: adapter_sum(module) for name, module in sites.items()})
 
