@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -209,11 +211,10 @@ def test_a_model_that_stays_on_clients_needs_one(finished: Finished) -> None:
 def test_a_client_s_model_is_the_one_that_it_keeps(finished: Finished) -> None:
     path = finished("fedsa_lora")
     (kept,) = path.glob("clients/*/client_1/00002.safetensors")
-    model = open_run(path, client=1).replica.model
-    for name, value in load_file(kept).items():
-        assert torch.equal(model.get_parameter(name), value)
-    other = open_run(path, client=2).replica.model
-    assert not torch.equal(other.get_parameter(name), value)
+    own = load_file(kept)
+    mine, other = (open_run(path, client=client).replica.model for client in (1, 2))
+    assert all(torch.equal(mine.get_parameter(name), own[name]) for name in own)
+    assert not any(torch.equal(other.get_parameter(name), own[name]) for name in own)
 
 
 def test_a_client_s_state_that_lies_elsewhere_is_named(finished: Finished, tmp_path: Path) -> None:
@@ -276,6 +277,21 @@ def test_tokenizer_labels_and_card_go_along(
         assert f"| test_accuracy | {summary['final']['test_accuracy']:.4f} |" in card
         assert f"| uplink_bytes | {summary['bytes']['uplink_bytes']:,} |" in card
         assert "after round 2, the last of a run of 2 rounds with 3 clients" in card
+
+
+@pytest.mark.parametrize("method", ["lora", "scl", "fedtt"])
+def test_the_code_of_the_card_loads_the_folder(
+    method: str, finished: Finished, checkpoint: Path, tmp_path: Path
+) -> None:
+    run, rows = open_run(finished(method)), rows_of(checkpoint)
+    expected = of_run(run, rows)
+    export(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("DIR", str(tmp_path / "out")), names)
+    assert (names["model"](**rows).logits - expected).abs().max() < 1e-5
+    assert len(names["processor"]("bread soup")["input_ids"]) == 4
 
 
 def test_a_pooled_classifier_and_a_random_base_load_by_fedpeft(
@@ -399,6 +415,26 @@ def test_evaluate_gives_the_summary_s_measures_of_a_run_and_of_its_folder(
     elsewhere = fedpeft("evaluate", "out", *other)
     validated = json.loads((path / "summary.json").read_text())["final"]["validation_accuracy"]
     assert f"test_accuracy: {validated:.4f}\n" in elsewhere
+
+
+def test_commands_of_the_page(
+    finished: Finished,
+    fedpeft: Command,
+    table: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = (ROOT / "docs" / "export.md").read_text()
+    lines = re.findall(r"^fedpeft ([^#\n]*)", page.partition("```bash")[2], re.MULTILINE)
+    assert len(lines) == 7
+    for link, target in (("runs/mine", finished("lora")), ("data/table", table)):
+        Path(link).parent.mkdir()
+        Path(link).symlink_to(target)
+    for line in lines:
+        command, _, source = line.partition("<")
+        if source:
+            monkeypatch.setattr("sys.stdin", io.StringIO("bread\n"))
+        assert fedpeft(*shlex.split(command))
+    assert {path.name for path in Path("out").iterdir()} == {"adapter", "plain", "best", "client"}
 
 
 def test_merge_folds(finished: Finished, fedpeft: Command) -> None:

@@ -1,23 +1,26 @@
 """The model card of an exported folder."""
 
+from dataclasses import fields
 from typing import Any
 
 from fedpeft.export.run import FinishedRun
 
 LOADS = {
     "peft": """from peft import PeftModel
-from transformers import AutoTokenizer, {auto}
+from transformers import {processor}, {auto}
 
-tokenizer = AutoTokenizer.from_pretrained("DIR")
+processor = {processor}.from_pretrained("DIR")
 base = {auto}.from_pretrained("{base}"{labels})
-base.config.pad_token_id = tokenizer.pad_token_id
-model = PeftModel.from_pretrained(base, "DIR").eval()""",
-    "transformers": """from transformers import {auto}
+{pad}model = PeftModel.from_pretrained(base, "DIR").eval()""",
+    "transformers": """from transformers import {processor}, {auto}
 
+processor = {processor}.from_pretrained("DIR")
 model = {auto}.from_pretrained("DIR").eval()""",
     "fedpeft": """import fedpeft
+from transformers import {processor}
 
-model = fedpeft.load("DIR")  # base="FOLDER" where the base model is not at {base}""",
+processor = {processor}.from_pretrained("DIR")
+model = fedpeft.load("DIR")  # base="FOLDER" if the base model is elsewhere""",
 }
 
 
@@ -68,31 +71,31 @@ def _sentence(run: FinishedRun) -> str:
 
 
 def _loading(run: FinishedRun, form: str) -> str:
-    count = run.config.data.num_labels
-    labels = "" if count is None else f", num_labels={count}"
-    auto = run.config.data.auto_class
-    text = LOADS[form].format(auto=auto, base=_base(run), labels=labels)
-    if run.config.data.needs != "tokenizer":
-        text = "\n".join(
-            line for line in text.split("\n") if "okenizer" not in line or "peft" in line
-        )
-    return text
+    task = run.config.data
+    reads_text = task.needs == "tokenizer"
+    return LOADS[form].format(
+        processor="AutoTokenizer" if reads_text else "AutoImageProcessor",
+        auto=task.auto_class,
+        base=_base(run),
+        labels="" if task.num_labels is None else f", num_labels={task.num_labels}",
+        pad="base.config.pad_token_id = processor.pad_token_id\n" if reads_text else "",
+    )
 
 
 def _facts(run: FinishedRun) -> dict[str, Any]:
     config, summary = run.config, run.summary
-    data, fields = summary["data"], vars(config.method)
+    data = summary["data"]
     labels = getattr(config.data, "label_names", None)
     return {
         "base model": _base(run),
         "revision": config.model.revision,
         "sha256 of its weights": summary["weights_sha256"] or "random weights",
-        "method": f"{type(config.method).__name__} {fields}",
+        "method": _named(config.method),
         "task": type(config.data).__name__,
         "labels": None if labels is None else ", ".join(labels),
         "rows": ", ".join(f"{split} {count}" for split, count in data["rows"].items()),
         "sha256 of the rows": data["sha256"],
-        "partition": f"{type(config.partition).__name__} {vars(config.partition)}",
+        "partition": _named(config.partition),
         "strategy": type(config.strategy).__name__,
         "seed": config.seed,
         "learning rate": config.lr,
@@ -101,8 +104,21 @@ def _facts(run: FinishedRun) -> dict[str, Any]:
     }
 
 
+def _named(part: Any) -> str:
+    """Return the class and the fields of a part of the configuration."""
+    values = ", ".join(f"{f.name}={getattr(part, f.name)}" for f in fields(part))
+    return f"{type(part).__name__}({values})"
+
+
 def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for k, v in values.items() if v}
+    """Return numbers as text; those that were not finite are null in a summary."""
+    return {name: _number(value) for name, value in values.items()}
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
 def _table(title: str, rows: dict[str, Any]) -> str:
@@ -118,7 +134,7 @@ def _limits(run: FinishedRun, difference: float) -> list[str]:
     lines = [
         f"Loaded again, the folder gives the run's logits within {difference:.1e} on made-up rows.",
         "One seed. The measures are of this run alone and say nothing of rows of another kind.",
-        "No differential privacy: what was shared may reveal something of the clients' rows.",
+        "What clients shared, and so this model, may reveal something of their rows.",
     ]
     if run.config.model.random:
         lines.append("The base model had random weights: this is a dry run and no model to use.")

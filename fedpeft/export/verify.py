@@ -52,7 +52,7 @@ def difference(actual: Tensor, expected: Tensor, run: FinishedRun) -> float:
     if not largest <= most:
         raise ValueError(
             f"the folder would give other logits than the run, by {largest:.2g} where {most:.2g} "
-            "is rounding, because the base model as others load it differs from the run's: try "
-            "--as fedpeft"
+            "is rounding, because the base model as others load it differs from the run's, for "
+            "example by a layer that its files lack: try --as fedpeft"
         )
     return largest
