@@ -14,12 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import Context, Message
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fedpeft as package
+from fedpeft.client.app import app as client_app
 from fedpeft.config.load import CONF
+from fedpeft.data.clients import ClientRows
+from fedpeft.engine.evaluate import scored
 from fedpeft.export import commands
+from fedpeft.export.load import opened
 from fedpeft.export.run import FinishedRun, open_run
 from fedpeft.export.write import export
 from fedpeft.methods.base import Method
@@ -30,8 +35,10 @@ from fedpeft.methods.prompt import Prompt
 from fedpeft.methods.ravan import Ravan
 from fedpeft.methods.scl import SCL
 from fedpeft.simulation import launch
+from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import read, save
-from tests.conftest import ROOT, quiet, with_fields
+from tests.conftest import ROOT, Runner, quiet, with_fields
+from tests.data.files import image, write
 from tests.expected.architectures import logits, tiny
 from tests.expected.methods import PERSONAL
 
@@ -234,6 +241,64 @@ def test_best_is_the_best_round_s_state(finished: Finished, tmp_path: Path) -> N
         assert all(torch.equal(model.get_parameter(name), state[name]) for name in state)
 
 
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ["layers=[0]"],
+        ["frozen=head"],
+        ["compression=int8"],
+        ["precision=bf16", "model.dtype=bfloat16"],
+        ["model.gradient_checkpointing=true"],
+        ["method=hetlora", "method.ranks=[2,4]", "method.prune=0.9"],
+        ["method=p_tuning", "method.encoder=lstm"],
+        ["method=prefix", "method.projection=true"],
+    ],
+)
+def test_a_folder_has_the_run_s_measures(
+    fields: list[str], base: list[str], table: Path, tmp_path: Path
+) -> None:
+    run_dir = f"run_dir={tmp_path / 'run'}"
+    summary = launch.run(with_fields(base, [*fields, run_dir]), quiet())
+    assert export(open_run(tmp_path / "run"), tmp_path / "out").form == "peft"
+    again = commands.measured(opened(tmp_path / "out", [f"data.path={table}"]))
+    assert again["test_loss"] == pytest.approx(summary["final"]["test_loss"], abs=1e-5)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("fields", "client"),
+    [
+        (["personal=head"], 1),
+        (["strategy=local_only"], 2),
+        (["strategy=local_only", "method=ditto"], 1),
+        (["method=hetlora", "method.ranks=[2,4]", "method.weighting=examples"], 0),
+        (["method=feddpa", "method.variant=after"], 1),
+    ],
+)
+def test_a_client_s_model_has_the_measures_that_the_client_found(
+    fields: list[str], client: int, base: list[str], run: Runner
+) -> None:
+    found: dict[str, float] = {}
+
+    def answer(message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        if run.recorder.kind == "evaluate" and run.recorder.client == client:
+            found.update(dict(reply.content.metric_records["metrics"]))  # type: ignore[arg-type]
+        return reply
+
+    class Grid(InProcessGrid):
+        def __init__(self, num_clients: int, app: Any) -> None:
+            super().__init__(num_clients, app)
+            self.state_folder = Path(run.run_dir) / "clients"
+
+    run(*fields, "evaluation.clients=always", answer=answer, grid=Grid)
+    model = open_run(run.run_dir, client=client)
+    rows = ClientRows(model.config, model.replica.processor, False).client_examples(client)
+    metrics, _ = scored(model.replica.model, model.config, model.replica.processor, rows["test"])
+    assert metrics["loss"] == pytest.approx(found["test_loss"], abs=1e-6)
+
+
 def test_what_changed_beside_an_adapter_is_not_left_out(finished: Finished, tmp_path: Path) -> None:
     path = finished("slora", "method.sparse_rounds=2", "num_rounds=3")
     shutil.copytree(path, tmp_path / "run")
@@ -311,6 +376,31 @@ def test_a_pooled_classifier_and_a_random_base_load_by_fedpeft(
     weights = read(tmp_path / "random" / "fedpeft.safetensors")
     assert weights.keys() == dict(run.replica.model.named_parameters()).keys()
     assert torch.equal(package.load(tmp_path / "random")(**rows).logits, expected)
+
+
+def test_a_model_of_images_on_random_weights(
+    base: list[str], fedpeft: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    architecture = (
+        "{model_type: vit, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
+        "intermediate_size: 64, image_size: 16, patch_size: 8, num_channels: 3}"
+    )
+    rows = [{"image": {"bytes": image(i), "path": "x.png"}, "label": i % 2} for i in range(24)]
+    path = write(tmp_path / "rows", kind="parquet", train=rows, test=rows)
+    fields = ["model=vit_base", "model.path=null", "model.random=true"]
+    fields += [f"model.architecture={architecture}"]
+    fields += ["data=images", f"data.path={path}", "data.labels=[cat,dog]", "method.rank=2"]
+    fields += ["data.duplicates=keep", "partition=iid", f"run_dir={tmp_path / 'run'}"]
+    summary = launch.run([*base, *fields], quiet())
+    for form in ("transformers", "fedpeft"):
+        out = str(tmp_path / form)
+        fedpeft("export", str(tmp_path / "run"), "--to", out, "--as", form)
+        again = json.loads(fedpeft("evaluate", out, "--json", f"data.path={path}"))
+        assert again["test_loss"] == pytest.approx(summary["final"]["test_loss"], abs=1e-5)
+    (tmp_path / "x.png").write_bytes(image(3))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path / 'x.png'}\n"))
+    answer = json.loads(fedpeft("predict", out))
+    assert set(answer["probabilities"]) == {"cat", "dog"}
 
 
 def test_a_base_model_that_moved(finished: Finished, checkpoint: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpeft.engine.passes import autocast
 from fedpeft.export.run import FinishedRun
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # of the largest logit
@@ -30,9 +31,16 @@ def made_up(run: FinishedRun) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Return a model's logits in float32; those of padding are left out."""
-    values = model(**inputs).logits.float()
+def logits(model: Any, inputs: dict[str, Tensor], precision: str) -> Tensor:
+    """Return a model's logits in float32; those of padding are left out.
+
+    Args:
+        model: on the CPU, in evaluation mode.
+        inputs: see ``made_up``.
+        precision: ``bf16`` if weights are in bfloat16 and what was trained is not.
+    """
+    with autocast(torch.device("cpu"), precision):
+        values = model(**inputs).logits.float()
     return values[inputs["attention_mask"] == 1] if values.dim() == 3 else values
 
 

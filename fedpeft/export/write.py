@@ -72,8 +72,8 @@ def export(run: FinishedRun, to: Path, form: str | None = None) -> Written:
 
 
 def _written(run: FinishedRun, draft: Path, form: str | None) -> Written:
-    inputs = made_up(run)
-    expected = logits(run.replica.model, inputs)
+    inputs, precision = made_up(run), run.replica.config.precision
+    expected = logits(run.replica.model, inputs, precision)
     chosen, save_weights = _plan(run, form)
     labels: Any = getattr(run.config.data, "label_names", None)
     save_weights(draft)
@@ -87,7 +87,7 @@ def _written(run: FinishedRun, draft: Path, form: str | None) -> Written:
         id2label=None if labels is None else dict(enumerate(labels)),
         label2id=None if labels is None else {name: i for i, name in enumerate(labels)},
     )
-    largest = difference(logits(opened(draft).model, inputs), expected, run)
+    largest = difference(logits(opened(draft).model, inputs, precision), expected, run)
     (draft / "README.md").write_text(card(run, chosen, largest))
     return Written(draft, chosen, largest)
 
