@@ -387,7 +387,7 @@ def test_a_model_of_images_on_random_weights(
     )
     rows = [{"image": {"bytes": image(i), "path": "x.png"}, "label": i % 2} for i in range(24)]
     path = write(tmp_path / "rows", kind="parquet", train=rows, test=rows)
-    fields = ["model=vit_base", "model.path=null", "model.random=true"]
+    fields = ["model=vit_base", "model.path=nobody/vit", "model.random=true"]
     fields += [f"model.architecture={architecture}"]
     fields += ["data=images", f"data.path={path}", "data.labels=[cat,dog]", "method.rank=2"]
     fields += ["data.duplicates=keep", "partition=iid", f"run_dir={tmp_path / 'run'}"]
@@ -525,6 +525,22 @@ def test_commands_of_the_page(
             monkeypatch.setattr("sys.stdin", io.StringIO("bread\n"))
         assert fedpeft(*shlex.split(command))
     assert {path.name for path in Path("out").iterdir()} == {"adapter", "plain", "best", "client"}
+
+
+def test_a_folder_s_metric_that_is_a_module_is_not_run(finished: Finished, tmp_path: Path) -> None:
+    export(open_run(finished("lora")), tmp_path / "out")
+    about = json.loads((tmp_path / "out/fedpeft.json").read_text())
+    for metrics, expected in (
+        (["/folder/mine", "f1_macro"], ["f1_macro"]),
+        (["/folder/mine"], ["accuracy", "f1_macro"]),
+    ):
+        about["config"]["data"]["metrics"] = metrics
+        (tmp_path / "out/fedpeft.json").write_text(json.dumps(about))
+        assert opened(tmp_path / "out").config.data.metrics == expected
+    about["config"]["method"]["_target_"] = "os.system"
+    (tmp_path / "out/fedpeft.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="method._target_ must be a class of fedpeft, got os.sys"):
+        opened(tmp_path / "out")
 
 
 def test_merge_folds(finished: Finished, fedpeft: Command) -> None:

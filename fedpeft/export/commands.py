@@ -22,7 +22,7 @@ AT_ONCE = 64  # lines that are answered together
 
 def export(arguments: Sequence[str]) -> None:
     """Write the model of a finished run into a folder that other programs load."""
-    parser = _parser("export", "RUN: the directory of a finished run", export.__doc__)
+    parser = _parser("export", "directory of a finished run", export.__doc__)
     add = parser.add_argument
     add("--to", type=Path, required=True, metavar="DIR", help="a new folder")
     add("--merge", action="store_true", help="fold the change into the weights: --as transformers")
@@ -42,7 +42,9 @@ def export(arguments: Sequence[str]) -> None:
 
 def predict(arguments: Sequence[str]) -> None:
     """Answer the lines of standard input, one JSON object a line."""
-    parser = _parser("predict", "RUN or an exported folder", predict.__doc__)
+    parser = _parser(
+        "predict", "directory of a finished run, or an exported folder", predict.__doc__
+    )
     given = parser.parse_intermixed_args(arguments)
     model = _open(given)
     lines = (line.rstrip("\n") for line in sys.stdin)
@@ -53,7 +55,9 @@ def predict(arguments: Sequence[str]) -> None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """Measure a model on its task's test rows."""
-    parser = _parser("evaluate", "RUN or an exported folder", evaluate.__doc__)
+    parser = _parser(
+        "evaluate", "directory of a finished run, or an exported folder", evaluate.__doc__
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_intermixed_args(arguments)
     measures = measured(_open(given))

@@ -62,13 +62,20 @@ def read(folder: Path) -> dict[str, Any]:
 def tree_of(about: dict[str, Any], overrides: Sequence[str] = ()) -> DictConfig:
     """Return the composed configuration that the file's entries stand for.
 
+    Metrics that are modules are left out, because their code would run, and the file may be a
+    stranger's.
+
     Args:
         about: the entries.
         overrides: go on top.
     """
     tree = composed(())
+    data = dict(about["config"]["data"])
+    metrics = [name for name in data.pop("metrics", []) if str(name).isidentifier()]
     for key in KEYS:
-        tree[key] = about["config"][key]
+        tree[key] = data if key == "data" else about["config"][key]
+    if metrics:
+        OmegaConf.update(tree, "data.metrics", metrics, force_add=True)
     return with_labels(changed(tree, overrides), about["labels"])
 
 

@@ -20,12 +20,13 @@ def made_up(run: FinishedRun) -> dict[str, Tensor]:
         side = np.zeros((8, 8, 3), np.uint8)
         shape = run.replica.processor([side], return_tensors="pt")["pixel_values"].shape
         return {"pixel_values": torch.randn(2, *shape[1:], generator=draws)}
-    count = min(config.vocab_size, len(run.replica.processor))
+    count, pad = min(config.vocab_size, len(run.replica.processor)), config.pad_token_id or 0
     ids = torch.randint(count, (2, 8), generator=draws)
+    ids[ids == pad] = (pad + 1) % count
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     return {
-        "input_ids": ids.masked_fill(mask == 0, config.pad_token_id or 0),
+        "input_ids": ids.masked_fill(mask == 0, pad),
         "attention_mask": mask,
     }
 

@@ -59,12 +59,11 @@ def export(run: FinishedRun, to: Path, form: str | None = None) -> Written:
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"--to {to} must be a new or an empty folder")
-    draft = to.with_name(f".{to.name}.part")
+    draft = to.absolute().with_name(f".{to.absolute().name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         written = _written(run, draft, form)
-        to.parent.mkdir(parents=True, exist_ok=True)
         draft.replace(to)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
