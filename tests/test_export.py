@@ -273,6 +273,7 @@ def test_a_folder_has_the_run_s_measures(
         (["strategy=local_only"], 2),
         (["strategy=local_only", "method=ditto"], 1),
         (["method=hetlora", "method.ranks=[2,4]", "method.weighting=examples"], 0),
+        (["method=hetlora", "method.prune=0.5", "method.penalty=99", "num_rounds=3"], 1),
         (["method=feddpa", "method.variant=after"], 1),
     ],
 )
@@ -450,7 +451,9 @@ def test_what_cannot_be_exported_is_refused(finished: Finished, tmp_path: Path) 
 # --- other architectures --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=2), IA3(), SCL(rank=4), Ravan(rank=2, heads=2)])
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=2), IA3(), SCL(rank=4), Ravan(2, ["q", "o"], heads=2)]
+)
 def test_a_transposed_weight_takes_the_change(method: Method) -> None:
     """GPT-2 holds its weights as (in, out)."""
     model: Any = tiny("gpt2")
