@@ -20,10 +20,11 @@ from torch import Tensor
 
 import fedpeft as package
 from fedpeft.client.app import app as client_app
-from fedpeft.config.load import CONF
+from fedpeft.config.load import CONF, composed, typed
 from fedpeft.data.clients import ClientRows
 from fedpeft.engine.evaluate import scored
 from fedpeft.export import commands
+from fedpeft.export import folder as files
 from fedpeft.export.load import opened
 from fedpeft.export.run import FinishedRun, open_run
 from fedpeft.export.write import export
@@ -435,6 +436,15 @@ def test_a_folder_that_would_differ_is_not_left_behind(
     ):
         export(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_in_a_package_has_no_path(tmp_path: Path) -> None:
+    """The default model and rows come with packages, so their YAML names no folder."""
+    names = [str(number) for number in range(10)]
+    files.write(tmp_path, "fedpeft", composed(()), setting="", labels=names)
+    config = typed(files.tree_of(files.read(tmp_path)))
+    assert config.model == typed(composed(())).model and config.model.path is None
+    assert config.data.label_names == names and config.data.num_labels == 10
 
 
 def test_what_cannot_be_exported_is_refused(finished: Finished, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def write(folder: Path, form: str, tree: DictConfig, **more: Any) -> None:
     kept["data"]["path"] = None
     if more["labels"]:
         kept["data"]["labels"] = more["labels"]
-    path = kept["model"]["path"]
+    path = kept["model"].get("path")
     if path is not None and Path(path).expanduser().is_dir():
         kept["model"]["path"] = str(Path(path).expanduser().resolve())
     text = json.dumps({"form": form} | more | {"config": kept}, indent=2)
