@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fedpeft.client.app import client_app
     from fedpeft.config.load import load_config
     from fedpeft.data.tasks.base import Task
+    from fedpeft.export.load import load
     from fedpeft.methods.base import At, Method, Phase, Round, Term
     from fedpeft.server.strategy import FederatedPEFT
     from fedpeft.simulation.launch import run
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "client_app": "fedpeft.client.app",
     "load_config": "fedpeft.config.load",
+    "load": "fedpeft.export.load",
     "Task": "fedpeft.data.tasks.base",
     "At": "fedpeft.methods.base",
     "Method": "fedpeft.methods.base",
@@ -44,6 +46,7 @@ __all__ = [
     "Task",
     "Term",
     "client_app",
+    "load",
     "load_config",
     "run",
 ]

@@ -1,4 +1,4 @@
-"""The command line: fedpeft run | compare | study | params | show | partition | check | ..."""
+"""The command line: fedpeft run | compare | study | params | show | export | check | ..."""
 
 import json
 import logging
@@ -25,6 +25,9 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
   show       what each client got:         fedpeft show RUN [--round N]
   partition  who holds what:               fedpeft partition num_clients=10 partition.alpha=0.1
   check      a dry run, which trains nothing: fedpeft check method=scl num_clients=4
+  export     the model as a folder:        fedpeft export RUN --to DIR [--merge] [--client N]
+  predict    answers to lines of text:     fedpeft predict RUN < texts
+  evaluate   the measures on test rows:    fedpeft evaluate RUN data.path=FOLDER
   node       a site of a deployment:       fedpeft node --help
   server     the server of a deployment:   fedpeft server --help
   deploy     both on this machine:         fedpeft deploy trial method=fedsa_lora num_rounds=2
@@ -52,6 +55,9 @@ def main() -> None:
         "show": show,
         "partition": partition,
         "check": check,
+        "export": export,
+        "predict": predict,
+        "evaluate": evaluate,
         "node": node,
         "server": server,
         "deploy": deploy,
@@ -302,6 +308,27 @@ def check(arguments: list[str]) -> None:
         report.show()
     if report.problems:
         sys.exit(2)
+
+
+def export(arguments: list[str]) -> None:
+    """Write a finished run's model into a folder that other programs load."""
+    from fedpeft.export import commands
+
+    commands.export(arguments)
+
+
+def predict(arguments: list[str]) -> None:
+    """Answer lines of text with the model of a run or of an exported folder."""
+    from fedpeft.export import commands
+
+    commands.predict(arguments)
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Measure the model of a run or of an exported folder on its test rows."""
+    from fedpeft.export import commands
+
+    commands.evaluate(arguments)
 
 
 def node(arguments: list[str]) -> None:

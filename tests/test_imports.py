@@ -8,16 +8,17 @@ import pytest
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent / "fedpeft"
-SYSTEMS = {"engine", "client", "server", "simulation", "deployment"}
+SYSTEMS = {"engine", "client", "server", "simulation", "deployment", "export"}
 # By package: the packages and modules of fedpeft that it must not import.
 FORBIDDEN = {
     **dict.fromkeys(("data", "models", "methods", "algorithms", "compression"), SYSTEMS),
     "config": SYSTEMS | {"reporting"},
-    "engine": {"client", "server", "simulation", "deployment", "reporting"},
-    "client": {"server", "simulation", "deployment", "reporting"},
-    "server": {"client", "simulation", "deployment"},
-    "simulation": {"deployment"},
-    "deployment": {"engine", "server", "simulation", "reporting"},
+    "engine": {"client", "server", "simulation", "deployment", "export", "reporting"},
+    "client": {"server", "simulation", "deployment", "export", "reporting"},
+    "server": {"client", "simulation", "deployment", "export"},
+    "simulation": {"deployment", "export"},
+    "deployment": {"engine", "server", "simulation", "export", "reporting"},
+    "export": {"simulation", "deployment", "reporting"},
     "reporting": SYSTEMS
     | {"methods", "models", "algorithms", "compression", "nn", "wire", "state"},
 }
@@ -79,6 +80,28 @@ def test_no_arrow_up(name: str) -> None:
 def test_own_modules_are_imported_at_the_top(name: str) -> None:
     late = [module for module in imports(ROOT / name, True) if module.startswith("fedpeft.")]
     assert not late
+
+
+def test_loading_an_exported_folder_imports_no_federation() -> None:
+    reached, left = set[str](), {"export.load"}
+    while left:
+        name = left.pop()
+        reached.add(name)
+        path = ROOT / f"{name.replace('.', '/')}.py"
+        if path.is_file():
+            ours_of = {_module(m) for m in imports(path) if m.startswith("fedpeft.")}
+            left |= ours_of - reached
+    assert "engine.replica" in reached
+    assert not {name for name in reached if name.split(".")[0] in ("server", "client")}
+    assert not {name for name in reached if name.split(".")[0] == "wire"}
+
+
+def _module(name: str) -> str:
+    """Return the module of an imported name, without ``fedpeft.``."""
+    parts = name.split(".")[1:]
+    while len(parts) > 1 and not (ROOT / "/".join(parts)).with_suffix(".py").is_file():
+        parts.pop()
+    return ".".join(parts)
 
 
 def test_packages_form_no_circle() -> None:

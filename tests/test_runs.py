@@ -44,6 +44,7 @@ SUMMARY = {
     "shared_state_sha256": str,
     "weights_sha256": str,
     "weights": str,
+    "labels": list,
     "data": dict,
     "notes": list,
     "seed": int,

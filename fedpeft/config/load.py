@@ -221,10 +221,45 @@ def load_config(overrides: str | Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: as ``composed``, or a value of the wrong type or outside its rule.
     """
-    tree = _composed(tuple(split(overrides)))
+    return typed(_composed(tuple(split(overrides))))
+
+
+def typed(tree: DictConfig) -> Config:
+    """Return the typed form of a composed configuration.
+
+    Raises:
+        ConfigError: a value of the wrong type or outside its rule.
+    """
     with _config_errors():
         groups = {name: _group(tree, name, get_class(base)) for name, base in GROUPS.items()}
         return Config(**_numbers(tree), **groups)
+
+
+def changed(tree: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return a composed configuration with overrides on top.
+
+    Args:
+        tree: composed, for example as a run's directory has it.
+        overrides: of keys, or of groups, which lose all that ``tree`` has of them.
+
+    Raises:
+        ConfigError: an override is none, or names no key and no group.
+    """
+    tree = deepcopy(tree)
+    for override in sorted(overrides, key=lambda o: key_of(o) not in GROUPS):  # groups first
+        key = key_of(override)
+        if key in GROUPS:
+            tree[key] = composed([override])[key]
+            continue
+        if key.partition(".")[0] not in tree or "=" not in override:
+            raise ConfigError(f"{override} sets no key of the configuration: write key=value")
+        with _lock:
+            try:
+                value = OverridesParser.create().parse_override(override).value()
+            except HydraException as error:
+                raise ConfigError(hydra_sentence(error, overrides)) from error
+        OmegaConf.update(tree, key, value, force_add=True)
+    return tree
 
 
 def settings(overrides: str | Sequence[str] = ()) -> Settings:

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache, partial
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from fedpeft.config import load as configuration
 from fedpeft.config.schema import Config
 from fedpeft.data.batching import Batch, Examples
 from fedpeft.data.clients import ClientRows
-from fedpeft.engine.evaluate import evaluate
+from fedpeft.engine.evaluate import scored
 from fedpeft.engine.passes import Passes, train
 from fedpeft.engine.plan import Ended, Job, Part, Plan, Trained, num_steps, plan
 from fedpeft.engine.probing import Vectorised, vectorised
@@ -250,18 +250,11 @@ class Engine:
             workers: threads that run batches at once.
             last: the run's last evaluation, in which tasks may also measure generated text.
         """
-        outputs = self._outputs(self._evaluate_batch, examples, workers)
-        rows: Any = self.task.split_rows(examples.split) if self.task.reads_rows else None
-        metrics = self.task.score(outputs, rows, self.replica.processor)
-        if self.task.generates(last):
-            generate = partial(self.task.generate_batch, processor=self.replica.processor)
-            outputs = self._outputs(generate, examples, workers)
-            scored, self.samples = self.task.score_generated(outputs, rows, self.replica.processor)
-            metrics |= scored
+        model, processor = self.replica.model, self.replica.processor
+        metrics, samples = scored(model, self.config, processor, examples, workers, last)
+        if samples is not None:
+            self.samples = samples
         return metrics
-
-    def _evaluate_batch(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        return self.task.evaluate_batch(self.task.forward(model, batch), batch)
 
     def baseline(self, train: Examples, examples: Examples) -> float | None:
         """Return the headline measure of one answer for all rows; null without labels.
@@ -273,13 +266,6 @@ class Engine:
         if "labels" not in train.arrays:
             return None
         return self.task.baseline(train.labels, examples.labels)
-
-    def _outputs(
-        self, function: Callable[..., dict[str, Tensor]], examples: Examples, workers: int
-    ) -> list[dict[str, Tensor]]:
-        settings, precision = self.config.evaluation, self.config.precision
-        sizes = settings.batch_size, settings.max_tokens
-        return evaluate(self.replica.model, function, examples, *sizes, precision, workers)
 
 
 @lru_cache(maxsize=1)

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedpeft.config.schema import Config
 from fedpeft.data.batching import Batch, Examples, within
 from fedpeft.engine.passes import autocast, to_device
 
@@ -54,3 +57,36 @@ def evaluate(
         return [run(batch) for batch in batches]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(run, batches))
+
+
+def scored(
+    model: nn.Module,
+    config: Config,
+    processor: Any,
+    examples: Examples,
+    workers: int = 1,
+    last: bool = False,
+) -> tuple[dict[str, float], list[dict[str, str]] | None]:
+    """Return the measures of a model by name, and the generated texts if the task generates.
+
+    Args:
+        model: with the values to measure.
+        config: says the task, the precision and the sizes of batches.
+        processor: the model's tokenizer or image processor.
+        examples: rows to measure on.
+        workers: threads that run batches at once.
+        last: the run's last evaluation, in which tasks may also measure generated text.
+    """
+    task, sizes = config.data, (config.evaluation.batch_size, config.evaluation.max_tokens)
+
+    def outputs(function: Callable[..., dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        return evaluate(model, function, examples, *sizes, config.precision, workers)
+
+    rows: Any = task.split_rows(examples.split) if task.reads_rows else None
+    forwarded = outputs(lambda model, batch: task.evaluate_batch(task.forward(model, batch), batch))
+    metrics = task.score(forwarded, rows, processor)
+    if not task.generates(last):
+        return metrics, None
+    generated = outputs(partial(task.generate_batch, processor=processor))
+    more, samples = task.score_generated(generated, rows, processor)
+    return metrics | more, samples

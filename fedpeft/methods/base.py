@@ -9,10 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from fedpeft.methods.exported import PeftForm, folded, of_peft_layers
 from fedpeft.state import Role, State, weighted_mean
 
 Memory = dict[str, State]  # what the server keeps for a method or strategy from round to round
@@ -129,7 +130,14 @@ class Phase:
 
 
 class Method(ABC):
-    """Base of methods: a method is a frozen dataclass whose fields are its hyperparameters."""
+    """Base of methods: a method is a frozen dataclass whose fields are its hyperparameters.
+
+    Attributes:
+        common: setting, for ``arrange``, of a model that all clients share although the method has
+            personal parameters, because it does without them; null if there is none.
+    """
+
+    common: ClassVar[str | None] = None
 
     def check(self, num_rounds: int) -> None:  # noqa: B027
         """Raise ValueError if the method makes no sense in a run of so many rounds."""
@@ -216,3 +224,23 @@ class Method(ABC):
         Examples are B A alpha/r, W2' C, and a TT's product. The interference diagnostic reads it.
         """
         return None
+
+    # --- what leaves fedpeft -------------------------------------------------------------------
+
+    def peft_form(self, model: nn.Module, start: State) -> PeftForm | None:
+        """Return the trained method as HF PEFT saves it; null if PEFT cannot represent it.
+
+        The base knows a model with one adapter of PEFT.
+
+        Args:
+            model: with the method and the trained values in it, arranged to measure.
+            start: initial values of all that can change, full.
+        """
+        return of_peft_layers(model, start)
+
+    def folded(self, model: nn.Module) -> nn.Module:
+        """Fold the trained method into the base model's weights, as far as that goes.
+
+        Layers that cannot be folded into the base stay; a plain folder is then refused.
+        """
+        return folded(model)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -35,6 +36,8 @@ class Ditto(LoRA):
     Args:
         pull: lambda >= 0. With 0, every client trains v alone, but for the shared head.
     """
+
+    common: ClassVar[str | None] = GLOBAL
 
     pull: float = 0.1
 

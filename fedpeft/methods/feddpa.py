@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class FedDPA(LoRA):
             round, each for the round's steps. ``after`` (FedDPA-F) trains the global one in all
             rounds but the last, in which the clients of its cohort train the local one alone.
     """
+
+    common: ClassVar[str | None] = ALONE
 
     local_weight: float = 0.5
     variant: str = "turns"

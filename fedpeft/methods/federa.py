@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from fedpeft.methods.exported import PeftForm, adapter_sum, as_lora, lora_sites
 from fedpeft.methods.lora import LoRA
+from fedpeft.methods.parts.products import A, B
 from fedpeft.models.sites import add_by_peft, attention_projections, linear_weight
+from fedpeft.state import State
 
 
 @dataclass(frozen=True)
@@ -28,3 +32,16 @@ class FeDeRA(LoRA):
         on_meta = any(weight.is_meta for weight in weights)  # to count parameters; has no SVD
         add_by_peft(model, default=self.config(model, init_lora_weights=on_meta or "pissa"))
         return model
+
+    def peft_form(self, model: nn.Module, start: State) -> PeftForm | None:
+        """See ``Method.peft_form``.
+
+        The LoRA has rank 2r and takes the start's B A away again, because whoever loads it has the
+        whole base weight and not its rest.
+        """
+        scale, factors = self.alpha / self.rank, {}
+        for name, module in lora_sites(model):
+            b, a = adapter_sum(module)
+            left = torch.cat([b, -scale * start[name + B].to(b.device)], dim=1)
+            factors[name] = left, torch.cat([a, start[name + A].to(a.device)])
+        return as_lora(model, factors)

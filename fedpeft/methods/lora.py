@@ -14,8 +14,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedpeft.methods.base import At, Method
+from fedpeft.methods.exported import PeftForm, adapter_sum, as_lora, lora_sites
 from fedpeft.models.sites import add_by_peft, attention_projections
-from fedpeft.state import Role
+from fedpeft.state import Role, State
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ class LoRA(Method):
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         assert isinstance(a, Tensor) and isinstance(b, Tensor)
         return module.scaling[adapter] * (b.float() @ a.float())
+
+    def peft_form(self, model: nn.Module, start: State) -> PeftForm | None:
+        """See ``Method.peft_form``; several adapters on a module become one."""
+        sites = dict(lora_sites(model))
+        if all(len(module.scaling) == 1 for module in sites.values()):
+            return super().peft_form(model, start)
+        return as_lora(model, {name: adapter_sum(module) for name, module in sites.items()})
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ from peft.tuners import PromptEncoder
 from torch import nn
 
 from fedpeft.methods.base import Method
+from fedpeft.methods.exported import PeftForm
+from fedpeft.methods.parts.prompts import prompt_form
 from fedpeft.models.sites import freeze_all_but_head, reads_text, word_embedding
 from fedpeft.nn.virtual import Prompted
+from fedpeft.state import State
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,7 @@ class PTuning(Method):
             encoder_hidden_size=self.hidden,
         )
         return Prompted(model, PromptEncoder(config), self.num_tokens)
+
+    def peft_form(self, model: nn.Module, start: State) -> PeftForm | None:
+        """See ``Method.peft_form`` and ``prompt_form``."""
+        return prompt_form(model)

@@ -9,8 +9,10 @@ from peft.tuners import PrefixEncoder
 from torch import nn
 
 from fedpeft.methods.base import Method
+from fedpeft.methods.exported import PeftForm, of_virtual_tokens
 from fedpeft.models.sites import freeze_all_but_head, reads_text
 from fedpeft.nn.virtual import Prefixed
+from fedpeft.state import State
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,17 @@ class Prefix(Method):
             )
         )
         return Prefixed(model, encoder, self.num_tokens, heads, width)
+
+    def peft_form(self, model: nn.Module, start: State) -> PeftForm | None:
+        """See ``Method.peft_form``; a network's keys and values are saved as it computes them."""
+        assert isinstance(model, Prefixed)
+        config = PrefixTuningConfig(
+            num_virtual_tokens=self.num_tokens,
+            token_dim=model.heads * model.head_dim,
+            num_layers=model.config.num_hidden_layers,
+            num_attention_heads=model.heads,
+        )
+        return of_virtual_tokens(config, model.vectors)
 
 
 def check_takes_cache(model: Any) -> None:

@@ -7,8 +7,11 @@ from peft.tuners import PromptEmbedding
 from torch import nn
 
 from fedpeft.methods.base import Method
+from fedpeft.methods.exported import PeftForm
+from fedpeft.methods.parts.prompts import prompt_form
 from fedpeft.models.sites import freeze_all_but_head, reads_text, word_embedding
 from fedpeft.nn.virtual import Prompted
+from fedpeft.state import State
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,7 @@ class Prompt(Method):
             prompt_tuning_init="SAMPLE_VOCAB" if self.init == "vocabulary" else "RANDOM",
         )
         return Prompted(model, PromptEmbedding(config, words), self.num_tokens)
+
+    def peft_form(self, model: nn.Module, start: State) -> PeftForm | None:
+        """See ``Method.peft_form`` and ``prompt_form``."""
+        return prompt_form(model)

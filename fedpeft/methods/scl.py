@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fedpeft.methods.base import Method
+from fedpeft.methods.exported import PeftForm, as_lora
 from fedpeft.models.sites import (
     MLP_OUTPUT,
     freeze_all_but_head,
@@ -13,6 +14,7 @@ from fedpeft.models.sites import (
     replace,
 )
 from fedpeft.nn.scl import INITS, CompressedProjection
+from fedpeft.state import State
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,18 @@ class SCL(Method):
         for name in named_sites(model, MLP_OUTPUT, "MLP output projection"):
             weight, bias, transposed = linear_weight(model.get_submodule(name))
             weight = weight.T if transposed else weight
-            replace(model, name, CompressedProjection(weight, bias, self.rank, self.init))
+            layer = CompressedProjection(weight, bias, self.rank, self.init, transposed)
+            replace(model, name, layer)
         return model
 
     def effective(self, module: nn.Module) -> Tensor | None:
         if not isinstance(module, CompressedProjection):
             return None
         return module.project @ module.compress
+
+    def peft_form(self, model: nn.Module, start: State) -> PeftForm | None:
+        """See ``Method.peft_form``; only where W2 stays is W2' C a LoRA."""
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedProjection)}
+        if any(layer.weight is None for layer in layers.values()):
+            return None
+        return as_lora(model, {n: (layer.project, layer.compress) for n, layer in layers.items()})

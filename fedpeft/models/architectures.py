@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def _writes_text(config: Any) -> bool:
+def writes_text(config: Any) -> bool:
     """Tell whether an architecture is a decoder.
 
     A causal class is not enough: an encoder that predicts masked tokens has one too, but its
@@ -39,7 +39,7 @@ IMAGES = "choose one of images, e.g. model=vit_base or model=siglip, or a data s
 Rule = tuple[Callable[[Any], bool], str, str]
 TASKS: dict[str, Rule] = {
     "AutoModelForCausalLM": (
-        _writes_text,
+        writes_text,
         "is no causal language model",
         "choose a decoder, e.g. model=tinyllama or model=gpt2, or a task of classification",
     ),

@@ -9,6 +9,8 @@ from typing import Any
 from peft import PeftConfig, inject_adapter_in_model
 from torch import nn
 
+from fedpeft.models.architectures import writes_text
+
 # Module names end alike within a family: BERT/RoBERTa/DeBERTa/older ViT, SigLIP/CLIP/newer ViT,
 # DistilBERT, Llama/Gemma/Qwen/Mistral, GPT-2. SigLIP's pooling head has such names but is no block.
 MLP_OUTPUT = re.compile(
@@ -244,6 +246,14 @@ def reads_text(model: nn.Module) -> nn.Module:
             "text: choose another method, such as method=lora"
         )
     return model
+
+
+def reads_last_token(model: nn.Module) -> bool:
+    """Tell whether a text model's head reads each row's last token, as a decoder's does.
+
+    Such a model looks for that token among the ids, so it needs them and not only their vectors.
+    """
+    return bool(head_names(model)) and writes_text(model.config)
 
 
 def word_embedding(model: nn.Module) -> nn.Embedding:

@@ -53,9 +53,15 @@ class CoreAdapter(nn.Module):
         """Return s_i H_i, (heads, r, r)."""
         return self.core if self.scales is None else self.scales[:, None, None] * self.core
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return [s_1 B_1 H_1, ...], (out, heads r), and [A_1; ...], (heads r, in)."""
+        left = self.basis_out.float() @ torch.block_diag(*self.cores())
+        return left, self.basis_in.float()
+
     def dense(self) -> Tensor:
         """Return the sum of s_i B_i H_i A_i, (out, in)."""
-        return self.basis_out.float() @ torch.block_diag(*self.cores()) @ self.basis_in.float()
+        left, right = self.factors()
+        return left @ right
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out), in the base layer's dtype."""

@@ -21,10 +21,20 @@ class CompressedProjection(nn.Module):
         bias: b2 (d,), frozen, or None.
         rank: r, 1 <= r <= min(d, f).
         init: one of the starts above.
+        transposed: true if the layer that this one replaces holds its weight as (f, d), as GPT-2's
+            does.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rank: int, init: str) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        rank: int,
+        init: str,
+        transposed: bool = False,
+    ) -> None:
         super().__init__()
+        self.transposed = transposed
         width, hidden = weight.shape
         if not 1 <= rank <= min(width, hidden):
             raise ValueError(f"rank must be from 1 to {min(width, hidden)} here, got {rank}")
@@ -44,6 +54,23 @@ class CompressedProjection(nn.Module):
         if self.weight is not None:
             y = y + x @ self.weight.T
         return y if self.bias is None else y + self.bias
+
+    def folded(self) -> nn.Module:
+        """Return the one linear layer that this one computes, of the kind that it replaced."""
+        from transformers.pytorch_utils import Conv1D  # takes long to import
+
+        weight = (self.project.double() @ self.compress.double()).to(self.project.dtype)
+        if self.weight is not None:
+            weight = weight + self.weight
+        width, hidden = weight.shape
+        if self.transposed:
+            layer, weight = Conv1D(width, hidden), weight.T
+        else:
+            layer = nn.Linear(hidden, width, bias=self.bias is not None)
+        layer.weight = nn.Parameter(weight.detach().contiguous())
+        if self.bias is not None:
+            layer.bias = self.bias
+        return layer
 
 
 def _initial(weight: Tensor, rank: int, init: str) -> tuple[Tensor, Tensor]:

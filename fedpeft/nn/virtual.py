@@ -101,6 +101,11 @@ class Prompted(_Around):
         return self._before(ids, torch.arange(first, first + self.num_tokens, device=ids.device))
 
     @property
+    def vectors(self) -> Tensor:
+        """Vectors of the virtual tokens, (n, d)."""
+        return self.inner_embedding.prompt(torch.arange(self.num_tokens, device=self.device))
+
+    @property
     def inner_embedding(self) -> PromptedEmbedding:
         """Embedding of the inner model, which knows the virtual tokens."""
         return getattr(self.inner, "backbone", self.inner).get_input_embeddings()
@@ -153,11 +158,15 @@ class Prefixed(_Around):
         self.prefix = prefix
         self.heads, self.head_dim = heads, head_dim
 
+    @property
+    def vectors(self) -> Tensor:
+        """Keys and values, (n, 2 * layers * kv_heads * head_dim)."""
+        return self.prefix(torch.arange(self.num_tokens, device=self.device))
+
     def _cache(self, rows: int) -> Any:
         from transformers import DynamicCache
 
-        numbers = torch.arange(self.num_tokens, device=self.device)
-        vectors = self.prefix(numbers).view(self.num_tokens, -1, 2, self.heads, self.head_dim)
+        vectors = self.vectors.view(self.num_tokens, -1, 2, self.heads, self.head_dim)
         vectors = vectors.permute(1, 2, 3, 0, 4).to(self._dtype())  # (layers, 2, heads, n, dim)
         cache = DynamicCache()
         for layer, (key, value) in enumerate(vectors):

@@ -151,6 +151,7 @@ class Run(Observer):
             "shared_state_sha256": sha256(state),
             "weights_sha256": self._weights_hash(),
             "weights": "RANDOM" if engine.config.model.random else "pretrained",
+            "labels": getattr(engine.task, "label_names", None),
             "data": engine.task.fingerprint() | {"cut": self._cut()},
             "notes": engine.task.notes(),
             "seed": engine.config.seed,

@@ -144,6 +144,43 @@ class Task(Source):
         """
         return False
 
+    # --- answers to questions without a label --------------------------------------------------
+
+    def asked(self) -> list[str]:
+        """Return the columns of a question, which are ``columns()`` without the answer's."""
+        return self.columns()
+
+    def question_rows(self, entries: list[dict[str, Any]]) -> "Dataset":
+        """Return questions, each with all columns of ``asked``, as rows."""
+        from datasets import Dataset
+
+        return Dataset.from_list([{name: e[name] for name in self.asked()} for e in entries])
+
+    def question_arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
+        """Encode questions as the arrays of ``Examples``.
+
+        Raises:
+            ValueError: the task answers no questions.
+        """
+        raise ValueError(f"{type(self).__name__} answers no questions")
+
+    def answer_batch(self, model: nn.Module, batch: Batch, processor: Any) -> dict[str, Tensor]:
+        """Return what ``answered`` needs of each row, (B, ...)."""
+        return {"outputs": self.forward(model, batch)}
+
+    def answered(self, outputs: dict[str, Tensor], rows: "Dataset", processor: Any) -> list[Any]:
+        """Return an answer to each question of a batch, as JSON has it.
+
+        Args:
+            outputs: what ``answer_batch`` returned.
+            rows: the batch's questions.
+            processor: the model's tokenizer or image processor.
+
+        Raises:
+            ValueError: the task answers no questions.
+        """
+        raise ValueError(f"{type(self).__name__} answers no questions")
+
     def baseline(self, train: np.ndarray, rows: np.ndarray) -> float | None:
         """Return the headline of a constant answer; null if the task has no such answer.
 

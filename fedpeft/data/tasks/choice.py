@@ -124,6 +124,30 @@ class MultipleChoice(Task):
         cut = {n: np.logical_or.reduceat(arrays[n], groups[:-1]) for n in REPORTED if n in arrays}
         return arrays | cut | {"groups": groups, "right": np.asarray(marks)}
 
+    def asked(self) -> list[str]:
+        return [name for name in self.columns() if name != self.answers]
+
+    def question_arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
+        """See ``Task.question_arrays``; the first candidate stands for the right one."""
+        if self.answers is None:
+            marked = rows.add_column(self.target, [0] * len(rows))  # type: ignore[call-arg]
+        else:
+            marked = rows.add_column(self.answers, self.candidates(rows))  # type: ignore[call-arg]
+        return self.arrays(marked, processor)
+
+    def answer_batch(self, model: nn.Module, batch: Batch, processor: Any) -> dict[str, Tensor]:
+        return {"scores": self.scores(self.forward(model, batch), batch)}
+
+    def answered(self, outputs: dict[str, Tensor], rows: "Dataset", processor: Any) -> list[Any]:
+        """See ``Task.answered``; the best candidate, and the shares of all in the softmax."""
+        answers = []
+        for texts, scores in zip(self.candidates(rows), outputs["scores"], strict=True):
+            shares = scores.softmax(-1)[: len(texts)].tolist()
+            chosen = texts[shares.index(max(shares))]
+            probabilities = dict(zip(texts, shares, strict=True))
+            answers.append({"choice": chosen, "probabilities": probabilities})
+        return answers
+
     def _encoded(
         self, prompts: list[str], texts: list[str], tokenizer: Any
     ) -> dict[str, np.ndarray]:

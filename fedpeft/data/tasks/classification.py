@@ -131,6 +131,15 @@ class Classification(Task):
         predicted, labels = joined["prediction"].tolist(), joined["label"].tolist()
         return {"loss": float(joined["loss"].double().mean())} | self.scored(predicted, labels)
 
+    def answered(self, outputs: dict[str, Tensor], rows: "Dataset", processor: Any) -> list[Any]:
+        """See ``Task.answered``; the class, and the probabilities of all."""
+        answers = []
+        for shares in outputs["outputs"].softmax(-1).tolist():
+            probabilities = dict(zip(self.label_names, shares, strict=True))
+            label = max(probabilities, key=probabilities.__getitem__)
+            answers.append({"label": label, "probabilities": probabilities})
+        return answers
+
     def baseline(self, train: np.ndarray, rows: np.ndarray) -> float | None:
         """See ``Task.baseline``; the constant answer is the commonest label of ``train``."""
         commonest = int(np.bincount(train).argmax())

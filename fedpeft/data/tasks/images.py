@@ -100,6 +100,16 @@ class ImageClassification(Classification):
 
         Both are (rows, 3).
         """
+        return self.question_arrays(rows, processor) | {"labels": self.class_numbers(rows)}
+
+    def question_rows(self, entries: list[dict[str, Any]]) -> "Dataset":
+        """See ``Task.question_rows``; an image is the path of its file."""
+        from datasets import Dataset, Features, Image
+
+        rows = [{self.image: {"path": str(e[self.image]), "bytes": None}} for e in entries]
+        return Dataset.from_list(rows, Features({self.image: Image(decode=False)}))
+
+    def question_arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
         images = values(rows, self.image)
         parts = [_resized(images[i : i + AT_ONCE], processor) for i in range(0, len(rows), AT_ONCE)]
         mean, std = np.asarray(processor.image_mean), np.asarray(processor.image_std)
@@ -107,7 +117,7 @@ class ImageClassification(Classification):
             mean, std = np.zeros_like(mean), np.ones_like(std)
         factor = processor.rescale_factor if processor.do_rescale else 1
         normalisation = {"scale": factor / std, "shift": -mean / std}
-        return {"pixels": np.concatenate(parts), "labels": self.class_numbers(rows)} | {
+        return {"pixels": np.concatenate(parts)} | {
             name: np.tile(value.astype(np.float32), (len(rows), 1))
             for name, value in normalisation.items()
         }

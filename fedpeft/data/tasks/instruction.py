@@ -20,6 +20,9 @@ from fedpeft.data.rows.templates import (
 )
 from fedpeft.data.tasks.base import Outputs, Task
 from fedpeft.data.tasks.language import (
+    IGNORED,
+    decoded,
+    generated,
     next_token_loss,
     next_tokens,
     targets_of,
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLIT_WORDS = ("rouge_l", "bleu4", "token_f1")  # metrics that compare words
-IGNORED = -100  # target of a token that is not predicted
 
 
 @dataclass(frozen=True)
@@ -166,20 +168,20 @@ class InstructionTuning(Task):
             "each character of a script without spaces as a word"
         ]
 
-    def asked(self, rows: "Dataset") -> list[Conversation]:
+    def questions(self, rows: "Dataset") -> list[Conversation]:
         """Return the messages before each row's answer."""
         if self.messages is not None:
             return [divided(conversation)[0] for conversation in values(rows, self.messages)]
-        return [[{"role": "user", "content": text}] for text in rendered(self.prompt, rows)]
+        return [said_by_user(text) for text in rendered(self.prompt, rows)]
 
     def prompts(self, rows: "Dataset") -> list[str]:
         """Return each row's prompt as people read it."""
         if self.messages is not None:
-            return [as_text(messages) for messages in self.asked(rows)]
+            return [as_text(messages) for messages in self.questions(rows)]
         return rendered(self.prompt, rows)
 
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
-        prompts = prompt_tokens(chat_prompts(self.asked(rows), processor), processor)
+        prompts = prompt_tokens(chat_prompts(self.questions(rows), processor), processor)
         end = [] if processor.eos_token_id is None else [processor.eos_token_id]
         texts = [answers[0] for answers in self.references(rows)]
         answers = [[*ids, *end] for ids in processor(texts, add_special_tokens=False)["input_ids"]]
@@ -224,29 +226,35 @@ class InstructionTuning(Task):
         Returns:
             ``generated`` (B, T) token ids, IGNORED from the end token on.
         """
-        from transformers import GenerationConfig
-
         room = self.max_length - self.answer_room  # so that prompt and new tokens fit the model
         rows = zip(batch["input_ids"], batch["prompts"].tolist(), strict=True)
         prompts = [ids[keep_ends(list(range(n)), room)] for ids, n in rows]
-        pad = processor.pad_token_id
-        ids = nn.utils.rnn.pad_sequence(prompts, True, pad, padding_side="left")
-        mask = nn.utils.rnn.pad_sequence(
-            [torch.ones_like(row) for row in prompts], True, 0, padding_side="left"
-        )
-        end = processor.eos_token_id
-        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": self.answer_room}
-        config = GenerationConfig(
-            **(settings | {"pad_token_id": pad, "eos_token_id": end} | self.generation)
-        )
-        # The model's own settings, such as a repetition penalty, would fill in what is not set.
-        model.generation_config = GenerationConfig()  # type: ignore[assignment]
-        tokens = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
-        new = tokens[:, ids.shape[1] :]
-        if end is not None:
-            ended = (new == end).int().cumsum(-1) > 0
-            new = new.masked_fill(ended, IGNORED)
-        return {"generated": new}
+        return {
+            "generated": generated(model, prompts, processor, self.answer_room, self.generation)
+        }
+
+    def asked(self) -> list[str]:
+        return template_columns(self.prompt) if self.messages is None else [self.messages]
+
+    def question_arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
+        """See ``Task.question_arrays``; a prompt keeps its ends.
+
+        With ``messages``, a question is a conversation up to the answer, or the user's one text.
+        """
+        if self.messages is None:
+            conversations = [said_by_user(text) for text in rendered(self.prompt, rows)]
+        else:
+            given = values(rows, self.messages)
+            conversations = [said_by_user(q) if isinstance(q, str) else list(q) for q in given]
+        prompts = prompt_tokens(chat_prompts(conversations, processor), processor)
+        return sequences(prompts, [[] for _ in prompts], self.max_length, self.answer_room)
+
+    def answer_batch(self, model: nn.Module, batch: Batch, processor: Any) -> dict[str, Tensor]:
+        return self.generate_batch(model, batch, processor)
+
+    def answered(self, outputs: dict[str, Tensor], rows: "Dataset", processor: Any) -> list[Any]:
+        """See ``Task.answered``; the generated text."""
+        return [{"text": text} for text in decoded(list(outputs["generated"]), processor)]
 
     def score_generated(
         self, outputs: Outputs, rows: "Dataset", processor: Any
@@ -301,6 +309,11 @@ class QuestionAnswering(InstructionTuning):
         return references
 
 
+def said_by_user(text: str) -> Conversation:
+    """Return the conversation that begins with a text of the user."""
+    return [{"role": "user", "content": text}]
+
+
 def sequences(
     prompts: list[list[int]], answers: list[list[int]], max_length: int, answer_room: int
 ) -> dict[str, np.ndarray]:
@@ -329,9 +342,3 @@ def sequences(
         "cut_prompt": np.asarray(cut_prompts),
         "cut_answer": np.asarray(cut_answers),
     }
-
-
-def decoded(rows: list[Tensor], tokenizer: Any) -> list[str]:
-    """Return the texts of token ids, without those that are IGNORED."""
-    ids = [row[row != IGNORED].tolist() for row in rows]
-    return [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -1,17 +1,23 @@
 """Language modelling: predict the next token of texts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from fedpeft.data.batching import Batch
+from fedpeft.data.batching import Batch, flat
+from fedpeft.data.rows.tables import values
+from fedpeft.data.rows.templates import prompt_tokens
 from fedpeft.data.tasks.base import Outputs
 from fedpeft.data.tasks.text import DocstringsRows, Texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+IGNORED = -100  # target of a token that is not predicted
 
 
 def next_tokens(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -66,6 +72,46 @@ def token_means(outputs: Outputs) -> dict[str, float]:
     }
 
 
+def generated(
+    model: nn.Module, prompts: list[Tensor], processor: Any, most: int, settings: dict[str, Any]
+) -> Tensor:
+    """Generate what follows each prompt, greedily unless ``settings`` say otherwise.
+
+    Args:
+        model: a causal language model; its ``generation_config`` is replaced.
+        prompts: token ids of each row; they are padded on the left.
+        processor: the tokenizer.
+        most: number of new tokens at most.
+        settings: arguments of transformers' ``generate``.
+
+    Returns:
+        Token ids (B, T), IGNORED from the end token on.
+    """
+    from transformers import GenerationConfig
+
+    pad, end = processor.pad_token_id, processor.eos_token_id
+    ids = nn.utils.rnn.pad_sequence(prompts, True, pad, padding_side="left")
+    mask = nn.utils.rnn.pad_sequence(
+        [torch.ones_like(row) for row in prompts], True, 0, padding_side="left"
+    )
+    greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": most}
+    config = GenerationConfig(**(greedy | {"pad_token_id": pad, "eos_token_id": end} | settings))
+    # The model's own settings, such as a repetition penalty, would fill in what is not set.
+    model.generation_config = GenerationConfig()  # type: ignore[assignment]
+    tokens = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    new = tokens[:, ids.shape[1] :]
+    if end is not None:
+        ended = (new == end).int().cumsum(-1) > 0
+        new = new.masked_fill(ended, IGNORED)
+    return new
+
+
+def decoded(rows: Sequence[Tensor], tokenizer: Any) -> list[str]:
+    """Return the texts of token ids, without those that are IGNORED."""
+    ids = [row[row != IGNORED].tolist() for row in rows]
+    return [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
 @dataclass(frozen=True)
 class LanguageModelling(Texts):
     """Predicts the next token of texts; ``label`` only serves to partition the rows."""
@@ -93,6 +139,22 @@ class LanguageModelling(Texts):
     def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
         """See ``Task.score``; returns ``token_means``."""
         return token_means(outputs)
+
+    def question_arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
+        """See ``Task.question_arrays``; a text is cut to its last ``max_length`` / 2 tokens."""
+        texts = prompt_tokens(values(rows, self.text), processor)
+        return flat([ids[-(self.max_length // 2) :] for ids in texts])
+
+    def answer_batch(self, model: nn.Module, batch: Batch, processor: Any) -> dict[str, Tensor]:
+        """See ``Task.answer_batch``; text and continuation have ``max_length`` tokens at most."""
+        pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        prompts = [ids[mask == 1] for ids, mask in pairs]
+        most = self.max_length - self.max_length // 2
+        return {"generated": generated(model, prompts, processor, most, {})}
+
+    def answered(self, outputs: dict[str, Tensor], rows: "Dataset", processor: Any) -> list[Any]:
+        """See ``Task.answered``; the generated continuation."""
+        return [{"text": text} for text in decoded(list(outputs["generated"]), processor)]
 
 
 @dataclass(frozen=True)

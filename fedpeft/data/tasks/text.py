@@ -53,6 +53,9 @@ class Texts(Task):
         encoded = tokenizer(*texts, truncation=True, max_length=self.max_length)
         return flat(encoded["input_ids"])
 
+    def question_arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
+        return self.tokenised(rows, processor)
+
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return model_logits(model, batch)
 
@@ -112,6 +115,10 @@ class Regression(Texts):
         joined = join(outputs)
         predicted, labels = joined["prediction"].tolist(), joined["label"].tolist()
         return {"loss": float(joined["loss"].double().mean())} | self.scored(predicted, labels)
+
+    def answered(self, outputs: dict[str, Tensor], rows: "Dataset", processor: Any) -> list[Any]:
+        """See ``Task.answered``; the predicted number."""
+        return [{"value": value} for value in outputs["outputs"].squeeze(-1).tolist()]
 
 
 @dataclass(frozen=True)

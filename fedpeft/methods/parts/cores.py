@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fedpeft.methods.base import Method
+from fedpeft.methods.exported import PeftForm, as_lora
 from fedpeft.models.sites import (
     attention_projections,
     freeze_all_but_head,
@@ -13,6 +14,7 @@ from fedpeft.models.sites import (
     replace,
 )
 from fedpeft.nn.cores import BASES, CoreAdapter
+from fedpeft.state import State
 
 
 @dataclass(frozen=True)
@@ -66,3 +68,8 @@ class Cores(Method):
 
     def effective(self, module: nn.Module) -> Tensor | None:
         return module.dense() if isinstance(module, CoreAdapter) else None
+
+    def peft_form(self, model: nn.Module, start: State) -> PeftForm | None:
+        """See ``Method.peft_form``; the matrices of a module, between their bases, are one LoRA."""
+        cores = {n: m for n, m in model.named_modules() if isinstance(m, CoreAdapter)}
+        return as_lora(model, {name: module.factors() for name, module in cores.items()})

@@ -1,0 +1,145 @@
+"""The model card of an exported folder."""
+
+from dataclasses import fields
+from typing import Any
+
+from fedpeft.export.run import FinishedRun
+
+LOADS = {
+    "peft": """from peft import PeftModel
+from transformers import {processor}, {auto}
+
+processor = {processor}.from_pretrained("DIR")
+base = {auto}.from_pretrained("{base}"{labels})
+{pad}model = PeftModel.from_pretrained(base, "DIR").eval()""",
+    "transformers": """from transformers import {processor}, {auto}
+
+processor = {processor}.from_pretrained("DIR")
+model = {auto}.from_pretrained("DIR").eval()""",
+    "fedpeft": """import fedpeft
+from transformers import {processor}
+
+processor = {processor}.from_pretrained("DIR")
+model = fedpeft.load("DIR")  # base="FOLDER" if the base model is elsewhere""",
+}
+
+
+def card(run: FinishedRun, form: str, difference: float) -> str:
+    """Return the text of ``README.md``.
+
+    Args:
+        run: the model.
+        form: of the folder.
+        difference: largest difference of a logit of the folder from the run's.
+    """
+    config, summary = run.config, run.summary
+    name = type(config.method).__name__
+    sections = [
+        _front_matter(run, form),
+        f"# {name} by federated fine-tuning\n\n{_sentence(run)}",
+        f"```python\n{_loading(run, form)}\n```",
+        _table("Made of", _facts(run)),
+        _table("Measures", _numbers(run.measures)),
+        _table("Bytes of all rounds", _numbers(summary["bytes"])),
+        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(run, difference)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(run: FinishedRun, form: str) -> str:
+    library = "peft" if form == "peft" else "transformers"
+    lines = [f"library_name: {library}", "tags: [fedpeft, federated-learning]"]
+    if not run.config.model.random:
+        lines.insert(0, f"base_model: {_base(run)}")
+    return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _base(run: FinishedRun) -> str:
+    model = run.config.model
+    return str(model.path or model.package or model.architecture.get("model_type"))
+
+
+def _sentence(run: FinishedRun) -> str:
+    kind = "best" if run.best else "last"
+    whose = (
+        "the model of all clients" if run.client is None else f"the model of client {run.client}"
+    )
+    return (
+        f"This is {whose} after round {run.measures['round']}, the {kind} of a run of "
+        f"{run.config.num_rounds} rounds with {run.config.num_clients} clients."
+    )
+
+
+def _loading(run: FinishedRun, form: str) -> str:
+    task = run.config.data
+    reads_text = task.needs == "tokenizer"
+    return LOADS[form].format(
+        processor="AutoTokenizer" if reads_text else "AutoImageProcessor",
+        auto=task.auto_class,
+        base=_base(run),
+        labels="" if task.num_labels is None else f", num_labels={task.num_labels}",
+        pad="base.config.pad_token_id = processor.pad_token_id\n" if reads_text else "",
+    )
+
+
+def _facts(run: FinishedRun) -> dict[str, Any]:
+    config, summary = run.config, run.summary
+    data = summary["data"]
+    labels = getattr(config.data, "label_names", None)
+    return {
+        "base model": _base(run),
+        "revision": config.model.revision,
+        "sha256 of its weights": summary["weights_sha256"] or "random weights",
+        "method": _named(config.method),
+        "task": type(config.data).__name__,
+        "labels": None if labels is None else ", ".join(labels),
+        "rows": ", ".join(f"{split} {count}" for split, count in data["rows"].items()),
+        "sha256 of the rows": data["sha256"],
+        "partition": _named(config.partition),
+        "strategy": type(config.strategy).__name__,
+        "seed": config.seed,
+        "learning rate": config.lr,
+        "sha256 of the shared state": summary["shared_state_sha256"],
+        "versions": ", ".join(f"{name} {v}" for name, v in summary["versions"].items()),
+    }
+
+
+def _named(part: Any) -> str:
+    """Return the class and the fields of a part of the configuration."""
+    values = ", ".join(f"{f.name}={getattr(part, f.name)}" for f in fields(part))
+    return f"{type(part).__name__}({values})"
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Return numbers as text; those that were not finite are null in a summary."""
+    return {name: _number(value) for name, value in values.items()}
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _table(title: str, rows: dict[str, Any]) -> str:
+    lines = [f"| {key} | {_cell(value)} |" for key, value in rows.items() if value is not None]
+    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines])
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).split()).replace("|", "\\\\|")
+
+
+def _limits(run: FinishedRun, difference: float) -> list[str]:
+    lines = [
+        f"Loaded again, the folder gives the run's logits within {difference:.1e} on made-up rows.",
+        "One seed. The measures are of this run alone and say nothing of rows of another kind.",
+        "What clients shared, and so this model, may reveal something of their rows.",
+    ]
+    if run.config.model.random:
+        lines.append("The base model had random weights: this is a dry run and no model to use.")
+    if run.config.model.load_in is not None:
+        lines.append(f"Trained on a base of model.load_in={run.config.model.load_in}.")
+    if run.client is not None:
+        lines.append("Fitted to one client's rows; the measures are means over all clients.")
+    return lines

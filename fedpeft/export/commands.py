@@ -1,0 +1,107 @@
+"""The commands ``fedpeft export``, ``predict`` and ``evaluate``."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from fedpeft.data.rows.source import SPLITS
+from fedpeft.engine.evaluate import scored
+from fedpeft.export.answers import answers
+from fedpeft.export.folder import FORMS, is_exported
+from fedpeft.export.load import Opened, opened
+from fedpeft.export.run import open_run
+from fedpeft.export.write import HOW
+from fedpeft.export.write import export as write
+
+AT_ONCE = 64  # lines that are answered together
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Write the model of a finished run into a folder that other programs load."""
+    parser = _parser("export", "directory of a finished run", export.__doc__)
+    add = parser.add_argument
+    add("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+    add("--merge", action="store_true", help="fold the change into the weights: --as transformers")
+    add("--as", dest="form", choices=FORMS, help="form; by default the first that the method has")
+    add("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_intermixed_args(arguments)
+    if given.merge and given.form not in (None, "transformers"):
+        raise ValueError(f"--merge is --as transformers, got --as {given.form} too")
+    run = open_run(given.path, given.overrides, given.best, given.client)
+    written = write(run, given.to, "transformers" if given.merge else given.form)
+    if given.json:
+        print(json.dumps(written._asdict() | {"folder": str(written.folder)}))
+        return
+    print(f"{written.folder} holds the form {written.form}: {HOW[written.form]}")
+    print(f"loaded again, its logits are the run's within {written.difference:.1e}")
+
+
+def predict(arguments: Sequence[str]) -> None:
+    """Answer the lines of standard input, one JSON object a line."""
+    parser = _parser(
+        "predict", "directory of a finished run, or an exported folder", predict.__doc__
+    )
+    given = parser.parse_intermixed_args(arguments)
+    model = _open(given)
+    lines = (line.rstrip("\n") for line in sys.stdin)
+    for number, part in enumerate(_parts(lines)):
+        for answer in answers(model, part, 1 + number * AT_ONCE):
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Measure a model on its task's test rows."""
+    parser = _parser(
+        "evaluate", "directory of a finished run, or an exported folder", evaluate.__doc__
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_intermixed_args(arguments)
+    measures = measured(_open(given))
+    if given.json:
+        print(json.dumps(measures))
+        return
+    for name, value in measures.items():
+        print(f"{name}: {value:.4f}")
+
+
+def measured(model: Opened) -> dict[str, float]:
+    """Return a model's measures on all test splits, named as a run's summary names them."""
+    measures: dict[str, float] = {}
+    task = model.config.data
+    for split in (*task.extra_tests, "test"):
+        examples = task.encode(split, model.processor)
+        values, _ = scored(*model, examples, os.cpu_count() or 1, last=True)
+        prefix = split if split in SPLITS else f"test_{split}"
+        measures |= {f"{prefix}_{name}": value for name, value in values.items()}
+    return measures
+
+
+def _parser(command: str, path: str, text: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"fedpeft {command}", description=text)
+    parser.add_argument("path", type=Path, metavar="RUN", help=path)
+    parser.add_argument("overrides", nargs="*", help="key=value, such as data.path=FOLDER")
+    parser.add_argument("--best", action="store_true", help="the best round, not the last one")
+    parser.add_argument("--client", type=int, metavar="N", help="the model of client N")
+    return parser
+
+
+def _open(given: argparse.Namespace) -> Opened:
+    """Open a run's directory or an exported folder."""
+    if is_exported(given.path):
+        if given.best or given.client is not None:
+            raise ValueError(
+                f"{given.path} is an exported folder, which holds one model: --best and --client "
+                "choose one of a run"
+            )
+        return opened(given.path, given.overrides)
+    run = open_run(given.path, given.overrides, given.best, given.client, device="auto")
+    return Opened(run.replica.model, run.config, run.replica.processor)
+
+
+def _parts(lines: Iterator[str]) -> Iterator[list[str]]:
+    while part := list(islice(lines, AT_ONCE)):
+        yield part

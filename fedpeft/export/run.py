@@ -1,0 +1,186 @@
+"""A finished run, opened again: its model with the values of the last or of the best round."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from fedpeft.client.store import Store
+from fedpeft.config.load import changed, typed
+from fedpeft.config.schema import Config
+from fedpeft.engine.replica import Replica
+from fedpeft.export.folder import with_labels
+from fedpeft.methods.base import At
+from fedpeft.seeding import generator
+from fedpeft.server.checkpoint import Checkpoint, Checkpoints
+from fedpeft.state import Role, State, read
+
+
+class OneModel(Replica):
+    """A replica that remembers which parameters are the base model's."""
+
+    def base_model(self) -> nn.Module:
+        """Return the model before the method touches it."""
+        model = super().base_model()
+        # The tensors are held, so that no new parameter takes the place of one that was replaced.
+        self.of_base = {p.data_ptr(): p.data for p in model.parameters()}
+        return model
+
+    def added(self) -> State:
+        """Return all that differs from the base model: what can change, and what was added."""
+        names = set(self.roles.names)
+        return {
+            name: p.detach()
+            for name, p in self.model.named_parameters()
+            if name in names or p.data_ptr() not in self.of_base
+        }
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's directory, and the model of one of its rounds.
+
+    Attributes:
+        folder: the directory.
+        tree: the run's composed configuration.
+        config: its typed form.
+        summary: of the run.
+        best: true for the best round, false for the last one.
+        client: whose model it is; null for the one that all share.
+        replica: holds the model with its values.
+        setting: of the method, in which the model is measured.
+    """
+
+    folder: Path
+    tree: DictConfig
+    config: Config
+    summary: dict[str, Any]
+    best: bool
+    client: int | None
+    replica: OneModel
+    setting: str
+
+    @property
+    def measures(self) -> dict[str, Any]:
+        """Measures of the round whose model this is."""
+        return self.summary["best" if self.best else "final"]
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder is the directory of a finished run."""
+    return all((folder / name).is_file() for name in ("summary.json", "config.yaml"))
+
+
+def open_run(
+    folder: Path,
+    overrides: Sequence[str] = (),
+    best: bool = False,
+    client: int | None = None,
+    device: str = "cpu",
+) -> FinishedRun:
+    """Build the model of a finished run.
+
+    Args:
+        folder: the run's directory.
+        overrides: of its configuration, such as ``model.path`` where the base model has moved.
+        best: take the best round, not the last one.
+        client: give the model of this client, with what it keeps; null for the shared one.
+        device: see ``runtime.device``.
+
+    Raises:
+        ValueError: this is no finished run, the model needs a client, or the client's state is
+            not here.
+    """
+    if not is_run(folder):
+        raise ValueError(
+            f"{folder} holds neither a finished run (summary.json, config.yaml) nor an exported "
+            "folder (fedpeft.json)"
+        )
+    summary = json.loads((folder / "summary.json").read_text())
+    tree: Any = changed(OmegaConf.load(folder / "config.yaml"), overrides)  # type: ignore[arg-type]
+    config = typed(with_labels(tree, summary.get("labels")))
+    replica = OneModel(_whole(config, device))
+    state = _as_received(
+        config, read(folder / f"{'best_' if best else ''}shared_state.safetensors")
+    )
+    setting = ""
+    if client is None:
+        setting = _common(replica)
+        replica.load(state)
+    else:
+        at, kept = _of_client(folder, replica, best, client)
+        replica.load(replica.blocks(state, at), kept, at=at)
+    config.method.arrange(replica.model, setting)
+    replica.model.eval()
+    return FinishedRun(folder, tree, config, summary, best, client, replica, setting)
+
+
+def _whole(config: Config, device: str) -> Config:
+    """Return the configuration of a base model in its files' precision."""
+    precision = "bf16" if config.model.dtype == "bfloat16" else "fp32"
+    model = replace(config.model, gradient_checkpointing=False, load_in=None)
+    runtime = replace(config.runtime, device=device)
+    return replace(config, precision=precision, model=model, runtime=runtime)
+
+
+def _as_received(config: Config, state: State) -> State:
+    """Return the server's values as clients get them, by which the summary measures too."""
+    codec, draws = config.compression.down, generator(config.seed, "compression down", 0)
+    return codec.decode(codec.encode(state, state, draws), state)
+
+
+def _common(replica: Replica) -> str:
+    """Return the setting of the model that all clients share.
+
+    Raises:
+        ValueError: there is none, because parameters that it needs stay on the clients.
+    """
+    roles, method = replica.roles, replica.config.method
+    if not roles.has_personal:
+        return ""
+    rounds = range(1, roles.rounds + 1)
+    own = {n for r in rounds for n, role in roles.by_name(r).items() if role is Role.PERSONAL}
+    if method.common is not None:
+        own -= {n for r in rounds for n in own if method.role(n, roles.at(r)) is Role.PERSONAL}
+    if own:
+        raise ValueError(
+            f"{len(own)} parameters stay on the clients in this run, such as {min(own)}, so there "
+            f"is no model of all: choose one with --client, 0 to {replica.config.num_clients - 1}"
+        )
+    return method.common or ""
+
+
+def _of_client(folder: Path, replica: Replica, best: bool, client: int) -> tuple[At, State]:
+    """Return a client's ``At`` after the last round, and the parameters that it keeps.
+
+    Raises:
+        ValueError: there is no such client, or what it keeps is not here.
+    """
+    config, checkpoints = replica.config, Checkpoints(folder / "checkpoints", 1).load()
+    if not 0 <= client < config.num_clients:
+        raise ValueError(f"--client must be from 0 to {config.num_clients - 1}, got {client}")
+    if not checkpoints:
+        raise ValueError(f"{folder} has no checkpoint, which says what each client keeps")
+    last = checkpoints[-1]
+    at = replica.roles.at(config.num_rounds + 1, client)
+    at = at._replace(memory=config.method.down(last.method_memory, at))
+    return at, _kept(folder, replica, last, best, client)
+
+
+def _kept(folder: Path, replica: Replica, last: Checkpoint, best: bool, client: int) -> State:
+    if not replica.roles.has_personal:
+        return {}
+    generation = (last.best_accepted if best else last.accepted).get(client, 0)
+    if generation == 0:
+        raise ValueError(f"client {client} had trained in no round, so it keeps nothing of its own")
+    store = Store(folder / "clients" / last.run / f"client_{client}")
+    if generation not in store.generations:
+        raise ValueError(
+            f"{store.folder} lacks {generation:05}.safetensors, which client {client} keeps: in a "
+            "deployment it lies at its site, in the node's state-folder"
+        )
+    return {n: v for n, v in store.load(generation).items() if n in replica.initial}
