@@ -91,16 +91,19 @@ def _sweep(arguments: list[str], as_json: bool) -> None:
     from omegaconf import DictConfig
 
     from fedpeft.config.load import CONF, addable
+    from fedpeft.config.overrides import quoted, readable
     from fedpeft.simulation import launch
 
     def job(_: DictConfig) -> float:
         overrides = list(HydraConfig.get().overrides.task)
         folder = Path(HydraConfig.get().runtime.output_dir).absolute()
-        summary = launch.run([*overrides, f"run_dir='{folder}'"], _display(as_json))
+        summary = launch.run([*overrides, f"run_dir={quoted(folder)}"], _display(as_json))
         _show(summary, as_json)
         return float(summary["final"].get(summary["selected_by"], 0.0))
 
-    sys.argv = ["fedpeft", *map(addable, arguments)]
+    # A value with a comma is a list of values to run, so it stays as it is.
+    readable_ones = [a if "," in a else readable(a) for a in arguments]
+    sys.argv = ["fedpeft", *map(addable, readable_ones)]
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedpeft.config import load as configuration
+from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Config
 from fedpeft.data.batching import Batch, Examples
 from fedpeft.data.clients import ClientRows
@@ -286,5 +287,5 @@ def open_engine(overrides: str, data_path: str | None) -> Engine:
     """
     extended: list[Any] = configuration.split(overrides)
     if data_path is not None:
-        extended.append(f"data.path='{data_path}'")
+        extended.append(f"data.path={quoted(data_path)}")
     return Engine(configuration.load_config(extended), data_path)

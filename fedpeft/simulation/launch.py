@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.config import load as configuration
+from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Runtime
 from fedpeft.reporting.progress import Display
 from fedpeft.simulation.stop import sigterm_kept
@@ -78,7 +79,7 @@ def simulate(grid: "LocalGrid", overrides: Sequence[str], display: Display) -> d
     grid.num_clients = engine.config.num_clients
     grid.state_folder, grid.passes = Path(path).resolve() / "clients", engine.passes
     given = [o for o in configuration.split(overrides) if not o.startswith("run_dir=")]
-    return serve(grid, [*given, f"run_dir='{path}'"], display)
+    return serve(grid, [*given, f"run_dir={quoted(path)}"], display)
 
 
 # A run may fail in these ways and leave other runs alone.
