@@ -10,6 +10,7 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -18,7 +19,41 @@ from omegaconf import DictConfig, OmegaConf
 from fedpeft.config.load import leaves
 from fedpeft.files import replacing
 
+METRICS = "metrics.jsonl"
 PACKAGES = ("fedpeft", "flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy")
+
+
+def check_run_dir(path: Path, resume: bool) -> None:
+    """Check that a run can write into a directory, which need not be there; nothing is made.
+
+    Args:
+        path: of the directory.
+        resume: a run that is there may go on.
+
+    Raises:
+        ValueError: it cannot be made, or holds a run.
+    """
+    _check_makeable(path)
+    _check_empty(path, resume)
+
+
+def _check_makeable(path: Path) -> None:
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"run_dir={path} cannot be made, because {there} is a file")
+    try:
+        Path(mkdtemp(dir=there)).rmdir()
+    except OSError as error:
+        raise ValueError(
+            f"run_dir={path} cannot be made, because {there} cannot be written ({error.strerror})"
+        ) from error
+
+
+def _check_empty(path: Path, resume: bool) -> None:
+    if (path / METRICS).exists() and not resume:
+        raise ValueError(
+            f"run_dir={path} already holds a run: give another, or resume=true to go on"
+        )
 
 
 class RunDirectory:
@@ -38,10 +73,8 @@ class RunDirectory:
     def __init__(self, path: str, config: DictConfig, resume: bool = False) -> None:
         # Not resolved, so that shared files do not name folders of this machine.
         self.path = Path(path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"run_dir={self.path} cannot be made: {error}") from error
+        _check_makeable(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / ".lock")
         try:
             self._lock.acquire(timeout=0)
@@ -54,11 +87,8 @@ class RunDirectory:
             raise
 
     def _claim(self, config: DictConfig, resume: bool) -> None:
-        self._metrics = self.path / "metrics.jsonl"
-        if self._metrics.exists() and not resume:
-            raise ValueError(
-                f"run_dir={self.path} already holds a run: give another, or resume=true to go on"
-            )
+        _check_empty(self.path, resume)
+        self._metrics = self.path / METRICS
         written = self.path / "config.yaml"
         if self._metrics.exists() and written.exists():
             check_same(OmegaConf.load(written), config, self.path)
@@ -72,7 +102,7 @@ class RunDirectory:
         """Drop the lines of rounds after ``last`` and return the others."""
         lines = read_metrics(self.path) if self._metrics.exists() else []
         lines = [line for line in lines if line["round"] <= last]
-        self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        self._write(METRICS, "".join(json.dumps(line) + "\n" for line in lines))
         return lines
 
     def append(self, line: Mapping[str, Any]) -> None:
@@ -180,5 +210,5 @@ def versions() -> dict[str, str]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return a run's lines, without a last one that was cut off."""
-    lines = (path / "metrics.jsonl").read_text().split("\n")
+    lines = (path / METRICS).read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,8 +104,9 @@ def _read(path: str, files: dict[str, list[Path]]) -> "dict[str, Dataset]":
         if files:  # load splits one by one, because in one call all need the same columns
             kind = READERS[kinds.pop()]
             return {
-                split: datasets.load_dataset(kind, data_files=[str(f) for f in parts])["train"]
+                split: datasets.load_dataset(kind, data_files=names)["train"]
                 for split, parts in files.items()
+                if (names := [escape(str(file)) for file in parts])  # else [ and * are patterns
             }
         return {str(k): v for k, v in datasets.load_dataset(str(Path(path).expanduser())).items()}
     except (OSError, ValueError, DatasetsError) as error:
