@@ -20,6 +20,7 @@ from fedpeft.engine.probing import Vectorised, vectorised
 from fedpeft.engine.replica import Replica
 from fedpeft.engine.together import IMAGE_TOKENS, Member, Together, clients_in_a_pass
 from fedpeft.methods.base import At
+from fedpeft.nn.virtual import text_limit
 from fedpeft.seeding import rng_state, torch_seed
 from fedpeft.state import State, load_state
 
@@ -55,7 +56,8 @@ class Engine:
             )
         self.config, self.task = config, config.data
         self.replica = Replica(config)
-        self.rows = ClientRows(config, self.replica.processor, data_path is not None)
+        limit = text_limit(self.replica.model)
+        self.rows = ClientRows(config, self.replica.processor, data_path is not None, limit)
         self.samples: list[dict[str, str]] = []  # the last generated texts, beside references
         self._passes: dict[object, Passes] = {}
         self._together: dict[object, Together] = {}

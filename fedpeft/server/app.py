@@ -7,6 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.config import load as configuration
 from fedpeft.config.schema import Settings
+from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.engine import open_engine
 from fedpeft.reporting.json_log import JsonLog
 from fedpeft.reporting.observer import Observer, Observers
@@ -56,7 +57,8 @@ def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> d
         raise ValueError("check=true is for flwr run; on this machine it is: fedpeft check")
     sent = configuration.sent(overrides)
     engine = open_engine(sent, None)  # in one process, the clients' engine too
-    engine.rows.examples("validation")
+    for split in (*SPLITS, *engine.task.extra_tests):
+        engine.rows.examples(split)  # what is wrong with a split ends the run before round 0
     label = type(engine.config.method).__name__
     path = settings.run_dir or new_path(label)
     observer = _observer(settings, path, display)

@@ -85,7 +85,8 @@ def chat_prompts(texts: Sequence[str], tokenizer: Any) -> list[str]:
                 tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
             )
         except Exception as error:  # a template may raise anything
-            raise _failing("the tokenizer's chat template", i, error) from error
+            named = "the tokenizer's chat template, for which model.chat_template gives another,"
+            raise _failing(named, i, error) from error
     return prompts
 
 

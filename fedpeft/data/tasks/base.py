@@ -144,6 +144,11 @@ class Task(Source):
         """
         return False
 
+    def longest(self, examples: Examples) -> tuple[int, int]:
+        """Return the position of the row of which a model reads most tokens, and their number."""
+        row = int(examples.lengths.argmax())
+        return row, int(examples.lengths[row])
+
     def baseline(self, train: np.ndarray, rows: np.ndarray) -> float | None:
         """Return the headline of a constant answer; null if the task has no such answer.
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fedpeft.methods.base import Method
 from fedpeft.models.sites import (
     attention_projections,
+    check_rank,
     freeze_all_but_head,
     linear_weight,
     replace,
@@ -54,7 +55,9 @@ class Cores(Method):
 
     def inject(self, model: nn.Module) -> nn.Module:
         freeze_all_but_head(model)
-        for name in attention_projections(model, self.targets):
+        targets = attention_projections(model, self.targets)
+        check_rank(model, targets, self.rank)
+        for name in targets:
             layer = model.get_submodule(name)
             weight, _, transposed = linear_weight(layer)
             weight = weight.T if transposed else weight
