@@ -341,16 +341,17 @@ def check_rank(model: nn.Module, names: Iterable[str], rank: int) -> None:
         rank: to check.
 
     Raises:
-        ValueError: a matrix has no such rank.
+        ValueError: no matrix can have such a rank.
     """
-    for name in names:
-        module = model.get_submodule(name)
-        if _is_linear(module) and rank > min(sides(module)):
-            width, depth = sides(module)
-            raise ValueError(
-                f"method.rank must be <= {min(width, depth)}, the smaller side of {name} "
-                f"({width} x {depth}), got {rank}"
-            )
+    shapes = {n: sides(m) for n in names if _is_linear(m := model.get_submodule(n))}
+    if not shapes:
+        return
+    name, (width, depth) = max(shapes.items(), key=lambda entry: min(entry[1]))
+    if rank > min(width, depth):
+        raise ValueError(
+            f"method.rank must be <= {min(width, depth)}, the smaller side of {name} "
+            f"({width} x {depth}), got {rank}"
+        )
 
 
 def check_bottleneck(model: nn.Module, names: Sequence[str], bottleneck: int) -> None:

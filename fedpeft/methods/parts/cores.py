@@ -55,9 +55,8 @@ class Cores(Method):
 
     def inject(self, model: nn.Module) -> nn.Module:
         freeze_all_but_head(model)
-        targets = attention_projections(model, self.targets)
-        check_rank(model, targets, self.rank)
-        for name in targets:
+        for name in attention_projections(model, self.targets):
+            check_rank(model, [name], self.rank)  # the core is r x r at each of them
             layer = model.get_submodule(name)
             weight, _, transposed = linear_weight(layer)
             weight = weight.T if transposed else weight
