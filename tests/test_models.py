@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedpeft.config.load import CONF, load_config
 from fedpeft.config.optimization import Optimization
 from fedpeft.config.schema import Config
+from fedpeft.data.rows.templates import chat_prompts
 from fedpeft.engine.cpu import checkpoint_blocks
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.parameters import parameter_counts
@@ -1067,3 +1068,14 @@ def test_sizes_beyond_the_matrices_are_refused(method: str, fields: list[str], s
     chosen = load_config([f"method={method}", *(f"method.{field}" for field in fields)]).method
     with pytest.raises(ValueError, match=said):
         built(tiny("bert_base"), TEXT, chosen)
+
+
+def test_a_tokenizer_s_broken_chat_template_is_named(opened: Any, llama_like: Path) -> None:
+    broken = "model.chat_template={{ messages[0].content | nosuchfilter }}"
+    with pytest.raises(ValueError, match=r"^model\.chat_template is no Jinja template of messages"):
+        opened(f"model.path={llama_like}", broken)
+    tokenizer = Pretrained(path=str(llama_like)).tokenizer()
+    tokenizer.chat_template = broken.partition("=")[2]
+    said = r"^the tokenizer's chat template fails in row 0 with .* \(model\.chat_template sets"
+    with pytest.raises(ValueError, match=said):
+        chat_prompts(["What?"], tokenizer)

@@ -48,9 +48,9 @@ def rendered(text: str, rows: "Dataset", **more: Sequence[Any]) -> list[str]:
     return texts
 
 
-def _failing(template: str, row: int, error: Exception) -> PartlyPublic:
+def _failing(template: str, row: int, error: Exception, advice: str = "") -> PartlyPublic:
     kind = type(error).__name__
-    return PartlyPublic(f"{template} fails in row {row} with {kind}", f": {error}")
+    return PartlyPublic(f"{template} fails in row {row} with {kind}{advice}", f": {error}")
 
 
 @lru_cache(maxsize=1)
@@ -85,8 +85,8 @@ def chat_prompts(texts: Sequence[str], tokenizer: Any) -> list[str]:
                 tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
             )
         except Exception as error:  # a template may raise anything
-            named = "the tokenizer's chat template, for which model.chat_template gives another,"
-            raise _failing(named, i, error) from error
+            advice = " (model.chat_template sets another)"
+            raise _failing("the tokenizer's chat template", i, error, advice) from error
     return prompts
 
 
