@@ -1070,12 +1070,13 @@ def test_sizes_beyond_the_matrices_are_refused(method: str, fields: list[str], s
         built(tiny("bert_base"), TEXT, chosen)
 
 
-def test_a_tokenizer_s_broken_chat_template_is_named(opened: Any, llama_like: Path) -> None:
-    broken = "model.chat_template={{ messages[0].content | nosuchfilter }}"
+def test_a_tokenizer_s_broken_chat_template_is_named(checkpoint: Path) -> None:
+    broken = "{{ messages[0].content | nosuchfilter }}"
+    model = Pretrained(path=str(checkpoint), chat_template=broken)
     with pytest.raises(ValueError, match=r"^model\.chat_template is no Jinja template of messages"):
-        opened(f"model.path={llama_like}", broken)
-    tokenizer = Pretrained(path=str(llama_like)).tokenizer()
-    tokenizer.chat_template = broken.partition("=")[2]
+        model.tokenizer()
+    tokenizer = Pretrained(path=str(checkpoint)).tokenizer()
+    tokenizer.chat_template = broken
     said = r"^the tokenizer's chat template fails in row 0 with .* \(model\.chat_template sets"
     with pytest.raises(ValueError, match=said):
         chat_prompts(["What?"], tokenizer)
