@@ -7,8 +7,11 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+from traceback import format_exception
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.errors import raised_here
 from fedpeft.simulation.stop import Terminated, stop_on_sigterm
 
 if TYPE_CHECKING:
@@ -39,7 +42,10 @@ METHODS = "lora,ffa_lora,fedsa_lora,scl,fedtt,fedtt_plus"
 
 
 def main() -> None:
-    """Run a command; an error of configuration or data ends it with one sentence and status 2."""
+    """Run a command; an error ends it with one sentence and status 2, or 1 if nobody expected it.
+
+    With FEDPEFT_TRACEBACK set, errors show their traceback.
+    """
     # Turn off usage reports, and tokenizers' threads beside the workers. This comes first, because
     # libraries read these variables when they are imported.
     for name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED"):
@@ -73,11 +79,27 @@ def main() -> None:
     except KeyboardInterrupt as stopped:
         print(f"fedpeft: {str(stopped) or 'stopped'}", file=sys.stderr)
         sys.exit(143 if isinstance(stopped, Terminated) else 130)
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         if os.environ.get("FEDPEFT_TRACEBACK"):
             raise
-        print(f"fedpeft: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"fedpeft: {_explained(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError | OSError | RuntimeError) else 1)
+
+
+def _explained(error: Exception) -> str:
+    """Return an error's text; one that nobody wrote for a reader also names a file with its trace.
+
+    The sentences that this package raises, and those of the operating system, say what to do.
+    """
+    if raised_here(error) or isinstance(error, OSError):
+        return str(error)
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        with NamedTemporaryFile("w", prefix="fedpeft-", suffix=".log", delete=False) as file:
+            file.write("".join(format_exception(error)))
+    except OSError:
+        return f"{text} (FEDPEFT_TRACEBACK=1 shows where)"
+    return f"{text} (the whole traceback is in {file.name})"
 
 
 def run(arguments: list[str]) -> None:
@@ -99,16 +121,20 @@ def _sweep(arguments: list[str], as_json: bool) -> None:
     from omegaconf import DictConfig
 
     from fedpeft.config.load import CONF, addable
+    from fedpeft.config.overrides import quoted, readable
     from fedpeft.simulation import launch
 
     def job(_: DictConfig) -> float:
         overrides = list(HydraConfig.get().overrides.task)
         folder = Path(HydraConfig.get().runtime.output_dir).absolute()
-        summary = launch.run([*overrides, f"run_dir='{folder}'"], _display(as_json))
+        summary = launch.run([*overrides, f"run_dir={quoted(folder)}"], _display(as_json))
         _show(summary, as_json)
         return float(summary["final"].get(summary["selected_by"], 0.0))
 
-    sys.argv = ["fedpeft", *map(addable, arguments)]
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a job's error arrives here, and not as a trace
+    # A value with a comma is a list of values to run, so it stays as it is.
+    readable_ones = [a if "," in a else readable(a) for a in arguments]
+    sys.argv = ["fedpeft", *map(addable, readable_ones)]
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
 
 

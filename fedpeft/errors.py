@@ -34,14 +34,14 @@ def public_text(error: Exception) -> str:
     """
     if isinstance(error, PartlyPublic):
         text = f"{error.public} (this node's log says more)"
-    elif str(error) and _raised_here(error):
+    elif str(error) and raised_here(error):
         text = str(error)
     else:
         text = f"{type(error).__name__}{_place(error)}; this node's log has the text"
     return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 3] + "..."
 
 
-def _raised_here(error: Exception) -> bool:
+def raised_here(error: BaseException) -> bool:
     """Return true if a ``raise`` of this package made the error.
 
     The frame alone does not tell, because built-in functions such as ``int`` have no frame of their

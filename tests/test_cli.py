@@ -1,6 +1,7 @@
 """The command line: its output, its files, and one sentence for wrong input."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,3 +107,63 @@ def test_wrong_input_is_one_sentence_and_status_2(
 def test_unknown_command(fedpeft: Command) -> None:
     with pytest.raises(SystemExit, match="unknown command fly, must be one of run, compare"):
         fedpeft("fly")
+
+
+def odd(folder: Path, source: Path) -> Path:
+    """Return a copy of a folder whose name Hydra's grammar cannot read."""
+    return Path(shutil.copytree(source, folder / f"{source.name} (1), [ä] 病"))
+
+
+def test_paths_as_the_shell_gives_them(
+    fedpeft: Command, base: list[str], checkpoint: Path, table: Path, tmp_path: Path
+) -> None:
+    paths = [f"model.path={odd(tmp_path, checkpoint)}", f"data.path={odd(tmp_path, table)}"]
+    summary = json.loads(fedpeft("run", "--json", *base, *paths, "run_dir=aus (1) ü"))
+    assert summary["run_dir"] == "aus (1) ü" and Path("aus (1) ü/summary.json").exists()
+
+
+def test_a_study_tries_every_method_before_its_first_run(
+    fedpeft: Command, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = [o for o in base if not o.startswith("method=")]
+    methods = "lora,scl+method.rank=33,adapter+method.bottleneck=65"
+    with pytest.raises(SystemExit):
+        fedpeft("compare", "--methods", methods, *rest, "run_dir=out")
+    error = capsys.readouterr().err
+    assert "scl: method.rank must be <= 32" in error and error.count("\n") == 1
+    assert "; adapter: method.bottleneck must be <= 64" in error
+    assert not Path("out").exists()
+
+
+def test_an_error_that_nobody_expected_leaves_its_traceback(
+    fedpeft: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(arguments: list[str]) -> None:
+        [][len(arguments)]
+
+    monkeypatch.setattr(cli, "run", broken)
+    with pytest.raises(SystemExit) as ended:
+        fedpeft("run")
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fedpeft: IndexError: list index out of range (the whole traceback is")
+    trace = Path(error.strip().removesuffix(")").rpartition(" ")[2])
+    assert "in broken" in trace.read_text()
+    trace.unlink()
+    monkeypatch.setenv("FEDPEFT_TRACEBACK", "1")
+    with pytest.raises(IndexError):
+        fedpeft("run")
+
+
+def test_a_run_directory_is_checked_first(
+    fedpeft: Command, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("a").touch()
+    for place in ("a", "a/b/c"):
+        with pytest.raises(SystemExit):
+            fedpeft("run", *base, f"run_dir={place}", "model.path=nowhere")
+        said = f"fedpeft: run_dir={place} cannot be made, because a is a file\n"
+        assert capsys.readouterr().err == said
+    with pytest.raises(SystemExit):
+        fedpeft("run", *base, "run_dir=/proc/x", "model.path=nowhere")
+    assert capsys.readouterr().err.startswith("fedpeft: run_dir=/proc/x cannot be made, because")

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 from hydra.utils import get_class
 
-from fedpeft.config.load import CONF, GROUPS, addable, composed, join, load_config, split
+from fedpeft.config.load import (
+    CONF,
+    GROUPS,
+    addable,
+    composed,
+    join,
+    load_config,
+    of_message,
+    sent,
+    split,
+)
 from fedpeft.config.optimization import Optimization
 from fedpeft.config.schema import Config, ConfigError
 from fedpeft.data.partitions.base import IID, Dirichlet
@@ -26,12 +36,29 @@ def names(group: str) -> str:
 
 CASES = [
     # misspelt keys, at the top, in a group and in a nested dataclass
-    ("num_client=4", "unknown key num_client"),
-    ("lrr=0.1", "unknown key lrr"),
-    ("optimiser.name=sgd", "unknown key optimiser.name"),
-    ("optimizer.nme=sgd", "unknown key optimizer.nme: Optimization has no such field"),
-    ("evaluation.evry=2", "unknown key evaluation.evry: Evaluation has no such field"),
-    ("checkpoint.evry=2", "unknown key checkpoint.evry: Checkpointing has no such field"),
+    ("num_client=4", "unknown key num_client: did you mean num_clients?"),
+    ("lrr=0.1", "unknown key lrr: did you mean lr?"),
+    ("optimiser.name=sgd", "unknown key optimiser.name: did you mean optimizer.name?"),
+    (
+        "optimizer.nme=sgd",
+        "unknown key optimizer.nme: Optimization has no such field: did you mean optimizer.name?",
+    ),
+    (
+        "evaluation.evry=2",
+        "unknown key evaluation.evry: Evaluation has no such field: did you mean evaluation.every?",
+    ),
+    (
+        "checkpoint.evry=2",
+        "unknown key checkpoint.evry: Checkpointing has no such field: did you mean "
+        "checkpoint.every?",
+    ),
+    ("metod=lora", "unknown key metod: did you mean method?"),
+    ("methd.rank=4", "unknown key methd.rank: did you mean method.rank?"),
+    ("zzz=4", "unknown key zzz"),
+    ("grün=4", "unknown key grün"),
+    # keys without their group
+    ("rank=4", "unknown key rank: did you mean method.rank?"),
+    ("kind=ray", "unknown key kind: did you mean runtime.kind?"),
     ("checkpoint.keep=0", "checkpoint.keep must be >= 1, got 0"),
     (
         "runtime.min_replies=0",
@@ -39,18 +66,35 @@ CASES = [
     ),
     ("runtime.threads=100000", "runtime.threads must be <= 1024, got 100000"),
     ("num_clients=1000000000", "num_clients must be <= 10000000, got 1000000000"),
-    ("runtime.thread=2", "unknown key runtime.thread: Runtime has no such field"),
+    (
+        "runtime.thread=2",
+        "unknown key runtime.thread: Runtime has no such field: did you mean runtime.threads?",
+    ),
     ("+extra=1", "unknown key extra: Settings has no such field"),
     # unknown names of groups
     *(
-        (f"{group}=nope", f"{group} must be one of {names(group)}, got nope")
+        (f"{group}=zzz", f"{group} must be one of {names(group)}, got zzz")
         for group in (*GROUPS, "runtime", "experiment")
     ),
+    ("method=lroa", f"method must be one of {names('method')}, got lroa: did you mean lora?"),
     # fields that the chosen class lacks
-    ("method.rnk=4", "unknown key method.rnk: LoRA has no such field"),
-    ("method=fedtt method.rank=4", "unknown key method.rank: FedTT has no such field"),
+    (
+        "method.rnk=4",
+        "unknown key method.rnk: LoRA has no such field: did you mean method.rank?",
+    ),
+    (
+        "method=fedtt method.rank=4",
+        "unknown key method.rank: FedTT has no such field: did you mean method.tt_rank?",
+    ),
+    (
+        "data.pth=/x",
+        "unknown key data.pth: Docstrings has no such field: did you mean data.path?",
+    ),
     ("partition=iid partition.alpha=1", "unknown key partition.alpha: IID has no such field"),
-    ("model.pth=/x", "unknown key model.pth: Pretrained has no such field"),
+    (
+        "model.pth=/x",
+        "unknown key model.pth: Pretrained has no such field: did you mean model.path?",
+    ),
     # wrong types
     ("method.rank=four", "method.rank must be Integer, got four"),
     ("method.rank=null", "method.rank must be int, got null"),
@@ -80,6 +124,7 @@ CASES = [
     ("lr=${x}", "lr: Interpolation key 'x' not found"),
     # impossible values
     ("num_clients=0", "num_clients must be >= 1, got 0"),
+    ("seed=-1", "seed must be >= 0, got -1"),
     ("num_rounds=-1", "num_rounds must be >= 1, got -1"),
     ("batch_size=0", "batch_size must be >= 1, got 0"),
     ("local_steps=0", "local_steps must be >= 1, got 0"),
@@ -191,9 +236,11 @@ CASES = [
     ),
     # no overrides at all
     ("num_clients", "num_clients is no override: write key=value"),
+    ("'num_clients=3 num_rounds=2'", "num_clients must be Integer, got 3 num_rounds=2"),
     (
-        "'num_clients=3 num_rounds=2'",
-        "num_clients=3 num_rounds=2: mismatched input '=' expecting <EOF>",
+        "data.labels=[ä,b]",
+        "data.labels must be a list or a mapping whose texts are in quotes, such as "
+        "['a b','c'], got [ä,b]",
     ),
     ("method=null", "Config group override must be a string or a list. Got NoneType"),
     ("data@foo=x", "Could not override 'data@foo'; Did you mean to override data?"),
@@ -210,6 +257,31 @@ def test_one_sentence_names_the_key_and_the_rule(overrides: str, sentence: str) 
     with pytest.raises(ConfigError) as caught:
         load_config(overrides)
     assert str(caught.value) == sentence
+
+
+TEXTS = [
+    "with space ä/notes 1.csv",
+    "notes (1), a copy [2]/{3}.csv",
+    "it's \\' quoted\\",
+    "a=b",
+    "{{ question }}",
+    "#1",
+    "病历/数据.csv",
+    "line\nbreak",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_read_as_the_shell_gives_it(text: str) -> None:
+    """The client gets the same as the server, through the message's one string."""
+    overrides = [f"data.path={text}", f"run_dir={text}", "data=table"]
+    assert composed(overrides).run_dir == text
+    assert load_config(overrides).data.path == text
+    assert load_config(of_message(sent(overrides))).data.path == text
+
+
+def test_a_text_in_quotes_is_what_the_quotes_hold() -> None:
+    assert composed(["run_dir='a ä'"]).run_dir == composed(['run_dir="a ä"']).run_dir == "a ä"
 
 
 def test_errors_come_before_anything_is_built(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

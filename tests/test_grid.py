@@ -1,5 +1,6 @@
 """Every client is a node of the local grid; messages that may train in one pass go together."""
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -261,3 +262,24 @@ def test_replies_do_not_stay_in_the_grid(tmp_path: Path) -> None:
         assert len(dict(exchange(grid, sent, 60))) == 50
     held = [value for value in vars(grid).values() if isinstance(value, dict) and value]
     assert held == []
+
+
+def test_ray_gets_three_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine misses the 30 seconds that Ray gives its own processes."""
+    ray = pytest.importorskip("ray")
+    from fedpeft.simulation.start_ray import start_ray
+
+    left = [Exception("timed out"), Exception("timed out")]
+
+    def init(*_: Any, **__: Any) -> None:
+        if left:
+            raise left.pop()
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"})
+    assert start_ray(Runtime()) and not left
+    left += [Exception("timed out")] * 3
+    with pytest.raises(RuntimeError, match="did not start on this machine, tried 3 times: timed"):
+        start_ray(Runtime())

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from fedpeft.config.load import CONF, load_config
 from fedpeft.config.optimization import Optimization
 from fedpeft.config.schema import Config
+from fedpeft.data.rows.templates import chat_prompts
 from fedpeft.engine.cpu import checkpoint_blocks
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.parameters import parameter_counts
@@ -907,3 +909,174 @@ def test_a_processor_of_the_other_kind_is_refused(checkpoint: Path, empty_hub: P
             ValueError, match="reads no images: choose one of images, e.g. model=vi"
         ):
             model.image_processor()
+
+
+# --- a first hour with one's own model -----------------------------------------------------------
+
+
+def saved(folder: Path, model: Any, checkpoint: Path) -> list[str]:
+    """Save a model with the tokenizer of the tiny BERT; return the overrides that choose it."""
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((checkpoint / name).read_bytes())
+    return [f"model.path={folder}"]
+
+
+def bert(labels: int | None = None, **fields: Any) -> Any:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 90, "intermediate_size": 64}
+    config = transformers.BertConfig(**(sizes | fields))
+    if labels is None:
+        return transformers.BertModel(config)
+    config.num_labels = labels
+    return transformers.BertForSequenceClassification(config)
+
+
+def test_a_head_of_other_labels_starts_anew(
+    opened: Any, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = opened(*saved(tmp_path, bert(labels=7), checkpoint))
+    assert engine.replica.model.classifier.weight.shape == (4, 32)
+    assert "classifier.weight" in caplog.text and "7 x 32" in caplog.text
+    assert "4 x 32 for this task: the head starts anew" in caplog.text
+    again = opened(*saved(tmp_path, bert(labels=7), checkpoint))
+    new = (e.replica.model.classifier.weight for e in (engine, again))
+    assert torch.equal(*new)  # because it is seeded
+
+
+def test_another_part_of_another_size_is_refused(
+    opened: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    chosen = saved(tmp_path, bert(), checkpoint)
+    rule = r"bert\.encoder\.layer\.0\.intermediate\.dense\.bias of .* is 64 in its files, but 48 by"
+    with pytest.raises(ValueError, match=rule):
+        opened(*chosen, "model.settings.intermediate_size=48")
+
+
+def test_a_tokenizer_beyond_the_embeddings_is_refused(
+    opened: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    small = bert(vocab_size=20)
+    with pytest.raises(ValueError, match="embeds only the numbers below 20: set model.tokenizer"):
+        opened(*saved(tmp_path, small, checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "limit"), [([], 12), (["method=prompt", "method.num_tokens=4"], 8)]
+)
+def test_texts_beyond_the_positions_end_a_run_before_it_begins(
+    run: Runner, checkpoint: Path, tmp_path: Path, overrides: list[str], limit: int
+) -> None:
+    chosen = saved(tmp_path / "m", bert(max_position_embeddings=12), checkpoint)
+    with pytest.raises(ValueError, match=rf"the model has {limit} for them.* at most {limit}$"):
+        run(*chosen, *overrides)
+    assert not run.run_dir.exists()
+    assert run(*chosen, *overrides, f"data.max_length={limit}")["refused"] == {}
+
+
+def test_generated_tokens_take_positions(
+    opened: Any, checkpoint: Path, tmp_path: Path, table: Path
+) -> None:
+    sizes: dict[str, Any] = {
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 2,
+        "vocab_size": 90,
+        "n_positions": 64,
+    }
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, bos_token_id=2, eos_token_id=3)
+    )
+    chosen = saved(tmp_path, model, checkpoint)
+    asks = ["data=instructions", f"data.path={table}", "data.prompt={{ text }}"]
+    engine = opened(*chosen, *asks, "data.answer=label", "data.label=null", "data.max_length=64")
+    with pytest.raises(ValueError, match="needs 96 positions, those of generated tokens"):
+        opened(
+            *chosen, *asks, "data.answer=label", "data.label=null", "data.max_length=120"
+        ).rows.examples("train")
+    assert engine.rows.examples("train").lengths.max() <= 64
+
+
+FAMILIES: dict[str, Any] = {
+    "gpt_neox": (transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig, {}),
+    "falcon": (
+        transformers.FalconForCausalLM,
+        transformers.FalconConfig,
+        {"pad_token_id": 0, "eos_token_id": 2},
+    ),
+    "albert": (
+        transformers.AlbertForSequenceClassification,
+        transformers.AlbertConfig,
+        {"embedding_size": 24},
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "fed_sb", "fedtt", "adapter", "scl", "ia3"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fused_and_shared_blocks_train(name: str, method: str) -> None:
+    kind, config, more = FAMILIES[name]
+    sizes: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = kind(config(**sizes, intermediate_size=96, vocab_size=40, **more))
+    with torch_seed(0, "method"):
+        model = method_of(method).inject(model)
+    model(input_ids=torch.arange(3, 9)[None]).logits.float().square().mean().backward()
+    trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(gradient is not None for gradient in trained.values())
+    assert len({n for n in trained if "layer" in n or ".h." in n}) >= 2
+
+
+def test_falcon_s_prefix_has_its_one_head_of_keys() -> None:
+    kind, config, more = FAMILIES["falcon"]
+    sizes: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = method_of("prefix").inject(kind(config(**sizes, vocab_size=40, **more)))
+    ids = torch.arange(3, 9)[None]
+    assert model(ids, torch.ones_like(ids)).logits.shape == (1, 6, 40)
+
+
+def test_unknown_projections_list_what_there_is() -> None:
+    class Odd(nn.Module):
+        base_model_prefix = "mixer"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixer = nn.ModuleList([nn.ModuleDict({"left": nn.Linear(4, 4)})])
+
+    listed = "Odd, its linear modules are named left"
+    with pytest.raises(ValueError, match=f"target q matches no module of {listed}"):
+        method_of("lora").inject(Odd())
+    with pytest.raises(ValueError, match=r"no MLP output projection that is known here, its linea"):
+        method_of("scl").inject(Odd())
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "said"),
+    [
+        (
+            "lora",
+            ["rank=49"],
+            r"method\.rank must be <= 48, the smaller side of .*query \(48 x 48\)",
+        ),
+        ("ravan", ["rank=1000000"], r"method\.rank must be <= 48, the smaller side of .*query"),
+        ("scl", ["rank=49"], r"rank must be <= 48, the smaller side of .*output.dense \(48 x 96\)"),
+        ("fedtt", ["tt_rank=1000000"], r"method\.tt_rank must be <= \d+, the highest rank of the"),
+        ("fedtt", ["bottleneck=97"], r"bottleneck must be <= 96, the larger side of .*\(48 x 96\)"),
+        ("adapter", ["bottleneck=97"], r"bottleneck must be <= 96, the larger side of"),
+    ],
+)
+def test_sizes_beyond_the_matrices_are_refused(method: str, fields: list[str], said: str) -> None:
+    chosen = load_config([f"method={method}", *(f"method.{field}" for field in fields)]).method
+    with pytest.raises(ValueError, match=said):
+        built(tiny("bert_base"), TEXT, chosen)
+
+
+def test_a_tokenizer_s_broken_chat_template_is_named(checkpoint: Path) -> None:
+    broken = "{{ messages[0].content | nosuchfilter }}"
+    model = Pretrained(path=str(checkpoint), chat_template=broken)
+    with pytest.raises(ValueError, match=r"^model\.chat_template is no Jinja template of messages"):
+        model.tokenizer()
+    tokenizer = Pretrained(path=str(checkpoint)).tokenizer()
+    tokenizer.chat_template = broken
+    said = r"^the tokenizer's chat template fails in row 0 with .* \(model\.chat_template sets"
+    with pytest.raises(ValueError, match=said):
+        chat_prompts([[{"role": "user", "content": "What?"}]], tokenizer)

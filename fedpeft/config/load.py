@@ -20,6 +20,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedpeft.config.overrides import quoted, readable
 from fedpeft.config.schema import Config, ConfigError, Settings
 from fedpeft.config.sentences import hydra_sentence, omegaconf_sentence
 
@@ -40,6 +41,7 @@ _FIELD = re.compile(
 )
 INTERPOLATION = "${"
 MOST_CHARACTERS = 1 << 16  # of a message's overrides, because Hydra takes a minute for a megabyte
+_KEY = re.compile(r"[\w./@:$-]+", re.ASCII)
 _MARKS = re.compile(r"[\\'\"]")  # characters that splitting or parsing an override takes away
 # Beginnings of overrides that clients need not know.
 OF_SERVER = (
@@ -119,8 +121,7 @@ def _resolved(override: str, overrides: Sequence[str]) -> str:
         raise ConfigError(f"{override}: an interpolation must stand for one value")
     if not isinstance(value, str):
         return f"{key}={json.dumps(value)}"
-    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{quoted}'"
+    return f"{key}={quoted(value)}"
 
 
 def _of_server(override: str) -> bool:
@@ -151,7 +152,9 @@ def _override(text: str) -> str:
         raise ConfigError(f"{key} {_OLD[key]}")
     if "=" not in text and not text.startswith("~"):
         raise ConfigError(f"{text} is no override: write key=value")
-    return addable(text)
+    if not _KEY.fullmatch(key):
+        raise ConfigError(f"unknown key {key}")
+    return addable(readable(text))
 
 
 def composed(overrides: str | Sequence[str]) -> DictConfig:
@@ -190,27 +193,33 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
         return tree
     tree = deepcopy(tree)
     try:
-        for override in map(OverridesParser.create().parse_override, of_server):
+        for override in map(OverridesParser.create().parse_override, map(readable, of_server)):
             if override.is_sweep_override():
                 return _from_files(overrides)  # raises the error with its sentence
             OmegaConf.update(tree, override.key_or_group, override.value())
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, ValueError):
         return _from_files(overrides)  # likewise
     return tree
 
 
 @lru_cache(maxsize=16)
 def _from_files(overrides: tuple[str, ...]) -> DictConfig:
+    try:
+        return _from_hydra([_override(o) for o in overrides])
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        known = list(leaves(_from_files(()), resolve=False)) if overrides else []
+        raise ConfigError(hydra_sentence(error, overrides, known)) from error
+
+
+def _from_hydra(overrides: list[str]) -> DictConfig:
     with _lock:
         outer = GlobalHydra.instance().hydra  # of a sweep, if this is one of its jobs
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(CONF), version_base="1.3", job_name="fedpeft"):
-                return compose("config", [_override(o) for o in overrides])
-        except ConfigError:
-            raise
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(hydra_sentence(error, overrides)) from error
+                return compose("config", overrides)
         finally:
             GlobalHydra.instance().hydra = outer
 
@@ -255,9 +264,9 @@ def changed(tree: DictConfig, overrides: Sequence[str]) -> DictConfig:
             raise ConfigError(f"{override} sets no key of the configuration: write key=value")
         with _lock:
             try:
-                value = OverridesParser.create().parse_override(override).value()
+                value = OverridesParser.create().parse_override(readable(override)).value()
             except HydraException as error:
-                raise ConfigError(hydra_sentence(error, overrides)) from error
+                raise ConfigError(hydra_sentence(error, overrides, list(leaves(tree)))) from error
         OmegaConf.update(tree, key, value, force_add=True)
     return tree
 

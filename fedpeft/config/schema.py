@@ -200,7 +200,7 @@ class Settings:
     In a round, a client takes ``local_steps`` batches or, if that is null, ``local_epochs`` epochs.
 
     Args:
-        seed: all draws of the run derive from it.
+        seed: all draws of the run derive from it; >= 0.
         clients_per_round: a count (int), a share (float) or null for all.
         lr: learning rate before the schedules.
         batch_size: rows of a training batch.
@@ -251,6 +251,8 @@ class Settings:
         for key in ("local_steps", "local_epochs"):
             if getattr(self, key) is not None:
                 _in_range(key, getattr(self, key))
+        if self.seed < 0:
+            raise ConfigError(f"seed must be >= 0, got {self.seed}")
         if (self.local_steps is None) == (self.local_epochs is None):
             raise ConfigError(
                 "give either local_steps or local_epochs and set the other to null, "

@@ -4,8 +4,9 @@ Their own English stays only where it needs no change; the tests in ``tests/test
 each error and say which sentence an upgrade changed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -22,22 +23,25 @@ ADVICE = ("To append", "See http")  # beginnings of advice on Hydra's flags
 NUMBERS = {int: "Integer", float: "Float"}  # types as named in sentences
 
 
-def hydra_sentence(error: Exception, overrides: Sequence[str]) -> str:
+def hydra_sentence(error: Exception, overrides: Sequence[str], known: Sequence[str]) -> str:
     """Return the sentence for overrides that cannot be composed.
 
     Args:
         error: of Hydra or of OmegaConf.
         overrides: the overrides that were composed.
+        known: keys of the configuration without overrides, from which a misspelt one is guessed.
 
     Returns:
         The key or group, and the rule.
     """
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"{group} must be one of {', '.join(error.options)}, got {name}"
+        meant = meaning(get_close_matches(name, error.options, 1))
+        return f"{group} must be one of {', '.join(error.options)}, got {name}{meant}"
     cause = error.__cause__
     if isinstance(cause, UNKNOWN):
-        return f"unknown key {_override(str(cause.full_key), overrides)}"
+        key = _override(str(cause.full_key), overrides)
+        return f"unknown key {key}{meaning(_like(key, known))}"
     parts = _lines(error)
     if cause is not None and (first := _lines(cause)[:1]) and first[0] not in " ".join(parts):
         parts += first
@@ -45,6 +49,21 @@ def hydra_sentence(error: Exception, overrides: Sequence[str]) -> str:
     if isinstance(error, OverrideParseException) and error.override not in text:
         return f"{error.override}: {text}"
     return text
+
+
+def meaning(names: Iterable[str]) -> str:
+    """Return the question for the likeliest names, or nothing if there are none."""
+    listed = " or ".join(names)
+    return f": did you mean {listed}?" if listed else ""
+
+
+def _like(key: str, known: Sequence[str]) -> list[str]:
+    """Return known keys that a misspelt key, or a key without its group, may stand for."""
+    if "." not in key and (inner := [k for k in known if k.endswith(f".{key}")]):
+        return inner
+    head, dot, rest = key.partition(".")
+    heads = {k.partition(".")[0] for k in known} - {head}
+    return [f"{name}{dot}{rest}" for name in get_close_matches(head, sorted(heads), 1)]
 
 
 def _override(full_key: str, overrides: Sequence[str]) -> str:
@@ -71,12 +90,12 @@ def omegaconf_sentence(error: OmegaConfBaseException, group: str = "") -> str:
     """
     key, owner = f"{group}{error.full_key}", error.object_type
     if isinstance(error, UNKNOWN):
-        known = is_dataclass(owner)
-        return (
-            f"unknown key {key}: {error.object_type_str} has no such field"
-            if known
-            else f"no {key} is set"
-        )
+        if not is_dataclass(owner):
+            return f"no {key} is set"
+        parent, dot, name = key.rpartition(".")
+        close = get_close_matches(name, [field.name for field in fields(owner)], 1)
+        meant = meaning(f"{parent}{dot}{match}" for match in close)
+        return f"unknown key {key}: {error.object_type_str} has no such field{meant}"
     if type(error) is ValidationError and is_dataclass(owner) and error.key is not None:
         hints = {field.name: field.type for field in fields(owner)}
         return f"{key} must be {_rule(hints[str(error.key)], error.value)}"

@@ -19,18 +19,33 @@ class ClientRows:
         config: the run.
         processor: the model's tokenizer or image processor.
         owns_all_rows: true if the data are one client's, undivided.
+        limit: tokens of a row that the model can read; null if any number.
     """
 
-    def __init__(self, config: Config, processor: Any, owns_all_rows: bool) -> None:
+    def __init__(
+        self, config: Config, processor: Any, owns_all_rows: bool, limit: int | None = None
+    ) -> None:
         self.config, self.task, self.processor = config, config.data, processor
-        self.owns_all_rows = owns_all_rows
+        self.owns_all_rows, self.limit = owns_all_rows, limit
         # The caches belong to the object, because those of the class would keep every object alive.
         self.examples = lru_cache(maxsize=None)(self._examples)
         self.client_examples = lru_cache(maxsize=256)(self._client_examples)
 
     def _examples(self, split: str) -> Examples:
-        """Return a split of the whole data set."""
-        return self.task.encode(split, self.processor)
+        """Return a split of the whole data set.
+
+        Raises:
+            ValueError: the model cannot read so many tokens as a row has.
+        """
+        examples = self.task.encode(split, self.processor)
+        row, tokens = self.task.longest(examples)
+        if self.limit is not None and tokens > self.limit:
+            raise ValueError(
+                f"row {row} of {split} needs {tokens} positions, those of generated tokens "
+                f"included, and the model has {max(self.limit, 0)} for them: set data.max_length "
+                f"to at most {max(self.limit, 0)}"
+            )
+        return examples
 
     def read_all(self) -> None:
         """Read and encode every split, so that what is wrong with one ends a run before it begins.

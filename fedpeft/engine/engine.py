@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedpeft.config import load as configuration
+from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Config
 from fedpeft.data.batching import Batch, Examples
 from fedpeft.data.clients import ClientRows
@@ -20,6 +21,7 @@ from fedpeft.engine.probing import Vectorised, vectorised
 from fedpeft.engine.replica import Replica
 from fedpeft.engine.together import IMAGE_TOKENS, Member, Together, clients_in_a_pass
 from fedpeft.methods.base import At
+from fedpeft.nn.virtual import text_limit
 from fedpeft.seeding import rng_state, torch_seed
 from fedpeft.state import State, load_state
 
@@ -57,7 +59,8 @@ class Engine:
             )
         self.config, self.task = config, config.data
         self.replica = Replica(config)
-        self.rows = ClientRows(config, self.replica.processor, data_path is not None)
+        limit = text_limit(self.replica.model)
+        self.rows = ClientRows(config, self.replica.processor, data_path is not None, limit)
         self.samples: list[dict[str, str]] = []  # the last generated texts, beside references
         self._passes: dict[object, Passes] = {}
         self._together: dict[object, Together] = {}
@@ -278,5 +281,5 @@ def open_engine(overrides: str, data_path: str | None) -> Engine:
     extended: list[Any] = configuration.split(overrides)
     if data_path is not None:
         # All rows of a client's own folder train, and the client divides them itself.
-        extended += [f"data.path='{data_path}'", "data.missing_split=error"]
+        extended += [f"data.path={quoted(data_path)}", "data.missing_split=error"]
     return Engine(configuration.load_config(extended), data_path)

@@ -47,11 +47,35 @@ def count_on_meta(config: Config, rounds: int = 24) -> dict[str, Any]:
         ``parameter_counts``, with ``total`` without the method's parameters, and
         ``trained_percent``.
     """
-    task = config.data
-    model = config.model.build_meta(task.auto_class, task.num_labels)
+    model = _on_meta(config)
     base = sum(p.numel() for p in model.parameters())
-    with torch.device("meta"):
-        model = injected(config, model)
-    train_in_float32(model)
+    model = _injected_on_meta(config, model)
     counts = parameter_counts(Roles(config, model, rounds), model)
     return counts | {"total": base, "trained_percent": 100 * counts["trained"][1] / base}
+
+
+def check_on_meta(config: Config) -> None:
+    """Check, without weights, that a method fits model, strategy, compression and rounds.
+
+    Raises:
+        ValueError: it does not.
+    """
+    config.method.check(config.num_rounds)
+    config.model.check_precision(config.precision)
+    model = _injected_on_meta(config, _on_meta(config))
+    roles = Roles(config, model)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    setting = roles.setting(shapes)
+    config.strategy.check(setting)
+    config.compression.check(setting)
+
+
+def _on_meta(config: Config) -> nn.Module:
+    task = config.data
+    return config.model.build_meta(task.auto_class, task.num_labels)
+
+
+def _injected_on_meta(config: Config, model: nn.Module) -> nn.Module:
+    with torch.device("meta"):
+        model = injected(config, model)
+    return train_in_float32(model)

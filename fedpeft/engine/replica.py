@@ -63,22 +63,8 @@ class Replica:
 
     def setting(self) -> Setting:
         """Return the facts by which a strategy or a compression may refuse this run."""
-        config, rounds = self.config, range(1, self.config.num_rounds + 1)
-        shares = any(self.roles.shared(round) for round in rounds)
-        return Setting(config.method, shares, self._whole(), config.cohort_size())
-
-    def _whole(self) -> bool:
-        """Tell whether every client trains whole parameters, in the first and the last round."""
-        config = self.config
-        if type(config.method).block is Method.block:
-            return True
         shapes = {name: tuple(value.shape) for name, value in self.initial.items()}
-        return all(
-            tuple(config.method.block(name, shape, self.roles.at(round, client))) == shape
-            for round in {1, config.num_rounds}
-            for client in range(config.num_clients)
-            for name, shape in shapes.items()
-        )
+        return self.roles.setting(shapes)
 
     def shared(self, round: int) -> State:
         """Return initial values of what is shared in a round: the names, shapes and dtypes."""

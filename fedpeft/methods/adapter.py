@@ -8,6 +8,7 @@ from fedpeft.methods.base import Method
 from fedpeft.models.sites import (
     ATTENTION_OUTPUT,
     MLP_OUTPUT,
+    check_bottleneck,
     freeze_all_but_head,
     named_sites,
     output_width,
@@ -44,6 +45,7 @@ class Adapter(Method):
         freeze_all_but_head(model)
         sites = named_sites(model, ATTENTION_OUTPUT, "attention output projection")
         sites += named_sites(model, MLP_OUTPUT, "MLP output projection")
+        check_bottleneck(model, sites, self.bottleneck)
         for name in sites:
             projection = model.get_submodule(name)
             replace(model, name, AdaptedOutput(projection, self._adapter(projection)))

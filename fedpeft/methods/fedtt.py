@@ -1,5 +1,6 @@
 """FedTT and FedTT+: tensor-train adapters (https://arxiv.org/abs/2410.13097)."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from fedpeft.methods.base import At, Method, Round
 from fedpeft.methods.parts.ranks import Ranks, check_ranks, mean_of_holders, rank_of
 from fedpeft.models.sites import (
+    ADD_IN_PLACE,
     ATTENTION_OUTPUT,
     MLP_OUTPUT,
+    check_bottleneck,
     freeze_all_but_head,
     named_sites,
     output_width,
@@ -64,14 +67,27 @@ class FedTT(Method):
         freeze_all_but_head(model)
         sites = named_sites(model, ATTENTION_OUTPUT, "attention output projection")
         sites += named_sites(model, MLP_OUTPUT, "MLP output projection")
+        check_bottleneck(model, sites, self.bottleneck)
+        copies = getattr(model.config, "model_type", "") in ADD_IN_PLACE
         for name in sites:
             projection = model.get_submodule(name)
-            replace(model, name, AdaptedOutput(projection, self._adapter(projection)))
+            self._check_rank(name, tt_shape(output_width(projection), self.bottleneck, self.shapes))
+            replace(model, name, AdaptedOutput(projection, self._adapter(projection), copies))
         if self.classifier:
             self._compress_classifier(model)
         if self.train_layernorm:
             train_layernorms(model)
         return model
+
+    def _check_rank(self, name: str, axes: Sequence[int]) -> None:
+        """Raise ValueError if no tensor of these axes needs so high an inner rank."""
+        cuts = range(1, len(axes))
+        most = max(min(math.prod(axes[:i]), math.prod(axes[i:])) for i in cuts)
+        if self.tt_rank > most:
+            raise ValueError(
+                f"method.tt_rank must be <= {most}, the highest rank of the axes {list(axes)} at "
+                f"{name}, got {self.tt_rank}"
+            )
 
     def _adapter(self, projection: nn.Module) -> TTAdapter:
         width, device = output_width(projection), next(projection.parameters()).device

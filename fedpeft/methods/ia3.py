@@ -6,7 +6,13 @@ from peft import IA3Config
 from torch import nn
 
 from fedpeft.methods.base import Method
-from fedpeft.models.sites import MLP_OUTPUT, add_by_peft, attention_projections, named_sites
+from fedpeft.models.sites import (
+    MLP_OUTPUT,
+    add_by_peft,
+    attention_projections,
+    is_transposed,
+    named_sites,
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class IA3(Method):
         config = IA3Config(
             target_modules=keys + outputs,
             feedforward_modules=outputs,
-            fan_in_fan_out=getattr(model.config, "model_type", "") == "gpt2",
+            fan_in_fan_out=is_transposed(model.get_submodule(outputs[0])),
         )
         add_by_peft(model, default=config)
         return model

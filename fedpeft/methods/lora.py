@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from fedpeft.methods.base import At, Method
 from fedpeft.methods.exported import PeftForm, adapter_sum, as_lora, lora_sites
-from fedpeft.models.sites import add_by_peft, attention_projections
+from fedpeft.models.sites import (
+    add_by_peft,
+    attention_projections,
+    check_rank,
+    is_transposed,
+)
 from fedpeft.state import Role, State
 
 
@@ -51,12 +56,14 @@ class LoRA(Method):
 
     def config(self, model: nn.Module, **more: Any) -> LoraConfig:
         """Return PEFT's configuration for a model; fields in ``more`` win."""
+        targets = attention_projections(model, self.targets)
+        check_rank(model, targets, self.rank)
         fields: dict[str, Any] = {
             "r": self.rank,
             "lora_alpha": self.alpha,  # PEFT only divides it, so a float will do
             "lora_dropout": self.dropout,
-            "target_modules": attention_projections(model, self.targets),
-            "fan_in_fan_out": getattr(model.config, "model_type", "") == "gpt2",
+            "target_modules": targets,
+            "fan_in_fan_out": is_transposed(model.get_submodule(targets[0])),
         }
         return LoraConfig(**(fields | more))
 

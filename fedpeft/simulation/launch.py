@@ -4,12 +4,17 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
 from fedpeft.config import load as configuration
-from fedpeft.config.schema import Runtime
+from fedpeft.config.overrides import quoted
+from fedpeft.config.schema import Config, Runtime
 from fedpeft.reporting.progress import Display
+from fedpeft.reporting.run_directory import check_run_dir, finished, new_path
 from fedpeft.simulation.stop import sigterm_kept
 
 if TYPE_CHECKING:
@@ -63,7 +68,6 @@ def simulate(grid: "LocalGrid", overrides: Sequence[str], display: Display) -> d
         display: shows the rounds.
     """
     from fedpeft.engine.engine import open_engine  # torch comes with it
-    from fedpeft.reporting.run_directory import finished, new_path
     from fedpeft.server.app import serve
 
     settings = configuration.settings(overrides)
@@ -78,9 +82,11 @@ def simulate(grid: "LocalGrid", overrides: Sequence[str], display: Display) -> d
     grid.num_clients = engine.config.num_clients
     grid.state_folder, grid.passes = Path(path).resolve() / "clients", engine.passes
     given = [o for o in configuration.split(overrides) if not o.startswith("run_dir=")]
-    return serve(grid, [*given, f"run_dir='{path}'"], display)
+    return serve(grid, [*given, f"run_dir={quoted(path)}"], display)
 
 
+# Keys of paths that are checked before anything is loaded.
+PATHS = ("data.path", "model.path", "model.tokenizer_path")
 # A run may fail in these ways and leave other runs alone.
 FAILURES = (ValueError, TimeoutError, RuntimeError, FloatingPointError)
 
@@ -100,6 +106,8 @@ def run_all(
     Returns:
         For each run, in order, its summary or the error that ended it.
     """
+    for overrides in runs:
+        _check_early(overrides)
     first = configuration.settings(runs[0])
     outcomes: list[dict[str, Any] | Exception] = []
     with local_grid(first.num_clients, first.runtime, lambda: _check(runs)) as grid:
@@ -132,11 +140,52 @@ def run(overrides: str | Sequence[str], display: Display | None = None) -> dict[
     return outcome
 
 
+def _check_early(overrides: Sequence[str]) -> None:
+    """Find mistakes in numbers and paths before Ray and torch load, which takes seconds."""
+    settings = configuration.settings(overrides)
+    check_run_dir(Path(settings.run_dir or "runs"), settings.resume)
+    tree = configuration.composed(overrides)
+    for key in PATHS:
+        path = OmegaConf.select(tree, key, throw_on_resolution_failure=False)
+        is_path = isinstance(path, str) and path.startswith((".", "/", "~"))
+        if is_path and not Path(path).expanduser().exists():
+            raise ValueError(f"{key}={path} is no folder or file")
+
+
 def _check(runs: Sequence[Sequence[str]]) -> None:
     """Check configurations before workers start, and import the modules that take long."""
     from fedpeft.data.rows.tables import check_path
 
-    for config in map(configuration.load_config, runs):
+    configs = list(map(configuration.load_config, runs))
+    for config in configs:
         config.model.source()
         check_path(config.data.folder())
     import fedpeft.server.app  # noqa: F401
+
+    if len(runs) > 1:
+        _try_all(runs, configs)
+
+
+def _try_all(runs: Sequence[Sequence[str]], configs: Sequence[Config]) -> None:
+    """Refuse a study of which a method cannot run, because others would run for hours first.
+
+    Raises:
+        ValueError: one method or more do not fit the model; it names each once.
+    """
+    from fedpeft.engine.parameters import check_on_meta
+
+    misfits: dict[str, None] = {}
+    tried: set[str] = set()
+    for overrides, config in zip(runs, configs, strict=True):
+        config.data.num_labels  # noqa: B018  # what is wrong with the data is no method's fault
+        if (key := repr(replace(config, seed=0, lr=1.0, run_dir="-"))) in tried:
+            continue
+        tried.add(key)
+        try:
+            check_on_meta(config)
+        except ValueError as error:
+            chosen = [o.partition("=")[2] for o in overrides if o.startswith("method=")]
+            name = chosen[-1] if chosen else type(config.method).__name__
+            misfits[f"{name}: {error}"] = None
+    if misfits:
+        raise ValueError("; ".join(misfits))

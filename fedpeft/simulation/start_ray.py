@@ -17,6 +17,7 @@ from fedpeft.config.schema import Runtime, check_address
 # environment, for which workers start later.
 SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 ANSWER_SECONDS = 10
+STARTS = 3
 
 
 def start_ray(runtime: Runtime) -> bool:
@@ -28,6 +29,7 @@ def start_ray(runtime: Runtime) -> bool:
 
     Raises:
         ValueError: nothing answers at the address.
+        RuntimeError: Ray does not start on this machine.
     """
     # Actors inherit this environment; Ray's default would run them at nice 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -41,7 +43,7 @@ def start_ray(runtime: Runtime) -> bool:
     name, address = address_of(runtime)
     quiet: Any = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == "local":
-        ray.init(address, num_cpus=runtime.total_cpus, include_dashboard=False, **quiet)
+        _start_here(address=address, num_cpus=runtime.total_cpus, include_dashboard=False, **quiet)
         return True
     check_answers(name, address)
     try:
@@ -50,6 +52,31 @@ def start_ray(runtime: Runtime) -> bool:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{name}={address}: {reason}") from error
     return True
+
+
+def _start_here(**settings: Any) -> None:
+    """Start a Ray of this machine, again if that fails.
+
+    Ray gives its own processes 30 seconds to answer, which a busy machine does not always keep.
+
+    Args:
+        settings: arguments of ``ray.init``.
+
+    Raises:
+        RuntimeError: it failed ``STARTS`` times.
+    """
+    for start in range(1, STARTS + 1):
+        try:
+            ray.init(**settings)
+            return
+        except Exception as error:  # Ray raises nothing more exact
+            ray.shutdown()
+            if start == STARTS:
+                reason = " ".join(str(error).split())
+                raise RuntimeError(
+                    f"Ray did not start on this machine, tried {STARTS} times: {reason} "
+                    "(runtime=inprocess does without Ray)"
+                ) from error
 
 
 def address_of(runtime: Runtime) -> tuple[str, str]:

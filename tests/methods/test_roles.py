@@ -556,5 +556,7 @@ def test_hyperparameters_are_checked(
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_scl_s_rank_is_checked_against_the_model(name: str) -> None:
-    with pytest.raises(ValueError, match=f"rank must be from 1 to {HIDDEN} here, got {HIDDEN + 1}"):
+    with pytest.raises(
+        ValueError, match=f"method.rank must be <= {HIDDEN}, the smaller .* got {HIDDEN + 1}"
+    ):
         SCL(rank=HIDDEN + 1).inject(tiny(name))

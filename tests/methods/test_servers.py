@@ -240,10 +240,12 @@ def test_cores_by_hand(init: str) -> None:
         torch.testing.assert_close((base.weight @ layer.basis_in[0]).norm(), strongest)
 
 
-def test_the_rank_of_singular_vectors_is_checked_against_the_model() -> None:
-    with pytest.raises(ValueError, match="rank must be from 1 to 48 here, got 49"):
-        FedSB(rank=49).inject(tiny("bert"))
-    assert FedSB(rank=49, init="orthogonal").inject(tiny("bert"))
+@pytest.mark.parametrize("init", ["gradient", "svd", "orthogonal"])
+def test_the_rank_of_a_core_is_checked_against_the_model(init: str) -> None:
+    said = r"method\.rank must be <= 48, the smaller side of .*query \(48 x 48\), got 49"
+    with pytest.raises(ValueError, match=said):
+        FedSB(rank=49, init=init).inject(tiny("bert"))
+    assert FedSB(rank=48, init=init).inject(tiny("bert"))
 
 
 def test_sparse_delta_by_hand() -> None:

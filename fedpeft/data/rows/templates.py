@@ -49,9 +49,9 @@ def rendered(text: str, rows: "Dataset", **more: Sequence[Any]) -> list[str]:
     return texts
 
 
-def _failing(template: str, row: int, error: Exception) -> PartlyPublic:
+def _failing(template: str, row: int, error: Exception, advice: str = "") -> PartlyPublic:
     kind = type(error).__name__
-    return PartlyPublic(f"{template} fails in row {row} with {kind}", f": {error}")
+    return PartlyPublic(f"{template} fails in row {row} with {kind}{advice}", f": {error}")
 
 
 def check_prompt(prompt: str) -> None:
@@ -111,7 +111,8 @@ def chat_prompts(conversations: Sequence[Conversation], tokenizer: Any) -> list[
                 tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             )
         except Exception as error:  # a template may raise anything
-            raise _failing("the tokenizer's chat template", i, error) from error
+            advice = " (model.chat_template sets another)"
+            raise _failing("the tokenizer's chat template", i, error, advice) from error
     return prompts
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,9 @@ class TextFormat:
         """
         import datasets
 
-        settings: dict[str, Any] = {"data_files": [str(f) for f in files], "split": "train"}
+        # escaped, because else [ and * in a name are patterns
+        names = [escape(str(file)) for file in files]
+        settings: dict[str, Any] = {"data_files": names, "split": "train"}
         if kind == "json":
             settings["encoding"] = self.encoding
         if kind != "csv":

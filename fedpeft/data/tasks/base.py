@@ -144,6 +144,11 @@ class Task(Source):
         """
         return False
 
+    def longest(self, examples: Examples) -> tuple[int, int]:
+        """Return the position of the row of which a model reads most tokens, and their number."""
+        row = int(examples.lengths.argmax())
+        return row, int(examples.lengths[row])
+
     # --- answers to questions without a label --------------------------------------------------
 
     def asked(self) -> list[str]:

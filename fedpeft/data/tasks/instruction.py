@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpeft.data.batching import Batch, flat
+from fedpeft.data.batching import Batch, Examples, flat
 from fedpeft.data.rows.conversations import Conversation, as_text, divided, problem
 from fedpeft.data.rows.tables import kind, values
 from fedpeft.data.rows.templates import (
@@ -112,6 +112,11 @@ class InstructionTuning(Task):
         return self.max_length // 2 if self.max_answer_length is None else self.max_answer_length
 
     @property
+    def prompt_room(self) -> int:
+        """Most tokens of a prompt for which an answer is generated."""
+        return self.max_length - self.answer_room
+
+    @property
     def selects(self) -> tuple[str, int]:
         return "loss", -1
 
@@ -122,6 +127,16 @@ class InstructionTuning(Task):
 
     def generates(self, last: bool) -> bool:
         return self.generate == "always" or (last and self.generate == "last")
+
+    def longest(self, examples: Examples) -> tuple[int, int]:
+        """See ``Task.longest``; where texts are generated, new tokens count too."""
+        if not self.generates(last=True):
+            return super().longest(examples)
+        prompts = np.minimum(examples.arrays["prompts"][examples.rows], self.prompt_room)
+        new = self.generation.get("max_new_tokens", self.answer_room)
+        lengths = np.maximum(examples.lengths, prompts + new)
+        row = int(lengths.argmax())
+        return row, int(lengths[row])
 
     def columns(self) -> list[str]:
         return (
@@ -226,7 +241,7 @@ class InstructionTuning(Task):
         Returns:
             ``generated`` (B, T) token ids, IGNORED from the end token on.
         """
-        room = self.max_length - self.answer_room  # so that prompt and new tokens fit the model
+        room = self.prompt_room
         rows = zip(batch["input_ids"], batch["prompts"].tolist(), strict=True)
         prompts = [ids[keep_ends(list(range(n)), room)] for ids, n in rows]
         return {

@@ -9,6 +9,7 @@ from fedpeft.methods.base import Method
 from fedpeft.methods.exported import PeftForm, as_lora
 from fedpeft.models.sites import (
     attention_projections,
+    check_rank,
     freeze_all_but_head,
     linear_weight,
     replace,
@@ -57,6 +58,7 @@ class Cores(Method):
     def inject(self, model: nn.Module) -> nn.Module:
         freeze_all_but_head(model)
         for name in attention_projections(model, self.targets):
+            check_rank(model, [name], self.rank)  # the core is r x r at each of them
             layer = model.get_submodule(name)
             weight, _, transposed = linear_weight(layer)
             weight = weight.T if transposed else weight
