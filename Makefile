@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Compiled code is kept, because the tests start many processes, which would each compile it anew.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: quickstart test quick matrix slow check lint bench clean
 
 quickstart: $(VENV)/quickstart ## six methods on the embedded model and data
