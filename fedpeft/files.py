@@ -38,6 +38,21 @@ def replacing(path: Path) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
+def append(path: Path, text: str) -> None:
+    """Append a text to a file; it is on the disk when this returns.
+
+    Raises:
+        Unwritten: the disk is full, or the file cannot be written.
+    """
+    try:
+        with path.open("a") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _unwritten(path, error) from error
+
+
 def _unwritten(path: Path, error: Exception) -> Unwritten:
     """Return an error with the path and the reason; safetensors gives the number in its text."""
     number = getattr(error, "errno", None)

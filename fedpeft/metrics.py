@@ -2,9 +2,10 @@
 
 Sources: BLEU by sacrebleu (https://aclanthology.org/W18-6319), ROUGE-L by rouge_score
 (https://aclanthology.org/W04-1013), exact match and token F1 as in SQuAD v1.1's official script
-(https://arxiv.org/abs/1606.05250), the others by scikit-learn and scipy. All three count Latin
-words. In a row whose references are mainly of another script, each character of a script without
-spaces is a word.
+(https://arxiv.org/abs/1606.05250), the others by scikit-learn and scipy. ROUGE-L
+counts words of a to z and digits. In a row whose references are mainly of another script, it counts
+letters of any script, and for ROUGE-L, BLEU and token F1 each character of a script without spaces
+is a word.
 """
 
 import re

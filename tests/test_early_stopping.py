@@ -93,6 +93,14 @@ def test_somebody_must_measure(run: Runner) -> None:
     assert not run.recorder.exchanges
 
 
+def test_a_method_that_needs_its_last_round_does_not_end_early(run: Runner) -> None:
+    """FedDPA-F trains the personal adapters in the last round alone."""
+    with pytest.raises(ValueError, match="before its last round, which this FedDPA needs"):
+        run("method=feddpa", "method.variant=after", "early_stopping.patience=1")
+    assert not run.recorder.exchanges
+    run("method=feddpa", "method.variant=turns", "early_stopping.patience=1", "num_rounds=1")
+
+
 def test_clients_are_not_told(run: Runner) -> None:
     """It is the server's choice, and a site's policy need not allow it."""
     run("method.rank=4", "num_rounds=1", "early_stopping.patience=1")

@@ -688,7 +688,8 @@ def test_a_tokenizer_s_template_stays_and_one_in_the_configuration_wins(llama_li
 @needs_shared
 @pytest.mark.parametrize("folder", ["models/stories260k", "tokenizers/llama2"])
 def test_real_tokenizers_get_instructions(folder: str) -> None:
-    tokenizer = tiny("llama2_7b", tokenizer_path=str(SHARED / folder)).tokenizer()
+    model = replace(published("llama2_7b"), tokenizer_path=str(SHARED / folder), random=True)
+    tokenizer = model.tokenizer()
     text = chat(tokenizer, "Tell a story.")
     assert text == "### Instruction:\nTell a story.\n\n### Response:\n"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -10,6 +10,9 @@ upgrade has removed.
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
+from typing import Any
 
 import httpx
 from flwr.app import Context, Error, Message
@@ -45,8 +48,19 @@ class Tasks:
         protected = frozenset({"/flwr.proto.Runtime/AcquireTask"})
         signed = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=protected)
         self.client = _client(address, signed, retry=False)
+        self.waiting: list[Task] = []  # whose messages have not come yet
 
-    def next(self) -> "Task | None":
+    def answer(self, app: App) -> bool:
+        """Answer the oldest message that is here; return false if there is none."""
+        if task := self._next():
+            self.waiting.append(task)
+        ready = next((task for task in self.waiting if task.is_here()), None)
+        if ready is not None:
+            self.waiting.remove(ready)
+            ready.answer(app)
+        return ready is not None
+
+    def _next(self) -> "Task | None":
         """Return the oldest task that nobody has taken; null if there is none, or no SuperNode."""
         request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
         try:
@@ -59,7 +73,10 @@ class Tasks:
 
 
 class Task:
-    """One message to answer.
+    """One message to answer, which is fetched in the background from now on.
+
+    A SuperNode makes the task before it has the message. If the run ends in between, the message
+    never comes, and whoever waited for it here would answer no later one.
 
     Args:
         address: of the SuperNode's runtime API.
@@ -68,6 +85,20 @@ class Task:
 
     def __init__(self, address: str, token: str) -> None:
         self.client = _client(address, RuntimeTokenHttpInterceptor(token))
+        self._heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(self.client))
+        self._heartbeat.start()
+        self._input: Future[Any] = Future()
+        Thread(target=self._fetch, daemon=True).start()
+
+    def _fetch(self) -> None:
+        try:
+            self._input.set_result(pull_task_input(self.client))
+        except Exception as error:
+            self._input.set_exception(error)
+
+    def is_here(self) -> bool:
+        """Return true when the message has come, or cannot come."""
+        return self._input.done()
 
     def answer(self, app: App) -> None:
         """Answer the message by an app; its error becomes the reply.
@@ -75,11 +106,9 @@ class Task:
         Raises:
             KeyboardInterrupt: the server no longer waits for the reply.
         """
-        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(self.client))
-        heartbeat.start()
         context, status, details = None, SubStatus.FAILED, "the message could not be read"
         try:
-            message, context, *_ = pull_task_input(self.client)
+            message, context, *_ = self._input.result()
             try:
                 reply, status, details = app(message, context), SubStatus.COMPLETED, ""
             except Exception as error:
@@ -90,7 +119,7 @@ class Task:
             push_message(self.client, reply, context)
         finally:
             push_task_output(self.client, context, status, details)
-            heartbeat.stop()
+            self._heartbeat.stop()
             self.client.close()
 
 

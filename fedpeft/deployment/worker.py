@@ -32,9 +32,7 @@ def main() -> None:
     ready()  # torch is here when the first message comes
     parent = os.getppid()
     while os.getppid() == parent:
-        if task := tasks.next():
-            task.answer(answer)
-        else:
+        if not tasks.answer(answer):
             time.sleep(POLL_SECONDS)
 
 

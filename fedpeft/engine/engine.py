@@ -280,6 +280,6 @@ def open_engine(overrides: str, data_path: str | None) -> Engine:
     """
     extended: list[Any] = configuration.split(overrides)
     if data_path is not None:
-        # All rows of a client's own folder train, and the client divides them itself.
+        # The client divides the rows of its own folder by itself, so no split need be there.
         extended += [f"data.path={quoted(data_path)}", "data.missing_split=error"]
     return Engine(configuration.load_config(extended), data_path)

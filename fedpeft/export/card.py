@@ -77,9 +77,14 @@ def _loading(run: FinishedRun, form: str) -> str:
         processor="AutoTokenizer" if reads_text else "AutoImageProcessor",
         auto=task.auto_class,
         base=_base(run),
-        labels="" if task.num_labels is None else f", num_labels={task.num_labels}",
+        labels="" if task.num_labels is None else _labels(task.num_labels),
         pad="base.config.pad_token_id = processor.pad_token_id\n" if reads_text else "",
     )
+
+
+def _labels(count: int) -> str:
+    """Return the arguments of a head; the base model's may have another number of labels."""
+    return f", num_labels={count}, ignore_mismatched_sizes=True"
 
 
 def _facts(run: FinishedRun) -> dict[str, Any]:
@@ -127,7 +132,7 @@ def _table(title: str, rows: dict[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return " ".join(str(value).split()).replace("|", "\\\\|")
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _limits(run: FinishedRun, difference: float) -> list[str]:

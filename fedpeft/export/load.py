@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fedpeft.config.load import typed
+from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Config
 from fedpeft.engine.replica import injected
 from fedpeft.export import folder as files
@@ -43,7 +44,7 @@ def load(folder: str | Path, base: str | None = None) -> nn.Module:
     Raises:
         ValueError: this is no exported folder, or its base model cannot be had.
     """
-    overrides = [] if base is None else [f"model.path='{base}'"]
+    overrides = [] if base is None else [f"model.path={quoted(base)}"]
     return opened(Path(folder), overrides).model
 
 
@@ -87,7 +88,11 @@ def _base(folder: Path, config: Config) -> Any:
 
     task, source = config.data, config.model.source()
     auto = getattr(transformers, task.auto_class)
-    labels = {} if task.num_labels is None else {"num_labels": task.num_labels}
+    labels: dict[str, Any] = {}
+    if task.num_labels is not None:
+        # A base model's head of another size starts anew, as in the run; the folder has the run's.
+        anew = source != str(folder.resolve())
+        labels = {"num_labels": task.num_labels, "ignore_mismatched_sizes": anew}
     more = fetching(source, config.model.revision)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -166,7 +166,7 @@ def _of_client(folder: Path, replica: Replica, best: bool, client: int) -> tuple
     if not checkpoints:
         raise ValueError(f"{folder} has no checkpoint, which says what each client keeps")
     last = checkpoints[-1]
-    at = replica.roles.at(config.num_rounds + 1, client)
+    at = replica.roles.at(last.round + 1, client)
     at = at._replace(memory=config.method.down(last.method_memory, at))
     return at, _kept(folder, replica, last, best, client)
 
@@ -174,7 +174,8 @@ def _of_client(folder: Path, replica: Replica, best: bool, client: int) -> tuple
 def _kept(folder: Path, replica: Replica, last: Checkpoint, best: bool, client: int) -> State:
     if not replica.roles.has_personal:
         return {}
-    generation = (last.best_accepted if best else last.accepted).get(client, 0)
+    measured = best and last.best is not None  # else the last round counts as the best
+    generation = (last.best_accepted if measured else last.accepted).get(client, 0)
     if generation == 0:
         raise ValueError(f"client {client} had trained in no round, so it keeps nothing of its own")
     store = Store(folder / "clients" / last.run / f"client_{client}")

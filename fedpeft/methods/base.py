@@ -174,6 +174,10 @@ class Method(ABC):
         """
         return (Phase(),)
 
+    def can_end_early(self) -> bool:
+        """Return false if the last round, by its number, does what no other round does."""
+        return True
+
     def arrange(self, model: nn.Module, setting: str) -> None:  # noqa: B027
         """Prepare the model for a phase's setting; ``""`` is also that of evaluation."""
 

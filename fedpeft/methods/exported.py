@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fedpeft.models.sites import head_parameters, linear_weight, replace
+from fedpeft.models.sites import head_parameters, is_transposed, linear_weight, replace
 from fedpeft.nn.scl import CompressedProjection
 from fedpeft.state import State
 
@@ -66,7 +66,7 @@ def as_lora(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> P
         r=rank,
         lora_alpha=rank,
         target_modules=list(factors),
-        fan_in_fan_out=getattr(model.config, "model_type", "") == "gpt2",
+        fan_in_fan_out=any(map(is_transposed, model.modules())),
     )
     tensors: State = {}
     for site, (b, a) in factors.items():

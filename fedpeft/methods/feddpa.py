@@ -54,6 +54,9 @@ class FedDPA(LoRA):
                 f"before, so num_rounds must be >= 2, got {num_rounds}"
             )
 
+    def can_end_early(self) -> bool:
+        return self.variant != "after"
+
     def inject(self, model: nn.Module) -> nn.Module:
         configs = {name: self.config(model) for name in (GLOBAL, LOCAL)}
         add_by_peft(model, **configs)

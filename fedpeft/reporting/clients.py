@@ -30,12 +30,13 @@ def read_clients(run: Path) -> Rows:
         ValueError: it holds no such table.
     """
     if (run / CLIENTS).exists():
-        return read_lines(run / CLIENTS)
-    if not (run / PACKED).exists():
-        raise ValueError(f"{run} holds no {PACKED} and no {CLIENTS}: give a run's directory")
-    from pyarrow import parquet  # takes a quarter of a second
+        rows = read_lines(run / CLIENTS)
+    elif (run / PACKED).exists():
+        from pyarrow import parquet  # takes a quarter of a second
 
-    rows = parquet.read_table(run / PACKED).to_pylist()
+        rows = parquet.read_table(run / PACKED).to_pylist()
+    else:
+        raise ValueError(f"{run} holds no {PACKED} and no {CLIENTS}: give a run's directory")
     return [{key: value for key, value in row.items() if value is not None} for row in rows]
 
 

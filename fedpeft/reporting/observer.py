@@ -16,7 +16,7 @@ class Observer:
         """Note that a run begins."""
 
     def note(self, text: str) -> None:
-        """Note a sentence on what may be as it is meant, once and before the first round."""
+        """Note a fact that may be intended, such as a split set aside, before the first round."""
 
     def phase(self, name: str, clients: int) -> None:
         """Note that the server begins to wait for this many clients."""

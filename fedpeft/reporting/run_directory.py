@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from fedpeft.config.load import leaves
-from fedpeft.files import replacing
+from fedpeft.files import append, replacing
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 CLIENTS, PACKED = "clients.jsonl", "clients.parquet"  # while the run lasts, and after it
@@ -119,10 +118,8 @@ class RunDirectory:
         self._append(METRICS, [line])
 
     def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        with (self.path / name).open("a") as file:
-            file.writelines(json.dumps(finite(line), allow_nan=False) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
+        texts = (json.dumps(finite(line), allow_nan=False) + "\n" for line in lines)
+        append(self.path / name, "".join(texts))
 
     def pack_clients(self) -> None:
         """Turn the rows of all rounds into ``clients.parquet``, at the end of the run."""

@@ -68,8 +68,14 @@ class FederatedPEFT(Strategy):
         """Return a selection by the server's measure, or the clients' if a parameter is personal.
 
         Raises:
-            ValueError: the run should end early, but nobody measures.
+            ValueError: the run should end early, but the method needs its last round, or nobody
+                measures.
         """
+        if patience is not None and not self.config.method.can_end_early():
+            raise ValueError(
+                f"early_stopping.patience={patience} may end the run before its last round, which "
+                f"this {type(self.config.method).__name__} needs: set it to null"
+            )
         personal = self.roles.has_personal
         metric, sign = self.engine.task.selects
         name = f"{'client_' if personal else ''}validation_{metric}"

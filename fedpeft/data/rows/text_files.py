@@ -107,7 +107,7 @@ class TextFormat:
             header = next(lines, "")
             if not header:
                 return "is empty"
-            if len(_cells(header, separator)) == 1:
+            if self.separator is None and len(_cells(header, separator)) == 1:
                 for other, name in SEPARATORS.items():
                     if other != separator and len(_cells(header, other)) > 1:
                         value = "tab" if other == "\t" else f"'{other}'"
