@@ -5,9 +5,10 @@ its messages in ``deployment/tasks.py``; ``tests/test_wire.py`` says which one a
 """
 
 import json
+import math
 import zlib
+from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fedpeft.state import State, bits, bits_dtype
 
+MOST_DIMENSIONS = 64  # of a tensor of torch
 MOST_INDEX = 1 << 26
 
 
@@ -61,18 +63,32 @@ def unpack(arrays: ArrayRecord, index: bytes, most: int = MOST_INDEX) -> State:
     except (zlib.error, ValueError) as error:
         raise ValueError(f"the index of the arrays cannot be read: {error}") from error
     for name, dtype, shape in entries:
-        size = int(np.prod(shape))
+        _check_shape(shape)
+        size = math.prod(shape)
         if dtype not in flat or used[dtype] + size > flat[dtype].size:
             raise ValueError(f"the array of {dtype} is too short for {name} {shape}")
+        wanted = getattr(torch, dtype)
+        # Before the copy, because items of no bytes can be without number in a short message.
+        held = torch.from_numpy(flat[dtype][:0].copy()).dtype
+        if held != bits_dtype(wanted):
+            raise ValueError(f"the array of {dtype} holds {held}")
         part = torch.from_numpy(flat[dtype][used[dtype] : used[dtype] + size].copy())
         used[dtype] += size
-        wanted = getattr(torch, dtype)
-        if part.dtype != bits_dtype(wanted):
-            raise ValueError(f"the array of {dtype} holds {part.dtype}")
         state[name] = part.view(wanted).reshape(shape)
     if longer := [dtype for dtype in flat if used[dtype] < flat[dtype].size]:
         raise ValueError(f"the array of {longer[0]} holds more than the index names")
     return state
+
+
+def _check_shape(shape: Any) -> None:
+    """Check that a shape is one, because numbers without a bound keep their product busy.
+
+    Raises:
+        ValueError: it is no list of a few whole numbers.
+    """
+    few = isinstance(shape, list) and len(shape) <= MOST_DIMENSIONS
+    if not few or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+        raise ValueError(f"a shape must be a list of whole numbers >= 0, got {shape!r:.60}")
 
 
 def named_arrays(state: State) -> ArrayRecord:
