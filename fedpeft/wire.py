@@ -69,8 +69,7 @@ def unpack(arrays: ArrayRecord, index: bytes, most: int = MOST_INDEX) -> State:
             raise ValueError(f"the array of {dtype} is too short for {name} {shape}")
         wanted = getattr(torch, dtype)
         # Before the copy, because items of no bytes can be without number in a short message.
-        held = torch.from_numpy(flat[dtype][:0].copy()).dtype
-        if held != bits_dtype(wanted):
+        if (held := flat[dtype].dtype) != torch.empty(0, dtype=bits_dtype(wanted)).numpy().dtype:
             raise ValueError(f"the array of {dtype} holds {held}")
         part = torch.from_numpy(flat[dtype][used[dtype] : used[dtype] + size].copy())
         used[dtype] += size

@@ -200,7 +200,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     ),
     "array of another dtype": (
         with_array(lambda a: a.astype("float64")),
-        "the array of float32 holds torch.float64",
+        "the array of float32 holds float64",
     ),
     "short array": (with_array(lambda a: a[:-3].copy()), "the array of float32 is too short for"),
     "long array": (
