@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from fedpeft.config.load import leaves
 from fedpeft.files import append, replacing
 
-METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+FAILED = "failed.txt"  # the reason why training diverged, which a study notes
 CLIENTS, PACKED = "clients.jsonl", "clients.parquet"  # while the run lasts, and after it
 PACKAGES = ("fedpeft", "flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy")
 
@@ -91,10 +92,10 @@ class RunDirectory:
         held = (self.path / METRICS).exists()
         if not held:  # of a run that was killed before its first line
             (self.path / CLIENTS).unlink(missing_ok=True)
-        written = self.path / "config.yaml"
+        written = self.path / CONFIG
         if held and written.exists():
             check_same(OmegaConf.load(written), config, self.path)
-        self._write("config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        self._write(CONFIG, OmegaConf.to_yaml(config, resolve=True))
 
     def close(self) -> None:
         """Let others have the directory."""
@@ -216,7 +217,7 @@ def finished(config: DictConfig) -> dict[str, Any] | None:
     folder = Path(config.run_dir)
     if not (folder / SUMMARY).exists():
         return None
-    check_same(OmegaConf.load(folder / "config.yaml"), config, folder)
+    check_same(OmegaConf.load(folder / CONFIG), config, folder)
     return json.loads((folder / SUMMARY).read_text())
 
 

@@ -12,12 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedpeft.config.load import composed
 from fedpeft.config.overrides import quoted
-from fedpeft.reporting.run_directory import check_same
+from fedpeft.reporting.run_directory import CONFIG, FAILED, SUMMARY, check_same
 
 T = TypeVar("T")
 Outcome = dict[str, Any] | Exception
 RunAll = Callable[[list[list[str]]], Sequence[Outcome]]
-FAILED = "failed.txt"  # in a run's directory: the reason why its training diverged
 # In the error of training that diverged.
 DIVERGED = re.compile(r"\bnot finite\b|\btraining loss is ")
 
@@ -47,11 +46,11 @@ class Run(NamedTuple):
         Raises:
             ValueError: the directory's run was made from another configuration.
         """
-        if not (self.path / "config.yaml").exists():
+        if not (self.path / CONFIG).exists():
             return None
-        check_same(OmegaConf.load(self.path / "config.yaml"), self.config, self.path)
-        if (self.path / "summary.json").exists():
-            return json.loads((self.path / "summary.json").read_text())
+        check_same(OmegaConf.load(self.path / CONFIG), self.config, self.path)
+        if (self.path / SUMMARY).exists():
+            return json.loads((self.path / SUMMARY).read_text())
         if (self.path / FAILED).exists():
             return RuntimeError((self.path / FAILED).read_text())
         return None

@@ -1,0 +1,120 @@
+"""Runs on the disk: found under folders, read, and grouped by what sets them apart."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from fedpeft.config.load import leaves
+from fedpeft.reporting.run_directory import (
+    CONFIG,
+    FAILED,
+    FREE,
+    METRICS,
+    SUMMARY,
+    read_metrics,
+)
+
+COMPLETED, DIVERGED, UNFINISHED = "completed", "diverged", "unfinished"  # states of a saved run
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run's directory, whose files are read when they are first asked for.
+
+    Args:
+        path: of the directory.
+    """
+
+    path: Path
+
+    @cached_property
+    def config(self) -> DictConfig:
+        """The composed configuration."""
+        return OmegaConf.load(self.path / CONFIG)  # pyright: ignore[reportReturnType]
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of the rounds; none if the run ended before its first."""
+        return read_metrics(self.path) if (self.path / METRICS).exists() else []
+
+    @cached_property
+    def summary(self) -> dict[str, Any] | None:
+        """The summary; null if the run did not come to its end."""
+        file = self.path / SUMMARY
+        return json.loads(file.read_text()) if file.exists() else None
+
+    @property
+    def status(self) -> str:
+        """``completed``, ``diverged``, or ``unfinished``: it still goes on, or was ended."""
+        if self.summary is not None:
+            return COMPLETED
+        return DIVERGED if (self.path / FAILED).exists() else UNFINISHED
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The configuration's values by dotted key, without the keys that change no result."""
+        flat = leaves(self.config)
+        return {key: value for key, value in flat.items() if key not in FREE}
+
+    @property
+    def hash(self) -> str:
+        """Twelve hexadecimal digits that two runs share if the same results are due to them."""
+        return _hash(self.settings)
+
+    @property
+    def hash_but_seed(self) -> str:
+        """The same for runs that differ in nothing but the seed."""
+        return _hash({key: value for key, value in self.settings.items() if key != "seed"})
+
+
+def _hash(settings: dict[str, Any]) -> str:
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def saved_runs(folders: Sequence[Path]) -> list[SavedRun]:
+    """Find the runs in folders and in all folders below them.
+
+    Args:
+        folders: of runs, studies or sweeps; a run that two of them hold is returned once.
+
+    Returns:
+        The runs, sorted by path.
+
+    Raises:
+        ValueError: a folder is not there, or holds no run.
+    """
+    found: dict[Path, SavedRun] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder: give the directory of a run, or one above it")
+        paths = sorted({file.parent for name in (METRICS, FAILED) for file in folder.rglob(name)})
+        runs = [path for path in paths if (path / CONFIG).exists()]
+        if not runs:
+            raise ValueError(f"{folder} holds no run: none of its folders has {METRICS}")
+        found |= {path.resolve(): SavedRun(path) for path in runs if path.resolve() not in found}
+    return sorted(found.values(), key=lambda run: run.path)
+
+
+def differing(runs: Sequence[SavedRun]) -> list[str]:
+    """Return the dotted keys whose value is not the same in all of these runs, sorted."""
+    keys = sorted({key for run in runs for key in run.settings})
+    absent = object()
+    return [key for key in keys if len({repr(run.settings.get(key, absent)) for run in runs}) > 1]
+
+
+def by_setting(runs: Sequence[SavedRun]) -> list[list[SavedRun]]:
+    """Group runs that differ in nothing but the seed, each group sorted by seed.
+
+    Groups come in the order of their first run.
+    """
+    groups: dict[str, list[SavedRun]] = {}
+    for run in runs:
+        groups.setdefault(run.hash_but_seed, []).append(run)
+    return [sorted(group, key=lambda run: run.settings["seed"]) for group in groups.values()]
