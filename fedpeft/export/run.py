@@ -15,6 +15,7 @@ from fedpeft.config.schema import Config
 from fedpeft.engine.replica import Replica
 from fedpeft.export.folder import with_labels
 from fedpeft.methods.base import At
+from fedpeft.reporting.run_directory import CONFIG, SUMMARY
 from fedpeft.seeding import generator
 from fedpeft.server.checkpoint import Checkpoint, Checkpoints
 from fedpeft.state import Role, State, read
@@ -72,7 +73,7 @@ class FinishedRun:
 
 def is_run(folder: Path) -> bool:
     """Tell whether a folder is the directory of a finished run."""
-    return all((folder / name).is_file() for name in ("summary.json", "config.yaml"))
+    return all((folder / name).is_file() for name in (SUMMARY, CONFIG))
 
 
 def open_run(
@@ -100,8 +101,8 @@ def open_run(
             f"{folder} holds neither a finished run (summary.json, config.yaml) nor an exported "
             "folder (fedpeft.json)"
         )
-    summary = json.loads((folder / "summary.json").read_text())
-    tree: Any = changed(OmegaConf.load(folder / "config.yaml"), overrides)  # type: ignore[arg-type]
+    summary = json.loads((folder / SUMMARY).read_text())
+    tree: Any = changed(OmegaConf.load(folder / CONFIG), overrides)  # type: ignore[arg-type]
     config = typed(with_labels(tree, summary.get("labels")))
     replica = OneModel(_whole(config, device))
     state = _as_received(
