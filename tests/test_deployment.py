@@ -1,12 +1,11 @@
 """Real processes over TLS give the bits of a simulation, also when a node starts again half-way."""
 
+import json
 import signal
-import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import closing
-from http.client import HTTPSConnection
 from pathlib import Path
 
 import psutil
@@ -14,8 +13,10 @@ import pytest
 
 from fedpeft.deployment.trial import APP, Trial
 from tests.deployments import completed, ended, lines, overrides_of, simulated, summary, until
+from tests.networks import Between, link, move, trial_between_networks
 
 pytestmark = pytest.mark.slow
+CUT_SECONDS = 30
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +28,13 @@ def expected(
 
 @pytest.fixture(scope="module")
 def trial(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
-    """A server and three nodes, up and running."""
-    trial = Trial(tmp_path_factory.mktemp("trial"))
-    try:
-        trial.start(3, [], base)
-        yield trial
-    finally:
-        trial.processes.stop()
+    """A server and three nodes, up and running, each in a network of its own if this can be."""
+    with trial_between_networks(tmp_path_factory.mktemp("trial")) as trial:
+        try:
+            trial.start(3, [], base)
+            yield trial
+        finally:
+            trial.processes.stop()
 
 
 def child(trial: Trial, program: str, word: str) -> psutil.Process:
@@ -71,6 +72,28 @@ def test_nodes_that_start_again_half_way(
     assert summary(run_dir) == expected[method]
 
 
+def test_a_link_is_cut_and_a_site_moves(
+    base: list[str], expected: dict[str, dict[str, object]], trial: Trial, tmp_path: Path
+) -> None:
+    """The run has the bits of a simulation, whatever the network does meanwhile."""
+    if not isinstance(trial, Between):
+        pytest.skip("network namespaces cannot be made here")
+    method, run_dir = "fedtt_plus", tmp_path / "run"
+    run = trial.submit(APP, overrides_of(base, method, run_dir))
+    until(lambda: lines(run_dir) > 1, "round 1 is over")
+    link("node-0", "down")
+    moved = trial.processes.started["node-1"]
+    moved.terminate()
+    assert moved.wait(60) == 143
+    move("node-1", "10.77.0.99")
+    trial.processes.start(trial.nodes["node-1"])
+    time.sleep(CUT_SECONDS)
+    assert lines(run_dir) <= 3  # at most the round that was under way has ended
+    link("node-0", "up")
+    completed(trial, run, run_dir)
+    assert summary(run_dir) == expected[method]
+
+
 def test_a_server_that_is_killed_half_way(
     base: list[str], expected: dict[str, dict[str, object]], trial: Trial, tmp_path: Path
 ) -> None:
@@ -90,27 +113,46 @@ def test_a_server_that_is_killed_half_way(
     assert summary(run_dir) == expected[method]
 
 
-@pytest.mark.parametrize(
-    ("path", "status"),
-    [
-        ("/v1/fleet/pull-messages", 401),  # the SuperLink's own answer to one without a key
-        ("/v1/fleet/register-node", 401),
-        ("/v1/control/list-runs", 404),
-        ("/v1/control/register-node", 404),
-        ("/v1/runtime/acquire-task", 404),
-        ("/v1/fleet/../control/list-runs", 404),
-        ("/v1/fleet/%2e%2e/control/list-runs", 404),
-        ("/v1/fleet/%2e%2e%2fcontrol%2flist-runs", 404),
-        ("//v1/control/list-runs", 404),
-        ("/docs", 404),
-    ],
-)
-def test_an_outsider_reaches_only_what_sites_use(trial: Trial, path: str, status: int) -> None:
+# Prints the status of the answer to each path that standard input names.
+ASK = """
+import json, ssl, sys
+from http.client import HTTPSConnection
+
+certificate, host, port = sys.argv[1:]
+context = ssl.create_default_context(cafile=certificate)
+found = {}
+for path in json.load(sys.stdin):
+    opened = HTTPSConnection(host, int(port), context=context, timeout=20)
+    opened.request("POST", path, b"", {"Content-Type": "application/protobuf"})
+    found[path] = opened.getresponse().status
+    opened.close()
+print(json.dumps(found))
+"""
+
+
+def test_an_outsider_reaches_only_what_sites_use(trial: Trial) -> None:
     """Who has the address and the public certificate can neither submit a run nor take a task."""
-    context = ssl.create_default_context(cafile=str(trial.folder / "server.pem"))
-    with closing(HTTPSConnection("127.0.0.1", trial.port, context=context, timeout=20)) as opened:
-        opened.request("POST", path, b"", {"Content-Type": "application/protobuf"})
-        assert opened.getresponse().status == status
+    statuses = {
+        "/v1/fleet/pull-messages": 401,  # the SuperLink's own answer to one without a key
+        "/v1/fleet/register-node": 401,
+        "/v1/control/list-runs": 404,
+        "/v1/control/register-node": 404,
+        "/v1/runtime/acquire-task": 404,
+        "/v1/fleet/../control/list-runs": 404,
+        "/v1/fleet/%2e%2e/control/list-runs": 404,
+        "/v1/fleet/%2e%2e%2fcontrol%2flist-runs": 404,
+        "//v1/control/list-runs": 404,
+        "/docs": 404,
+    }
+    certificate, words = trial.folder / "server.pem", trial.place("outside")
+    asked = subprocess.run(
+        [*words, sys.executable, "-c", ASK, certificate, trial.host, str(trial.port)],
+        input=json.dumps(list(statuses)),
+        capture_output=True,
+        text=True,
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout) == statuses
 
 
 def test_the_command_ends_with_one_sentence(base: list[str], tmp_path: Path) -> None:

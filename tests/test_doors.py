@@ -96,7 +96,7 @@ def test_flwr_run(
         "--run-config",
         f'overrides="{overrides}"',
         "--federation-config",
-        "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=2",
+        "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=1",
         "--stream",
         **flower,
     )

@@ -42,7 +42,7 @@ class Watched(flower_app.FederatedPEFT):
 which, flower_app.OVERRIDES = sys.argv[1:]
 START = {"ours": flower_app.FederatedPEFT, "flowers": Strategy}[which].start
 flower_app.FederatedPEFT = Watched
-init = {"num_cpus": 2, "logging_level": "ERROR", "log_to_driver": False}
+init = {"num_cpus": 1, "logging_level": "ERROR", "log_to_driver": False}
 backend = {"client_resources": {"num_cpus": 1, "num_gpus": 0}, "init_args": init}
 run_simulation(flower_app.server, flower_app.client, num_supernodes=3, backend_config=backend)
 """

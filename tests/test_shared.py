@@ -1,4 +1,4 @@
-"""Real data and weights: those in the folder shared/, and the embedded default."""
+"""Real data and weights, those in the folder shared/."""
 
 import hashlib
 import io
@@ -94,22 +94,3 @@ def test_a_pretrained_decoder_classifies(run: Any) -> None:
     # r (f + d) in each of five gated MLPs, and the head of four classes
     assert summary["parameters"]["sent_up"] == [5 * 8 * (172 + 64) + 4 * 64] * 2
     assert summary["refused"] == {}
-
-
-def test_the_embedded_default_trains(run: Any) -> None:
-    summary = run(
-        "model=minilm",
-        "model.path=null",
-        "data=docstrings",
-        "data.path=null",
-        "data.max_validation_rows=60",
-        "data.max_test_rows=60",
-        "method=scl",
-        "method.rank=64",
-        "num_rounds=1",
-    )
-    errors = list(summary["initial_error"].values())
-    assert len(errors) == 6 and all(0.9 < error < 1 for error in errors)
-    assert summary["data"]["rows"] == {"train": 8000, "validation": 60, "test": 60}
-    assert summary["weights_sha256"] == load_config([]).model.sha256
-    assert summary["initial"]["validation_loss"] != summary["final"]["validation_loss"]

@@ -25,7 +25,6 @@ from fedpeft.engine.plan import WEIGHT, plan
 from fedpeft.engine.together import Member, Together
 from fedpeft.methods.base import Phase
 from fedpeft.simulation.grid import InProcessGrid
-from fedpeft.simulation.launch import run as launched
 from fedpeft.state import State
 from tests.conftest import Runner
 
@@ -400,20 +399,6 @@ def test_a_run_that_keeps_moments_in_one_pass(run: Runner, monkeypatch: pytest.M
     for name, value in together.items():
         torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-5)
     assert any(not torch.allclose(alone[n], fresh[n], rtol=1e-3, atol=1e-4) for n in alone)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_moments_are_kept_on_ray_too(base: list[str], tmp_path: Path) -> None:
-    overrides = [*base, "method.rank=4", *KEEPING]
-    shas = [
-        launched([*overrides, f"run_dir={tmp_path / kind}", *runtime])["shared_state_sha256"]
-        for kind, runtime in (
-            ("inprocess", ["runtime.clients_per_pass=1"]),
-            ("ray", ["runtime=ray", "runtime.total_cpus=2", "runtime.clients_per_pass=1"]),
-        )
-    ]
-    assert shas[0] == shas[1]
 
 
 # --- schedules ----------------------------------------------------------------------------------

@@ -12,7 +12,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from fedpeft.config.load import load_config
 from fedpeft.data.rows import docstrings
+from fedpeft.data.rows.cache import cache_folder
+from tests.conftest import Runner
 
 FAKES = {"fake-alpha": "alpha", "fake-beta": "beta"}
 SHARED = "This {} sentence stands in both of the fake packages."
@@ -378,12 +381,29 @@ def test_rows_per_label_leaves_no_split_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_full_set_names_no_package(tmp_path: Path) -> None:
-    folder = docstrings.build(1500, tmp_path)
+def test_the_default_set_names_no_package_and_trains(run: Runner) -> None:
+    summary = run(
+        "model=minilm",
+        "model.path=null",
+        "data=docstrings",
+        "data.path=null",
+        "data.max_validation_rows=60",
+        "data.max_test_rows=60",
+        "method=scl",
+        "method.rank=64",
+        "num_rounds=1",
+    )
+    errors = list(summary["initial_error"].values())
+    assert len(errors) == 6 and all(0.9 < error < 1 for error in errors)
+    assert summary["data"]["rows"] == {"train": 8000, "validation": 60, "test": 60}
+    assert summary["weights_sha256"] == load_config([]).model.sha256
+    assert summary["initial"]["validation_loss"] != summary["final"]["validation_loss"]
+
+    folder = docstrings.build(1000, cache_folder() / "docstrings")  # the run has built it
     pairs = all_rows(folder)
-    assert Counter(label for _, label in pairs) == dict.fromkeys(range(10), 1500)
-    assert len({text.casefold() for text, _ in pairs}) == 15_000
-    assert len(rows(folder, "test")) == 1500
+    assert Counter(label for _, label in pairs) == dict.fromkeys(range(10), 1000)
+    assert len({text.casefold() for text, _ in pairs}) == 10_000
+    assert len(rows(folder, "test")) == 1000
     # These patterns are independent of the module's: identifiers are cut at case and underscore.
     long = re.compile(r"matplotlib|pyplot|networkx|numpy|pandas|scikit|sklearn|scipy|sympy")
     long_cased = re.compile(r"[Pp]y-?[Tt]orch|\b[Tt]orch|TORCH|(?i:transformers|hugging.?face)")

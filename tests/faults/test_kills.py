@@ -74,7 +74,7 @@ def test_kills_at_random_moments(
     command: list[str], whole: dict[str, Any], runtime: str, rounds: Sequence[int], tmp_path: Path
 ) -> None:
     """Kill -9 of the driver within a second of a round's line, also while it writes files."""
-    more = [f"runtime={runtime}", *(["runtime.total_cpus=2"] if runtime == "ray" else [])]
+    more = [f"runtime={runtime}", *(["runtime.total_cpus=1"] if runtime == "ray" else [])]
     draws = random.Random(5)
     for round in rounds:
         process = started([*command, *more], tmp_path / "run")
@@ -100,7 +100,7 @@ def test_kills_at_random_moments(
 def test_a_signal_ends_with_one_sentence(
     command: list[str], number: int, code: int, runtime: str, tmp_path: Path
 ) -> None:
-    more = [f"runtime={runtime}", *(["runtime.total_cpus=2"] if runtime == "ray" else [])]
+    more = [f"runtime={runtime}", *(["runtime.total_cpus=1"] if runtime == "ray" else [])]
     process = started([*command, *more, "num_rounds=100"], tmp_path / "run")
     wait_for_round(tmp_path / "run", 2)
     process.send_signal(number)
