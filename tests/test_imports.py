@@ -18,7 +18,7 @@ FORBIDDEN = {
     "server": {"client", "simulation", "deployment", "export"},
     "simulation": {"deployment", "export"},
     "deployment": {"engine", "server", "simulation", "export", "reporting"},
-    "export": {"simulation", "deployment", "reporting"},
+    "export": {"simulation", "deployment"},
     "reporting": SYSTEMS
     | {"methods", "models", "algorithms", "compression", "nn", "wire", "state"},
 }
