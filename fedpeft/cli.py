@@ -23,6 +23,8 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
   compare    several methods under one budget: fedpeft compare [--methods scl,lora] [overrides]
   study      methods x learning rates x seeds: fedpeft study --methods scl,lora+strategy=local_only
                                            --lrs 1e-4,1e-3 --seeds 0,1,2 run_dir=FOLDER [overrides]
+  results    runs below folders, compared: fedpeft results [DIR ...] [--where method=lora 'lr<0.01']
+                                           [--over-seeds] [--sort COLUMN] [--to FILE.parquet]
   params     what a method trains and sends: fedpeft params model=roberta_base [method=fedtt]
   show       what each client got:         fedpeft show RUN [--round N]
   partition  who holds what:               fedpeft partition num_clients=10 partition.alpha=0.1
@@ -56,6 +58,7 @@ def main() -> None:
         "run": run,
         "compare": compare,
         "study": study,
+        "results": results,
         "params": params,
         "show": show,
         "partition": partition,
@@ -278,6 +281,13 @@ def show(arguments: list[str]) -> None:
         print(table.as_json())
     else:
         table.page().show()
+
+
+def results(arguments: list[str]) -> None:
+    """List, filter, compare and export the runs below folders."""
+    from fedpeft.reporting import commands
+
+    commands.results(arguments)
 
 
 def partition(arguments: list[str]) -> None:
