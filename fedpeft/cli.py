@@ -191,7 +191,8 @@ def _finished(study: Any, save: Callable[..., Any], arguments: list[str], as_jso
     except KeyboardInterrupt as stopped:
         raise type(stopped)(tally.stopped(_going_on(arguments, study.folder, as_json))) from None
     task = load_config(done[0].run.overrides).data
-    results = save(study, done, Measures(task.headline, *task.selects), command)
+    measures = Measures(task.headline, *task.selects, quality_sign=task.sign(task.headline))
+    results = save(study, done, measures, command)
     if as_json:
         table = {"rows": results.rows, "baseline": results.baseline, "folder": str(study.folder)}
         print(json.dumps(table))

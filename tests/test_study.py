@@ -175,6 +175,15 @@ def test_files_of_a_study(tmp_path: Path) -> None:
     assert len(rows) == 12
 
 
+@pytest.mark.parametrize(("sign", "first"), [(1, 0.02), (-1, 0.01)])
+def test_the_best_quality_comes_first(tmp_path: Path, sign: int, first: float) -> None:
+    study = Study(tmp_path, [], ["lora+lr=0.01", "lora+lr=0.02"], flat=True)
+    done = study.finish(Fake(lambda lr, seed: summary_of(lr, 0.5)))
+    for save in (save_study, save_comparison):
+        results = save(study, done, ACCURACY._replace(quality_sign=sign), "")
+        assert [row["quality"] for row in results.rows] == [first, pytest.approx(0.03 - first)]
+
+
 def test_a_method_whose_runs_all_fail_is_named_and_a_study_of_such_ends(tmp_path: Path) -> None:
     def result(lr: float, seed: int) -> Outcome:
         return summary_of(0.5, 0.5) if lr == 0.02 else ValueError("no biases\nin its blocks")

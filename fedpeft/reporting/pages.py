@@ -1,5 +1,6 @@
 """Pages of studies, which ``fedpeft study`` and ``fedpeft compare`` write and print."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
     write_csv(study.folder / "runs.csv", runs)
     failed, floor = _failures(runs), baseline(done)
     rows = [study_row([r for r in runs if r["method"] == e], measures.sign) for e in study.entries]
-    rows.sort(key=lambda row: -1 if row["quality"] is None else row["quality"], reverse=True)
+    rows.sort(key=lambda row: _rank(row["quality"], measures))
     notes = [*study_notes(measures), *_floor_notes(floor), *failed, f"Made by: {command}"]
     title = f"{measures.quality} after the last round, mean by rows"
     page = Page(title, STUDY, study_cells(rows), notes)
@@ -87,7 +88,7 @@ def save_comparison(
         comparison_row(r.entry, s, measures.quality, settings(r.overrides).cohort_size())
         for r, s in ended
     ]
-    rows.sort(key=lambda row: -row["quality"])
+    rows.sort(key=lambda row: _rank(row["quality"], measures))
     notes = [comparison_note(measures), *_floor_notes(floor), *failed, f"Made by: {command}"]
     title = f"{measures.quality} after the last round, mean by rows"
     page = Page(title, COMPARISON, comparison_cells(rows), notes)
@@ -97,6 +98,11 @@ def save_comparison(
     picture = study.folder / "comparison.png"
     plot_comparison(picture, rows, curves, measures.quality, measures.selects, floor)
     return Results(page, rows, floor)
+
+
+def _rank(quality: float | None, measures: Measures) -> float:
+    """Return a number by which the best quality comes first, and none last."""
+    return math.inf if quality is None else -measures.quality_sign * quality
 
 
 def comparison_note(measures: Measures) -> str:

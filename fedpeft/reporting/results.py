@@ -28,11 +28,13 @@ class Measures(NamedTuple):
         quality: the measure on test rows by which methods are compared.
         selects: the measure on validation rows that chooses.
         sign: 1 if more of ``selects`` is better, -1 if less.
+        quality_sign: the same of ``quality``.
     """
 
     quality: str
     selects: str
     sign: int
+    quality_sign: int = 1
 
     def missing(self, outcome: Outcome, searched: bool) -> str:
         """Return the reason why an outcome is no result of all clients; empty if it is one.
