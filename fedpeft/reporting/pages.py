@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from fedpeft.config.load import settings
 from fedpeft.reporting.figures import plot_comparison, plot_study
-from fedpeft.reporting.results import Measures, baseline, run_rows, study_row
+from fedpeft.reporting.results import Measures, baseline, comparison_row, run_rows, study_row
 from fedpeft.reporting.run_directory import read_metrics
 from fedpeft.reporting.study import Done, Study
 from fedpeft.reporting.tables import (
@@ -15,7 +15,6 @@ from fedpeft.reporting.tables import (
     Page,
     Rows,
     comparison_cells,
-    comparison_row,
     study_cells,
     write_csv,
 )
@@ -85,8 +84,7 @@ def save_comparison(
     failed, floor = _failures(run_rows(done, measures)), baseline(done)
     ended = [(r, s) for r, s in done if isinstance(s, dict) and not measures.missing(s, False)]
     rows = [
-        comparison_row(r.entry, s, measures.quality, settings(r.overrides).cohort_size())
-        for r, s in ended
+        comparison_row(r.entry, s, measures, settings(r.overrides).cohort_size()) for r, s in ended
     ]
     rows.sort(key=lambda row: _rank(row["quality"], measures))
     notes = [comparison_note(measures), *_floor_notes(floor), *failed, f"Made by: {command}"]

@@ -96,6 +96,42 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
     return mean(values) if values else None, stdev(values) if len(values) > 1 else None
 
 
+def comparison_row(
+    name: str, summary: Mapping[str, Any], measures: Measures, cohort: int
+) -> dict[str, Any]:
+    """Return a run's row.
+
+    ``quality`` is the mean of the measure on the clients' own test rows after the last round,
+    weighted by these rows: the one measure that global and personal models share. ``best`` is the
+    same at the round that validation chose. ``quality_unweighted`` counts each client alike, and
+    ``quality_worst`` is the worst client's.
+
+    Args:
+        name: the row's label.
+        summary: the run's summary.json.
+        measures: names of the measures.
+        cohort: clients of a round.
+
+    Returns:
+        The columns of comparison.csv.
+    """
+    values, final, rounds = run_values(summary, measures), summary["final"], summary["interference"]
+    sent = summary["bytes"]
+    return {
+        "method": name,
+        **{key: values[key] for key in ("quality", "quality_unweighted", "quality_worst")},
+        "global_test": final.get(f"test_{measures.quality}"),
+        "round_0": summary["initial"].get(f"client_test_{measures.quality}"),
+        "best": summary["best"].get(f"client_test_{measures.quality}"),
+        "best_round": summary["best"]["round"],
+        "trained": values["trained"],
+        "up_bytes_per_client_round": sent["uplink_bytes"] / len(rounds) / cohort,
+        "down_bytes_per_client_round": sent["downlink_bytes"] / len(rounds) / cohort,
+        "total_bytes": values["bytes"],
+        "seconds": values["seconds"],
+    }
+
+
 def run_rows(done: Sequence[Done], measures: Measures) -> Rows:
     """Return the rows of ``runs.csv``, one a run."""
     rates: dict[str, set[float]] = {}
