@@ -3,15 +3,14 @@
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from traceback import format_exception
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.errors import raised_here
+from fedpeft.errors import explained
 from fedpeft.simulation.stop import Terminated, stop_on_sigterm
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
   compare    several methods under one budget: fedpeft compare [--methods scl,lora] [overrides]
   study      methods x learning rates x seeds: fedpeft study --methods scl,lora+strategy=local_only
                                            --lrs 1e-4,1e-3 --seeds 0,1,2 run_dir=FOLDER [overrides]
+  results    runs below folders, compared: fedpeft results [DIR ...] [--where method=lora 'lr<0.01']
+                                           [--over-seeds] [--sort COLUMN] [--to FILE.parquet]
   params     what a method trains and sends: fedpeft params model=roberta_base [method=fedtt]
   show       what each client got:         fedpeft show RUN [--round N]
   partition  who holds what:               fedpeft partition num_clients=10 partition.alpha=0.1
@@ -57,6 +58,7 @@ def main() -> None:
         "run": run,
         "compare": compare,
         "study": study,
+        "results": results,
         "params": params,
         "show": show,
         "partition": partition,
@@ -82,24 +84,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("FEDPEFT_TRACEBACK"):
             raise
-        print(f"fedpeft: {_explained(error)}", file=sys.stderr)
+        print(f"fedpeft: {explained(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError | OSError | RuntimeError) else 1)
-
-
-def _explained(error: Exception) -> str:
-    """Return an error's text; one that nobody wrote for a reader also names a file with its trace.
-
-    The sentences that this package raises, and those of the operating system, say what to do.
-    """
-    if raised_here(error) or isinstance(error, OSError):
-        return str(error)
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    try:
-        with NamedTemporaryFile("w", prefix="fedpeft-", suffix=".log", delete=False) as file:
-            file.write("".join(format_exception(error)))
-    except OSError:
-        return f"{text} (FEDPEFT_TRACEBACK=1 shows where)"
-    return f"{text} (the whole traceback is in {file.name})"
 
 
 def run(arguments: list[str]) -> None:
@@ -115,27 +101,13 @@ def run(arguments: list[str]) -> None:
 
 
 def _sweep(arguments: list[str], as_json: bool) -> None:
-    """Hand over to Hydra, whose launcher and sweeper the configuration may choose."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig
+    """Run a sweep; a job that fails does not stop the others, and gives status 2 at the end."""
+    from fedpeft.config.sweeps import plan
+    from fedpeft.simulation.sweep import sweep
 
-    from fedpeft.config.load import CONF, addable
-    from fedpeft.config.overrides import quoted, readable
-    from fedpeft.simulation import launch
-
-    def job(_: DictConfig) -> float:
-        overrides = list(HydraConfig.get().overrides.task)
-        folder = Path(HydraConfig.get().runtime.output_dir).absolute()
-        summary = launch.run([*overrides, f"run_dir={quoted(folder)}"], _display(as_json))
-        _show(summary, as_json)
-        return float(summary["final"].get(summary["selected_by"], 0.0))
-
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a job's error arrives here, and not as a trace
-    # A value with a comma is a list of values to run, so it stays as it is.
-    readable_ones = [a if "," in a else readable(a) for a in arguments]
-    sys.argv = ["fedpeft", *map(addable, readable_ones)]
-    hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    planned = plan([a for a in arguments if a not in ("-m", "--multirun")])
+    if not sweep(planned, _going_on(["run", *arguments], planned.folder, as_json), as_json):
+        sys.exit(2)
 
 
 def _display(quiet: bool) -> "Display":
@@ -145,13 +117,6 @@ def _display(quiet: bool) -> "Display":
     from fedpeft.reporting.progress import Display
 
     return Display(Console(highlight=False, soft_wrap=True, stderr=quiet))
-
-
-def _serve_all(runs: list[list[str]], quiet: bool) -> list[dict[str, Any] | Exception]:
-    """Run configurations one after another on the same workers, see ``run_all``."""
-    from fedpeft.simulation.launch import run_all
-
-    return run_all(runs, lambda: _display(quiet))
 
 
 def _show(summary: dict[str, Any], as_json: bool) -> None:
@@ -170,7 +135,7 @@ def compare(arguments: list[str]) -> None:
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder, base = _folder_and_base(rest, f"runs/{stamp}_compare")
     planned = Study(folder, base, listed(methods), flat=True)
-    results = _finished(planned, save_comparison, f"fedpeft compare {' '.join(arguments)}", as_json)
+    results = _finished(planned, save_comparison, ["compare", *arguments], as_json)
     if not as_json:
         results.page.show()
         print(f"saved {folder}/comparison.md, comparison.csv, comparison.png")
@@ -188,7 +153,7 @@ def study(arguments: list[str]) -> None:
     folder, base = _folder_and_base(rest, "runs/study")
     lrs = numbers("--lrs", rates, float)
     planned = Study(folder, base, listed(methods), lrs, numbers("--seeds", seeds, int))
-    results = _finished(planned, save_study, f"fedpeft study {' '.join(arguments)}", as_json)
+    results = _finished(planned, save_study, ["study", *arguments], as_json)
     if not as_json:
         results.page.show()
         print(f"saved {folder}/study.md, study.png, runs.csv")
@@ -203,18 +168,42 @@ def _folder_and_base(arguments: list[str], default: str) -> tuple[Path, list[str
     return folder, [*base, "evaluation.clients=always"]
 
 
-def _finished(study: Any, save: Callable[..., Any], command: str, as_json: bool) -> Any:
-    """Finish a study and save its results; print them as JSON if wanted."""
+def _finished(study: Any, save: Callable[..., Any], arguments: list[str], as_json: bool) -> Any:
+    """Finish a study and save its results; print them as JSON if wanted.
+
+    Raises:
+        KeyboardInterrupt: somebody stopped the study; the message says how to go on.
+    """
     from fedpeft.config.load import load_config
+    from fedpeft.reporting.progress import Tally
     from fedpeft.reporting.results import Measures
 
-    done = study.finish(lambda runs: _serve_all(runs, as_json))
+    command, tally = shlex.join(["fedpeft", *arguments]), Tally(study.size)
+
+    def run_left(runs: list[list[str]]) -> list[dict[str, Any] | Exception]:
+        from fedpeft.simulation.launch import run_all
+
+        tally.skipped = study.size - len(runs)
+        return run_all(runs, lambda: _display(as_json), tally)
+
+    try:
+        done = study.finish(run_left)
+    except KeyboardInterrupt as stopped:
+        raise type(stopped)(tally.stopped(_going_on(arguments, study.folder, as_json))) from None
     task = load_config(done[0].run.overrides).data
-    results = save(study, done, Measures(task.headline, *task.selects), command)
+    measures = Measures(task.headline, *task.selects, quality_sign=task.sign(task.headline))
+    results = save(study, done, measures, command)
     if as_json:
         table = {"rows": results.rows, "baseline": results.baseline, "folder": str(study.folder)}
         print(json.dumps(table))
     return results
+
+
+def _going_on(arguments: list[str], folder: Path | str, as_json: bool) -> str:
+    """Return the command that goes on with the runs in a folder."""
+    rest = [a for a in arguments if not a.startswith(("run_dir=", "hydra.sweep.dir="))]
+    options = ["--json"] if as_json else []
+    return shlex.join(["fedpeft", *rest, *options, f"run_dir={folder}"])
 
 
 def params(arguments: list[str]) -> None:
@@ -293,6 +282,13 @@ def show(arguments: list[str]) -> None:
         print(table.as_json())
     else:
         table.page().show()
+
+
+def results(arguments: list[str]) -> None:
+    """List, filter, compare and export the runs below folders."""
+    from fedpeft.reporting import commands
+
+    commands.results(arguments)
 
 
 def partition(arguments: list[str]) -> None:

@@ -7,6 +7,8 @@ may quote a row, so it stays in the log of the client's node.
 
 from collections.abc import Iterator
 from dis import opmap
+from tempfile import NamedTemporaryFile
+from traceback import format_exception
 from types import TracebackType
 
 MOST_CHARACTERS = 500
@@ -39,6 +41,22 @@ def public_text(error: Exception) -> str:
     else:
         text = f"{type(error).__name__}{_place(error)}; this node's log has the text"
     return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 3] + "..."
+
+
+def explained(error: Exception) -> str:
+    """Return an error's text; one that nobody wrote for a reader also names a file with its trace.
+
+    The sentences that this package raises, and those of the operating system, say what to do.
+    """
+    if raised_here(error) or isinstance(error, OSError):
+        return str(error)
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        with NamedTemporaryFile("w", prefix="fedpeft-", suffix=".log", delete=False) as file:
+            file.write("".join(format_exception(error)))
+    except OSError:
+        return f"{text} (FEDPEFT_TRACEBACK=1 shows where)"
+    return f"{text} (the whole traceback is in {file.name})"
 
 
 def raised_here(error: BaseException) -> bool:

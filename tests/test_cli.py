@@ -74,14 +74,6 @@ def test_partition_counts_and_draws(fedpeft: Command, base: list[str]) -> None:
     assert Path("partition.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_sweep_runs_each_choice(fedpeft: Command, base: list[str]) -> None:
-    rest = [o for o in base if not o.startswith("method=")]
-    fedpeft("run", "-m", *rest, "method=lora,ffa_lora", "method.rank=4")
-    summaries = sorted(Path("runs").glob("*_sweep/*/summary.json"))
-    methods = [json.loads(path.read_text())["method"] for path in summaries]
-    assert methods == ["LoRA", "FFALoRA"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -29,11 +29,15 @@ MEASURED = {
 }
 
 
+def _sign(name: str) -> int:
+    return -1 if name == "loss" else 1
+
+
 # --- sums over clients ---------------------------------------------------------------------------
 
 
 def test_sums_of_measures_are_known() -> None:
-    assert over_clients(MEASURED) == {
+    assert over_clients(MEASURED, _sign) == {
         "client_test_accuracy": (0 * 1 + 1 * 3 + 0.5 * 4) / 8,
         "client_test_accuracy_unweighted": 0.5,
         "client_test_accuracy_worst": 0.0,
@@ -45,11 +49,22 @@ def test_sums_of_measures_are_known() -> None:
     }
 
 
+def test_the_worst_client_of_a_measure_of_which_less_is_better_has_most() -> None:
+    sums = over_clients(MEASURED, lambda name: -1 if name == "accuracy" else 1)
+    worst = {key: value for key, value in sums.items() if key.endswith(("worst", "p10"))}
+    assert worst == {
+        "client_test_accuracy_worst": 1.0,
+        "client_test_accuracy_p10": 0.9,
+        "client_test_loss_worst": 1.0,
+        "client_test_loss_p10": pytest.approx(1.2),
+    }
+
+
 def test_a_measure_that_only_some_clients_have() -> None:
     some = MEASURED | {2: {"test-num-examples": 4, "test_loss": 2.0}}
-    assert over_clients(some)["client_test_accuracy"] == 0.75
-    assert over_clients(some)["client_test_accuracy_unweighted"] == 0.5
-    assert over_clients({}) == {}
+    assert over_clients(some, _sign)["client_test_accuracy"] == 0.75
+    assert over_clients(some, _sign)["client_test_accuracy_unweighted"] == 0.5
+    assert over_clients({}, _sign) == {}
 
 
 def test_the_line_on_the_terminal_has_the_mean_alone() -> None:

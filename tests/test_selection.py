@@ -43,6 +43,19 @@ def select(run: Run, lines: list[dict[str, Any]]) -> None:
         run.strategy.report(line | {"seconds": 0.0})
 
 
+def test_less_may_be_better(selecting: Callable[..., Run]) -> None:
+    run = selecting("data.less_is_better=[accuracy]")
+    select(run, [{"round": r, "validation_accuracy": VALIDATION[r]} for r in (1, 0, 2)])
+    assert run.selection.best["round"] == 0
+    assert [run.engine.task.sign(n) for n in ("accuracy", "f1_macro", "loss")] == [-1, 1, -1]
+
+
+def test_only_metrics_of_the_task_have_a_direction() -> None:
+    says = "data.less_is_better must be of accuracy, f1_macro, got mse"
+    with pytest.raises(ValueError, match=says):
+        load_config(["data=sst2", "data.metrics=[accuracy,f1_macro]", "data.less_is_better=[mse]"])
+
+
 def test_validation_chooses(selecting: Callable[..., Run]) -> None:
     run = selecting()
     assert run.selection.name == "validation_accuracy"

@@ -26,6 +26,7 @@ def summary_of(quality: float, validation: float, **more: Any) -> dict[str, Any]
     """Return the summary of an imagined run of two rounds that sent 3 MB up and 1 MB down."""
     measures = {"client_test_accuracy": quality, "client_validation_accuracy": validation}
     measures |= {"client_test_accuracy_unweighted": 0.375, "client_test_accuracy_worst": 0.125}
+    measures |= {"client_test_accuracy_p10": 0.25}
     return {
         "final": {"round": 2, "test_accuracy": quality - 0.1, **measures},
         "best": {"round": 1, "client_test_accuracy": quality - 0.2},
@@ -165,13 +166,22 @@ def test_files_of_a_study(tmp_path: Path) -> None:
     assert text.endswith("\nMade by: fedpeft study\n")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
-    names = "method lr seed quality quality_unweighted quality_worst validation trained bytes"
-    assert list(rows[0]) == [*names.split(), "seconds", "failed"]
-    values = "lora 0.01 1 0.7 0.375 0.125 0.01 1200 4000000 1.5".split()
+    names = "method lr seed quality quality_unweighted quality_worst quality_p10 validation trained"
+    assert list(rows[0]) == [*names.split(), "bytes", "seconds", "failed"]
+    values = "lora 0.01 1 0.7 0.375 0.125 0.25 0.01 1200 4000000 1.5".split()
     assert list(rows[3].values()) == [*values, ""]
-    assert list(rows[5].values()) == ["lora", "0.1", "1", *[""] * 7, NAN]
+    assert list(rows[5].values()) == ["lora", "0.1", "1", *[""] * 8, NAN]
     assert "last round, mean weighted by rows (runs.csv has the unweighted one too)" in text
     assert len(rows) == 12
+
+
+@pytest.mark.parametrize(("sign", "first"), [(1, 0.02), (-1, 0.01)])
+def test_the_best_quality_comes_first(tmp_path: Path, sign: int, first: float) -> None:
+    study = Study(tmp_path, [], ["lora+lr=0.01", "lora+lr=0.02"], flat=True)
+    done = study.finish(Fake(lambda lr, seed: summary_of(lr, 0.5)))
+    for save in (save_study, save_comparison):
+        results = save(study, done, ACCURACY._replace(quality_sign=sign), "")
+        assert [row["quality"] for row in results.rows] == [first, pytest.approx(0.03 - first)]
 
 
 def test_a_method_whose_runs_all_fail_is_named_and_a_study_of_such_ends(tmp_path: Path) -> None:
@@ -339,7 +349,8 @@ def test_lists_of_the_command_line() -> None:
 
 
 def test_reading_results_needs_no_torch() -> None:
-    code = "import sys, fedpeft.reporting.pages; sys.exit('torch' in sys.modules)"
+    code = "import sys, fedpeft.reporting.pages, fedpeft.reporting.commands"
+    code += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -227,12 +227,19 @@ def _from_files(overrides: tuple[str, ...]) -> DictConfig:
 
 
 def _from_hydra(overrides: list[str]) -> DictConfig:
+    with composing():
+        return compose("config", overrides)
+
+
+@contextmanager
+def composing() -> Iterator[None]:
+    """Let Hydra compose from ``conf/``; one thread at a time."""
     with _lock:
         outer = GlobalHydra.instance().hydra  # of a sweep, if this is one of its jobs
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(CONF), version_base="1.3", job_name="fedpeft"):
-                return compose("config", overrides)
+                yield
         finally:
             GlobalHydra.instance().hydra = outer
 

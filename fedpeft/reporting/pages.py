@@ -1,11 +1,12 @@
 """Pages of studies, which ``fedpeft study`` and ``fedpeft compare`` write and print."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from fedpeft.config.load import settings
 from fedpeft.reporting.figures import plot_comparison, plot_study
-from fedpeft.reporting.results import Measures, baseline, run_rows, study_row
+from fedpeft.reporting.results import Measures, baseline, comparison_row, run_rows, study_row
 from fedpeft.reporting.run_directory import read_metrics
 from fedpeft.reporting.study import Done, Study
 from fedpeft.reporting.tables import (
@@ -14,7 +15,6 @@ from fedpeft.reporting.tables import (
     Page,
     Rows,
     comparison_cells,
-    comparison_row,
     study_cells,
     write_csv,
 )
@@ -54,7 +54,7 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
     write_csv(study.folder / "runs.csv", runs)
     failed, floor = _failures(runs), baseline(done)
     rows = [study_row([r for r in runs if r["method"] == e], measures.sign) for e in study.entries]
-    rows.sort(key=lambda row: -1 if row["quality"] is None else row["quality"], reverse=True)
+    rows.sort(key=lambda row: _rank(row["quality"], measures))
     notes = [*study_notes(measures), *_floor_notes(floor), *failed, f"Made by: {command}"]
     title = f"{measures.quality} after the last round, mean by rows"
     page = Page(title, STUDY, study_cells(rows), notes)
@@ -84,10 +84,9 @@ def save_comparison(
     failed, floor = _failures(run_rows(done, measures)), baseline(done)
     ended = [(r, s) for r, s in done if isinstance(s, dict) and not measures.missing(s, False)]
     rows = [
-        comparison_row(r.entry, s, measures.quality, settings(r.overrides).cohort_size())
-        for r, s in ended
+        comparison_row(r.entry, s, measures, settings(r.overrides).cohort_size()) for r, s in ended
     ]
-    rows.sort(key=lambda row: -row["quality"])
+    rows.sort(key=lambda row: _rank(row["quality"], measures))
     notes = [comparison_note(measures), *_floor_notes(floor), *failed, f"Made by: {command}"]
     title = f"{measures.quality} after the last round, mean by rows"
     page = Page(title, COMPARISON, comparison_cells(rows), notes)
@@ -97,6 +96,11 @@ def save_comparison(
     picture = study.folder / "comparison.png"
     plot_comparison(picture, rows, curves, measures.quality, measures.selects, floor)
     return Results(page, rows, floor)
+
+
+def _rank(quality: float | None, measures: Measures) -> float:
+    """Return a number by which the best quality comes first, and none last."""
+    return math.inf if quality is None else -measures.quality_sign * quality
 
 
 def comparison_note(measures: Measures) -> str:

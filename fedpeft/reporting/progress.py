@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -136,3 +137,55 @@ class Display(Observer):
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+DONE, SKIPPED, FAILED = "done", "skipped", "failed"  # of a run among several
+
+
+@dataclass
+class Tally:
+    """The runs of a sweep or a study, counted as they end.
+
+    Args:
+        total: number of runs; null if it is not known.
+        done: runs that came to their end now.
+        skipped: runs whose results were there.
+        failed: runs that an error ended, now or earlier.
+        started: time at which the first one began, in seconds since 1970.
+    """
+
+    total: int | None
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+    started: float = field(default_factory=time.time)
+
+    def add(self, failed: bool) -> None:
+        """Count a run that ended."""
+        self.failed += failed
+        self.done += not failed
+
+    def text(self) -> str:
+        """Return the counts and the time left as one line."""
+        of = "" if self.total is None else f" of {self.total}"
+        counts = f"{self.done + self.skipped}{of} runs done, {self.skipped} of them skipped"
+        return f"{counts}, {self.failed} failed{self._left()}"
+
+    def stopped(self, command: str) -> str:
+        """Say how far the runs are, and which command goes on."""
+        of = "" if self.total is None else f" of {self.total}"
+        return f"stopped with {self.done + self.skipped}{of} runs done, this goes on: {command}"
+
+    def _left(self) -> str:
+        ran = self.done + self.failed
+        left = 0 if self.total is None else self.total - ran - self.skipped
+        if not self.done or not left:
+            return ""
+        return f", about {duration((time.time() - self.started) / ran * left)} left"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its natural unit: ``40 s``, ``12 min`` or ``3.4 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

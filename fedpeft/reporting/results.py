@@ -1,10 +1,10 @@
 """Numbers of studies: one row a run, chosen learning rates, and means over seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from fedpeft.reporting.observer import UNWEIGHTED, WORST
+from fedpeft.reporting.observer import P10, UNWEIGHTED, WORST
 from fedpeft.reporting.study import Done, Outcome
 from fedpeft.reporting.tables import Rows
 
@@ -12,6 +12,7 @@ VALUES = (
     "quality",
     "quality_unweighted",
     "quality_worst",
+    "quality_p10",
     "validation",
     "trained",
     "bytes",
@@ -27,11 +28,13 @@ class Measures(NamedTuple):
         quality: the measure on test rows by which methods are compared.
         selects: the measure on validation rows that chooses.
         sign: 1 if more of ``selects`` is better, -1 if less.
+        quality_sign: the same of ``quality``.
     """
 
     quality: str
     selects: str
     sign: int
+    quality_sign: int = 1
 
     def missing(self, outcome: Outcome, searched: bool) -> str:
         """Return the reason why an outcome is no result of all clients; empty if it is one.
@@ -42,13 +45,91 @@ class Measures(NamedTuple):
         """
         if isinstance(outcome, Exception):
             return " ".join(str(outcome).split()) or repr(outcome)
+        if why := unmeasured(outcome):
+            return why
         final = outcome["final"]
-        for why in outcome["refused"].get(str(final["round"]), {}).values():
-            if "evaluation: " in why:
-                return why
         keys = [f"client_test_{self.quality}"]
         keys += [f"client_validation_{self.selects}"] if searched else []
         return next((f"{key} was not measured" for key in keys if key not in final), "")
+
+
+def unmeasured(summary: Mapping[str, Any]) -> str:
+    """Return why a client measured nothing after the last round; empty if every client did."""
+    refused = summary["refused"].get(str(summary["final"]["round"]), {})
+    return next((why for why in refused.values() if "evaluation: " in why), "")
+
+
+def run_values(summary: Mapping[str, Any], measures: Measures) -> dict[str, Any]:
+    """Return a run's numbers by their names in ``VALUES``; null where nothing was measured."""
+    final, size = summary["final"], summary["bytes"]
+    quality = f"client_test_{measures.quality}"
+    return {
+        "quality": final.get(quality),
+        "quality_unweighted": final.get(f"{quality}{UNWEIGHTED}"),
+        "quality_worst": final.get(f"{quality}{WORST}"),
+        "quality_p10": final.get(f"{quality}{P10}"),
+        "validation": final.get(f"client_validation_{measures.selects}"),
+        "trained": summary["parameters"]["trained"][1],
+        "bytes": size["uplink_bytes"] + size["downlink_bytes"],
+        "seconds": summary["seconds"],
+    }
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """Return the measure by which a run is compared; empty if an older run does not say it.
+
+    Older summaries have the server's measures in the order of the task, whose first one counts.
+    """
+    if "headline" in summary:
+        return summary["headline"]
+    selected = summary["selected_by"].removeprefix("client_").removeprefix("validation_")
+    if selected != "loss":
+        return selected
+    tested = [key.removeprefix("test_") for key in summary["final"] if key.startswith("test_")]
+    named = [name for name in tested if name not in ("loss", "token_accuracy")]
+    generated = [name for name in named if name.endswith("_generated")]
+    return next(iter(generated or named), "")
+
+
+def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the mean and the sample standard deviation; null where there are too few values."""
+    return mean(values) if values else None, stdev(values) if len(values) > 1 else None
+
+
+def comparison_row(
+    name: str, summary: Mapping[str, Any], measures: Measures, cohort: int
+) -> dict[str, Any]:
+    """Return a run's row.
+
+    ``quality`` is the mean of the measure on the clients' own test rows after the last round,
+    weighted by these rows: the one measure that global and personal models share. ``best`` is the
+    same at the round that validation chose. ``quality_unweighted`` counts each client alike, and
+    ``quality_worst`` is the worst client's.
+
+    Args:
+        name: the row's label.
+        summary: the run's summary.json.
+        measures: names of the measures.
+        cohort: clients of a round.
+
+    Returns:
+        The columns of comparison.csv.
+    """
+    values, final, rounds = run_values(summary, measures), summary["final"], summary["interference"]
+    sent = summary["bytes"]
+    return {
+        "method": name,
+        **{key: values[key] for key in ("quality", "quality_unweighted", "quality_worst")},
+        "global_test": final.get(f"test_{measures.quality}"),
+        "round_0": summary["initial"].get(f"client_test_{measures.quality}"),
+        "best": summary["best"].get(f"client_test_{measures.quality}"),
+        "best_round": summary["best"]["round"],
+        "trained": values["trained"],
+        "up_bytes_per_client_round": sent["uplink_bytes"] / len(rounds) / cohort,
+        "down_bytes_per_client_round": sent["downlink_bytes"] / len(rounds) / cohort,
+        "total_bytes": values["bytes"],
+        "seconds": values["seconds"],
+    }
 
 
 def run_rows(done: Sequence[Done], measures: Measures) -> Rows:
@@ -65,16 +146,7 @@ def _run_row(one: Done, measures: Measures, searched: bool) -> dict[str, Any]:
     why = measures.missing(outcome, searched)
     if why or isinstance(outcome, Exception):
         return row | {"failed": why}
-    final, size = outcome["final"], outcome["bytes"]
-    return row | {
-        "quality": final[f"client_test_{measures.quality}"],
-        "quality_unweighted": final.get(f"client_test_{measures.quality}{UNWEIGHTED}"),
-        "quality_worst": final.get(f"client_test_{measures.quality}{WORST}"),
-        "validation": final.get(f"client_validation_{measures.selects}"),
-        "trained": outcome["parameters"]["trained"][1],
-        "bytes": size["uplink_bytes"] + size["downlink_bytes"],
-        "seconds": outcome["seconds"],
-    }
+    return row | run_values(outcome, measures)
 
 
 def chosen_lr(rows: Rows, sign: int) -> float | None:
@@ -116,13 +188,13 @@ def study_row(rows: Rows, sign: int) -> dict[str, Any]:
     """
     lr, grid = chosen_lr(rows, sign), {row["lr"] for row in rows}
     ended = [row for row in rows if row["lr"] == lr and row["failed"] is None]
-    quality = [row["quality"] for row in ended]
+    quality, sd = mean_and_sd([row["quality"] for row in ended])
     return {
         "method": rows[0]["method"],
         "lr": lr,
         "edge": len(grid) > 1 and lr in (min(grid), max(grid)),
-        "quality": mean(quality) if quality else None,
-        "sd": stdev(quality) if len(quality) > 1 else None,
+        "quality": quality,
+        "sd": sd,
         "seeds": len(ended),
         "of": len({row["seed"] for row in rows}),
         "trained": max((row["trained"] for row in ended), default=None),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,9 @@ from fedpeft.reporting.run_directory import (
     read_metrics,
 )
 
+Outcome = dict[str, Any] | Exception  # a run's summary, or the error that ended it
+# In the error of training that diverged.
+_DIVERGED = re.compile(r"\bnot finite\b|\btraining loss is ")
 COMPLETED, DIVERGED, UNFINISHED = "completed", "diverged", "unfinished"  # states of a saved run
 
 
@@ -56,24 +60,43 @@ class SavedRun:
             return COMPLETED
         return DIVERGED if (self.path / FAILED).exists() else UNFINISHED
 
+    def outcome(self) -> Outcome | None:
+        """Return how the run ended; null if it is to begin or to go on.
+
+        Training that diverged is an outcome, because it would diverge again.
+        """
+        if self.status == DIVERGED:
+            return RuntimeError((self.path / FAILED).read_text())
+        return self.summary
+
+    def note(self, outcome: Outcome) -> None:
+        """Note in the directory, if there is one, that training diverged."""
+        if isinstance(outcome, Exception) and _DIVERGED.search(str(outcome)) and self.path.is_dir():
+            (self.path / FAILED).write_text(str(outcome))
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The configuration's values by dotted key, without the keys that change no result."""
-        flat = leaves(self.config)
-        return {key: value for key, value in flat.items() if key not in FREE}
+        return settings_of(self.config)
 
     @property
     def hash(self) -> str:
         """Twelve hexadecimal digits that two runs share if the same results are due to them."""
-        return _hash(self.settings)
+        return hash_of(self.settings)
 
     @property
     def hash_but_seed(self) -> str:
         """The same for runs that differ in nothing but the seed."""
-        return _hash({key: value for key, value in self.settings.items() if key != "seed"})
+        return hash_of({key: value for key, value in self.settings.items() if key != "seed"})
 
 
-def _hash(settings: dict[str, Any]) -> str:
+def settings_of(config: DictConfig) -> dict[str, Any]:
+    """Return a composed configuration's values by dotted key, without those that are ``FREE``."""
+    return {key: value for key, value in leaves(config).items() if key not in FREE}
+
+
+def hash_of(settings: dict[str, Any]) -> str:
+    """Return the hash of a run's settings, see ``SavedRun.hash``."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

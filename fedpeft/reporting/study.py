@@ -1,24 +1,21 @@
 """Studies: methods x learning rates x seeds, each run in a directory of its own, resumable."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fedpeft.config.load import composed
 from fedpeft.config.overrides import quoted
-from fedpeft.reporting.run_directory import CONFIG, FAILED, SUMMARY, check_same
+from fedpeft.reporting.run_directory import CONFIG, check_same
+from fedpeft.reporting.saved_runs import Outcome, SavedRun
 
 T = TypeVar("T")
-Outcome = dict[str, Any] | Exception
 RunAll = Callable[[list[list[str]]], Sequence[Outcome]]
-# In the error of training that diverged.
-DIVERGED = re.compile(r"\bnot finite\b|\btraining loss is ")
 
 
 class Run(NamedTuple):
@@ -48,12 +45,9 @@ class Run(NamedTuple):
         """
         if not (self.path / CONFIG).exists():
             return None
-        check_same(OmegaConf.load(self.path / CONFIG), self.config, self.path)
-        if (self.path / SUMMARY).exists():
-            return json.loads((self.path / SUMMARY).read_text())
-        if (self.path / FAILED).exists():
-            return RuntimeError((self.path / FAILED).read_text())
-        return None
+        saved = SavedRun(self.path)
+        check_same(saved.config, self.config, self.path)
+        return saved.outcome()
 
 
 class Done(NamedTuple):
@@ -107,10 +101,13 @@ class Study:
             for run, outcome in zip(runs, known, strict=True)
         ]
         for run, outcome in done:
-            diverged = isinstance(outcome, Exception) and DIVERGED.search(str(outcome))
-            if diverged and run.path.is_dir():
-                (run.path / FAILED).write_text(str(outcome))
+            SavedRun(run.path).note(outcome)
         return done
+
+    @property
+    def size(self) -> int:
+        """Number of runs."""
+        return len(self.entries) * (len(self.lrs) or 1) * (len(self.seeds) or 1)
 
     def runs(self) -> list[Run]:
         """Compose every run, in the order of entries, learning rates and seeds.

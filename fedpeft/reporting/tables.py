@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedpeft.reporting.observer import UNWEIGHTED, WORST
-
 Rows = list[dict[str, Any]]
 
 
@@ -96,44 +94,6 @@ COMPARISON = (
     "MB total",
     "s",
 )
-
-
-def comparison_row(
-    name: str, summary: Mapping[str, Any], metric: str, cohort: int
-) -> dict[str, Any]:
-    """Return a run's row.
-
-    ``quality`` is the mean of ``metric`` on the clients' own test rows after the last round,
-    weighted by these rows: the one measure that global and personal models share. ``best`` is the
-    same at the round that validation chose. ``quality_unweighted`` counts each client alike, and
-    ``quality_worst`` is the worst client's.
-
-    Args:
-        name: the row's label.
-        summary: the run's summary.json.
-        metric: name of the measure.
-        cohort: clients of a round.
-
-    Returns:
-        The columns of comparison.csv.
-    """
-    size, rounds = summary["bytes"], len(summary["interference"])
-    quality = summary["final"][f"client_test_{metric}"]
-    return {
-        "method": name,
-        "quality": quality,
-        "quality_unweighted": summary["final"].get(f"client_test_{metric}{UNWEIGHTED}"),
-        "quality_worst": summary["final"].get(f"client_test_{metric}{WORST}"),
-        "global_test": summary["final"].get(f"test_{metric}"),
-        "round_0": summary["initial"].get(f"client_test_{metric}"),
-        "best": summary["best"].get(f"client_test_{metric}"),
-        "best_round": summary["best"]["round"],
-        "trained": summary["parameters"]["trained"][1],
-        "up_bytes_per_client_round": size["uplink_bytes"] / rounds / cohort,
-        "down_bytes_per_client_round": size["downlink_bytes"] / rounds / cohort,
-        "total_bytes": size["uplink_bytes"] + size["downlink_bytes"],
-        "seconds": summary["seconds"],
-    }
 
 
 def comparison_cells(rows: Rows) -> list[list[str]]:

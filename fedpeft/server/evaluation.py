@@ -100,27 +100,31 @@ def noted(metrics: Mapping[str, float]) -> dict[str, float]:
     return {key.replace("-num-examples", "_rows"): value for key, value in metrics.items()}
 
 
-def over_clients(measures: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+def over_clients(
+    measures: Mapping[int, Mapping[str, float]], sign: Callable[[str], int]
+) -> dict[str, float]:
     """Sum up what clients measured, four numbers for each metric.
 
     ``client_test_accuracy`` is the mean weighted by the clients' rows of the split. With a suffix:
     ``unweighted`` is the mean in which each client counts alike, ``worst`` the
     worst client's value, and ``p10`` the value that nine of ten clients reach: the 10th percentile,
-    or the 90th of a loss. Percentiles between two clients are interpolated.
+    or the 90th where less is better. Percentiles between two clients are interpolated.
 
     Args:
         measures: by client, with the rows of each split.
+        sign: 1 if more of a metric is better, -1 if less, by its name.
     """
     result: dict[str, float] = {}
     keys = {key for metrics in measures.values() for key in metrics}
     for key in sorted(key for key in keys if not key.endswith("-num-examples")):
-        rows = f"{key.partition('_')[0]}-num-examples"
+        split, _, name = key.partition("_")
+        rows = f"{split}-num-examples"
         having = [metrics for metrics in measures.values() if key in metrics]
         values = [metrics[key] for metrics in having]
         weighted = 0.0
         for metrics in having:  # sum() would add in another way from Python 3.12 on
             weighted += metrics[rows] * metrics[key]
-        less_is_better = key.endswith("_loss")
+        less_is_better = sign(name) < 0
         result |= {
             f"client_{key}": weighted / sum(metrics[rows] for metrics in having),
             f"client_{key}{UNWEIGHTED}": fmean(values),

@@ -359,7 +359,7 @@ class FederatedPEFT(Strategy):
             self.seen.note(client, **noted(metrics), evaluation_seconds=seconds(by_client[client]))
         for client, reason in (refused | late).items():
             self.seen.refuse(client, f"evaluation: {reason}")
-        return over_clients(measures)
+        return over_clients(measures, self.engine.task.sign)
 
 
 def _record(metrics: Mapping[str, float | None]) -> MetricRecord:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from fedpeft.config import load as configuration
 from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Config, Runtime
-from fedpeft.reporting.progress import Display
+from fedpeft.reporting.progress import Display, Tally
 from fedpeft.reporting.run_directory import check_run_dir, finished, new_path
 from fedpeft.simulation.stop import sigterm_kept
 
@@ -91,8 +91,21 @@ PATHS = ("data.path", "model.path", "model.tokenizer_path")
 FAILURES = (ValueError, TimeoutError, RuntimeError, FloatingPointError)
 
 
+def check_all(runs: Sequence[Sequence[str]]) -> None:
+    """Check configurations before the first of them runs, and try each method on its model.
+
+    Raises:
+        ValueError: a configuration is wrong, or a method does not fit its model.
+    """
+    for overrides in runs:
+        _check_early(overrides)
+    _check(runs)
+
+
 def run_all(
-    runs: Sequence[Sequence[str]], display: Callable[[], Display] = Display
+    runs: Sequence[Sequence[str]],
+    display: Callable[[], Display] = Display,
+    tally: Tally | None = None,
 ) -> list[dict[str, Any] | Exception]:
     """Run configurations one after another on the same workers.
 
@@ -102,6 +115,7 @@ def run_all(
     Args:
         runs: overrides of each run.
         display: makes the display of one run.
+        tally: counts the runs and is shown after each; null to show none.
 
     Returns:
         For each run, in order, its summary or the error that ended it.
@@ -117,8 +131,11 @@ def run_all(
                 outcomes.append(simulate(grid, overrides, shown))
             except FAILURES as error:
                 outcomes.append(error)
-                if len(runs) > 1:
+                if tally:
                     shown.console.print(f"failed: {error}", markup=False)
+            if tally:
+                tally.add(failed=isinstance(outcomes[-1], Exception))
+                shown.console.print(tally.text(), markup=False)
     return outcomes
 
 

@@ -30,10 +30,12 @@ class Task(Source):
 
     Args:
         metrics: names of ``fedpeft.metrics``, or modules of ``evaluate`` (``/folder/my_metric``,
-            ``evaluate:NAME``). The first is the headline, and more of it must be better.
+            ``evaluate:NAME``). The first is the headline.
+        less_is_better: names in the results of those of them of which less is better.
     """
 
     metrics: list[str] = field(default_factory=list)
+    less_is_better: list[str] = field(default_factory=list)
 
     auto_class: ClassVar[str]  # class of transformers that builds the model
     measures: ClassVar[tuple[str, ...]]  # names of fedpeft.metrics that ``metrics`` may have
@@ -51,6 +53,11 @@ class Task(Source):
         names = [*map(title, self.metrics), *RESERVED]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"data.metrics gives two values the name {repeated[0]}")
+        if unknown := [name for name in self.less_is_better if name not in names]:
+            raise ValueError(
+                f"data.less_is_better must be of {', '.join(map(title, self.metrics))}, got "
+                f"{unknown[0]}"
+            )
 
     def _check_metric(self, name: str) -> None:
         if name in self.measures:
@@ -126,7 +133,13 @@ class Task(Source):
     @property
     def selects(self) -> tuple[str, int]:
         """Name of the result that chooses the best round, and 1 if more is better, -1 if less."""
-        return title(self.metrics[0]), 1
+        name = title(self.metrics[0])
+        return name, self.sign(name)
+
+    def sign(self, name: str) -> int:
+        """Return 1 if more of a result is better, -1 if less, by its name in an evaluation."""
+        less = {metric + suffix for metric in self.less_is_better for suffix in self.suffixes}
+        return -1 if name in less | {"loss"} else 1
 
     @property
     def headline(self) -> str:

@@ -1,0 +1,89 @@
+"""The arguments of ``fedpeft results``."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedpeft.reporting.conditions import check_known
+from fedpeft.reporting.listing import SD, Listing, check_export, export, ordered, page
+from fedpeft.reporting.tables import Rows
+
+
+def results(arguments: Sequence[str]) -> None:
+    """List, filter, compare and export runs.
+
+    Raises:
+        ValueError: a folder holds no run, or an option names what no run has.
+    """
+    given = _parser().parse_args(list(arguments))
+    if given.to:
+        check_export(given.to)
+    if given.rounds and (given.over_seeds or not given.to):
+        raise ValueError("--rounds writes each run's rounds: it goes with --to FILE alone")
+    listing = Listing.of(given.folders, given.where)
+    rows = listing.over_seeds() if given.over_seeds else listing.whole
+    known = list(dict.fromkeys(key for row in rows for key in row))
+    columns = _columns(listing, given)
+    for name in [*columns, *([given.sort] if given.sort else [])]:
+        check_known(name, known)
+    if given.sort:
+        rows = ordered(rows, given.sort, given.reverse)
+    if given.to:
+        export(listing.rounds() if given.rounds else rows, given.to)
+    if given.json:
+        print(_json(rows, columns))
+    else:
+        page(rows, columns, listing.notes).show()
+    if given.to:
+        print(f"saved {given.to}", file=sys.stderr if given.json else sys.stdout)
+
+
+def _columns(listing: Listing, given: argparse.Namespace) -> list[str]:
+    if given.columns:
+        return given.columns.split(",")
+    if not given.over_seeds:
+        return listing.shown
+    out = {"path", "status", "seed"}
+    return [*(c for c in listing.shown if c not in out and c in listing.known), "seeds"]
+
+
+def _json(rows: Rows, columns: Sequence[str]) -> str:
+    names = [name for column in columns for name in (column, f"{column}{SD}")]
+    return json.dumps([{name: row[name] for name in names if name in row} for row in rows])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "fedpeft results",
+        description="List and compare the runs below folders. A column is one of those shown, a "
+        "setting by its dotted key (method.rank), a group's choice (method, data, strategy) or a "
+        "measure of the last round (client_test_accuracy).",
+    )
+    options: dict[str, dict[str, Any]] = {
+        "--columns": {"metavar": "A,B", "help": "show these, in this order"},
+        "--sort": {"metavar": "COLUMN", "help": "from the least; without it, by path"},
+        "--to": {
+            "type": Path,
+            "metavar": "FILE",
+            "help": ".parquet or .csv: one row a run, with all settings and measures",
+        },
+    }
+    flags = {
+        "--over-seeds": "one row for the runs that differ in the seed alone: mean ± sample "
+        "deviation",
+        "--reverse": "from the greatest",
+        "--rounds": "with --to: one row a run, round and measure, for curves",
+        "--json": "print the rows as JSON",
+    }
+    folders = {"nargs": "*", "type": Path, "default": [Path("runs")], "metavar": "DIR"}
+    parser.add_argument("folders", **folders, help="of runs, studies or sweeps (runs)")
+    where = {"nargs": "+", "action": "extend", "default": [], "metavar": "CONDITION"}
+    parser.add_argument("--where", **where, help="all hold: method=lora 'lr<0.01' data!=sst2")
+    for name, settings in options.items():
+        parser.add_argument(name, **settings)
+    for name, text in flags.items():
+        parser.add_argument(name, action="store_true", help=text)
+    return parser

@@ -1,0 +1,177 @@
+"""A job of a sweep, which Hydra's launchers run in this process or in others.
+
+Each job notes how it ended in a file of its own, because Hydra's sweepers return nothing.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+
+from fedpeft.config.load import composed
+from fedpeft.config.overrides import quoted
+from fedpeft.config.sweeps import Plan
+from fedpeft.errors import explained
+from fedpeft.files import replacing
+from fedpeft.reporting.progress import DONE, FAILED, SKIPPED, Display, Tally, summary_text
+from fedpeft.reporting.saved_runs import Outcome, SavedRun, hash_of, settings_of
+from fedpeft.simulation.launch import run
+
+POLL = 0.5  # seconds between looks for jobs that ended in other processes
+
+
+class Ended(NamedTuple):
+    """A job that ended.
+
+    Attributes:
+        name: what sets it apart from the other jobs.
+        kind: ``done``, ``skipped`` or ``failed``.
+        path: its run's directory; empty if its configuration is wrong.
+        reason: the error's text; empty if it has not failed.
+        process: the number of the process in which it ran.
+    """
+
+    name: str
+    kind: str
+    path: str
+    reason: str = ""
+    process: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """The function that Hydra calls for each job.
+
+    Args:
+        plan: of the sweep.
+        notes: the folder that takes the notes.
+        started: time at which the sweep began, in seconds since 1970.
+        process: the number of the process in which the sweep began.
+        skipped: the number of jobs whose results were there before it.
+        as_json: show what is shown on standard error.
+    """
+
+    plan: Plan
+    notes: Path
+    started: float
+    process: int
+    skipped: int
+    as_json: bool
+
+    def __call__(self, _: DictConfig) -> float | None:
+        """Run a job, unless its result is there.
+
+        Returns:
+            The measure that selects the best round, after the last round; null if the run failed,
+            because an error would end the sweep.
+        """
+        hydra = HydraConfig.get()
+        overrides = [str(override) for override in hydra.overrides.task]
+        name, here = self.plan.label(overrides), os.getpid() == self.process
+        # Nobody could tell apart the lines of runs in several processes, so they show none.
+        shown = Console(highlight=False, soft_wrap=True, stderr=self.as_json, quiet=not here)
+        ended, outcome = _run(overrides, name, Path(hydra.runtime.output_dir), Display(shown))
+        with replacing(self.notes / f"{hydra.job.num:09}.json") as draft:
+            draft.write_text(json.dumps(ended))
+        if here:
+            if ended.kind == DONE and isinstance(outcome, dict) and not self.as_json:
+                print(summary_text(outcome))
+            self.show(ended)
+        return _value(outcome)
+
+    def ended(self) -> list[Ended]:
+        """Return the jobs that ended, by their numbers."""
+        return [Ended(*json.loads(file.read_text())) for file in sorted(self.notes.glob("*.json"))]
+
+    def tally(self) -> Tally:
+        """Count the jobs that ended."""
+        kinds = [one.kind for one in self.ended()]
+        skipped = max(self.skipped, kinds.count(SKIPPED))
+        counts = kinds.count(DONE), skipped, kinds.count(FAILED)
+        return Tally(self.plan.total, *counts, started=self.started)
+
+    def show(self, ended: Ended) -> None:
+        """Show a job that ended, and how far the sweep is."""
+        out = sys.stderr if self.as_json else sys.stdout
+        if ended.kind == FAILED:
+            print(f"failed: {ended.name}: {ended.reason}", file=out)
+        if ended.kind != SKIPPED:
+            print(self.tally().text(), file=out, flush=True)
+
+
+def path_of(overrides: Sequence[str], folder: Path) -> Path:
+    """Return the directory of a job's run, below the sweep's folder."""
+    return folder / hash_of(settings_of(composed(overrides)))
+
+
+def continuing(overrides: Sequence[str], path: Path) -> list[str]:
+    """Return the overrides of a run that begins, or goes on, in a directory."""
+    return [*overrides, f"run_dir={quoted(path)}", "resume=true"]
+
+
+def _run(
+    overrides: Sequence[str], name: str, folder: Path, display: Display
+) -> tuple[Ended, Outcome]:
+    """Return how a job ended, now or in an earlier sweep."""
+    path = ""
+    try:
+        saved = SavedRun(path_of(overrides, folder))
+        path = str(saved.path)
+        if isinstance(outcome := saved.outcome(), dict):
+            return Ended(name, SKIPPED, path), outcome
+        if outcome is None:
+            display.console.print(name, markup=False)
+            outcome = _noted(saved, overrides, display)
+            return Ended(name, DONE, path, process=os.getpid()), outcome
+    except Exception as error:  # a job's error must leave the other jobs alone
+        outcome = RuntimeError(explained(error))
+    return Ended(name, FAILED, path, str(outcome), os.getpid()), outcome
+
+
+def _noted(saved: SavedRun, overrides: Sequence[str], display: Display) -> dict[str, Any]:
+    """Run a configuration; if training diverges, the directory says so."""
+    try:
+        return run(continuing(overrides, saved.path), display)
+    except Exception as error:
+        saved.note(error)
+        raise
+
+
+def _value(outcome: Outcome) -> float | None:
+    if isinstance(outcome, Exception):
+        return None
+    value = outcome["final"].get(outcome["selected_by"])
+    return None if value is None else float(value)
+
+
+@contextmanager
+def watched(job: Job) -> Iterator[None]:
+    """Show the jobs that end in other processes, whose own output may go to a file."""
+    over = Event()
+    thread = Thread(target=_watch, args=(job, over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _watch(job: Job, over: Event) -> None:
+    shown: set[Ended] = set()
+    last = False
+    while not last:
+        last = over.wait(POLL)
+        for ended in job.ended():
+            if ended.process != job.process and ended not in shown:
+                job.show(ended)
+                shown.add(ended)

@@ -1,0 +1,124 @@
+"""Sweeps by Hydra: each job is a run in a directory named by the hash of its settings.
+
+The same sweep, or one with more values, finds the runs that are there by their hash.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hydra import main
+from rich.console import Console
+
+from fedpeft.config.load import CONF, key_of, load_config
+from fedpeft.config.sweeps import Plan
+from fedpeft.reporting.progress import FAILED, SKIPPED, Tally
+from fedpeft.reporting.saved_runs import SavedRun
+from fedpeft.simulation.job import Ended, Job, continuing, path_of, watched
+from fedpeft.simulation.launch import check_all
+
+SHOWN = 10  # of the skipped runs, by name
+
+
+def sweep(plan: Plan, command: str, as_json: bool) -> bool:
+    """Run a sweep by Hydra's sweeper and launcher, and return true if no job failed.
+
+    Args:
+        plan: of the sweep.
+        command: the command that goes on.
+        as_json: print the summaries as JSON, one a line, and all else on standard error.
+
+    Raises:
+        ValueError: the configuration of a job is wrong; none has run then.
+        KeyboardInterrupt: somebody stopped the sweep; the message says how to go on.
+    """
+    folder, console = Path(plan.folder).absolute(), Console(soft_wrap=True, stderr=as_json)
+    folder.mkdir(parents=True, exist_ok=True)
+    there, left = _there(plan, folder)
+    if left:
+        check_all(left)
+    skipped = [one.name for one in there if one.kind == SKIPPED]
+    if skipped and plan.all_known:
+        more = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+        names = "; ".join(skipped[:SHOWN])
+        console.print(f"skipped, because the results are there: {names}{more}", markup=False)
+    if left or not plan.all_known:
+        there = _run(plan, folder, len(skipped) if plan.all_known else 0, command, as_json)
+    else:
+        failed = len(there) - len(skipped)
+        console.print(Tally(len(there), 0, len(skipped), failed).text(), markup=False)
+    return _report(there, as_json)
+
+
+def _there(plan: Plan, folder: Path) -> tuple[list[Ended], list[list[str]]]:
+    """Return the jobs that ended in an earlier sweep, and the overrides of those that did not."""
+    there, left = [], []
+    for overrides in plan.jobs:
+        saved = SavedRun(path_of(overrides, folder))
+        outcome, name, path = saved.outcome(), plan.label(overrides), str(saved.path)
+        if outcome is None:
+            left.append(continuing(overrides, saved.path))
+        elif isinstance(outcome, Exception):
+            there.append(Ended(name, FAILED, path, str(outcome)))
+        else:
+            there.append(Ended(name, SKIPPED, path))
+    return there, left
+
+
+def _run(plan: Plan, folder: Path, skipped: int, command: str, as_json: bool) -> list[Ended]:
+    """Run a sweep's jobs, and return how each ended."""
+    with TemporaryDirectory(prefix=".jobs-", dir=folder, ignore_cleanup_errors=True) as notes:
+        job = Job(plan, Path(notes), time.time(), os.getpid(), skipped, as_json)
+        try:
+            with watched(job):
+                _by_hydra([*plan.arguments, *_of_sweeper(plan)], job)
+        except KeyboardInterrupt as stopped:
+            raise type(stopped)(job.tally().stopped(command)) from None
+        except Exception:  # Optuna's, if no trial came to its end
+            if not any(one.kind == FAILED for one in job.ended()):
+                raise
+        return job.ended()
+
+
+def _report(ended: Sequence[Ended], as_json: bool) -> bool:
+    """Name the jobs that failed, and return true if there is none."""
+    failed = [one for one in ended if one.kind == FAILED]
+    for one in ended if as_json else ():
+        if one not in failed:
+            print(json.dumps(SavedRun(Path(one.path)).summary))
+    for one in failed:
+        print(f"fedpeft: {one.name} failed: {one.reason}", file=sys.stderr)
+    return not failed
+
+
+def _of_sweeper(plan: Plan) -> list[str]:
+    """Return settings for a sweeper that optimises, of those that the user does not give.
+
+    Without a seed, another call would choose other values and find no results.
+    """
+    wanted: dict[str, object] = {}
+    if "direction" in plan.sweeper:
+        sign = load_config(plan.jobs[0]).data.selects[1]
+        wanted["direction"] = "maximize" if sign > 0 else "minimize"
+    if "max_failure_rate" in plan.sweeper:
+        wanted["max_failure_rate"] = 1.0
+    if "seed" in (plan.sweeper.get("sampler") or {}):
+        wanted["sampler.seed"] = 0
+    given = {key_of(argument) for argument in plan.arguments}
+    settings = {f"hydra.sweeper.{key}": value for key, value in wanted.items()}
+    return [f"{key}={value}" for key, value in settings.items() if key not in given]
+
+
+def _by_hydra(overrides: Sequence[str], job: Job) -> None:
+    """Hand over to Hydra, whose launcher and sweeper the configuration may choose."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # an error arrives here, and not as a trace
+    before = sys.argv
+    sys.argv = ["fedpeft", "--multirun", *overrides]
+    try:
+        main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    finally:
+        sys.argv = before

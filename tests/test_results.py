@@ -1,0 +1,212 @@
+"""``fedpeft results``: runs on the disk as rows, filtered, sorted, averaged and exported."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft.config.choices import choices
+from fedpeft.config.load import composed, leaves
+from fedpeft.reporting.conditions import Condition
+from tests.conftest import ROOT
+
+Command = Callable[..., str]
+# By directory: learning rate, seed, quality. The last one did not come to its end.
+RUNS = {"a": (0.1, 0, 0.5), "b": (0.1, 1, 0.7), "c": (0.01, 0, 0.9), "d": (0.01, 1, None)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two learning rates and two seeds."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, (lr, seed, quality) in RUNS.items():
+        path = folder / name
+        path.mkdir()
+        method = {"_target_": "fedpeft.methods.lora.LoRA", "rank": 8}
+        config = {"lr": lr, "seed": seed, "method": method, "layers": [0, 1]}
+        (path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML, too
+        lines = [{"round": r, "validation_accuracy": r / 10, "refused": {}} for r in range(2)]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+        if quality is not None:
+            (path / "summary.json").write_text(json.dumps(_summary(quality)))
+    return folder
+
+
+def _summary(quality: float) -> dict[str, Any]:
+    """Return the summary of a run whose unweighted quality is a tenth less, and the worst two."""
+    tested = {"": 0, "_unweighted": 0.1, "_worst": 0.2}
+    measures = {f"client_test_accuracy{k}": quality - less for k, less in tested.items()}
+    return {
+        "selected_by": "validation_accuracy",
+        "final": {"round": 1, "validation_accuracy": 0.1, "test_accuracy": 0.25, **measures},
+        "best": {"round": 0},
+        "bytes": {"uplink_bytes": 3_000_000, "downlink_bytes": 1_000_000},
+        "parameters": {"trained": [10, 10]},
+        "seconds": 1.5,
+    }
+
+
+def test_a_run_is_a_row(fedpeft: Command, folder: Path) -> None:
+    rows = json.loads(fedpeft("results", str(folder), "--json"))
+    assert [row["path"] for row in rows] == [str(folder / name) for name in RUNS]
+    whole = "path status lr seed rounds quality quality_unweighted quality_worst global_test"
+    assert list(rows[0]) == [*whole.split(), "validation", "best_round", "bytes", "seconds"]
+    assert list(rows[0].values())[1:] == pytest.approx(
+        ["completed", 0.1, 0, 1, 0.5, 0.4, 0.3, 0.25, 0.1, 0, 4_000_000, 1.5]
+    )
+    unfinished = {"path": str(folder / "d"), "status": "unfinished", "lr": 0.01, "seed": 1}
+    assert rows[3] == unfinished | {"rounds": 1}
+    text = fedpeft("results", str(folder), "--columns", "lr,quality,bytes")
+    assert "│ 0.1  │   0.500 │ 4.00 │" in text and "│ 0.01 │       - │    - │" in text
+    assert "quality: accuracy on the clients' own test rows" in text
+
+
+def test_seeds_are_one_row_with_their_mean_and_deviation(fedpeft: Command, folder: Path) -> None:
+    one, other = json.loads(fedpeft("results", str(folder), "--over-seeds", "--json"))
+    assert (one["lr"], one["quality"], one["seeds"]) == (0.1, pytest.approx(0.6), "2")
+    assert one["quality_sd"] == pytest.approx(0.02**0.5)  # sample: 0.1² + 0.1² over 1
+    assert (other["quality"], other["quality_sd"], other["seeds"]) == (0.9, None, "1 of 2")
+    assert "path" not in one and "seed" not in one
+    text = fedpeft("results", str(folder), "--over-seeds")
+    assert "0.600 ± 0.141" in text and "4.00 ± 0.00" in text and "1 of 2" in text
+
+
+@pytest.mark.parametrize(
+    ("conditions", "names"),
+    [
+        (["lr<0.1"], "cd"),
+        (["lr<=1e-1", "seed=0"], "ac"),
+        (["method=lora", "quality>0.6"], "bc"),
+        (["method=LORA", "method.rank=8", "seed!=0", "status=completed"], "b"),
+        (["quality!=0.5"], "bcd"),
+        (["client_test_accuracy_worst>=0.4"], "bc"),
+        (["layers=[0, 1]", "lr>0.05"], "ab"),
+    ],
+)
+def test_conditions_on_columns_settings_and_measures(
+    fedpeft: Command, folder: Path, conditions: list[str], names: str
+) -> None:
+    rows = json.loads(
+        fedpeft("results", str(folder), "--json", "--columns", "path", "--where", *conditions)
+    )
+    assert [Path(row["path"]).name for row in rows] == list(names)
+
+
+def test_order_and_those_without_a_value_last(fedpeft: Command, folder: Path) -> None:
+    def order(*options: str) -> str:
+        rows = json.loads(fedpeft("results", str(folder), "--json", *options))
+        return "".join(Path(row["path"]).name for row in rows)
+
+    assert order("--sort", "quality") == "abcd"
+    assert order("--sort", "quality", "--reverse") == "cbad"
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_one_row_a_run_is_exported(fedpeft: Command, folder: Path, kind: str) -> None:
+    assert "saved runs." in fedpeft("results", str(folder), "--to", f"runs.{kind}")
+    rows = _read(Path(f"runs.{kind}"))
+    assert [row["quality"] for row in rows] == [0.5, 0.7, 0.9, None]
+    first = {"method": "lora", "method.rank": 8, "lr": 0.1, "seed": 0, "layers": "[0, 1]"}
+    assert {key: rows[0][key] for key in first} == first
+    assert rows[0]["client_test_accuracy_worst"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_one_row_a_run_round_and_measure_is_exported(
+    fedpeft: Command, folder: Path, kind: str
+) -> None:
+    fedpeft("results", str(folder), "--where", "lr=0.1", "--rounds", "--to", f"out/x.{kind}")
+    rows = _read(Path(f"out/x.{kind}"))
+    assert [tuple(row.values())[1:] for row in rows] == [
+        (seed, r, "validation_accuracy", r / 10) for seed in (0, 1) for r in (0, 1)
+    ]
+    assert list(rows[0]) == ["path", "seed", "round", "measure", "value"]
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file; CSV's cells as JSON where they are numbers."""
+    if file.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return parquet.read_table(file).to_pylist()
+    with file.open(newline="") as opened:
+        return [{k: _cell(v) for k, v in row.items()} for row in csv.DictReader(opened)]
+
+
+def _cell(text: str) -> Any:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--where", "lrr=3"], "no run has a column lrr: did you mean lr?"),
+        (["--where", "rank=3"], "no run has a column rank: did you mean method.rank?"),
+        (["--where", "lr"], "--where takes conditions such as method=lora or 'lr<0.01', got lr"),
+        (["--where", "method<lora"], "method<lora: < compares numbers"),
+        (["--where", "lr=7"], "none of 4 runs meets lr=7"),
+        (["--sort", "qality"], "no run has a column qality: did you mean quality?"),
+        (["--to", "x.xlsx"], "--to must be a file .parquet or .csv, got x.xlsx"),
+        (["--rounds"], "--rounds writes each run's rounds: it goes with --to FILE alone"),
+    ],
+)
+def test_wrong_options_are_one_sentence(
+    fedpeft: Command,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    says: str,
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        fedpeft("results", str(folder), *options)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"fedpeft: {says}\n"
+
+
+def test_the_committed_results_read(fedpeft: Command) -> None:
+    quickstart = str(ROOT / "results" / "quickstart")
+    rows = json.loads(fedpeft("results", quickstart, "--json", "--sort", "quality"))
+    order = "scl fedtt_plus fedtt ffa_lora lora fedsa_lora"
+    assert [row["method"] for row in rows] == order.split()
+    assert rows[0]["quality"] == 0.3875
+    assert "method.rank" not in rows[0]  # it differs with the method alone
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["method=lora", "method.rank=4", "lr=0.5"], ("lora", "dirichlet", "fedavg", "none")),
+        (["method=flasc"], ("flasc", "dirichlet", "fedadam", "topk_both")),
+        (["method=fedprompt", "partition=iid"], ("prompt", "iid", "fedavg", "none")),
+        (
+            ["method=fedtt_plus", "strategy=multi_krum"],
+            ("fedtt_plus", "dirichlet", "multi_krum", "none"),
+        ),
+    ],
+)
+def test_the_files_that_a_configuration_comes_from(
+    overrides: list[str], names: tuple[str, ...]
+) -> None:
+    chosen = choices(leaves(composed(overrides)))
+    groups = ("method", "partition", "strategy", "compression")
+    assert tuple(chosen[group] for group in groups) == names
+    assert (chosen["model"], chosen["data"]) == ("minilm", "docstrings")
+
+
+def test_a_class_that_moved_or_has_no_file() -> None:
+    assert choices({"method._target_": "fedpeft.old.LoRA"})["method"] == "lora"
+    assert choices({"method._target_": "fedpeft.old.Gone"})["method"] == "Gone"
+    assert choices({})["method"] is None
+
+
+def test_a_condition_on_what_a_run_lacks() -> None:
+    assert not Condition.of("lr<3").holds({"lr": None})
+    assert not Condition.of("lr=null").holds({})
+    assert Condition.of("lr=null").holds({"lr": None})
+    assert Condition.of("lr!=3").holds({})
