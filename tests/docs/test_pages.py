@@ -14,7 +14,8 @@ import yaml
 from fedpeft.config.load import CONF, load_config
 from fedpeft.engine.roles import Roles
 from fedpeft.methods.base import At, Round
-from fedpeft.state import TRAINED, Role
+from fedpeft.state import TRAINED as TRAINS
+from fedpeft.state import Role
 from tests.docs.documents import blocks, page, table
 
 EXTENDING = "docs/extending.md"
@@ -163,4 +164,43 @@ def test_the_roles_are_the_method_s(name: str) -> None:
             names = {name for name in role if re.search(PARTS[word], name)}
             assert {role[name] for name in names} == {expected}, word
             covered |= names
-    assert {name for name in role if role[name] in TRAINED} <= covered
+    assert {name for name in role if role[name] in TRAINS} <= covered
+
+
+# --- methods -------------------------------------------------------------------------------------
+
+METHODS = page("docs/methods.md")
+NAMES = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+COUNTS = {name: cells[0].strip("`") for name, cells in table(METHODS, "| method | numbers").items()}
+ROBERTA = {"L": 12, "d": 768, "f": 3072, "g": 2, "n": 24, "head": 768 * 769 + 2 * 769}
+LLAMA = {"L": 32, "d": 4096, "f": 11008, "g": 3, "n": 64, "head": 0}
+LAYERNORMS = {"norms": 25 * 2 * 768, "biases": 12 * (4 * 768 + 3072 + 768 + 2 * 768) + 768}
+RMSNORMS = {"norms": 65 * 4096}
+# Methods of the table of sizes in docs/sent.md: the spans of what trains on both models.
+TRAINED = {
+    name: (cells[0], cells[3])
+    for names, cells in table(page("docs/sent.md"), "| method | RoBERTa-base: trained").items()
+    for name in re.findall(r"\w+", re.sub(r" (r=|rank ).*", "", names))
+}
+
+
+def test_every_method_has_a_section_and_a_place_in_both_tables() -> None:
+    sections = re.findall(r"^`method=(\w+)`|\. `method=(\w+)`", METHODS, re.MULTILINE)
+    assert sorted(a or b for a, b in sections) == NAMES
+    exact = METHODS.partition("| the mean is |")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"`([a-z0-9_]+)`", exact)) == NAMES
+    assert sorted([*COUNTS, "fedtt", "fedtt_plus", "full"]) == NAMES
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_formulas_count_what_trains(name: str) -> None:
+    values = yaml.safe_load((CONF / f"method/{name}.yaml").read_text())["method"]
+    own = {"r": values.get("rank"), "k": values.get("heads"), "b": values.get("bottleneck")}
+    own |= {"m": values.get("num_tokens"), "H": values.get("hidden")}
+    both = ((ROBERTA | LAYERNORMS, 0), (LLAMA | RMSNORMS, 1))
+    for model, at in both:
+        counted = TRAINED[name][at].split("-")[-1].replace(",", "")
+        if counted.startswith("refused"):
+            continue
+        sizes = model | {"i": model["d"], "o": model["d"]} | own
+        assert eval(COUNTS[name], {}, sizes) + model["head"] == int(counted)
