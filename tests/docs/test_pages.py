@@ -1,5 +1,6 @@
 """The pages' code runs as printed, and their tables hold what the code does."""
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -171,7 +172,11 @@ def test_the_roles_are_the_method_s(name: str) -> None:
 
 METHODS = page("docs/methods.md")
 NAMES = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-COUNTS = {name: cells[0].strip("`") for name, cells in table(METHODS, "| method | numbers").items()}
+COUNTS = {
+    name: cells[0].strip("`")
+    for names, cells in table(METHODS, "| methods | numbers").items()
+    for name in re.findall(r"\w+", names)
+}
 ROBERTA = {"L": 12, "d": 768, "f": 3072, "g": 2, "n": 24, "head": 768 * 769 + 2 * 769}
 LLAMA = {"L": 32, "d": 4096, "f": 11008, "g": 3, "n": 64, "head": 0}
 LAYERNORMS = {"norms": 25 * 2 * 768, "biases": 12 * (4 * 768 + 3072 + 768 + 2 * 768) + 768}
@@ -204,3 +209,27 @@ def test_the_formulas_count_what_trains(name: str) -> None:
             continue
         sizes = model | {"i": model["d"], "o": model["d"]} | own
         assert eval(COUNTS[name], {}, sizes) + model["head"] == int(counted)
+
+
+# --- diagnostics ---------------------------------------------------------------------------------
+
+MEASURED = table(page("docs/diagnostics.md"), "| method | interference |")
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_diagnostics_are_the_quickstart_s(name: str) -> None:
+    folder = f"results/quickstart/{name}"
+    summary = json.loads(page(f"{folder}/summary.json"))
+    last = json.loads(page(f"{folder}/metrics.jsonl").splitlines()[-1])
+    gap = summary["interference"][-1]
+    assert MEASURED[name] == [
+        "-" if gap is None else f"{gap:.3f}",
+        f"{last['update_norm_mean']:.2f}",
+        f"{last['update_norm_std']:.2f}",
+        f"{last['update_cosine']:.2f}",
+        f"{max(summary['initial_error'].values(), default=0):.3f}",
+    ]
+
+
+def test_the_diagnostics_have_the_quickstart_s_methods() -> None:
+    assert sorted(MEASURED) == sorted(table(page("README.md"), "| method | quality"))
