@@ -17,6 +17,7 @@ from fedpeft.engine.roles import Roles
 from fedpeft.methods.base import At, Round
 from fedpeft.state import TRAINED as TRAINS
 from fedpeft.state import Role
+from tests.conftest import ROOT
 from tests.docs.documents import blocks, page, table
 
 EXTENDING = "docs/extending.md"
@@ -233,3 +234,11 @@ def test_the_diagnostics_are_the_quickstart_s(name: str) -> None:
 
 def test_the_diagnostics_have_the_quickstart_s_methods() -> None:
     assert sorted(MEASURED) == sorted(table(page("README.md"), "| method | quality"))
+
+
+def test_every_benchmark_s_file_is_on_the_page() -> None:
+    text = page("docs/performance.md")
+    linked = re.findall(r"\[(\w+)\.json\]\(\.\./results/benchmarks/\1\.json\) \|", text)
+    assert sorted(linked) == sorted(p.stem for p in (ROOT / "results/benchmarks").glob("*.json"))
+    programs = re.findall(r"^\| `(\w+)[^`]*` \| \[", text, re.MULTILINE)
+    assert all((ROOT / f"benchmarks/{program}.py").is_file() for program in programs)
