@@ -8,7 +8,6 @@ import re
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from mkdocs.utils import get_relative_url
 
 from scripts.site import configuration
 from scripts.site.formulas import with_mathml
@@ -38,6 +37,20 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Replace the theme's script for search without a server, because it comes from elsewhere."""
-    script = f'<script src="{get_relative_url("search.js", page.url)}"></script>'
-    return re.sub(r'<script src="https://[^"]*"></script>', script, output)
+    """Take the script of a page's search from this site."""
+    return _with_our_search(output)
+
+
+def on_post_template(output: str, template_name: str, config: MkDocsConfig) -> str:
+    """Take the script of the search on the page for errors from this site."""
+    return _with_our_search(output)
+
+
+def _with_our_search(html: str) -> str:
+    """Replace the theme's script for search without a server, because it comes from elsewhere.
+
+    All pages stand in one folder, so the script's place is the same for each.
+    """
+    return re.sub(
+        r'<script src="https://[^"]*"></script>', '<script src="search.js"></script>', html
+    )

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+import fedpeft
 from fedpeft.config.load import CONF, load_config
 from fedpeft.engine.roles import Roles
 from fedpeft.methods.base import At, Round
@@ -19,6 +21,7 @@ from fedpeft.state import TRAINED as TRAINS
 from fedpeft.state import Role
 from tests.conftest import ROOT
 from tests.docs.documents import blocks, page, table
+from tests.expected.methods import TINY
 
 EXTENDING = "docs/extending.md"
 METHOD, STRATEGY = "fedpeft.methods.settling_lora", "fedpeft.algorithms.slowing"
@@ -117,6 +120,20 @@ def test_the_kinds_of_tasks_exist() -> None:
     targets = {yaml.safe_load(p.read_text())["_target_"] for p in (CONF / "data").glob("*.yaml")}
     used = {target.rpartition(".")[2] for target in targets} - {"Docstrings", "DocstringsLM"}
     assert used < named and len(named) == 7
+
+
+def test_the_code_of_the_page_on_python(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (block,) = [b for b in blocks("docs/python.md") if b.language == "python"]
+    small = [*base, *TINY["fedtt"], f"run_dir={tmp_path / 'run'}"]
+    whole = fedpeft.run
+    monkeypatch.setattr(fedpeft, "run", lambda overrides: whole([*small, *overrides]))
+    exec(compile(block.text, "docs/python.md", "exec"), {})
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    accuracy, sent = capsys.readouterr().out.splitlines()[-1].split()
+    assert float(accuracy) == summary["final"]["test_accuracy"]
+    assert int(sent) == summary["bytes"]["uplink_bytes"] > 0
 
 
 # --- the README ----------------------------------------------------------------------------------
