@@ -147,7 +147,8 @@ def _sets(of_class: list[Choice]) -> Iterator[str]:
             for key, value in values.items()
             if value != {}
         )
-        about = [choice.comment, f"sets {settings}." if settings else ""]
+        comment = choice.comment.rstrip(".")
+        about = [f"{comment}." if comment else "", f"Sets {settings}." if settings else ""]
         if any(about):
             yield f"- `{choice.group}={choice.name}`: {' '.join(filter(None, about))}"
 

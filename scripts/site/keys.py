@@ -101,7 +101,7 @@ def written(value: Any) -> str:
         return f"[{','.join(map(written, value))}]"
     if isinstance(value, dict):
         return "{" + ",".join(f"{k}:{written(v)}" for k, v in value.items()) + "}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("\n", "\\n")
 
 
 def _default(field: Field[Any]) -> Any:
@@ -128,7 +128,7 @@ def _rules(cls: type, values: Mapping[str, Any], name: str, hint: Any) -> Iterat
 def _rule(sentence: str, name: str) -> str:
     """Return what a sentence such as ``method.rank must be >= 1, got 0`` says of a key."""
     found = re.search(
-        rf"\b{name} (?:must (?:be|name|have) )?((?:must|>=|>|<=|<|in|from|one|a|an|of|at)?.*)",
+        rf"\b{name} (?:of \w+ )?(?:must (?:be|name|have) )?(.+)",
         re.split("[,;] got", sentence)[0],
     )
     if found is None or " must " not in sentence:

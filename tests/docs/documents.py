@@ -60,6 +60,14 @@ def shell_blocks() -> list[Block]:
     return [b for document in DOCUMENTS for b in blocks(document) if b.language in SHELL]
 
 
+def inline_commands(document: str) -> Iterator[list[str]]:
+    """Yield the words of the commands in a document's sentences that name no placeholder."""
+    text = _BLOCK.sub("", (ROOT / document).read_text())
+    for span in re.findall(r"`(fedpeft [a-z]+ [^`]*)`", text):
+        if not re.search(r"\.\.\.|\b[A-Z]{2,}\b|\bN\b", span):
+            yield shlex.split(span.replace("\n", " "))
+
+
 def page(name: str) -> str:
     """Return a document's text."""
     return Path(ROOT / name).read_text()

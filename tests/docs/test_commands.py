@@ -25,7 +25,7 @@ from fedpeft.reporting.partition import Holdings
 from fedpeft.reporting.study import Study
 from fedpeft.simulation import launch
 from tests.conftest import ROOT
-from tests.docs.documents import Block, shell_blocks
+from tests.docs.documents import DOCUMENTS, Block, inline_commands, shell_blocks
 
 BLOCKS = shell_blocks()
 Words = tuple[str, ...]
@@ -110,6 +110,16 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("fedpeft.server.check.check", lambda grid, words, simulated: loaded(words))
 
 
+# Files that docs/extending.md tells the reader to write; tests/docs/test_pages.py has them.
+WRITTEN = {"method=settling_lora", "data=tickets", "strategy=slowing"}
+
+
+def in_sentences() -> list[Any]:
+    """Return the distinct commands in the documents' sentences."""
+    places = {tuple(words[1:]): name for name in DOCUMENTS for words in inline_commands(name)}
+    return [pytest.param(w, id=place) for w, place in places.items() if not WRITTEN & {*w}]
+
+
 def commands_of(program: str) -> list[Any]:
     """Return the distinct commands of a program, each with the place of its first."""
     places: dict[Words, str] = {}
@@ -120,7 +130,7 @@ def commands_of(program: str) -> list[Any]:
     return [pytest.param(words, id=place) for words, place in places.items()]
 
 
-@pytest.mark.parametrize("words", commands_of("fedpeft"))
+@pytest.mark.parametrize("words", commands_of("fedpeft") + in_sentences())
 def test_fedpeft_understands(
     words: Words, nothing_runs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

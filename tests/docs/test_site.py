@@ -47,6 +47,8 @@ def test_every_choice_is_there(configuration: str, group: str) -> None:
         "| `method.bottleneck` | int | `64` | >= 2 |",
         "| `method.targets` | list of str | `[q,v]` | at least one projection |",
         "| `strategy.beta` | float | `0.2` | in (0, 0.5): 0 trims nothing, 0.5 everything |",
+        "| `data.prompt` | str | `{{ context }}\\n\\n{{ question }}` |  | Jinja template over",
+        "| `data.metrics` | list of str | `[spearman,pearson]` | of spearman, pearson, or a module",
         "| `checkpoint.keep` | int | `2` | >= 1 | so many stay. |",
     ],
 )
