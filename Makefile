@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 # Compiled code is kept, because the tests start many processes, which would each compile it anew.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: quickstart test quick matrix slow check lint bench clean
+.PHONY: quickstart test quick matrix slow check lint docs bench clean
 
 quickstart: $(VENV)/quickstart ## six methods on the embedded model and data
 	$(BIN)/fedpeft compare experiment=quickstart
@@ -28,7 +28,10 @@ lint: $(VENV)/dev ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-check: lint test
+docs: $(VENV)/dev ## the documentation, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+
+check: lint docs test
 
 bench: $(VENV)/dev ## ratios, each measured in one run: make bench SST2=/folder
 	$(BIN)/python -m benchmarks $(SST2)
@@ -48,4 +51,4 @@ $(VENV)/dev: $(VENV)/pip pyproject.toml
 	touch $@ $(VENV)/quickstart
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache site

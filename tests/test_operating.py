@@ -225,7 +225,7 @@ def test_prometheus_reads_a_run(run: Runner, monkeypatch: pytest.MonkeyPatch) ->
     assert last["fedpeft_round_seconds_sum"] == pytest.approx(seconds)
     for name in ("validation_accuracy", "client_validation_accuracy", "train_loss"):
         assert last[f'fedpeft_measure{{name="{name}"}}'] == lines[2][name]
-    documented = set(re.findall(r"fedpeft_\w+", (ROOT / "README.md").read_text()))
+    documented = set(re.findall(r"fedpeft_\w+", (ROOT / "docs" / "operating.md").read_text()))
     assert documented < {name.partition("{")[0] for name in last} and len(documented) == 6
     with pytest.raises(urllib.error.URLError):  # it ends with the run
         scraped(port)

@@ -284,13 +284,13 @@ def test_the_command_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert "MB down" in text and "0.080-0.160" in text and "uncompressed" in text
 
 
-# --- the README's table --------------------------------------------------------------------------
+# --- the table of sizes in the documentation ------------------------------------------------------
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-TABLE = README.partition("| method | RoBERTa-base: trained |")[2].partition("\n\n")[0]
+PAGE = (Path(__file__).parent.parent / "docs" / "sent.md").read_text()
+TABLE = PAGE.partition("| method | RoBERTa-base: trained |")[2].partition("\n\n")[0]
 
 
-def rows_of_the_readme() -> dict[str, list[str]]:
+def rows_of_the_page() -> dict[str, list[str]]:
     """The cells after a method's name, by method."""
     rows: dict[str, list[str]] = {}
     for line in TABLE.splitlines()[2:]:
@@ -305,16 +305,13 @@ def as_cells(found: dict[str, Any]) -> list[str]:
     return [span(found["trained"]), span(found["sent_up"]), sizes]
 
 
-def test_the_readme_has_every_method() -> None:
-    names = re.findall(
-        r"`(\w+)`", README.partition("RoBERTa-base: trained")[2].partition("\n\n")[0]
-    )
-    assert sorted(names) == names_in("method")
+def test_the_page_has_every_method() -> None:
+    assert sorted(re.findall(r"`(\w+)`", TABLE)) == names_in("method")
 
 
 @pytest.mark.parametrize(("setting", "at"), [(BASE, 0), (LLAMA7B, 3)], ids=["base", "7b"])
-def test_the_readme_s_numbers(setting: tuple[str, ...], at: int) -> None:
-    for method, cells in rows_of_the_readme().items():
+def test_the_page_s_numbers(setting: tuple[str, ...], at: int) -> None:
+    for method, cells in rows_of_the_page().items():
         if cells[at].startswith("refused: "):
             reason = cells[at].removeprefix("refused: ")
             with pytest.raises(ValueError, match=reason.replace("its", "(its|the)")):
@@ -323,11 +320,11 @@ def test_the_readme_s_numbers(setting: tuple[str, ...], at: int) -> None:
             assert cells[at : at + 3] == as_cells(count(*setting, f"method={method}")), method
 
 
-def test_the_readme_s_papers() -> None:
+def test_the_page_s_papers() -> None:
     """Their terms add up to what is trained."""
     known = {"head": BASE_HEAD}
     checked = 0
-    for method, cells in rows_of_the_readme().items():
+    for method, cells in rows_of_the_page().items():
         for at, sum_of in zip((0, 3), cells[6].split("; ") if cells[6] else (), strict=False):
             terms = [t if t not in known else f"{known[t]}" for t in sum_of.split(" + ")]
             spans = [[int(n.replace(",", "")) for n in term.split("-")] for term in terms]
@@ -338,6 +335,6 @@ def test_the_readme_s_papers() -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "fedtt", "fedtt_plus"])
-def test_the_readme_s_roberta_large(method: str) -> None:
+def test_the_page_s_roberta_large(method: str) -> None:
     found = span(count(*LARGE, f"method={method}")["sent_up"])
-    assert re.search(rf"RoBERTa-large sends up[^.]*{found} with `{method}`", README)
+    assert re.search(rf"RoBERTa-large sends up[^.]*{found} with `{method}`", PAGE)

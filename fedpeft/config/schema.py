@@ -201,6 +201,11 @@ class Settings:
 
     Args:
         seed: all draws of the run derive from it; >= 0.
+        num_clients: parts into which the training rows are divided, one a client.
+        num_rounds: rounds of the run.
+        local_steps: batches that a client trains on in a round; null with ``local_epochs``.
+        local_epochs: times that a client goes through its rows in a round; null with
+            ``local_steps``.
         clients_per_round: a count (int), a share (float) or null for all.
         lr: learning rate before the schedules.
         batch_size: rows of a training batch.

@@ -46,10 +46,10 @@ class Source(ABC):
             no other split could be meant; ``error`` refuses.
         extra_tests: further test splits, by their names in the results.
         validation_fraction: of the rows of train, in (0, 1).
-        test_fraction: likewise.
-        max_train_rows: number of rows at most, drawn by a fixed seed; null for all.
-        max_validation_rows: likewise.
-        max_test_rows: likewise, for each test split.
+        test_fraction: the same for the test split.
+        max_train_rows: number of training rows at most, drawn by a fixed seed; null for all.
+        max_validation_rows: the same for validation rows.
+        max_test_rows: the same for the rows of each test split.
         bad_rows: ``error`` refuses a row that cannot be used (an empty text, an unknown label, a
             broken image); ``skip`` leaves it out and counts it in the summary.
         separator: the character between two cells of CSV files, or ``tab``; null for a comma, and

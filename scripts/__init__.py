@@ -1,0 +1,1 @@
+"""Programs for this checkout: the tables of all tasks, and the documentation site."""
