@@ -1,6 +1,7 @@
 """One typed configuration, composed by Hydra from ``conf/`` and a list of overrides."""
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -207,7 +208,12 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
 
 def _sets_value(override: str) -> bool:
     """Tell whether an override sets a key of the configuration, and chooses or removes nothing."""
-    return _VALUE.match(override) is not None and not (CONF / key_of(override)).is_dir()
+    return _VALUE.match(override) is not None and key_of(override) not in _groups()
+
+
+@cache
+def _groups() -> set[str]:
+    return {entry.name for entry in os.scandir(CONF) if entry.is_dir()}
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
