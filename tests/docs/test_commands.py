@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from fedpeft import cli
 from fedpeft.config.load import changed, composed, load_config
-from fedpeft.config.overrides import readable
+from fedpeft.config.sweeps import Plan
 from fedpeft.deployment import node, server, trial
 from fedpeft.export import commands as export_commands
 from fedpeft.reporting.clients import ClientTable
+from fedpeft.reporting.listing import Listing
 from fedpeft.reporting.partition import Holdings
 from fedpeft.reporting.study import Study
 from fedpeft.simulation import launch
+from fedpeft.simulation import sweep as sweeps
 from tests.conftest import ROOT
 from tests.docs.documents import DOCUMENTS, Block, inline_commands, shell_blocks
 
@@ -44,24 +45,10 @@ def loaded(overrides: list[str], *_: Any) -> NoReturn:
     raise Understood
 
 
-def swept(arguments: list[str], as_json: bool) -> NoReturn:
-    """Compose a sweep: each value of each key once, with the first values of the others."""
-    overrides = [a for a in arguments if a not in ("-m", "--multirun")]
-    values = [choices(override) for override in overrides]
-    for i, several in enumerate(values):
-        for value in several[1:] or several[: i == 0]:
-            load_config([*(v[0] for v in values[:i]), value, *(v[0] for v in values[i + 1 :])])
+def swept(plan: Plan, *_: Any) -> NoReturn:
+    for overrides in plan.jobs:
+        load_config(overrides)
     raise Understood
-
-
-def choices(override: str) -> list[str]:
-    """Return the overrides of the jobs into which a sweep divides one."""
-    parsed = OverridesParser.create().parse_override(
-        override if "," in override else readable(override)
-    )
-    if not parsed.is_sweep_override():
-        return [override]
-    return [f"{parsed.key_or_group}={value}" for value in parsed.sweep_string_iterator()]
 
 
 def planned(study: Study, run_all: Any) -> NoReturn:
@@ -94,7 +81,8 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDPEFT_TRACEBACK", "1")  # errors come out of main
     for owner, name, stand_in in (
         (launch, "run", loaded),
-        (cli, "_sweep", swept),
+        (sweeps, "sweep", swept),
+        (Listing, "of", understood),
         (cli, "_counts", counted),
         (Study, "finish", planned),
         (ClientTable, "of", understood),
