@@ -14,9 +14,9 @@ from fedpeft.config.load import leaves
 from fedpeft.reporting.run_directory import (
     CONFIG,
     FAILED,
-    FREE,
     METRICS,
     SUMMARY,
+    is_free,
     read_metrics,
 )
 
@@ -60,7 +60,7 @@ class SavedRun:
     def settings(self) -> dict[str, Any]:
         """The configuration's values by dotted key, without the keys that change no result."""
         flat = leaves(self.config)
-        return {key: value for key, value in flat.items() if key not in FREE}
+        return {key: value for key, value in flat.items() if not is_free(key)}
 
     @property
     def hash(self) -> str:
