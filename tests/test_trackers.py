@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
 from fedpeft.config.load import composed, sent, trackers
@@ -25,6 +25,7 @@ from fedpeft.reporting.progress import Display
 from fedpeft.reporting.run_directory import read_metrics
 from fedpeft.reporting.saved_runs import SavedRun
 from fedpeft.reporting.trackers.base import Numbers, Session, Tracker, Tracking
+from fedpeft.reporting.trackers.tensorboard import TensorBoard
 from fedpeft.simulation.launch import run as run_here
 from tests.conftest import ROOT
 
@@ -169,7 +170,16 @@ def book(tmp_path: Path) -> Book:
 
 def test_numbers_are_those_of_the_line_without_single_clients(book: Book) -> None:
     book.tracking.start("", 1)
-    book.round(0, loss=0.5, rows=3, cohort=[1, 2], weights={"0": 0.5}, repeated="late", none=None)
+    book.round(
+        0,
+        loss=0.5,
+        rows=3,
+        flag=True,
+        cohort=[1, 2],
+        weights={"0": 0.5},
+        repeated="late",
+        none=None,
+    )
     assert book.tracker.numbers == {"round": 0, "loss": 0.5, "rows": 3}
 
 
@@ -303,7 +313,7 @@ def same(found: Mapping[str, list[tuple[int, float]]], done: Done, rel: float = 
 
 def test_tensorboard(base: list[str], tmp_path: Path) -> None:
     run = done(base, tmp_path / "run", "tensorboard")
-    read = EventAccumulator(str(run.path / "tensorboard"), {"tensors": 0})
+    read = EventAccumulator(str(run.path / "tensorboard"))
     read.Reload()
     events: dict[str, list[tuple[int, Any]]] = {
         tag: [(e.step, make_ndarray(e.tensor_proto)) for e in read.Tensors(tag)]
@@ -321,6 +331,26 @@ def test_tensorboard(base: list[str], tmp_path: Path) -> None:
     assert f"| run_hash | `{SavedRun(run.path).hash}` |" in configuration
     assert texts["status"][-1] == (2, "completed")
     assert json.loads(texts["summary"][0][1].replace("\n    ", "\n")) == run.summary
+
+
+def test_tensorboard_drops_what_a_killed_process_wrote_last(tmp_path: Path) -> None:
+    """It had written a round, but not yet noted it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    target = {"_target_": "a.B"}
+    config = {"seed": 0} | dict.fromkeys(("method", "data", "strategy"), target)
+    (folder / "config.yaml").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text('{"round": 0, "x": 1}\n{"round": 1, "x": 2}\n')
+    for value in (2, 3):
+        tracking = Tracking(TensorBoard(), str(folder), lambda text: pytest.fail(text))
+        tracking.start("", 9)
+        tracking.stop("stopped")
+        (folder / "metrics.jsonl").write_text('{"round": 0, "x": 1}\n{"round": 1, "x": 3}\n')
+        state = folder / "tensorboard" / "tracked.json"
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"round": 0}))
+        read = EventAccumulator(str(folder / "tensorboard")).Reload()
+        points = [(e.step, make_ndarray(e.tensor_proto).item()) for e in read.Tensors("x")]
+        assert points == [(0, 1), (1, value)]
 
 
 def records(file: Path) -> list[Any]:

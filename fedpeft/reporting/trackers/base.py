@@ -135,7 +135,7 @@ class Tracking(Observer):
         """Write a round; those that are repeated from a checkpoint are there already."""
         if self.session is not None and line["round"] == self.last + 1:
             self._safely(partial(self._write, line))
-        elif line["round"] > self.last:
+        else:
             self._safely(self._write_missing)
 
     def stop(self, status: str = "completed", reason: str = "") -> None:
