@@ -300,12 +300,13 @@ def test_a_client_whose_own_rows_have_changed_is_refused(run: Any, own_table: Pa
         return client_app(message=message, context=context)  # type: ignore[call-arg]
 
     labels = f"data.labels=[{','.join(TOPICS)}]"
-    summary = run(labels, "num_rounds=3", answer=answer)
+    summary = run(labels, "num_rounds=3", "evaluation.clients=always", answer=answer)
     reason = (
         "this client's rows have changed since it first took part in this run: give its node the "
         "rows that it had, or begin another run"
     )
-    assert summary["refused"] == {"2": {"1": reason}, "3": {"1": reason}}
+    both = f"{reason}; evaluation: {reason}"  # it neither trains nor measures
+    assert summary["refused"] == {"2": {"1": both}, "3": {"1": both}}
 
 
 # --- what a client keeps -------------------------------------------------------------------------
