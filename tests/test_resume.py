@@ -1,20 +1,31 @@
 """A run that was stopped goes on from its last checkpoint and ends with the same bits."""
 
+import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
 import pytest
 from flwr.app import Context, Message
 from omegaconf import DictConfig, OmegaConf
+from pyarrow import parquet
 from rich.console import Console
 
 from fedpeft.client.app import app as client_app
+from fedpeft.config.load import load_config
+from fedpeft.data.partitions.saved import Saved, write_partition
+from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.reporting.progress import Display
 from fedpeft.reporting.run_directory import check_same, read_metrics
+from fedpeft.server.checkpoint import NOTES
 from fedpeft.server.seen import RoundFailed
 from fedpeft.simulation.launch import run as run_here
-from tests.conftest import without_time
+from fedpeft.state import read_with_notes, save
+from tests.conftest import TOPICS, without_time
 
 
 class Stopping(Display):
@@ -185,6 +196,117 @@ def test_the_checkpoint_before_stays_until_the_next_is_complete(
     assert "round_00002.safetensors" in {p.name for p in folder.iterdir()}
     resumed = launched("run", "resume=true")
     assert resumed["shared_state_sha256"] == whole["shared_state_sha256"]
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def edit(file: Path) -> None:
+    """Change one text of a table, as an editor does between two commands."""
+    rows = parquet.read_table(file).to_pydict()
+    rows["text"][7] += " bread"
+    parquet.write_table(pyarrow.table(rows), file)
+    open_engine.cache_clear()  # a new process reads the rows again
+
+
+def stripped(checkpoint: Path) -> None:
+    """Take the hashes of rows out of a checkpoint, as earlier versions wrote it."""
+    tensors, notes = read_with_notes(checkpoint)
+    kept = {k: v for k, v in json.loads(notes[NOTES]).items() if k not in ("data", "partition")}
+    save(checkpoint, tensors, {NOTES: json.dumps(kept)})
+
+
+@pytest.fixture
+def own_table(table: Path, tmp_path: Path) -> Path:
+    """A copy of the table that a test may change."""
+    return Path(shutil.copytree(table, tmp_path / "table"))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_run_does_not_go_on_with_rows_that_were_edited(
+    split: str, launched: Launched, own_table: Path
+) -> None:
+    given = [f"data.path={own_table}", "resume=true", "num_rounds=2"]
+    with pytest.raises(KeyboardInterrupt):
+        launched("run", *given, stop=2)
+    edit(own_table / f"{split}.parquet")
+    with pytest.raises(
+        ValueError,
+        match=r"^the rows of the data set have changed since round 1 of .*/run \(SHA-256 "
+        r"[0-9a-f]{12}, now [0-9a-f]{12}\): bring back what it was, or give another run_dir$",
+    ):
+        launched("run", *given)
+
+
+def test_a_finished_run_is_returned_whatever_its_rows_are_now(
+    launched: Launched, own_table: Path
+) -> None:
+    given = [f"data.path={own_table}", "resume=true", "num_rounds=1"]
+    first = launched("run", *given)
+    edit(own_table / "train.parquet")
+    assert launched("run", *given) == first
+
+
+def test_the_same_rows_elsewhere_in_time_go_on(launched: Launched, own_table: Path) -> None:
+    given = [f"data.path={own_table}", "resume=true", "num_rounds=2"]
+    whole = launched("whole", *given)
+    with pytest.raises(KeyboardInterrupt):
+        launched("run", *given, stop=2)
+    for file in own_table.iterdir():
+        os.utime(file, (1, 1))
+    open_engine.cache_clear()
+    assert launched("run", *given)["shared_state_sha256"] == whole["shared_state_sha256"]
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(launched: Launched, tmp_path: Path) -> None:
+    whole = launched("whole", "num_rounds=2")
+    with pytest.raises(KeyboardInterrupt):
+        launched("run", "num_rounds=2", stop=2)
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("round_*"):
+        stripped(checkpoint)
+    resumed = launched("run", "num_rounds=2", "resume=true")
+    assert resumed["shared_state_sha256"] == whole["shared_state_sha256"]
+
+
+def test_a_run_does_not_go_on_with_another_partition(
+    launched: Launched, base: list[str], tmp_path: Path
+) -> None:
+    """Two clients exchange a row; the rows of the data set stay."""
+    file, clients = tmp_path / "partition.json", np.split(np.arange(240), 3)
+    labels = Engine(load_config(base)).task.group_numbers(None)
+    given = ["partition=saved", f"partition.file={file}", "resume=true", "num_rounds=2"]
+    write_partition(file, Saved(), labels, 0, clients)
+    with pytest.raises(KeyboardInterrupt):
+        launched("run", *given, stop=2)
+    clients[0][5], clients[1][5] = clients[1][5], clients[0][5]
+    write_partition(file, Saved(), labels, 0, clients)
+    open_engine.cache_clear()
+    with pytest.raises(ValueError, match="^the partition, which says who holds which rows, has"):
+        launched("run", *given)
+
+
+def test_a_client_whose_own_rows_have_changed_is_refused(run: Any, own_table: Path) -> None:
+    """Only the node of client 1 knows them, and the method keeps nothing there."""
+    file = own_table / "train.parquet"
+    parquet.write_table(parquet.read_table(file).slice(0, 40), file)
+
+    def answer(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            config = {**context.node_config, "data-path": str(own_table)}
+            context = Context(1, context.node_id, config, context.state, {})
+            round = message.content.config_records["config"]["round"]
+            if (message.metadata.message_type, round) == ("train", 2):
+                edit(file)
+        return client_app(message=message, context=context)  # type: ignore[call-arg]
+
+    labels = f"data.labels=[{','.join(TOPICS)}]"
+    summary = run(labels, "num_rounds=3", "evaluation.clients=always", answer=answer)
+    reason = (
+        "this client's rows have changed since it first took part in this run: give its node the "
+        "rows that it had, or begin another run"
+    )
+    both = f"{reason}; evaluation: {reason}"  # it neither trains nor measures
+    assert summary["refused"] == {"2": {"1": both}, "3": {"1": both}}
 
 
 # --- what a client keeps -------------------------------------------------------------------------

@@ -47,7 +47,12 @@ def test_hashes_tell_what_changes_results(tmp_path: Path) -> None:
     one, same, seed, rank = saved_runs(
         [
             _saved(tmp_path / "0"),
-            _saved(tmp_path / "1", resume=True, runtime={"num_cpus": 2}),
+            _saved(
+                tmp_path / "1",
+                resume=True,
+                runtime={"num_cpus": 2},
+                logger={"wandb": {"mode": "offline"}},
+            ),
             _saved(tmp_path / "2", seed=1),
             _saved(tmp_path / "3", method={"rank": 4}),
         ]

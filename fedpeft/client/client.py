@@ -179,8 +179,14 @@ class Client:
         self.store = store_of(context, config, self.number)
         self.restarted = False
 
+    def _check_rows(self) -> None:
+        """Refuse rows of this node's own that have changed; the server knows the others."""
+        if self.engine.rows.owns_all_rows:
+            self.store.check_rows(self.engine.task.sha256("train"))
+
     def begin(self) -> Begun:
         """Collect the values to start from: initial, then received, then kept; and corrections."""
+        self._check_rows()
         replica, config = self.engine.replica, self.message.content.config_records["config"]
         oldest, best = (_whole(config, key, self.round) for key in ("oldest", "best"))
         self.store.forget(self.generation, oldest, best)
@@ -263,6 +269,7 @@ class Client:
     def evaluate(self) -> RecordDict:
         """Measure the client's model on its own validation and test rows."""
         engine, begun = self.engine, time.perf_counter()
+        self._check_rows()
         at, received, _ = self._received()
         engine.replica.load(received, self._kept().personal, at=at)
         splits = engine.rows.client_examples(self.number)

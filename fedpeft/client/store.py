@@ -6,6 +6,7 @@ therefore never happened on the client either, and a node that lacks the state r
 beginning anew in silence.
 """
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,9 @@ from platformdirs import user_state_path
 
 from fedpeft.files import replacing
 from fedpeft.state import State, is_finite, read, save
+
+log = logging.getLogger(__name__)
+ROWS = "rows.sha256"
 
 
 class Lost(ValueError):
@@ -70,6 +74,29 @@ class Store:
                 f"{broken[0]} holds values that are not finite after training: lower lr"
             )
         save(self._file(generation), state)
+
+    def check_rows(self, sha256: str) -> None:
+        """Check that a client's own rows are those with which it first took part in the run.
+
+        Args:
+            sha256: of the rows that are here now; it is kept the first time.
+
+        Raises:
+            ValueError: the rows have changed since.
+        """
+        file = self.folder / ROWS
+        if not file.exists():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with replacing(file) as draft:
+                    draft.write_text(sha256)
+            except OSError as error:  # a method that keeps nothing needs no folder
+                log.warning("%s: a change of this client's rows would not be seen", error)
+        elif file.read_text() != sha256:
+            raise ValueError(
+                "this client's rows have changed since it first took part in this run: give its "
+                "node the rows that it had, or begin another run"
+            )
 
     def file(self, generation: int) -> bytes | None:
         """Return the file of a generation, to send to another machine; null if it is not here."""

@@ -37,9 +37,10 @@ GROUPS = {  # base classes by name, because torch is imported only when a group 
     "strategy": "fedpeft.algorithms.base.FedAvg",
     "compression": "fedpeft.compression.base.Compression",
 }
+TRACKER = "fedpeft.reporting.trackers.base.Tracker"
 _FIELD = re.compile(
-    rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation|checkpoint|early_stopping)\.[\w.]+"
-    "|lr|personal)="
+    rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation|checkpoint|early_stopping|logger)"
+    r"\.[\w.]+|lr|personal)="
 )
 INTERPOLATION = "${"
 MOST_CHARACTERS = 1 << 16  # of a message's overrides, because Hydra takes a minute for a megabyte
@@ -49,7 +50,7 @@ _MARKS = re.compile(r"[\\'\"]")  # characters that splitting or parsing an overr
 # Beginnings of overrides that clients need not know.
 OF_SERVER = (
     *("run_dir=", "resume=", "logs=", "metrics_port=", "check="),
-    *("checkpoint.", "early_stopping.", "hydra."),
+    *("checkpoint.", "early_stopping.", "hydra.", "logger=", "logger."),
 )
 _lock = Lock()  # Hydra's compose is not thread-safe; a launch composes in a thread too
 
@@ -266,8 +267,25 @@ def typed(tree: DictConfig) -> Config:
         ConfigError: a value of the wrong type or outside its rule.
     """
     with _config_errors():
-        groups = {name: _group(tree, name, get_class(base)) for name, base in GROUPS.items()}
+        groups = {name: _group(tree[name], name, base) for name, base in GROUPS.items()}
         return Config(**_numbers(tree), **groups)
+
+
+def trackers(overrides: str | Sequence[str]) -> list[Any]:
+    """Return the settings of the trackers that ``logger`` chooses, which needs no torch.
+
+    Raises:
+        ConfigError: as ``load_config``, or the extra of a tracker is not installed.
+    """
+    chosen = _composed(tuple(split(overrides))).get("logger", {})
+    with _config_errors():
+        for name, node in chosen.items():
+            if not OmegaConf.is_dict(node) or "_target_" not in node:
+                raise ConfigError(f"logger.{name} is set, but not chosen: add logger={name}")
+        found = [_group(node, f"logger.{name}", TRACKER) for name, node in chosen.items()]
+        for tracker in found:
+            tracker.check()
+    return found
 
 
 def changed(tree: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -326,7 +344,7 @@ def _config_errors() -> Iterator[None]:
 
 
 def _numbers(tree: DictConfig) -> dict[str, Any]:
-    keys = [str(key) for key in tree if key not in GROUPS]
+    keys = [str(key) for key in tree if key not in GROUPS and key != "logger"]
     _check_nested(tree)
     typed = OmegaConf.merge(_writable(Settings), OmegaConf.masked_copy(tree, keys))
     return {key: _plain(typed, key) for key in keys}
@@ -359,12 +377,12 @@ def _writable(cls: type) -> Any:
     return schema
 
 
-def _group(tree: DictConfig, name: str, base: type) -> Any:
+def _group(chosen: Any, name: str, base: str) -> Any:
     """Return the instance of a group's ``_target_``, its fields checked against the dataclass.
 
     Only classes of fedpeft are accepted, because a client takes its configuration from the server.
     """
-    node: Any = OmegaConf.create(OmegaConf.to_container(tree[name], resolve=True))
+    node: Any = OmegaConf.create(OmegaConf.to_container(chosen, resolve=True))
     target = node.pop("_target_", None)
     if not str(target).startswith("fedpeft."):
         raise ConfigError(f"{name}._target_ must be a class of fedpeft, got {target}")
@@ -372,8 +390,9 @@ def _group(tree: DictConfig, name: str, base: type) -> Any:
         cls = get_class(str(target))
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{name}._target_: there is no class {target}") from error
-    if not issubclass(cls, base):
-        raise ConfigError(f"{name}._target_ must be a {base.__name__}, got {target}")
+    wanted = get_class(base)
+    if not issubclass(cls, wanted):
+        raise ConfigError(f"{name}._target_ must be a {wanted.__name__}, got {target}")
     try:
         value = OmegaConf.to_object(OmegaConf.merge(_writable(cls), node))
     except OmegaConfBaseException as error:
@@ -381,5 +400,5 @@ def _group(tree: DictConfig, name: str, base: type) -> Any:
     except ValueError as error:
         text = str(error)
         raise ConfigError(text if text.startswith(name + ".") else f"{name}.{text}") from error
-    assert isinstance(value, base)
+    assert isinstance(value, wanted)
     return value

@@ -34,8 +34,10 @@ def hydra_sentence(error: Exception, overrides: Sequence[str], known: Sequence[s
     Returns:
         The key or group, and the rule.
     """
-    if isinstance(error, MissingConfigException) and error.options:
+    if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if not error.options:  # as for one of several names
+            return f"{group} has no {name}"
         meant = meaning(get_close_matches(name, error.options, 1))
         return f"{group} must be one of {', '.join(error.options)}, got {name}{meant}"
     cause = error.__cause__

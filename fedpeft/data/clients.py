@@ -1,5 +1,6 @@
 """The encoded rows of a run, whole and by client, read once in a process."""
 
+import hashlib
 import math
 from functools import cached_property, lru_cache
 from typing import Any
@@ -64,6 +65,13 @@ class ClientRows:
         partition = self.config.partition
         groups = self.task.group_numbers(partition.column)
         return partition.once(groups, self.config.num_clients, self.config.seed)
+
+    @cached_property
+    def partition_sha256(self) -> str:
+        """Hash of who holds which rows."""
+        ends = np.cumsum([len(rows) for rows in self.by_client])
+        numbers = np.concatenate([ends, *self.by_client]).astype("<i8")
+        return hashlib.sha256(numbers.tobytes()).hexdigest()
 
     def _client_examples(self, client: int) -> dict[str, Examples]:
         """Return a client's train, validation and test rows."""

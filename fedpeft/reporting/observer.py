@@ -47,7 +47,7 @@ class Observer:
 
 
 class Observers(Observer):
-    """Tells several observers, in their order.
+    """Tells several observers, in their order; the last to start is the first to stop.
 
     Args:
         observers: of one run.
@@ -81,5 +81,5 @@ class Observers(Observer):
             observer.round_done(line)
 
     def stop(self, status: str = "completed", reason: str = "") -> None:
-        for observer in self.observers:
+        for observer in reversed(self.observers):
             observer.stop(status, reason)

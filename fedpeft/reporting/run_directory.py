@@ -149,8 +149,9 @@ class RunDirectory:
             draft.write_text(text)
 
 
-# Keys that change no result, so that a run may go on with others.
+# Keys that change no result, so that a run may go on with others; those below a group's name, too.
 FREE = {
+    "logger",
     "run_dir",
     "resume",
     "checkpoint.every",
@@ -163,6 +164,11 @@ FREE = {
     for key in ("kind", "address", "num_cpus", "num_gpus", "total_cpus", "lost_state")
     + ("round_timeout", "join_timeout", "min_replies", "wait_after_min")
 }
+
+
+def is_free(key: str) -> bool:
+    """Tell whether a dotted key changes no result."""
+    return key in FREE or key.partition(".")[0] in FREE
 
 
 def check_same(before: Any, now: Any, path: Path) -> None:
@@ -178,7 +184,7 @@ def check_same(before: Any, now: Any, path: Path) -> None:
     """
     old, new = leaves(before), leaves(now)
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    if differ := [key for key in keys if key not in FREE]:
+    if differ := [key for key in keys if not is_free(key)]:
         key = differ[0]
         raise ValueError(
             f"{path} holds a run with {key}={old.get(key, '-')}, and now it is "

@@ -15,9 +15,9 @@ from fedpeft.config.load import leaves
 from fedpeft.reporting.run_directory import (
     CONFIG,
     FAILED,
-    FREE,
     METRICS,
     SUMMARY,
+    is_free,
     read_metrics,
 )
 
@@ -92,7 +92,7 @@ class SavedRun:
 
 def settings_of(config: DictConfig) -> dict[str, Any]:
     """Return a composed configuration's values by dotted key, without those that are ``FREE``."""
-    return {key: value for key, value in leaves(config).items() if key not in FREE}
+    return {key: value for key, value in leaves(config).items() if not is_free(key)}
 
 
 def hash_of(settings: dict[str, Any]) -> str:

@@ -6,13 +6,13 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.config import load as configuration
-from fedpeft.config.schema import Settings
 from fedpeft.engine.engine import open_engine
 from fedpeft.reporting.json_log import JsonLog
 from fedpeft.reporting.observer import Observer, Observers
 from fedpeft.reporting.progress import Display
 from fedpeft.reporting.prometheus import Metrics
 from fedpeft.reporting.run_directory import RunDirectory, finished, new_path
+from fedpeft.reporting.trackers.base import Tracking
 from fedpeft.server.check import check
 from fedpeft.server.run import Run
 from fedpeft.server.seen import RoundFailed
@@ -59,7 +59,7 @@ def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> d
     engine.rows.read_all()
     label = type(engine.config.method).__name__
     path = settings.run_dir or new_path(label)
-    observer = _observer(settings, path, display)
+    observer = _observer(overrides, path, display)
     directory = RunDirectory(path, tree, settings.resume)
     try:
         run = Run(FederatedPEFT(overrides, engine), directory, settings.checkpoint, observer)
@@ -70,11 +70,14 @@ def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> d
         directory.close()
 
 
-def _observer(settings: Settings, path: str, display: Display | None) -> Observer:
+def _observer(overrides: list[str], path: str, display: Display | None) -> Observer:
     """Return what the configuration wants to be told of the run."""
+    settings = configuration.settings(overrides)
     shown = JsonLog(path) if settings.logs == "json" else display or Display()
     port = settings.metrics_port
-    return Observers([shown] if port is None else [shown, Metrics(port)])
+    metrics = [] if port is None else [Metrics(port)]
+    trackers = [Tracking(t, path, shown.note) for t in configuration.trackers(overrides)]
+    return Observers([shown, *metrics, *trackers])
 
 
 def _run(run: Run, grid: Grid, label: str) -> dict[str, Any]:

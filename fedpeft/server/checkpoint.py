@@ -34,6 +34,9 @@ class Checkpoint:
         best_state: the same after the best round.
         memory: the strategy's.
         method_memory: the method's.
+        data: hash of the server's rows; null in the checkpoints of earlier versions.
+        partition: hash of who holds which rows; null where clients have rows of their own, which
+            their nodes check themselves.
     """
 
     round: int
@@ -46,6 +49,8 @@ class Checkpoint:
     best_state: State
     memory: Memory
     method_memory: Memory
+    data: str | None = None
+    partition: str | None = None
 
 
 class Checkpoints:
@@ -74,6 +79,8 @@ class Checkpoints:
             "best": checkpoint.best,
             "accepted": list(checkpoint.accepted.items()),
             "best_accepted": list(checkpoint.best_accepted.items()),
+            "data": checkpoint.data,
+            "partition": checkpoint.partition,
         }
         save(self._file(checkpoint.round), tensors, {NOTES: json.dumps(notes)})
         self._bests[checkpoint.round] = checkpoint.best

@@ -1,6 +1,7 @@
 """One run from its first round to its summary: selects the best round, writes the directory."""
 
 import time
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -50,13 +51,28 @@ class Run(Observer):
         self.every = checkpoint.every
         self.checkpoints = Checkpoints(directory.path / "checkpoints", checkpoint.keep)
 
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """Numbers of the server's rows and their hash."""
+        return self.engine.task.fingerprint()
+
+    @property
+    def partition(self) -> str | None:
+        """Hash of who holds which rows; null where clients have rows of their own."""
+        return None if self.strategy.nodes.own_rows else self.engine.rows.partition_sha256
+
     def resume(self) -> None:
-        """Go on from the last checkpoint, or from the beginning if there is none."""
+        """Go on from the last checkpoint, or from the beginning if there is none.
+
+        Raises:
+            ValueError: no checkpoint can be read, or the rows have changed since the last one.
+        """
         checkpoints = self.checkpoints.load()
         if not checkpoints:
             self.directory.keep_lines(-1)
             return
         last = checkpoints[-1]
+        self._check_rows(last)
         self.lines = self.directory.keep_lines(last.round)
         for line in self.lines:
             self.selection.add(line)
@@ -65,6 +81,20 @@ class Run(Observer):
         self.strategy.down.restore(checkpoints)
         self.strategy.next_round = last.round + 1
         self.strategy.nodes.goes_on = True
+
+    def _check_rows(self, last: Checkpoint) -> None:
+        """Refuse to go on with other rows, because their results would mix with the old ones'."""
+        data, partition = self.data["sha256"], self.partition if last.partition else None
+        for what, before, now in (
+            ("the rows of the data set have", last.data, data),
+            ("the partition, which says who holds which rows, has", last.partition, partition),
+        ):
+            if before and before != now:
+                raise ValueError(
+                    f"{what} changed since round {last.round} of {self.directory.path} (SHA-256 "
+                    f"{before[:12]}, now {str(now)[:12]}): bring back what it was, or give another "
+                    "run_dir"
+                )
 
     def serve(self, grid: Grid) -> dict[str, Any]:
         """Run all rounds and return the summary."""
@@ -116,6 +146,8 @@ class Run(Observer):
                 best_state=self.best_state,
                 memory=down.memory,
                 method_memory=down.method_memory,
+                data=self.data["sha256"],
+                partition=self.partition,
             )
         )
         kept = [*generations.checkpoints, generations.accepted]
@@ -152,7 +184,7 @@ class Run(Observer):
             "weights_sha256": self._weights_hash(),
             "weights": "RANDOM" if engine.config.model.random else "pretrained",
             "labels": getattr(engine.task, "label_names", None),
-            "data": engine.task.fingerprint() | {"cut": self._cut()},
+            "data": self.data | {"cut": self._cut()},
             "notes": engine.task.notes(),
             "seed": engine.config.seed,
             "versions": versions(),

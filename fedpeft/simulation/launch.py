@@ -161,6 +161,7 @@ def _check_early(overrides: Sequence[str]) -> None:
     """Find mistakes in numbers and paths before Ray and torch load, which takes seconds."""
     settings = configuration.settings(overrides)
     check_run_dir(Path(settings.run_dir or "runs"), settings.resume)
+    configuration.trackers(overrides)
     tree = configuration.composed(overrides)
     for key in PATHS:
         path = OmegaConf.select(tree, key, throw_on_resolution_failure=False)
