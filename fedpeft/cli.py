@@ -26,6 +26,7 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
                                            --lrs 1e-4,1e-3 --seeds 0,1,2 run_dir=FOLDER [overrides]
   params     what a method trains and sends: fedpeft params model=roberta_base [method=fedtt]
   show       what each client got:         fedpeft show RUN [--round N]
+  report     a page, figures and tables:   fedpeft report DIR... [--to FOLDER]
   partition  who holds what:               fedpeft partition num_clients=10 partition.alpha=0.1
   check      a dry run, which trains nothing: fedpeft check method=scl num_clients=4
   export     the model as a folder:        fedpeft export RUN --to DIR [--merge] [--client N]
@@ -59,6 +60,7 @@ def main() -> None:
         "study": study,
         "params": params,
         "show": show,
+        "report": report,
         "partition": partition,
         "check": check,
         "export": export,
@@ -293,6 +295,24 @@ def show(arguments: list[str]) -> None:
         print(table.as_json())
     else:
         table.page().show()
+
+
+def report(arguments: list[str]) -> None:
+    """Write a page, figures and tables of saved runs."""
+    from fedpeft.reporting.report.write import write_report
+
+    to, arguments = _option(arguments, "--to", "")
+    as_json, arguments = _flag(arguments, "--json")
+    unknown = [argument for argument in arguments if argument.startswith("-")]
+    if unknown or not arguments:
+        got = f", got {unknown[0]}" if unknown else ""
+        raise ValueError(f"report needs folders of runs: fedpeft report DIR... [--to FOLDER]{got}")
+    folders = [Path(argument) for argument in arguments]
+    files = write_report(folders, Path(to) if to else folders[0] / "report")
+    if as_json:
+        print(json.dumps([str(file) for file in files]))
+    else:
+        print(f"saved {files[0]}, and {len(files) - 1} files of figures and tables beside it")
 
 
 def partition(arguments: list[str]) -> None:

@@ -1,10 +1,10 @@
 """Numbers of studies: one row a run, chosen learning rates, and means over seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from fedpeft.reporting.observer import UNWEIGHTED, WORST
+from fedpeft.reporting.observer import P10, UNWEIGHTED, WORST
 from fedpeft.reporting.study import Done, Outcome
 from fedpeft.reporting.tables import Rows
 
@@ -12,6 +12,7 @@ VALUES = (
     "quality",
     "quality_unweighted",
     "quality_worst",
+    "quality_p10",
     "validation",
     "trained",
     "bytes",
@@ -42,13 +43,39 @@ class Measures(NamedTuple):
         """
         if isinstance(outcome, Exception):
             return " ".join(str(outcome).split()) or repr(outcome)
+        if why := unmeasured(outcome):
+            return why
         final = outcome["final"]
-        for why in outcome["refused"].get(str(final["round"]), {}).values():
-            if "evaluation: " in why:
-                return why
         keys = [f"client_test_{self.quality}"]
         keys += [f"client_validation_{self.selects}"] if searched else []
         return next((f"{key} was not measured" for key in keys if key not in final), "")
+
+
+def unmeasured(summary: Mapping[str, Any]) -> str:
+    """Return why a client measured nothing after the last round; empty if every client did."""
+    refused = summary["refused"].get(str(summary["final"]["round"]), {})
+    return next((why for why in refused.values() if "evaluation: " in why), "")
+
+
+def run_values(summary: Mapping[str, Any], measures: Measures) -> dict[str, Any]:
+    """Return a run's numbers by their names in ``VALUES``; null where nothing was measured."""
+    final, size = summary["final"], summary["bytes"]
+    quality = f"client_test_{measures.quality}"
+    return {
+        "quality": final.get(quality),
+        "quality_unweighted": final.get(f"{quality}{UNWEIGHTED}"),
+        "quality_worst": final.get(f"{quality}{WORST}"),
+        "quality_p10": final.get(f"{quality}{P10}"),
+        "validation": final.get(f"client_validation_{measures.selects}"),
+        "trained": summary["parameters"]["trained"][1],
+        "bytes": size["uplink_bytes"] + size["downlink_bytes"],
+        "seconds": summary["seconds"],
+    }
+
+
+def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the mean and the sample standard deviation; null where there are too few values."""
+    return mean(values) if values else None, stdev(values) if len(values) > 1 else None
 
 
 def run_rows(done: Sequence[Done], measures: Measures) -> Rows:
@@ -65,16 +92,7 @@ def _run_row(one: Done, measures: Measures, searched: bool) -> dict[str, Any]:
     why = measures.missing(outcome, searched)
     if why or isinstance(outcome, Exception):
         return row | {"failed": why}
-    final, size = outcome["final"], outcome["bytes"]
-    return row | {
-        "quality": final[f"client_test_{measures.quality}"],
-        "quality_unweighted": final.get(f"client_test_{measures.quality}{UNWEIGHTED}"),
-        "quality_worst": final.get(f"client_test_{measures.quality}{WORST}"),
-        "validation": final.get(f"client_validation_{measures.selects}"),
-        "trained": outcome["parameters"]["trained"][1],
-        "bytes": size["uplink_bytes"] + size["downlink_bytes"],
-        "seconds": outcome["seconds"],
-    }
+    return row | run_values(outcome, measures)
 
 
 def chosen_lr(rows: Rows, sign: int) -> float | None:
@@ -116,13 +134,13 @@ def study_row(rows: Rows, sign: int) -> dict[str, Any]:
     """
     lr, grid = chosen_lr(rows, sign), {row["lr"] for row in rows}
     ended = [row for row in rows if row["lr"] == lr and row["failed"] is None]
-    quality = [row["quality"] for row in ended]
+    quality, sd = mean_and_sd([row["quality"] for row in ended])
     return {
         "method": rows[0]["method"],
         "lr": lr,
         "edge": len(grid) > 1 and lr in (min(grid), max(grid)),
-        "quality": mean(quality) if quality else None,
-        "sd": stdev(quality) if len(quality) > 1 else None,
+        "quality": quality,
+        "sd": sd,
         "seeds": len(ended),
         "of": len({row["seed"] for row in rows}),
         "trained": max((row["trained"] for row in ended), default=None),

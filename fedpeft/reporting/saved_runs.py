@@ -16,6 +16,8 @@ from fedpeft.reporting.run_directory import (
     FAILED,
     FREE,
     METRICS,
+    OVERRIDES,
+    STOPPED,
     SUMMARY,
     read_metrics,
 )
@@ -55,6 +57,23 @@ class SavedRun:
         if self.summary is not None:
             return COMPLETED
         return DIVERGED if (self.path / FAILED).exists() else UNFINISHED
+
+    @property
+    def reason(self) -> str:
+        """Say why the run has no summary; empty if it has one."""
+        if self.summary is not None:
+            return ""
+        for name in (FAILED, STOPPED):
+            if (self.path / name).exists():
+                return (self.path / name).read_text().strip()
+        done = f"after round {self.lines[-1]['round']}" if self.lines else "before round 0 ended"
+        return f"{done} of {self.config.num_rounds}: it still goes on, or was ended from outside"
+
+    @cached_property
+    def overrides(self) -> list[str] | None:
+        """The overrides that composed the configuration; null if the run did not save them."""
+        file = self.path / OVERRIDES
+        return json.loads(file.read_text()) if file.exists() else None
 
     @cached_property
     def settings(self) -> dict[str, Any]:

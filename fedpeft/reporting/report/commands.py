@@ -1,0 +1,115 @@
+"""The command of a run: from its saved overrides or, for older runs, from its configuration."""
+
+import math
+import re
+import shlex
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import yaml
+
+from fedpeft.config.load import CONF, GROUPS, composed, leaves
+from fedpeft.config.overrides import quoted
+from fedpeft.reporting.saved_runs import SavedRun
+
+_PLAIN = re.compile(r"[a-z][\w./-]*", re.ASCII | re.IGNORECASE)  # as YAML and Hydra read it
+
+
+def command(run: SavedRun) -> str:
+    """Return the command line that makes a run, without the directory and ``resume``.
+
+    A run that did not save its overrides has a command made from its configuration, if today's
+    files still have the classes that it names.
+    """
+    if run.overrides is not None:
+        return _line([o for o in run.overrides if not o.startswith(("run_dir=", "resume="))])
+    missing = [group for group, name in choices(run.settings).items() if name is None]
+    if missing:
+        target = run.settings.get(f"{missing[0]}._target_")
+        return (
+            f"not saved, and not rebuilt, because no file of conf/{missing[0]} has the class "
+            f"{target}; config.yaml has all values"
+        )
+    return f"{_line(rebuilt(run))}  # rebuilt from config.yaml"
+
+
+def _line(overrides: list[str]) -> str:
+    return f"fedpeft run {shlex.join(overrides)}".rstrip()
+
+
+def rebuilt(run: SavedRun) -> list[str]:
+    """Return overrides that compose the configuration of a run whose classes are all known."""
+    default, chosen = _default_choices(), choices(run.settings)
+    groups = tuple(f"{g}={name}" for g, name in chosen.items() if name != default[g])
+    now = _composed(groups)
+    wanted = {k: v for k, v in run.settings.items() if k not in now or now[k] != v}
+    return [*groups, *(f"{key}={_value(value)}" for key, value in wanted.items())]
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
+    return leaves(composed(overrides))
+
+
+@cache
+def _default_choices() -> dict[str, str | None]:
+    return choices(_composed(()))
+
+
+def choices(settings: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the file in ``conf`` that each group of a configuration comes from, without ``.yaml``.
+
+    It is the file of the same class from which the fewest values differ, or null if none is.
+
+    Args:
+        settings: values by dotted key.
+    """
+    return {group: _choice(group, settings) for group in GROUPS}
+
+
+def _choice(group: str, settings: Mapping[str, Any]) -> str | None:
+    values = {k: v for k, v in settings.items() if k.startswith(f"{group}.")}
+    fitting: dict[str, int] = {}
+    for name, file in _files(group).items():
+        if file.get(f"{group}._target_") == values.get(f"{group}._target_"):
+            keys = file.keys() | values.keys()
+            fitting[name] = sum(file.get(key) != values.get(key) for key in keys)
+    return min(fitting, key=lambda name: fitting[name], default=None)
+
+
+@cache
+def _files(group: str) -> dict[str, dict[str, Any]]:
+    """Return the values of each of a group's files by dotted key."""
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted((CONF / group).glob("*.yaml")):
+        tree = yaml.safe_load(path.read_text()) or {}
+        tree = tree if "_target_" not in tree else {group: tree}
+        files[path.stem] = dict(_flat(tree))
+    return files
+
+
+def _flat(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        key = f"{path}{name}"
+        flat += _flat(value, f"{key}.") if isinstance(value, dict) and value else [(key, value)]
+    return flat
+
+
+def _value(value: Any) -> str:
+    """Return a value as Hydra's grammar reads it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list):
+        return "[" + ",".join(map(_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_value(entry)}" for key, entry in value.items()) + "}"
+    plain = _PLAIN.fullmatch(value) and yaml.safe_load(value) == value
+    return value if plain else quoted(value)
