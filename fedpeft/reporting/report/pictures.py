@@ -36,6 +36,8 @@ def _save(chart: Chart, folder: Path) -> list[Path]:
     figure, axis = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
     axis.grid(alpha=0.3)
     draw(chart, figure, axis)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the room is made; each file would make it again
     for path in paths:
         undated = {"Date": None} if path.suffix == ".svg" else {"CreationDate": None}
         figure.savefig(path, dpi=200, metadata=None if path.suffix == ".png" else undated)
@@ -64,7 +66,8 @@ def _(chart: LineChart, figure: Any, axis: Any) -> None:
         _draw_line(line, axis)
     if chart.level is not None:
         axis.axhline(chart.level, color="grey", ls="--", lw=1, label=chart.level_name)
-    axis.set(xlabel=chart.x, ylabel=chart.y, xscale="log" if chart.log_x else "linear")
+    axis.set(xlabel=chart.x, ylabel=chart.y)
+    _scale(axis, chart.log_x)
     rounds = sorted({x for line in chart.lines for x in line.x})
     if chart.x == "round" and len(rounds) <= 12:
         axis.set_xticks(rounds)
@@ -102,9 +105,21 @@ def _(chart: BarChart, figure: Any, axis: Any) -> None:
         at = [y - 0.4 + high * (place + 0.5) for y in range(len(chart.names))]
         axis.barh(at, values, height=high, color=COLOURS[place], label=name)
     _name_rows(chart.names, 0.3 + 0.15 * len(chart.bars), figure, axis)
-    axis.set(xlabel=chart.x, xscale="log" if chart.log_x else "linear")
+    axis.set(xlabel=chart.x)
+    _scale(axis, chart.log_x)
     if len(chart.bars) > 1:
         figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
+
+
+def _scale(axis: Any, log: bool) -> None:
+    """Scale the horizontal axis; a logarithmic one has plain numbers, because no text is math."""
+    if log:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _name_rows(names: Sequence[str], inches: float, figure: Any, axis: Any) -> None:

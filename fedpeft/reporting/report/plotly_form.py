@@ -31,6 +31,9 @@ def form(chart: Chart) -> Form:
 def _(chart: LineChart) -> Form:
     data = [trace for line in chart.lines for trace in _line(line)]
     layout = _layout(_axis(chart.x, "log" if chart.log_x else "linear"), _axis(chart.y))
+    last = max((line.x[-1] for line in chart.lines), default=0)
+    if chart.x == "round" and last <= 12:
+        layout["xaxis"]["dtick"] = 1
     if chart.level is not None:
         place = {"x0": 0, "x1": 1, "xref": "paper", "y0": chart.level, "y1": chart.level}
         layout["shapes"] = [{"type": "line", **place, "line": {"color": "#888", "dash": "dash"}}]
@@ -63,6 +66,7 @@ def _(chart: BoxChart) -> Form:
             "type": "box",
             "meta": place,
             "x": list(values),
+            "y": [name] * len(values),
             "text": list(hover),
             "name": name,
             "orientation": "h",
@@ -78,7 +82,7 @@ def _(chart: BoxChart) -> Form:
             _ticks(chart.names), chart.places, chart.values, chart.hover, strict=True
         )
     ]
-    layout = _layout(_axis(chart.x), _axis("") | {"autorange": "reversed", "automargin": True})
+    layout = _layout(_axis(chart.x), _axis("") | {"autorange": "reversed", "type": "category"})
     return {"data": data, "layout": layout | {"height": 120 + 44 * len(data)}}
 
 
@@ -97,7 +101,7 @@ def _(chart: BarChart) -> Form:
         }
         for place, (name, values) in enumerate(chart.bars.items())
     ]
-    y = _axis("") | {"autorange": "reversed", "automargin": True, "type": "category"}
+    y = _axis("") | {"autorange": "reversed", "type": "category"}
     layout = _layout(_axis(chart.x, "log" if chart.log_x else "linear"), y)
     legend = {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"}
     height = 120 + (24 + 20 * len(chart.bars)) * len(names)
@@ -112,7 +116,7 @@ def _(chart: HeatChart) -> Form:
         "z": chart.counts.tolist(),
         "x": _ticks(chart.labels),
         "y": [str(client) for client in range(clients)],
-        "colorscale": [[0, "rgba(47,126,216,0.04)"], [0.5, "#6aa3e4"], [1, "#1b4f91"]],
+        "colorscale": [[0, faded(COLOURS[0], 0.04)], [1, faded(COLOURS[0], 0.75)]],
         "xgap": 1,
         "ygap": 1,
         "hovertemplate": "client %{y}, %{x}: %{z} rows<extra></extra>",

@@ -50,10 +50,10 @@ def _summary_notes(runs: Runs) -> list[str]:
     untested = [s.name for s in runs.settings if not s.values("quality")]
     notes = [
         "Mean ± sample standard deviation over the seeds; one seed has no deviation.",
-        f"{runs.title} on the clients' own test rows: mean by rows weighs each client by its rows, "
-        "mean by client counts each alike, and nine of ten clients are as good as the 10th "
-        "percentile or better. Server's test rows: one model, measured by the server; none where "
-        "parameters stay on the clients. Commonest label: always answering it.",
+        f"{runs.title.capitalize()} on the clients' own test rows: mean by rows weighs each client "
+        "by its rows, mean by client counts each alike, and nine of ten clients are as good as the "
+        "10th percentile or better. Server's test rows: one model, measured by the server; none "
+        "where parameters stay on the clients. Commonest label: always answering it.",
         "MB in all: 10^6 bytes of training's messages, all clients, both ways. Parameters: trained "
         "by a client, in the round that trains most. s: seconds of the whole run.",
     ]
@@ -94,9 +94,9 @@ def pairs_table(runs: Runs) -> Table | None:
         "p by Holm": lambda row: _p(row["p_holm"]),
     }
     notes = [
-        f"{runs.title}, {_compared_name(runs)}: differences by seed, two-sided paired t-test. A "
-        f"pair of settings is tested if {FEWEST} seeds or more are common and have the same rows "
-        "and clients.",
+        f"{runs.title.capitalize()}, {_compared_name(runs)}: differences by seed, two-sided paired "
+        f"t-test. A pair of settings is tested if {FEWEST} seeds or more are common and have the "
+        "same rows and clients.",
         f"{len(rows)} comparisons were made. The p by Holm is corrected for them; the interval is "
         "of one comparison alone.",
     ]
