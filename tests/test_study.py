@@ -26,6 +26,7 @@ def summary_of(quality: float, validation: float, **more: Any) -> dict[str, Any]
     """Return the summary of an imagined run of two rounds that sent 3 MB up and 1 MB down."""
     measures = {"client_test_accuracy": quality, "client_validation_accuracy": validation}
     measures |= {"client_test_accuracy_unweighted": 0.375, "client_test_accuracy_worst": 0.125}
+    measures["client_test_accuracy_p10"] = 0.25
     return {
         "final": {"round": 2, "test_accuracy": quality - 0.1, **measures},
         "best": {"round": 1, "client_test_accuracy": quality - 0.2},
@@ -165,11 +166,11 @@ def test_files_of_a_study(tmp_path: Path) -> None:
     assert text.endswith("\nMade by: fedpeft study\n")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
-    names = "method lr seed quality quality_unweighted quality_worst validation trained bytes"
-    assert list(rows[0]) == [*names.split(), "seconds", "failed"]
-    values = "lora 0.01 1 0.7 0.375 0.125 0.01 1200 4000000 1.5".split()
+    names = "method lr seed quality quality_unweighted quality_worst quality_p10 validation trained"
+    assert list(rows[0]) == [*names.split(), "bytes", "seconds", "failed"]
+    values = "lora 0.01 1 0.7 0.375 0.125 0.25 0.01 1200 4000000 1.5".split()
     assert list(rows[3].values()) == [*values, ""]
-    assert list(rows[5].values()) == ["lora", "0.1", "1", *[""] * 7, NAN]
+    assert list(rows[5].values()) == ["lora", "0.1", "1", *[""] * 8, NAN]
     assert "last round, mean weighted by rows (runs.csv has the unweighted one too)" in text
     assert len(rows) == 12
 

@@ -73,6 +73,22 @@ def run_values(summary: Mapping[str, Any], measures: Measures) -> dict[str, Any]
     }
 
 
+def headline(summary: Mapping[str, Any]) -> str:
+    """Return the measure by which a run is compared; empty if an older run does not say it.
+
+    Older summaries have the server's measures in the order of the task, whose first one counts.
+    """
+    if "headline" in summary:
+        return summary["headline"]
+    selected = summary["selected_by"].removeprefix("client_").removeprefix("validation_")
+    if selected != "loss":
+        return selected
+    tested = [key.removeprefix("test_") for key in summary["final"] if key.startswith("test_")]
+    named = [name for name in tested if name not in ("loss", "token_accuracy")]
+    generated = [name for name in named if name.endswith("_generated")]
+    return next(iter(generated or named), "")
+
+
 def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Return the mean and the sample standard deviation; null where there are too few values."""
     return mean(values) if values else None, stdev(values) if len(values) > 1 else None

@@ -5,9 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fedpeft.reporting.observer import SPREAD
 from fedpeft.reporting.report.commands import choices
-from fedpeft.reporting.results import Measures, mean_and_sd, run_values, unmeasured
+from fedpeft.reporting.results import Measures, headline, mean_and_sd, run_values, unmeasured
 from fedpeft.reporting.saved_runs import SavedRun, by_setting
 from fedpeft.reporting.tables import Rows
 
@@ -131,7 +130,7 @@ def _measure(runs: Sequence[SavedRun]) -> str:
     """
     known: dict[str, SavedRun] = {}
     for run in runs:
-        if name := _headline(run.summary or {}):
+        if name := headline(run.summary or {}):
             known.setdefault(name, run)
     if len(known) > 1:
         (a, one), (b, other), *_ = known.items()
@@ -142,27 +141,6 @@ def _measure(runs: Sequence[SavedRun]) -> str:
     if not known:
         raise ValueError(f"{runs[0].path} does not say by which measure it is compared")
     return next(iter(known))
-
-
-def _headline(summary: Mapping[str, Any]) -> str:
-    """Return the measure that a run is compared by; empty if an older run does not say it.
-
-    Older summaries have the server's measures in the order of the task, whose first one counts.
-    """
-    if "headline" in summary:
-        return summary["headline"]
-    selected = summary["selected_by"].removeprefix("client_").removeprefix("validation_")
-    if selected != "loss":
-        return selected
-    tested = [key.removeprefix("test_") for key in summary["final"] if key.startswith("test_")]
-    named = [name for name in tested if name not in ("loss", "token_accuracy")]
-    generated = [name for name in named if name.endswith("_generated")]
-    return next(iter(generated or named), "")
-
-
-def client_measures(line: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return a measure of the clients in a line, with what sums it up otherwise."""
-    return {suffix: line.get(f"{key}{suffix}") for suffix in ("", *SPREAD)}
 
 
 # --- names ---------------------------------------------------------------------------------------
