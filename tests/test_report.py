@@ -19,7 +19,7 @@ from fedpeft.reporting.report.plotly_form import form
 from fedpeft.reporting.report.series import Curve, in_lines, megabytes
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.report.table import Table
-from fedpeft.reporting.report.tables import pairs_table
+from fedpeft.reporting.report.tables import cost_table, pairs_table
 from fedpeft.reporting.report.write import write_report
 from fedpeft.reporting.run_directory import RunDirectory
 from fedpeft.reporting.saved_runs import SavedRun, saved_runs
@@ -185,6 +185,16 @@ def test_the_bound_is_known_for_plain_sgd_with_clipped_gradients(tmp_path: Path)
     assert norm_bound(SavedRun(sgd)) == pytest.approx({1: 1.0, 2: 2.0})  # 0.1 x 2 x 5 steps
     momentum = _save(tmp_path / "b", "scl", 0, 0.5, optimizer=plain | {"momentum": 0.9})
     assert norm_bound(SavedRun(momentum)) == {}
+
+
+def test_an_older_run_without_some_counts_has_dashes(tmp_path: Path) -> None:
+    file = _save(tmp_path / "a", "lora", 0, 0.5) / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["parameters"] = {"total": 1000, "trained": [10, 20]}
+    del summary["data"], summary["headline"]
+    file.write_text(json.dumps(summary))
+    table = cost_table(Runs.of(saved_runs([tmp_path])))
+    assert table.cells == [["lora", "20", "2.000%", "-", "-", "4.00", "6.00", "0.00", "2"]]
 
 
 # --- runs that are not counted -------------------------------------------------------------------

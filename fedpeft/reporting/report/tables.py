@@ -136,10 +136,10 @@ def cost_table(runs: Runs) -> Table:
                 "setting": setting.name,
                 "total_parameters": counts["total"],
                 "trained": counts["trained"][1],
-                "sent_up": counts["sent_up"][1],
-                "sent_down": counts["sent_down"][1],
-                "bytes_up_per_client_round": counts["bytes_up"][1],
-                "bytes_down_per_client_round": counts["bytes_down"][1],
+                "sent_up": _most(counts, "sent_up"),
+                "sent_down": _most(counts, "sent_down"),
+                "bytes_up_per_client_round": _most(counts, "bytes_up"),
+                "bytes_down_per_client_round": _most(counts, "bytes_down"),
                 **sizes,
                 "seconds": setting.spread("seconds")[0],
             }
@@ -148,8 +148,8 @@ def cost_table(runs: Runs) -> Table:
         "setting": _plain("setting"),
         "trained": lambda row: f"{row['trained']:,}",
         "of the model": lambda row: f"{row['trained'] / row['total_parameters']:.3%}",
-        "sent up": lambda row: f"{row['sent_up']:,}",
-        "sent down": lambda row: f"{row['sent_down']:,}",
+        "sent up": _count("sent_up"),
+        "sent down": _count("sent_down"),
         "MB up": lambda row: f"{row['uplink_bytes'] / 1e6:.2f}",
         "MB down": lambda row: f"{row['downlink_bytes'] / 1e6:.2f}",
         "MB to evaluate": lambda row: f"{_evaluation(row) / 1e6:.2f}",
@@ -161,6 +161,15 @@ def cost_table(runs: Runs) -> Table:
         "ways, beside training's."
     ]
     return Table("cost", "Parameters, bytes and seconds", columns, rows, notes)
+
+
+def _most(counts: Mapping[str, Any], key: str) -> int | None:
+    """Return a count in the round that has most; null if an older run did not save it."""
+    return counts[key][1] if key in counts else None
+
+
+def _count(key: str) -> Text:
+    return lambda row: "-" if row[key] is None else f"{row[key]:,}"
 
 
 def _evaluation(row: Mapping[str, Any]) -> float:

@@ -33,8 +33,8 @@ def write_report(folders: Sequence[Path], to: Path) -> list[Path]:
 
     Args:
         folders: of runs, studies or sweeps.
-        to: takes ``report.html``, ``figures`` and ``tables``; what an earlier report wrote there
-            is replaced.
+        to: takes ``report.html``, ``figures`` and ``tables``; files of the same names there are
+            replaced.
 
     Returns:
         The files.
