@@ -27,6 +27,7 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
                                            [--over-seeds] [--sort COLUMN] [--to FILE.parquet]
   params     what a method trains and sends: fedpeft params model=roberta_base [method=fedtt]
   show       what each client got:         fedpeft show RUN [--round N]
+  report     a page, figures and tables:   fedpeft report DIR... [--to FOLDER]
   partition  who holds what:               fedpeft partition num_clients=10 partition.alpha=0.1
   check      a dry run, which trains nothing: fedpeft check method=scl num_clients=4
   export     the model as a folder:        fedpeft export RUN --to DIR [--merge] [--client N]
@@ -61,6 +62,7 @@ def main() -> None:
         "results": results,
         "params": params,
         "show": show,
+        "report": report,
         "partition": partition,
         "check": check,
         "export": export,
@@ -289,6 +291,24 @@ def results(arguments: list[str]) -> None:
     from fedpeft.reporting import commands
 
     commands.results(arguments)
+
+
+def report(arguments: list[str]) -> None:
+    """Write a page, figures and tables of saved runs."""
+    from fedpeft.reporting.report.write import write_report
+
+    to, arguments = _option(arguments, "--to", "")
+    as_json, arguments = _flag(arguments, "--json")
+    unknown = [argument for argument in arguments if argument.startswith("-")]
+    if unknown or not arguments:
+        got = f", got {unknown[0]}" if unknown else ""
+        raise ValueError(f"report needs folders of runs: fedpeft report DIR... [--to FOLDER]{got}")
+    folders = [Path(argument) for argument in arguments]
+    files = write_report(folders, Path(to) if to else folders[0] / "report")
+    if as_json:
+        print(json.dumps([str(file) for file in files]))
+    else:
+        print(f"saved {files[0]}, and {len(files) - 1} files of figures and tables beside it")
 
 
 def partition(arguments: list[str]) -> None:

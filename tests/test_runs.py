@@ -29,6 +29,7 @@ METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 SUMMARY = {
     "method": str,
     "selected_by": str,
+    "headline": str,
     "stopped_early": type(None),
     "final": dict,
     "best": dict,
@@ -321,6 +322,8 @@ def test_a_directory_holds_one_run(run: Runner, tmp_path: Path) -> None:
     assert set(before) == {
         ".lock",
         "config.yaml",
+        "overrides.yaml",
+        "partition.parquet",
         "metrics.jsonl",
         "clients.parquet",
         "summary.json",

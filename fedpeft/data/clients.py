@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -72,6 +73,27 @@ class ClientRows:
         ends = np.cumsum([len(rows) for rows in self.by_client])
         numbers = np.concatenate([ends, *self.by_client]).astype("<i8")
         return hashlib.sha256(numbers.tobytes()).hexdigest()
+
+    def held(self, clients: Iterable[int]) -> dict[str, list[Any]]:
+        """Count rows by client and label, of which ``partition.column`` may name another column.
+
+        Args:
+            clients: their numbers.
+
+        Returns:
+            Columns ``client``, ``label`` and ``rows``; a count of zero has no entry.
+        """
+        column, task = self.config.partition.column, self.task
+        numbers = task.group_numbers(column)
+        names = task.remembered(f"groups of {column}", lambda: task.grouped(column)[1])
+        table: dict[str, list[Any]] = {"client": [], "label": [], "rows": []}
+        for client in clients:
+            counts = np.bincount(numbers[self.by_client[client]])
+            for label in np.flatnonzero(counts):
+                table["client"].append(client)
+                table["label"].append(names[label])
+                table["rows"].append(int(counts[label]))
+        return table
 
     def _client_examples(self, client: int) -> dict[str, Examples]:
         """Return a client's train, validation and test rows."""

@@ -7,6 +7,12 @@ from typing import Any
 import numpy as np
 
 Rows = list[dict[str, Any]]
+# Readable on a white page and on a dark one.
+COLOURS = (
+    *("#2f7ed8", "#e8730c", "#2ca05a", "#d6423b", "#9467bd"),
+    *("#a0705a", "#d65db1", "#7f8c8d", "#a59a00", "#17a2b8"),
+)
+MARKERS = "osDv^P"
 
 
 def plot_comparison(
@@ -31,10 +37,10 @@ def plot_comparison(
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     key = f"client_validation_{selects}"
     for i, row in enumerate(rows):
-        style = _style(i, row["method"])
-        left.plot(row["total_bytes"] / 1e6, row["quality"], linestyle="none", ms=9, **style)
+        drawn = style(i, row["method"])
+        left.plot(row["total_bytes"] / 1e6, row["quality"], linestyle="none", ms=9, **drawn)
         points = [(line["round"], line[key]) for line in curves[row["method"]] if key in line]
-        right.plot(*zip(*points, strict=True), ms=4, **style)
+        right.plot(*zip(*points, strict=True), ms=4, **drawn)
     _against_bytes(left, metric, baseline)
     name = selects.replace("_", " ")
     right.set(
@@ -60,16 +66,23 @@ def plot_study(path: Path, rows: Rows, metric: str, baseline: float | None) -> N
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(9, 5.4), layout="constrained")
     for i, row in enumerate(rows):
-        spread, style = row["sd"] or None, _style(i, row["method"])
-        axis.errorbar(row["bytes"] / 1e6, row["quality"], spread, ls="none", capsize=3, **style)
+        spread, drawn = row["sd"] or None, style(i, row["method"])
+        axis.errorbar(row["bytes"] / 1e6, row["quality"], spread, ls="none", capsize=3, **drawn)
     _against_bytes(axis, metric, baseline)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _style(i: int, label: str) -> dict[str, Any]:
-    return {"color": f"C{i}", "marker": "osD^vP"[i % 6], "label": label}
+def style(place: int, label: str) -> dict[str, Any]:
+    """Return a setting's colour, marker and label.
+
+    Args:
+        place: of the setting among all.
+        label: for the legend.
+    """
+    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+    return {"color": colour, "marker": marker, "label": label}
 
 
 def _against_bytes(axis: Any, metric: str, baseline: float | None) -> None:
@@ -142,6 +155,15 @@ def _ticks(count: int, inches: float) -> range:
 
 def _short(name: str) -> str:
     return name if len(name) <= 24 else name[:23] + "…"
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Return names of at most 24 characters; equal ones are numbered."""
+    short = [_short(name) for name in names]
+    return [
+        name if short.count(name) == 1 else f"{name} ({short[: place + 1].count(name)})"
+        for place, name in enumerate(short)
+    ]
 
 
 def pyplot() -> Any:

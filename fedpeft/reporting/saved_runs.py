@@ -16,6 +16,8 @@ from fedpeft.reporting.run_directory import (
     CONFIG,
     FAILED,
     METRICS,
+    OVERRIDES,
+    STOPPED,
     SUMMARY,
     is_free,
     read_metrics,
@@ -73,6 +75,23 @@ class SavedRun:
         """Note in the directory, if there is one, that training diverged."""
         if isinstance(outcome, Exception) and _DIVERGED.search(str(outcome)) and self.path.is_dir():
             (self.path / FAILED).write_text(str(outcome))
+
+    @property
+    def reason(self) -> str:
+        """Say why the run has no summary; empty if it has one."""
+        if self.summary is not None:
+            return ""
+        for name in (FAILED, STOPPED):
+            if (self.path / name).exists():
+                return (self.path / name).read_text().strip()
+        done = f"after round {self.lines[-1]['round']}" if self.lines else "before round 0 ended"
+        return f"{done} of {self.config.num_rounds}: it still goes on, or was ended from outside"
+
+    @cached_property
+    def overrides(self) -> list[str] | None:
+        """The overrides that composed the configuration; null if the run did not save them."""
+        file = self.path / OVERRIDES
+        return json.loads(file.read_text()) if file.exists() else None
 
     @cached_property
     def settings(self) -> dict[str, Any]:

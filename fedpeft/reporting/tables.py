@@ -1,6 +1,7 @@
 """Tables on the terminal and in files: comparisons, studies and parameter counts."""
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,27 @@ class Page:
 
     def save(self, file: Path) -> None:
         """Write the page in Markdown; the first column is text, the others are numbers."""
-        rule = "|---" + "|---:" * (len(self.header) - 1) + "|"
-        head, *lines = ["| " + " | ".join(cells) + " |" for cells in (self.header, *self.cells)]
-        file.write_text("\n".join([head, rule, *lines, "", *self.notes]) + "\n")
+        file.write_text("\n".join([markdown(self.header, self.cells), *self.notes]) + "\n")
+
+
+def markdown(header: Sequence[str], cells: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Return a table in Markdown.
+
+    Args:
+        header: the columns' names.
+        cells: the rows as text.
+        texts: number of columns, from the left, that are text; the others are numbers.
+    """
+    rule = "|---" * texts + "|---:" * (len(header) - texts) + "|"
+    head, *lines = [
+        "| " + " | ".join(map(escaped_markdown, row)) + " |" for row in (header, *cells)
+    ]
+    return "\n".join([head, rule, *lines]) + "\n"
+
+
+def escaped_markdown(text: str) -> str:
+    """Return a text that Markdown prints as it is; ``_`` inside a word needs no escape."""
+    return re.sub(r"[\\`*\[\]<>|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
 
 
 def write_csv(file: Path, rows: Rows) -> None:

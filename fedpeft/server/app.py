@@ -1,5 +1,6 @@
 """The Flower ServerApp."""
 
+from contextlib import suppress
 from typing import Any
 
 from flwr.app import Context
@@ -60,7 +61,7 @@ def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> d
     label = type(engine.config.method).__name__
     path = settings.run_dir or new_path(label)
     observer = _observer(overrides, path, display)
-    directory = RunDirectory(path, tree, settings.resume)
+    directory = RunDirectory(path, tree, settings.resume, overrides)
     try:
         run = Run(FederatedPEFT(overrides, engine), directory, settings.checkpoint, observer)
         if settings.resume:
@@ -104,4 +105,7 @@ def _run(run: Run, grid: Grid, label: str) -> dict[str, Any]:
         ended = "failed", sentence(error)
         raise
     finally:
+        if ended[1]:
+            with suppress(OSError):  # a full disk may be why the run ended, and that error counts
+                run.directory.stop(ended[1])
         run.observer.stop(*ended)

@@ -169,6 +169,7 @@ class Run(Observer):
         summary = {
             "method": type(engine.config.method).__name__,
             "selected_by": self.selection.name,
+            "headline": engine.task.headline,
             "stopped_early": self._stopped_early(),
             "final": final,
             "best": final if last_is_best else self._tested(best, self.best_state),
@@ -192,9 +193,16 @@ class Run(Observer):
         }
         self.directory.finish(summary)  # before the base model is built, for which memory may lack
         self.directory.pack_clients()
+        self._save_partition()
         summary["initial_error"] = self._initial_error()
         self.directory.finish(summary)
         return summary
+
+    def _save_partition(self) -> None:
+        """Write who holds what, without clients that train on rows of their own."""
+        clients = sorted(set(range(self.engine.config.num_clients)) - self.strategy.nodes.own_rows)
+        if clients:
+            self.directory.save_partition(self.engine.rows.held(clients))
 
     def _stopped_early(self) -> dict[str, Any] | None:
         """Return after which round the run ended early, and why; null if it had all rounds."""

@@ -1,0 +1,1 @@
+"""``fedpeft report``: saved runs as a page, figures and tables that others can read."""

@@ -1,0 +1,116 @@
+"""Charts as data, which ``plotly_form`` and ``pictures`` draw: lines, boxes, bars, heat maps."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart's texts.
+
+    Args:
+        name: of its files, without an ending.
+        title: stands above it.
+        notes: sentences below it.
+    """
+
+    name: str
+    title: str
+    notes: Sequence[str] = field(default=(), kw_only=True)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A setting's line, with a band where there is a spread.
+
+    Args:
+        name: of the setting.
+        place: of the setting among all, which decides colour and marker.
+        x: values, ascending.
+        y: values.
+        low: lower edge of the band; null for no band.
+        high: its upper edge.
+        bound: true for a bound, which is dashed and has no markers.
+    """
+
+    name: str
+    place: int
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    bound: bool = False
+
+
+@dataclass(frozen=True)
+class LineChart(Chart):
+    """Lines over a common axis.
+
+    Args:
+        x: names the horizontal axis.
+        y: names the vertical axis.
+        lines: of the settings.
+        level: height of a grey line, or null.
+        level_name: its name.
+        log_x: true for a logarithmic horizontal axis.
+    """
+
+    x: str
+    y: str
+    lines: Sequence[Line]
+    level: float | None = None
+    level_name: str = ""
+    log_x: bool = False
+
+
+@dataclass(frozen=True)
+class BoxChart(Chart):
+    """A box and its points for each setting, one below the other.
+
+    Args:
+        x: names the axis of the values.
+        names: of the settings.
+        places: of the settings among all.
+        values: of each setting.
+        hover: a text for each value.
+    """
+
+    x: str
+    names: Sequence[str]
+    places: Sequence[int]
+    values: Sequence[Sequence[float]]
+    hover: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class BarChart(Chart):
+    """Bars for each setting, one below the other.
+
+    Args:
+        x: names the axis of the values.
+        names: of the settings.
+        bars: values of each setting, by the bar's name.
+        log_x: true for a logarithmic axis.
+    """
+
+    x: str
+    names: Sequence[str]
+    bars: Mapping[str, Sequence[float]]
+    log_x: bool = False
+
+
+@dataclass(frozen=True)
+class HeatChart(Chart):
+    """Rows by client and label.
+
+    Args:
+        counts: rows, (clients, labels).
+        labels: their names.
+        kind: names the axis of the labels.
+    """
+
+    counts: np.ndarray
+    labels: Sequence[str]
+    kind: str

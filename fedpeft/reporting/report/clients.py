@@ -1,0 +1,29 @@
+"""The clients of the last round, from the runs' tables of clients."""
+
+from fedpeft.reporting.clients import read_clients
+from fedpeft.reporting.report.settings import Setting
+from fedpeft.reporting.saved_runs import SavedRun
+
+
+def last_round(setting: Setting, measure: str) -> list[tuple[float, str]]:
+    """Return each client's measure on its test rows, with a text that names client and seed.
+
+    Args:
+        setting: gives the runs; one that saved no table of clients adds nothing.
+        measure: its name.
+    """
+    key = f"test_{measure}"
+    return [
+        (value, f"client {client}, seed {seed}")
+        for run, seed in zip(setting.runs, setting.seeds, strict=True)
+        for client, value in _measured(run, key)
+    ]
+
+
+def _measured(run: SavedRun, key: str) -> list[tuple[int, float]]:
+    try:
+        rows = [row for row in read_clients(run.path) if key in row]
+    except ValueError:  # an older run, or one whose table was not kept
+        return []
+    last = max((row["round"] for row in rows), default=0)
+    return [(row["client"], row[key]) for row in rows if row["round"] == last]

@@ -1,0 +1,137 @@
+"""Charts as PNG, SVG and PDF, for papers."""
+
+from collections.abc import Sequence
+from functools import singledispatch
+from pathlib import Path
+from typing import Any
+
+from fedpeft.reporting.figures import COLOURS, plot_partition, pyplot, shortened, style
+from fedpeft.reporting.report.chart import BarChart, BoxChart, Chart, HeatChart, Line, LineChart
+
+FORMATS = ("png", "svg", "pdf")
+WIDTH = 7.0  # inches
+# Names are no formulas, letters stay letters in PDF and SVG, and equal charts are equal files.
+SETTINGS = {
+    "text.parse_math": False,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedpeft",
+}
+
+
+def save_pictures(charts: Sequence[Chart], folder: Path) -> list[Path]:
+    """Draw charts into a folder, each in all formats, and return the files."""
+    plt = pyplot()
+    with plt.rc_context(SETTINGS):
+        return [path for chart in charts for path in _save(chart, folder)]
+
+
+def _save(chart: Chart, folder: Path) -> list[Path]:
+    paths = [folder / f"{chart.name}.{end}" for end in FORMATS]
+    if isinstance(chart, HeatChart):
+        for path in paths:
+            plot_partition(path, chart.counts, chart.labels, chart.kind)
+        return paths
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
+    axis.grid(alpha=0.3)
+    draw(chart, figure, axis)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the room is made; each file would make it again
+    for path in paths:
+        undated = {"Date": None} if path.suffix == ".svg" else {"CreationDate": None}
+        figure.savefig(path, dpi=200, metadata=None if path.suffix == ".png" else undated)
+    plt.close(figure)
+    return paths
+
+
+@singledispatch
+def draw(chart: Chart, figure: Any, axis: Any) -> None:
+    """Draw a chart.
+
+    Args:
+        chart: with the values.
+        figure: of matplotlib, whose height may change.
+        axis: of the figure.
+
+    Raises:
+        TypeError: the chart is of no known kind.
+    """
+    raise TypeError(f"{type(chart).__name__} is no kind of chart")
+
+
+@draw.register
+def _(chart: LineChart, figure: Any, axis: Any) -> None:
+    for line in chart.lines:
+        _draw_line(line, axis)
+    if chart.level is not None:
+        axis.axhline(chart.level, color="grey", ls="--", lw=1, label=chart.level_name)
+    axis.set(xlabel=chart.x, ylabel=chart.y)
+    _scale(axis, chart.log_x)
+    rounds = sorted({x for line in chart.lines for x in line.x})
+    if chart.x == "round" and len(rounds) <= 12:
+        axis.set_xticks(rounds)
+    columns = 3 if max((len(line.name) for line in chart.lines), default=0) < 20 else 2
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=columns)
+    lines = -(-len(axis.get_legend_handles_labels()[1]) // columns)
+    figure.set_size_inches(WIDTH, 4.0 + 0.2 * lines)
+
+
+def _draw_line(line: Line, axis: Any) -> None:
+    drawn = style(line.place, line.name)
+    if line.bound:
+        axis.plot(line.x, line.y, ls="--", lw=1, color=drawn["color"], label=line.name)
+        return
+    dash = ":" if line.place >= len(COLOURS) else "-"
+    axis.plot(line.x, line.y, ms=4, ls=dash, **drawn)
+    if line.low is not None and line.high is not None:
+        axis.fill_between(line.x, line.low, line.high, color=drawn["color"], alpha=0.15, lw=0)
+
+
+@draw.register
+def _(chart: BoxChart, figure: Any, axis: Any) -> None:
+    places = range(len(chart.names))
+    axis.boxplot(chart.values, orientation="horizontal", positions=places, showfliers=False)
+    for y, place, values in zip(places, chart.places, chart.values, strict=True):
+        axis.plot(values, [y] * len(values), "o", ms=4, alpha=0.6, color=COLOURS[place % 10])
+    _name_rows(chart.names, 0.45, figure, axis)
+    axis.set(xlabel=chart.x)
+
+
+@draw.register
+def _(chart: BarChart, figure: Any, axis: Any) -> None:
+    high = 0.8 / len(chart.bars)
+    for place, (name, values) in enumerate(chart.bars.items()):
+        at = [y - 0.4 + high * (place + 0.5) for y in range(len(chart.names))]
+        axis.barh(at, values, height=high, color=COLOURS[place], label=name)
+    _name_rows(chart.names, 0.3 + 0.15 * len(chart.bars), figure, axis)
+    axis.set(xlabel=chart.x)
+    _scale(axis, chart.log_x)
+    if len(chart.bars) > 1:
+        figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
+
+
+def _scale(axis: Any, log: bool) -> None:
+    """Scale the horizontal axis; a logarithmic one has plain numbers, because no text is math."""
+    if log:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _name_rows(names: Sequence[str], inches: float, figure: Any, axis: Any) -> None:
+    """Name the rows of a chart from top to bottom, and make room for them.
+
+    Args:
+        names: of the settings.
+        inches: height of a row.
+        figure: of matplotlib.
+        axis: of the figure.
+    """
+    axis.set_yticks(range(len(names)), shortened(names))
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.grid(visible=False, axis="y")
+    figure.set_size_inches(WIDTH, min(60.0, 1.2 + inches * len(names)))

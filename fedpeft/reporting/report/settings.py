@@ -1,0 +1,184 @@
+"""The runs of a report: compared by one measure, one setting for all that differ in the seed."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fedpeft.config.choices import choices
+from fedpeft.reporting.results import Measures, headline, mean_and_sd, run_values, unmeasured
+from fedpeft.reporting.saved_runs import SavedRun, by_setting
+from fedpeft.reporting.tables import Rows
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in nothing but the seed.
+
+    Args:
+        name: for tables and figures.
+        runs: that came to their end, one a seed.
+        rows: their numbers, see ``run_values``.
+    """
+
+    name: str
+    runs: Sequence[SavedRun]
+    rows: Rows
+
+    @property
+    def seeds(self) -> list[int]:
+        """The runs' seeds, sorted."""
+        return [run.settings["seed"] for run in self.runs]
+
+    def values(self, key: str) -> list[Any]:
+        """Return a number of each run that has it."""
+        return [row[key] for row in self.rows if row[key] is not None]
+
+    def spread(self, key: str) -> tuple[float | None, float | None]:
+        """Return the mean over the seeds and the sample standard deviation of a number."""
+        return mean_and_sd(self.values(key))
+
+
+class LeftOut(NamedTuple):
+    """A run that no number of the report counts, and why."""
+
+    run: SavedRun
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of a report.
+
+    Args:
+        measure: name of the measure by which settings are compared.
+        settings: in the order in which their runs were found.
+        left_out: runs that did not come to their end, and others that cannot be counted.
+    """
+
+    measure: str
+    settings: Sequence[Setting]
+    left_out: Sequence[LeftOut]
+
+    @classmethod
+    def of(cls, found: Sequence[SavedRun]) -> "Runs":
+        """Sort saved runs into settings.
+
+        Raises:
+            ValueError: no run came to its end, or the runs have different measures.
+        """
+        left = {run.path: LeftOut(run, *why) for run in found if (why := _unusable(run))}
+        ended = [run for run in found if run.path not in left]
+        if not ended:
+            reasons = "; ".join(f"{path}: {out.reason}" for path, out in left.items())
+            raise ValueError(f"no run came to its end. {reasons}")
+        measure = _measure(ended)
+        groups = [_once(group, left) for group in by_setting(ended)]
+        names = _names([group[0] for group in groups])
+        measures = Measures(measure, measure, 1)
+        settings = [
+            Setting(name, group, [_row(run, measures) for run in group])
+            for name, group in zip(names, groups, strict=True)
+        ]
+        return cls(measure, settings, [left[run.path] for run in found if run.path in left])
+
+    @property
+    def compared(self) -> str:
+        """``quality`` or, if no run's clients were tested, ``global_test``."""
+        tested = any(setting.values("quality") for setting in self.settings)
+        return "quality" if tested else "global_test"
+
+    @property
+    def title(self) -> str:
+        """The measure as words."""
+        return self.measure.replace("_", " ")
+
+
+def _unusable(run: SavedRun) -> tuple[str, str] | None:
+    """Return a run's state and the reason why no number counts it; null if it can be counted."""
+    if run.summary is None:
+        return run.status, run.reason
+    why = unmeasured(run.summary)
+    return ("not measured", f"after the last round, {why}") if why else None
+
+
+def _once(group: list[SavedRun], left: dict[Any, LeftOut]) -> list[SavedRun]:
+    """Return one run a seed; others of the same seed are copies and go to ``left``."""
+    first: dict[int, SavedRun] = {}
+    for run in group:
+        same = first.setdefault(run.settings["seed"], run)
+        if same is not run:
+            left[run.path] = LeftOut(run, "copy", f"the same configuration and seed as {same.path}")
+    return list(first.values())
+
+
+def _row(run: SavedRun, measures: Measures) -> dict[str, Any]:
+    summary = run.summary or {}
+    values = run_values(summary, measures)
+    return values | {
+        "global_test": summary["final"].get(f"test_{measures.quality}"),
+        "baseline": summary["baseline"].get("client_test_baseline"),
+    }
+
+
+def _measure(runs: Sequence[SavedRun]) -> str:
+    """Return the measure by which all runs are compared.
+
+    Raises:
+        ValueError: they have more than one, or none is known.
+    """
+    known: dict[str, SavedRun] = {}
+    for run in runs:
+        if name := headline(run.summary or {}):
+            known.setdefault(name, run)
+    if len(known) > 1:
+        (a, one), (b, other), *_ = known.items()
+        raise ValueError(
+            f"a report compares runs by one measure, got {a} ({one.path}) and {b} ({other.path}): "
+            "make a report of each"
+        )
+    if not known:
+        raise ValueError(f"{runs[0].path} does not say by which measure it is compared")
+    return next(iter(known))
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def _names(runs: Sequence[SavedRun]) -> list[str]:
+    """Return a name for each setting: its method and, where others have it, what differs."""
+    facts = [_facts(run) for run in runs]
+    names = [fact["method"] for fact in facts]
+    shown: list[str] = []
+    for fact, name in zip(facts, names, strict=True):
+        same = [other for other, n in zip(facts, names, strict=True) if n == name]
+        parts = [f"{_short(key, facts)}={fact.get(key)}" for key in _apart(same)]
+        shown.append(" ".join([name, *parts]))
+    twice = {name for name, count in Counter(shown).items() if count > 1}
+    return [
+        f"{name} {run.hash_but_seed}" if name in twice else name
+        for name, run in zip(shown, runs, strict=True)
+    ]
+
+
+def _facts(run: SavedRun) -> dict[str, Any]:
+    """Return the names of a run's groups, and then its values by dotted key, without the seed."""
+    chosen = choices(run.settings)
+    values = {key: value for key, value in run.settings.items() if key != "seed"}
+    return {**chosen, **values}
+
+
+def _apart(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys that tell settings apart, without values of a group that differs itself."""
+    keys = dict.fromkeys(key for fact in facts for key in fact)
+    differ = [key for key in keys if len({repr(fact.get(key)) for fact in facts}) > 1]
+    groups = {key for key in differ if "." not in key}
+    return [key for key in differ if key in groups or key.partition(".")[0] not in groups]
+
+
+def _short(key: str, facts: Iterable[Mapping[str, Any]]) -> str:
+    """Return the last part of a dotted key, or all of it where two keys end alike."""
+    last = key.rpartition(".")[2]
+    alike = {k for fact in facts for k in fact if k.rpartition(".")[2] == last}
+    return key if len(alike) > 1 else last

@@ -1,0 +1,241 @@
+"""The tables of a report, made from its runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedpeft.reporting.report.commands import command
+from fedpeft.reporting.report.pairs import FEWEST, LEVEL, paired_tests
+from fedpeft.reporting.report.settings import Runs
+from fedpeft.reporting.report.table import Table, Text
+from fedpeft.reporting.saved_runs import differing
+from fedpeft.reporting.tables import Rows
+
+# Columns of the summary: mean over the seeds, and the sample standard deviation beside it.
+SPREAD_COLUMNS = {
+    "quality": "mean by rows",
+    "quality_unweighted": "mean by client",
+    "quality_worst": "worst client",
+    "quality_p10": "10th percentile",
+    "global_test": "server's test rows",
+    "baseline": "commonest label",
+}
+
+
+def summary_table(runs: Runs) -> Table:
+    """Return the quality, bytes, parameters and seconds of each setting."""
+    rows: Rows = []
+    for setting in runs.settings:
+        row: dict[str, Any] = {"setting": setting.name, "seeds": len(setting.runs)}
+        for key in (*SPREAD_COLUMNS, "bytes", "trained", "seconds"):
+            row[key], row[f"{key}_sd"] = setting.spread(key)
+        row["trained"] = max(setting.values("trained"))
+        del row["trained_sd"]
+        rows.append(row)
+    rows.sort(
+        key=lambda row: -1 if row[runs.compared] is None else row[runs.compared], reverse=True
+    )
+    shown = [key for key in SPREAD_COLUMNS if any(row[key] is not None for row in rows)]
+    columns: dict[str, Text] = {"setting": _plain("setting"), "seeds": _plain("seeds")}
+    columns |= {SPREAD_COLUMNS[key]: _spread(key) for key in shown}
+    columns |= {
+        "MB in all": lambda row: f"{row['bytes'] / 1e6:.2f}",
+        "parameters": lambda row: f"{row['trained']:,}",
+        "s": lambda row: f"{row['seconds']:.0f}",
+    }
+    title = f"{runs.title.capitalize()} after the last round"
+    return Table("summary", title, columns, rows, _summary_notes(runs))
+
+
+def _summary_notes(runs: Runs) -> list[str]:
+    untested = [s.name for s in runs.settings if not s.values("quality")]
+    notes = [
+        "Mean ± sample standard deviation over the seeds; one seed has no deviation.",
+        f"{runs.title.capitalize()} on the clients' own test rows: mean by rows weighs each client "
+        "by its rows, mean by client counts each alike, and nine of ten clients are as good as the "
+        "10th percentile or better. Server's test rows: one model, measured by the server; none "
+        "where parameters stay on the clients. Commonest label: always answering it.",
+        "MB in all: 10^6 bytes of training's messages, all clients, both ways. Parameters: trained "
+        "by a client, in the round that trains most. s: seconds of the whole run.",
+    ]
+    if untested:
+        notes.append(
+            f"Clients' test rows were not measured (evaluation.clients=always does): "
+            f"{', '.join(untested)}."
+        )
+    return notes
+
+
+def _plain(key: str) -> Text:
+    return lambda row: str(row[key])
+
+
+def _spread(key: str) -> Text:
+    def text(row: Mapping[str, Any]) -> str:
+        if row[key] is None:
+            return "-"
+        sd = row[f"{key}_sd"]
+        return f"{row[key]:.3f}" if sd is None else f"{row[key]:.3f} ± {sd:.3f}"
+
+    return text
+
+
+def pairs_table(runs: Runs) -> Table | None:
+    """Return the paired tests; null if there is one setting only."""
+    if len(runs.settings) < 2:
+        return None
+    rows, untested = paired_tests(runs)
+    columns: dict[str, Text] = {
+        "setting": _plain("a"),
+        "against": _plain("b"),
+        "seeds": _plain("n"),
+        "mean difference": lambda row: f"{row['difference']:+.3f}",
+        f"{LEVEL:.0%} interval": lambda row: f"{row['low']:+.3f} to {row['high']:+.3f}",
+        "p": lambda row: _p(row["p"]),
+        "p by Holm": lambda row: _p(row["p_holm"]),
+    }
+    notes = [
+        f"{runs.title.capitalize()}, {_compared_name(runs)}: differences by seed, two-sided paired "
+        f"t-test. A pair of settings is tested if {FEWEST} seeds or more are common and have the "
+        "same rows and clients.",
+        f"{len(rows)} comparisons were made. The p by Holm is corrected for them; the interval is "
+        "of one comparison alone.",
+    ]
+    few = min((row["n"] for row in rows), default=FEWEST)
+    if rows and few < 6:
+        notes.append(
+            f"{few} seeds are few: the test takes the differences as normally distributed, which "
+            "so few cannot show, and it finds only large ones."
+        )
+    notes += [f"Not tested: {why}." for why in untested]
+    return Table("pairs", "Differences between settings", columns, rows, notes, texts=2)
+
+
+def _compared_name(runs: Runs) -> str:
+    return SPREAD_COLUMNS[runs.compared] if runs.compared == "quality" else "the server's test rows"
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
+
+
+def cost_table(runs: Runs) -> Table:
+    """Return bytes, parameters and seconds of each setting."""
+    rows: Rows = []
+    for setting in runs.settings:
+        summary = setting.runs[0].summary or {}
+        counts = summary["parameters"]
+        sizes = {
+            key: _mean([(run.summary or {})["bytes"].get(key, 0) for run in setting.runs])
+            for key in (
+                *("uplink_bytes", "downlink_bytes"),
+                *("evaluation_uplink_bytes", "evaluation_downlink_bytes"),
+            )
+        }
+        rows.append(
+            {
+                "setting": setting.name,
+                "total_parameters": counts["total"],
+                "trained": counts["trained"][1],
+                "sent_up": _most(counts, "sent_up"),
+                "sent_down": _most(counts, "sent_down"),
+                "bytes_up_per_client_round": _most(counts, "bytes_up"),
+                "bytes_down_per_client_round": _most(counts, "bytes_down"),
+                **sizes,
+                "seconds": setting.spread("seconds")[0],
+            }
+        )
+    columns: dict[str, Text] = {
+        "setting": _plain("setting"),
+        "trained": lambda row: f"{row['trained']:,}",
+        "of the model": lambda row: f"{row['trained'] / row['total_parameters']:.3%}",
+        "sent up": _count("sent_up"),
+        "sent down": _count("sent_down"),
+        "MB up": lambda row: f"{row['uplink_bytes'] / 1e6:.2f}",
+        "MB down": lambda row: f"{row['downlink_bytes'] / 1e6:.2f}",
+        "MB to evaluate": lambda row: f"{_evaluation(row) / 1e6:.2f}",
+        "s": lambda row: f"{row['seconds']:.0f}",
+    }
+    notes = [
+        "Parameters that a client trains, sends and gets, in the round that has most. MB: 10^6 "
+        "bytes of the whole run's messages, all clients, mean over the seeds; to evaluate: both "
+        "ways, beside training's."
+    ]
+    return Table("cost", "Parameters, bytes and seconds", columns, rows, notes)
+
+
+def _most(counts: Mapping[str, Any], key: str) -> int | None:
+    """Return a count in the round that has most; null if an older run did not save it."""
+    return counts[key][1] if key in counts else None
+
+
+def _count(key: str) -> Text:
+    return lambda row: "-" if row[key] is None else f"{row[key]:,}"
+
+
+def _evaluation(row: Mapping[str, Any]) -> float:
+    return row["evaluation_uplink_bytes"] + row["evaluation_downlink_bytes"]
+
+
+def _mean(values: list[int]) -> float:
+    return sum(values) / len(values)
+
+
+def differences_table(runs: Runs) -> Table | None:
+    """Return the keys that are not the same in all settings; null if there is one setting."""
+    firsts = [setting.runs[0] for setting in runs.settings]
+    keys = [key for key in differing(firsts) if key != "seed"]
+    if not keys:
+        return None
+    names = [setting.name for setting in runs.settings]
+    rows: Rows = [
+        {"key": key} | {n: _value(r.settings, key) for n, r in zip(names, firsts, strict=True)}
+        for key in keys
+    ]
+    columns: dict[str, Text] = {"key": _plain("key")} | {name: _plain(name) for name in names}
+    notes = ["All other keys that can change a result are the same. A dash: there is no such key."]
+    return Table("differences", "Keys that differ", columns, rows, notes, texts=len(columns))
+
+
+def _value(settings: Mapping[str, Any], key: str) -> str:
+    if key not in settings:
+        return "-"
+    return "null" if settings[key] is None else str(settings[key])
+
+
+def runs_table(runs: Runs) -> Table:
+    """Return every counted run with its command."""
+    rows: Rows = [
+        {
+            "setting": setting.name,
+            "seed": run.settings["seed"],
+            "quality": values[runs.compared],
+            "seconds": values["seconds"],
+            "sha256": (run.summary or {}).get("shared_state_sha256"),
+            "directory": str(run.path),
+            "command": command(run),
+        }
+        for setting in runs.settings
+        for run, values in zip(setting.runs, setting.rows, strict=True)
+    ]
+    columns: dict[str, Text] = {
+        "setting": _plain("setting"),
+        "seed": _plain("seed"),
+        "directory": _plain("directory"),
+        "command": _plain("command"),
+        runs.title: lambda row: "-" if row["quality"] is None else f"{row['quality']:.3f}",
+        "s": lambda row: f"{row['seconds']:.0f}",
+    }
+    notes = ["The command is without run_dir. The CSV has the SHA-256 of the shared state, too."]
+    return Table("runs", "Runs and their commands", columns, rows, notes, texts=4)
+
+
+def left_out_table(runs: Runs) -> Table | None:
+    """Return the runs that no number counts; null if there is none."""
+    if not runs.left_out:
+        return None
+    rows: Rows = [
+        {"directory": str(run.path), "state": status, "reason": reason}
+        for run, status, reason in runs.left_out
+    ]
+    columns = {key: _plain(key) for key in rows[0]}
+    return Table("left_out", "Runs that are not counted", columns, rows, texts=3)

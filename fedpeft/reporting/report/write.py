@@ -1,0 +1,78 @@
+"""``fedpeft report``: reads saved runs, and writes the page, the figures and the tables."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedpeft.files import replacing
+from fedpeft.reporting.report.charts import charts
+from fedpeft.reporting.report.page import Section, html
+from fedpeft.reporting.report.pictures import save_pictures
+from fedpeft.reporting.report.settings import Runs
+from fedpeft.reporting.report.table import Table
+from fedpeft.reporting.report.tables import (
+    cost_table,
+    differences_table,
+    left_out_table,
+    pairs_table,
+    runs_table,
+    summary_table,
+)
+from fedpeft.reporting.saved_runs import saved_runs
+
+PAGE, FIGURES, TABLES = "report.html", "figures", "tables"
+NO_COUNTS = (
+    "No run saved the rows by client and label: runs of earlier versions did not, and a server "
+    "does not know the rows that sites hold alone. fedpeft partition shows them for a "
+    "configuration."
+)
+NO_CLIENTS = "No run saved its table of clients (clients.parquet), so clients are not shown apart."
+
+
+def write_report(folders: Sequence[Path], to: Path) -> list[Path]:
+    """Write a report of saved runs.
+
+    Args:
+        folders: of runs, studies or sweeps.
+        to: takes ``report.html``, ``figures`` and ``tables``; files of the same names there are
+            replaced.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: a folder holds no run, no run came to its end, or the runs have no measure in
+            common.
+    """
+    runs = Runs.of(saved_runs(folders))
+    sections = _sections(runs)
+    for name in (FIGURES, TABLES):
+        (to / name).mkdir(parents=True, exist_ok=True)
+    page = to / PAGE
+    with replacing(page) as draft:
+        draft.write_text(html(runs, sections), encoding="utf-8")
+    pictures = save_pictures([c for s in sections for c in s.charts], to / FIGURES)
+    tables = [path for s in sections for t in s.tables for path in t.save(to / TABLES)]
+    return [page, *pictures, *tables]
+
+
+def _sections(runs: Runs) -> list[Section]:
+    made = dict(charts(runs))
+    summary = summary_table(runs)
+    quality = made["Quality"]
+    no_clients = [] if any(chart.name == "clients" for chart in quality) else [NO_CLIENTS]
+    held = made["Who holds what"]
+    return [
+        Section(summary.title, [summary]),
+        Section("Quality", charts=quality, notes=no_clients),
+        Section("Paired tests", _there(pairs_table(runs))),
+        Section("Cost", [cost_table(runs)], made["Cost"]),
+        Section("Diagnostics", charts=made["Diagnostics"]),
+        Section("Who holds what", charts=held, notes=[] if held else [NO_COUNTS]),
+        Section("Configurations", _there(differences_table(runs))),
+        Section("Runs", [runs_table(runs)]),
+        Section("Left out", _there(left_out_table(runs))),
+    ]
+
+
+def _there(table: Table | None) -> list[Table]:
+    return [] if table is None else [table]

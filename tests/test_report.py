@@ -1,0 +1,385 @@
+"""``fedpeft report``: its numbers, its files, and values that must not become markup."""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft.reporting.report.chart import Line, LineChart
+from fedpeft.reporting.report.charts import charts, norm_bound
+from fedpeft.reporting.report.commands import command
+from fedpeft.reporting.report.pairs import holm, t_test
+from fedpeft.reporting.report.pictures import save_pictures
+from fedpeft.reporting.report.plotly_form import form
+from fedpeft.reporting.report.series import Curve, in_lines, megabytes
+from fedpeft.reporting.report.settings import Runs
+from fedpeft.reporting.report.table import Table
+from fedpeft.reporting.report.tables import cost_table, pairs_table
+from fedpeft.reporting.report.write import write_report
+from fedpeft.reporting.run_directory import RunDirectory
+from fedpeft.reporting.saved_runs import SavedRun, saved_runs
+
+EVIL = "<script>alert(1)</script>"
+QUALITY = {"lora": (0.50, 0.60, 0.70), "scl": (0.40, 0.45, 0.65)}
+
+
+def _save(path: Path, name: str, of_seed: int, quality: float, **config: Any) -> Path:
+    """Write the directory of an imagined run of two rounds with two clients.
+
+    Args:
+        path: of the directory.
+        name: of its method.
+        of_seed: the run's seed.
+        quality: the clients' accuracy on test rows after round 2.
+        config: more values.
+    """
+    path.mkdir(parents=True)
+    target = {"lora": "fedpeft.methods.lora.LoRA", "scl": "fedpeft.methods.scl.SCL"}[name]
+    tree = {"seed": of_seed, "lr": 0.1, "num_clients": 2, "num_rounds": 2, "local_steps": 5}
+    tree |= {"method": {"_target_": target, "rank": 8}, "note": EVIL} | config
+    (path / "config.yaml").write_text(json.dumps(tree))
+    (path / "overrides.yaml").write_text(json.dumps([f"method={name}", f"note='{EVIL}'"]))
+    key = "client_test_accuracy"
+    spread = {f"{key}_unweighted": quality - 0.01, f"{key}_worst": 0.1, f"{key}_p10": 0.2}
+    lines = [
+        {"round": 0, key: 0.25},
+        {"round": 1, "uplink_bytes": 1_000_000, "downlink_bytes": 2_000_000, "interference": 0.2},
+        {"round": 2, "uplink_bytes": 3_000_000, "downlink_bytes": 4_000_000, key: quality},
+    ]
+    for line in lines[1:]:
+        line |= {"update_norm_mean": 2.0 + of_seed, "update_cosine": 0.5}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    counts = dict.fromkeys(("trained", "sent_up", "sent_down", "bytes_up", "bytes_down"), [10, 20])
+    summary = {
+        "method": name,
+        "headline": "accuracy",
+        "selected_by": "validation_accuracy",
+        "final": {"round": 2, key: quality, "test_accuracy": quality + 0.1} | spread,
+        "baseline": {"client_test_baseline": 0.3},
+        "refused": {},
+        "parameters": counts | {"total": 1000},
+        "bytes": {"uplink_bytes": 4_000_000, "downlink_bytes": 6_000_000},
+        "seconds": 1.5,
+        "data": {"sha256": f"data{of_seed}"},
+    }
+    (path / "summary.json").write_text(json.dumps(summary))
+    clients = [{"round": 2, "client": i, "test_accuracy": quality - i / 10} for i in range(2)]
+    (path / "clients.jsonl").write_text("".join(json.dumps(row) + "\n" for row in clients))
+    return path
+
+
+def _study(folder: Path) -> Path:
+    for method, values in QUALITY.items():
+        for seed, quality in enumerate(values):
+            _save(folder / method / str(seed), method, seed, quality)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a report: two methods with three seeds, a run that failed, one cut off."""
+    folder = _study(tmp_path_factory.mktemp("study"))
+    failed = _save(folder / "x_failed", "lora", 7, 0.5)
+    (failed / "summary.json").unlink()
+    (failed / "failed.txt").write_text(f"loss is nan {EVIL}\n")
+    cut = _save(folder / "y_cut", "lora", 8, 0.5)
+    (cut / "summary.json").unlink()
+    held = {"client": [0, 0, 1], "label": ["a", EVIL, "a"], "rows": [3, 4, 5]}
+    directory = RunDirectory.__new__(RunDirectory)
+    directory.path = folder / "lora" / "0"
+    directory.save_partition(held)
+    write_report([folder], folder / "report")
+    return folder / "report"
+
+
+def _rows(report: Path, name: str) -> list[dict[str, str]]:
+    with (report / "tables" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+def test_the_summary_has_means_and_sample_deviations(report: Path) -> None:
+    lora, scl = _rows(report, "summary")  # the best first
+    assert (lora["setting"], lora["seeds"], scl["setting"]) == ("lora", "3", "scl")
+    assert float(lora["quality"]) == pytest.approx(0.6)
+    assert float(lora["quality_sd"]) == pytest.approx(0.1)  # sqrt((0.01 + 0 + 0.01) / 2)
+    assert float(scl["quality"]) == pytest.approx(0.5)
+    assert float(scl["quality_sd"]) == pytest.approx(0.0175**0.5)  # (.01 + .0025 + .0225) / 2
+    assert float(lora["quality_unweighted"]) == pytest.approx(0.59)
+    assert [lora[f"quality_{key}"] for key in ("worst", "p10")] == ["0.1", "0.2"]
+    assert float(lora["global_test"]) == pytest.approx(0.7)
+    assert (lora["bytes"], lora["trained"], lora["seconds"]) == ("10000000", "20", "1.5")
+    text = (report / "tables" / "summary.md").read_text()
+    assert "| lora | 3 | 0.600 ± 0.100 | 0.590 ± 0.100 |" in text
+
+
+def test_curves_are_over_seeds_and_bytes_are_summed_up(report: Path) -> None:
+    runs = Runs.of(saved_runs([report.parent]))
+    curve = Curve.of(runs.settings[0], in_lines("client_test_accuracy"))
+    assert curve.rounds == [0, 2]
+    assert curve.means == pytest.approx([0.25, 0.6])
+    assert curve.low == pytest.approx([0.25, 0.5]) and curve.high == pytest.approx([0.25, 0.7])
+    assert megabytes(runs.settings[0].runs[0]) == {0: 0.0, 1: 3.0, 2: 10.0}
+    drawn = {chart.name: form(chart) for _, section in charts(runs) for chart in section}
+    band, line = drawn["quality_by_megabytes"]["data"][:2]
+    assert line["x"] == [0.0, 10.0] and band["x"] == [0.0, 10.0, 10.0, 0.0]
+    box = drawn["clients"]["data"][0]
+    assert box["x"] == pytest.approx([0.5, 0.4, 0.6, 0.5, 0.7, 0.6])
+    assert box["text"][1] == "client 1, seed 0"
+    moved = drawn["moved"]["data"][1]
+    assert moved["y"] == [0.0, 3.0, 6.0]  # norms 2, 3 and 4 by seed
+    assert drawn["held_0"]["data"][0]["z"] == [[4, 3], [0, 5]]  # "<" comes before "a"
+
+
+def test_a_curve_with_one_seed_has_no_band(tmp_path: Path) -> None:
+    runs = Runs.of(saved_runs([_save(tmp_path / "a", "lora", 0, 0.5)]))
+    curve = Curve.of(runs.settings[0], in_lines("client_test_accuracy"))
+    assert curve.low is None and curve.high is None
+
+
+def test_paired_tests_are_those_of_scipy_with_holms_correction(report: Path) -> None:
+    from scipy import stats
+
+    (row,) = _rows(report, "pairs")
+    expected: Any = stats.ttest_rel(QUALITY["lora"], QUALITY["scl"])
+    assert (row["a"], row["b"], row["n"]) == ("lora", "scl", "3")
+    assert float(row["difference"]) == pytest.approx(0.1)  # 0.10, 0.15 and 0.05
+    assert float(row["p"]) == pytest.approx(expected.pvalue) == float(row["p_holm"])
+    # The mean's standard error is 0.05 / sqrt(3), and t is 4.302653 with two degrees of freedom.
+    assert float(row["low"]) == pytest.approx(0.1 - 4.302653 * 0.05 / 3**0.5, abs=1e-6)
+    assert t_test([1.0, 2.0, 3.0])["high"] == pytest.approx(2 + 4.302653 / 3**0.5, abs=1e-6)
+    assert holm([0.03, 0.01, 0.04]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"num_clients": 3}, "their rows are divided differently, so a seed makes no pair"),
+        ({"seed": 5}, "a test needs 3 common seeds of the same data, got 2"),
+    ],
+)
+def test_without_common_seeds_and_clients_no_pair_is_tested(
+    tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    for seed, quality in enumerate(QUALITY["lora"]):
+        _save(tmp_path / f"a{seed}", "lora", seed, quality)
+        more = {} if "seed" in change and seed < 2 else change
+        _save(tmp_path / f"b{seed}", "scl", more.get("seed", seed), quality - 0.1 * seed, **more)
+    table = pairs_table(Runs.of(saved_runs([tmp_path])))
+    assert table is not None and table.rows == []
+    assert table.notes[-1] == f"Not tested: {sentence}: lora and scl."
+    assert table.save(tmp_path) == []  # there is nothing to write
+
+
+def test_the_bound_is_known_for_plain_sgd_with_clipped_gradients(tmp_path: Path) -> None:
+    plain = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0, "max_grad_norm": 2.0}
+    sgd = _save(tmp_path / "a", "scl", 0, 0.5, optimizer=plain)
+    assert norm_bound(SavedRun(sgd)) == pytest.approx({1: 1.0, 2: 2.0})  # 0.1 x 2 x 5 steps
+    momentum = _save(tmp_path / "b", "scl", 0, 0.5, optimizer=plain | {"momentum": 0.9})
+    assert norm_bound(SavedRun(momentum)) == {}
+
+
+def test_an_older_run_without_some_counts_has_dashes(tmp_path: Path) -> None:
+    file = _save(tmp_path / "a", "lora", 0, 0.5) / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["parameters"] = {"total": 1000, "trained": [10, 20]}
+    del summary["data"], summary["headline"]
+    file.write_text(json.dumps(summary))
+    table = cost_table(Runs.of(saved_runs([tmp_path])))
+    assert table.cells == [["lora", "20", "2.000%", "-", "-", "4.00", "6.00", "0.00", "2"]]
+
+
+# --- runs that are not counted -------------------------------------------------------------------
+
+
+def test_runs_without_an_end_are_listed_with_the_reason(report: Path) -> None:
+    failed, cut = _rows(report, "left_out")
+    assert (failed["state"], failed["reason"]) == ("diverged", f"loss is nan {EVIL}")
+    assert cut["state"] == "unfinished" and cut["reason"].startswith("after round 2 of 2: it still")
+
+
+def test_a_copy_of_a_run_counts_once(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        _save(tmp_path / name, "lora", 0, 0.5)
+    runs = Runs.of(saved_runs([tmp_path]))
+    assert [len(setting.runs) for setting in runs.settings] == [1]
+    (copy,) = runs.left_out
+    assert copy.reason == f"the same configuration and seed as {tmp_path / 'a'}"
+
+
+def test_runs_of_different_measures_are_refused(tmp_path: Path) -> None:
+    _save(tmp_path / "a", "lora", 0, 0.5)
+    file = _save(tmp_path / "b", "scl", 0, 0.5) / "summary.json"
+    file.write_text(file.read_text().replace('"headline": "accuracy"', '"headline": "f1"'))
+    with pytest.raises(ValueError, match=r"one measure, got accuracy \(.*/a\) and f1 \(.*/b\)"):
+        Runs.of(saved_runs([tmp_path]))
+    for name in "ab":
+        (tmp_path / name / "summary.json").unlink()
+    with pytest.raises(ValueError, match="no run came to its end"):
+        Runs.of(saved_runs([tmp_path]))
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+class _Tags(HTMLParser):
+    """Notes the tags of a page, with their attributes; a script's text holds none."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_the_page_needs_no_other_file(report: Path) -> None:
+    text = (report / "report.html").read_text()
+    tags = _Tags(text).tags
+    links = [v for _, attrs in tags for k, v in attrs.items() if k in ("src", "href")]
+    assert links and all(link and link.startswith("#") for link in links)
+    assert [tag for tag, _ in tags].count("script") == 3
+    assert "default-src 'none'" in str(tags)
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+
+
+def test_values_do_not_become_markup(report: Path) -> None:
+    text = (report / "report.html").read_text()
+    assert EVIL not in text
+    assert "loss is nan &lt;script&gt;" in text  # the error of the run that failed
+    assert "note=" in text and "&lt;script&gt;alert(1)" in text  # the command
+    forms = re.search(r'id="forms">(.*?)</script>', text, re.DOTALL)
+    assert forms
+    heat = json.loads(forms[1])["held_0"]["data"][0]
+    assert heat["x"] == ["&lt;script&gt;alert(1)&lt;/scrip…", "a"]  # plotly reads HTML in texts
+
+
+def test_plotly_knows_every_key_of_the_charts(report: Path) -> None:
+    from plotly import graph_objects
+
+    text = (report / "report.html").read_text()
+    forms = re.search(r'id="forms">(.*?)</script>', text, re.DOTALL)
+    assert forms
+    for made in json.loads(forms[1]).values():
+        graph_objects.Figure(made)  # raises for an unknown key or value
+
+
+def test_a_logarithmic_axis_has_plain_numbers(tmp_path: Path) -> None:
+    line = Line("a $x$", 0, [1.0, 100.0], [0.0, 1.0])
+    save_pictures([LineChart("t", "title", "MB", "y", [line], log_x=True)], tmp_path)
+    text = (tmp_path / "t.svg").read_text()
+    assert {">10<", ">20<", ">50<"} <= set(re.findall(r">\d+<", text))
+    assert ">a $x$<" in text and "mathdefault" not in text
+
+
+def test_each_chart_is_a_picture_in_three_formats(report: Path) -> None:
+    from PIL import Image
+
+    folder = report / "figures"
+    names = {path.stem for path in folder.iterdir()}
+    assert names == {
+        *("quality_by_round", "quality_by_megabytes", "clients", "bytes", "seconds"),
+        *("interference", "drift", "update_norms", "moved", "held_0"),
+    }
+    for name in names:
+        assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert "<svg" in (folder / f"{name}.svg").read_text()
+        with Image.open(folder / f"{name}.png") as picture:
+            width, height = picture.size
+        assert 400 <= width <= 2000 and 300 <= height <= 2000
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def test_names_are_escaped_for_each_kind_of_file(tmp_path: Path) -> None:
+    name = 'a_b & 50%|c _x_ <i> "q", \\'
+    table = Table("t", "title", {"name & so": lambda row: row["name"]}, [{"name": name}], ["n_1|"])
+    table.save(tmp_path)
+    with (tmp_path / "t.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["name"], [name]]
+    lines = (tmp_path / "t.md").read_text().splitlines()
+    assert lines[2] == r'| a_b & 50%\|c \_x\_ \<i\> "q", \\ |'
+    assert lines[4] == r"n_1\|"
+    assert (tmp_path / "t.tex").read_text().splitlines()[2:6] == [
+        r"\begin{tabular}{l}",
+        r"\hline",
+        r"name \& so \\",
+        r"\hline",
+    ]
+    cell = (
+        r"a\_b \& 50\%\textbar{}c \_x\_ \textless{}i\textgreater{} \textquotedbl{}q"
+        r"\textquotedbl{}, \textbackslash{} \\"
+    )
+    assert (tmp_path / "t.tex").read_text().splitlines()[6] == cell
+
+
+# --- names and commands --------------------------------------------------------------------------
+
+
+def test_settings_of_one_method_are_named_by_what_differs(tmp_path: Path) -> None:
+    for lr in (0.1, 0.2):
+        _save(tmp_path / f"lora{lr}", "lora", 0, 0.5, lr=lr)
+    _save(tmp_path / "scl", "scl", 0, 0.5, lr=0.7)
+    runs = Runs.of(saved_runs([tmp_path]))
+    assert [setting.name for setting in runs.settings] == ["lora lr=0.1", "lora lr=0.2", "scl"]
+
+
+def test_a_command_is_the_saved_one_or_composes_the_same(tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    from fedpeft.config.load import composed, split
+
+    saved = _save(tmp_path / "a", "lora", 0, 0.5)
+    (saved / "overrides.yaml").write_text('["method=lora", "lr=0.2", "run_dir=x", "resume=true"]')
+    assert command(SavedRun(saved)) == "fedpeft run method=lora lr=0.2"
+    overrides = ["method=fedtt_plus", "partition.alpha=0.1", "data.path=my rows", "layers=[0,1]"]
+    tree = composed([*overrides, "optimizer.max_grad_norm=null", "seed=3"])
+    old = tmp_path / "old"
+    old.mkdir()
+    OmegaConf.save(tree, old / "config.yaml")
+    line, note = command(SavedRun(old)).split("  # ")
+    assert note == "rebuilt from config.yaml"
+    assert composed(split(line)[2:]) == tree
+
+
+def test_a_class_that_is_gone_is_named(tmp_path: Path) -> None:
+    gone = {"_target_": "fedpeft.gone.Old"}
+    old = _save(tmp_path / "a", "lora", 0, 0.5, method=gone)
+    (old / "overrides.yaml").unlink()
+    assert "no file of conf/method has the class fedpeft.gone.Old" in command(SavedRun(old))
+
+
+# --- a real run ----------------------------------------------------------------------------------
+
+
+def test_a_run_saves_what_its_report_needs(
+    run: Any, fedpeft: Callable[..., str], base: list[str], tmp_path: Path
+) -> None:
+    run("evaluation.clients=always")
+    said = fedpeft("report", str(run.run_dir))
+    assert said.startswith(f"saved {run.run_dir}/report/report.html, and ")
+    (saved,) = saved_runs([run.run_dir])
+    assert command(saved).startswith("fedpeft run model=local ") and saved.summary
+    assert saved.summary["headline"] == "accuracy"
+    (row,) = _rows(run.run_dir / "report", "summary")
+    assert float(row["quality"]) == saved.summary["final"]["client_test_accuracy"]
+    from pyarrow import parquet
+
+    held = parquet.read_table(run.run_dir / "partition.parquet").to_pydict()
+    assert sum(held["rows"]) == 240 and set(held["label"]) == {"food", "music", "sport", "weather"}
+    assert set(held["client"]) == {0, 1, 2}
+
+
+def test_a_report_without_folders_says_how(fedpeft: Callable[..., str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        fedpeft("report", "--top")
