@@ -40,8 +40,16 @@ def trial(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def child(trial: Trial, program: str, word: str) -> psutil.Process:
     """Return the process below one of the trial's programs that a word of its command names."""
     below = psutil.Process(trial.processes.started[program].pid).children(recursive=True)
-    (found,) = [p for p in below if any(part.endswith(word) for part in p.cmdline())]
+    (found,) = [p for p in below if any(part.endswith(word) for part in words(p))]
     return found
+
+
+def words(process: psutil.Process) -> list[str]:
+    """Return a process's command; none if it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # of which a zombie is a kind
+        return []
 
 
 def test_a_check(base: list[str], trial: Trial, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fedpeft.export import commands as export_commands
 from fedpeft.reporting.clients import ClientTable
 from fedpeft.reporting.listing import Listing
 from fedpeft.reporting.partition import Holdings
+from fedpeft.reporting.report import write
 from fedpeft.reporting.study import Study
 from fedpeft.simulation import launch
 from fedpeft.simulation import sweep as sweeps
@@ -83,6 +84,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (launch, "run", loaded),
         (sweeps, "sweep", swept),
         (Listing, "of", understood),
+        (write, "write_report", understood),
         (cli, "_counts", counted),
         (Study, "finish", planned),
         (ClientTable, "of", understood),
