@@ -65,12 +65,17 @@ def sentences(label: str, rows: int, rng: random.Random) -> list[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Let nothing be read from or left in this machine's caches."""
+    """Let nothing be read from or left in this machine's caches.
+
+    All processes of a session share one cache, because the docstrings take half a minute to build.
+    """
     import datasets.config
     from transformers.utils import logging
 
+    folder = tmp_path_factory.getbasetemp()
+    session = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    os.environ["FEDPEFT_CACHE"] = str(tmp_path_factory.mktemp("fedpeft"))
+    os.environ["FEDPEFT_CACHE"] = str(session / "cache")
     os.environ["FEDPEFT_STATE"] = str(tmp_path_factory.mktemp("state"))
     datasets.disable_progress_bars()
     logging.disable_progress_bar()

@@ -74,7 +74,16 @@ def kind(name: str) -> str:
 
 
 def reads_images(name: str) -> bool:
-    return kind(name) in ("vit", "siglip", "clip")
+    return name in (
+        "vit_base",
+        "siglip",
+        "clip",
+    )  # its kind would open all
+
+
+@every_model
+def test_the_models_that_read_images_are_known(name: str) -> None:
+    assert reads_images(name) == (kind(name) in ("vit", "siglip", "clip"))
 
 
 def auto_class(name: str) -> str:

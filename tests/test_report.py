@@ -362,6 +362,7 @@ def test_a_class_that_is_gone_is_named(tmp_path: Path) -> None:
 # --- a real run ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_saves_what_its_report_needs(
     run: Any, fedpeft: Callable[..., str], base: list[str], tmp_path: Path
 ) -> None:

@@ -191,8 +191,7 @@ def test_joblib_s_processes_and_optuna_s_trials_skip_and_fail_too(
     ("arguments", "sent", "status"),
     [
         (["run", "-m", "seed=0,1,2"], signal.SIGINT, 130),
-        (["study", "--methods", "lora", "--seeds", "0,1,2"], signal.SIGTERM, 143),
-        (["compare", "--methods", "lora,ffa_lora,rolora"], signal.SIGINT, 130),
+        (["study", "--methods", "lora", "--seeds", "0,1,2"], signal.SIGTERM, 143),  # as compare
     ],
 )
 def test_a_stopped_sweep_names_the_command_that_goes_on(
