@@ -520,6 +520,17 @@ def test_evaluate_gives_the_summary_s_measures_of_a_run_and_of_its_folder(
     assert f"test_accuracy: {validated:.4f}\n" in elsewhere
 
 
+def test_evaluate_measures_in_the_precision_of_the_run(
+    finished: Finished, fedpeft: Command
+) -> None:
+    path = finished("lora", "precision=bf16")
+    final = json.loads((path / "summary.json").read_text())["final"]
+    of_run = json.loads(fedpeft("evaluate", str(path), "--json"))
+    assert of_run["test_loss"] == final["test_loss"]
+    in_float32 = json.loads(fedpeft("evaluate", str(path), "--json", "precision=fp32"))
+    assert in_float32["test_loss"] != final["test_loss"]
+
+
 def test_commands_of_the_page(
     finished: Finished,
     fedpeft: Command,

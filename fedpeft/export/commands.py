@@ -98,7 +98,7 @@ def _open(given: argparse.Namespace) -> Opened:
                 "choose one of a run"
             )
         return opened(given.path, given.overrides)
-    run = open_run(given.path, given.overrides, given.best, given.client, device="auto")
+    run = open_run(given.path, given.overrides, given.best, given.client, whole=False)
     return Opened(run.replica.model, run.config, run.replica.processor)
 
 

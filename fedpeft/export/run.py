@@ -81,7 +81,7 @@ def open_run(
     overrides: Sequence[str] = (),
     best: bool = False,
     client: int | None = None,
-    device: str = "cpu",
+    whole: bool = True,
 ) -> FinishedRun:
     """Build the model of a finished run.
 
@@ -90,7 +90,8 @@ def open_run(
         overrides: of its configuration, such as ``model.path`` where the base model has moved.
         best: take the best round, not the last one.
         client: give the model of this client, with what it keeps; null for the shared one.
-        device: see ``runtime.device``.
+        whole: load the base model on the CPU in its files' precision, as files need it; else on the
+            device and in the precision of the run.
 
     Raises:
         ValueError: this is no finished run, the model needs a client, or the client's state is
@@ -104,7 +105,7 @@ def open_run(
     summary = json.loads((folder / SUMMARY).read_text())
     tree: Any = changed(OmegaConf.load(folder / CONFIG), overrides)  # type: ignore[arg-type]
     config = typed(with_labels(tree, summary.get("labels")))
-    replica = OneModel(_whole(config, device))
+    replica = OneModel(_whole(config) if whole else config)
     state = _as_received(
         config, read(folder / f"{'best_' if best else ''}shared_state.safetensors")
     )
@@ -120,11 +121,11 @@ def open_run(
     return FinishedRun(folder, tree, config, summary, best, client, replica, setting)
 
 
-def _whole(config: Config, device: str) -> Config:
-    """Return the configuration of a base model in its files' precision."""
+def _whole(config: Config) -> Config:
+    """Return the configuration of a base model on the CPU, in its files' precision."""
     precision = "bf16" if config.model.dtype == "bfloat16" else "fp32"
     model = replace(config.model, gradient_checkpointing=False, load_in=None)
-    runtime = replace(config.runtime, device=device)
+    runtime = replace(config.runtime, device="cpu")
     return replace(config, precision=precision, model=model, runtime=runtime)
 
 
