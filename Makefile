@@ -12,7 +12,9 @@ export PYTHONDONTWRITEBYTECODE =
 quickstart: $(VENV)/quickstart ## six methods on the embedded model and data
 	$(BIN)/fedpeft compare experiment=quickstart
 
-test: quick matrix slow ## every test
+test: $(VENV)/dev ## every test: quick and matrix in one go, which saves a start, and slow
+	$(BIN)/python -m pytest -m "not slow" -n auto --durations=10
+	$(MAKE) slow
 
 quick: $(VENV)/dev ## the tests that take seconds, on all cores
 	$(BIN)/python -m pytest -m "not slow and not matrix" -n auto --durations=10
@@ -21,7 +23,7 @@ matrix: $(VENV)/dev ## every method with every model, strategy and compression, 
 	$(BIN)/python -m pytest -m "matrix and not slow" -n auto --durations=10
 
 slow: $(VENV)/dev ## Ray, Flower's processes, the real model and data
-	$(BIN)/python -m pytest -m slow -n 3 --dist loadfile --durations=10
+	$(BIN)/python -m pytest -m slow -n 4 --dist loadfile --durations=10
 
 lint: $(VENV)/dev ## style and types
 	$(BIN)/ruff check .

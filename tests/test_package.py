@@ -34,7 +34,7 @@ def test_the_wheel_holds_the_package_its_types_configuration_and_licence(unpacke
     wanted = {
         str(path if path.parts[0] == "fedpeft" else "fedpeft" / path)
         for path in files
-        if path.suffix in (".py", ".yaml", ".typed")
+        if path.suffix in (".py", ".yaml", ".typed", ".j2")
     }
     assert {"fedpeft/py.typed", "fedpeft/conf/config.yaml", "fedpeft/cli.py"} < wanted
     in_wheel = {str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()}

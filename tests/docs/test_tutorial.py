@@ -25,8 +25,11 @@ def test_the_tutorial(
     assert [words[0] for words in commands] == [
         *("run", "show", "show", "export", "evaluate", "predict", "run")
     ]
-    commands[0] += ["num_rounds=2"]  # the page's three rounds, and three of the other method,
-    commands[-1] += ["num_rounds=1"]  # would take twice as long
+    # The page's three rounds of each method, and all rows, would take three times as long.
+    few = ["data.max_validation_rows=100", "data.max_test_rows=100"]
+    commands[0] += ["num_rounds=2", *few]
+    commands[4] += few
+    commands[-1] += ["num_rounds=1", *few]
     texts = "Draw a scatter plot with axes and a legend.\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(texts))
     printed = [fedpeft(*words) for words in commands]

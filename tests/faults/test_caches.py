@@ -228,6 +228,5 @@ def test_a_run_directory_without_room(
     done = mounted(
         tmpfs(disk, "64k"), RUN, *arguments, "num_rounds=20", FEDPEFT_CACHE=str(tmp_path / "cache")
     )
-    said = sentence(done)
-    assert said.startswith(f"cannot write {disk}/run/")
-    assert said.endswith(": No space left on device")
+    said = sentence(done)  # the server's, or the clients' if theirs are the files without room
+    assert f"cannot write {disk}/run/" in said and ": No space left on device" in said
