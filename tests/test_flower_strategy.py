@@ -18,8 +18,8 @@ from tests.conftest import ROOT, Runner, command
 from tests.expected.methods import TINY
 
 EXAMPLE = ROOT / "docs" / "flower_app.py"
-# The example on Flower's simulation engine, with Flower's own start. It prints a hash of the server's
-# state, and the clients' numbers of messages, which the mod counts.
+# The example on Flower's simulation engine, with Flower's own start. It prints a hash of the
+# server's state, and the clients' numbers of messages, which the mod counts.
 IN_FLOWERS_ENGINE = """
 import sys
 import flower_app
