@@ -13,6 +13,7 @@ from hydra.utils import get_class
 from fedpeft.config.load import (
     CONF,
     GROUPS,
+    _from_files,
     addable,
     composed,
     join,
@@ -368,6 +369,21 @@ def test_an_experiment_wins_over_the_defaults_and_loses_to_overrides() -> None:
     assert quickstart.partition == Dirichlet(alpha=1.0, min_size=10)
     assert load_config("experiment=quickstart num_rounds=3 partition.alpha=9").num_rounds == 3
     assert load_config("experiment=quickstart partition.alpha=9").partition.alpha == 9
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["num_rounds=3", "++num_rounds=4"],
+        ["++num_rounds=4", "num_rounds=3"],
+        ["num_rounds=3", "method=scl", "lr=0.5", "num_rounds=5"],
+        ["method.rank=4", "~method.rank"],
+        ["runtime.num_cpus=2", "runtime=inprocess"],
+        ["optimizer={name: sgd}", "optimizer.momentum=0.5"],
+    ],
+)
+def test_values_set_in_a_copy_are_those_that_hydra_composes(overrides: list[str]) -> None:
+    assert composed(overrides) == _from_files(tuple(overrides))
 
 
 def test_fields_that_no_yaml_lists_can_be_set() -> None:

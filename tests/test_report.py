@@ -117,7 +117,8 @@ def test_the_summary_has_means_and_sample_deviations(report: Path) -> None:
     assert float(lora["global_test"]) == pytest.approx(0.7)
     assert (lora["bytes"], lora["trained"], lora["seconds"]) == ("10000000", "20", "1.5")
     text = (report / "tables" / "summary.md").read_text()
-    assert "| lora | 3 | 0.600 ± 0.100 | 0.590 ± 0.100 |" in text
+    assert f"| lora | 3 of {lora['of']} | 0.600 ± 0.100 | 0.590 ± 0.100 |" in text
+    assert (lora["of"], scl["of"]) == ("5", "3")  # one diverged and one was cut off
 
 
 def test_curves_are_over_seeds_and_bytes_are_summed_up(report: Path) -> None:
@@ -175,16 +176,24 @@ def test_without_common_seeds_and_clients_no_pair_is_tested(
         _save(tmp_path / f"b{seed}", "scl", more.get("seed", seed), quality - 0.1 * seed, **more)
     table = pairs_table(Runs.of(saved_runs([tmp_path])))
     assert table is not None and table.rows == []
-    assert table.notes[-1] == f"Not tested: {sentence}: lora and scl."
+    assert table.notes[-1] == f"Not tested, because {sentence}: lora and scl."
     assert table.save(tmp_path) == []  # there is nothing to write
 
 
 def test_the_bound_is_known_for_plain_sgd_with_clipped_gradients(tmp_path: Path) -> None:
     plain = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0, "max_grad_norm": 2.0}
-    sgd = _save(tmp_path / "a", "scl", 0, 0.5, optimizer=plain)
+    fedavg = {"_target_": "fedpeft.algorithms.base.FedAvg"}
+    sgd = _save(tmp_path / "a", "scl", 0, 0.5, optimizer=plain, strategy=fedavg)
     assert norm_bound(SavedRun(sgd)) == pytest.approx({1: 1.0, 2: 2.0})  # 0.1 x 2 x 5 steps
-    momentum = _save(tmp_path / "b", "scl", 0, 0.5, optimizer=plain | {"momentum": 0.9})
+    momentum = _save(
+        tmp_path / "b", "scl", 0, 0.5, optimizer=plain | {"momentum": 0.9}, strategy=fedavg
+    )
     assert norm_bound(SavedRun(momentum)) == {}
+    pooled = {"_target_": "fedpeft.algorithms.bounds.Centralized"}  # takes more steps a round
+    assert (
+        norm_bound(SavedRun(_save(tmp_path / "c", "scl", 0, 0.5, optimizer=plain, strategy=pooled)))
+        == {}
+    )
 
 
 def test_an_older_run_without_some_counts_has_dashes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,46 @@ def test_seeds_are_one_row_with_their_mean_and_deviation(fedpeft: Command, folde
     assert "path" not in one and "seed" not in one
     text = fedpeft("results", str(folder), "--over-seeds")
     assert "0.600 ± 0.141" in text and "4.00 ± 0.00" in text and "1 of 2" in text
+
+
+def test_a_seed_that_ran_twice_counts_once(fedpeft: Command, folder: Path, tmp_path: Path) -> None:
+    for name, of in {"a": "a", "again": "a", "b": "b"}.items():
+        shutil.copytree(folder / of, tmp_path / name)
+    (one,) = json.loads(fedpeft("results", str(tmp_path), "--over-seeds", "--json"))
+    assert (one["quality"], one["seeds"]) == (pytest.approx(0.6), "2")
+    assert one["quality_sd"] == pytest.approx(0.02**0.5)
+
+
+def test_seeds_that_ended_after_different_rounds_are_one_row(
+    fedpeft: Command, folder: Path, tmp_path: Path
+) -> None:
+    for name in "ab":
+        shutil.copytree(folder / name, tmp_path / name)
+    summary = _summary(0.7)
+    summary["final"]["round"] = 4
+    (tmp_path / "b" / "summary.json").write_text(json.dumps(summary))
+    (one,) = json.loads(fedpeft("results", str(tmp_path), "--over-seeds", "--json"))
+    assert one["quality"] == pytest.approx(0.6) and "rounds" not in one
+
+
+def test_a_setting_that_differs_within_one_choice_is_shown(
+    fedpeft: Command, folder: Path, tmp_path: Path
+) -> None:
+    for name, (method, rank) in {
+        "a": ("lora.LoRA", 4),
+        "b": ("lora.LoRA", 8),
+        "c": ("scl.SCL", 8),
+    }.items():
+        shutil.copytree(folder / "a", tmp_path / name)
+        config = json.loads((tmp_path / name / "config.yaml").read_text())
+        config["method"] = {"_target_": f"fedpeft.methods.{method}", "rank": rank}
+        (tmp_path / name / "config.yaml").write_text(json.dumps(config))
+    rows = json.loads(fedpeft("results", str(tmp_path), "--json"))
+    assert [(row["method"], row["method.rank"]) for row in rows] == [
+        ("lora", 4),
+        ("lora", 8),
+        ("scl", 8),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def test_a_plan_knows_all_jobs_and_what_sets_them_apart() -> None:
     assert all({"num_rounds=3", "seed=7"} <= set(job) for job in planned.jobs)
     assert planned.arguments[-1] == "hydra.sweep.dir='here'"
     assert plan(["seed=range(0,3)"]).folder == "runs/sweep"
+    assert plan(["seed=0,1", "run_dir=results,2024"]).folder == "results,2024"
     assert plan(["seed=range(0,3)"]).total == 3
     one = plan(["seed=1"])
     assert one.label(one.jobs[0]) == "seed=1"
@@ -147,6 +148,17 @@ def test_all_jobs_are_checked_before_the_first_runs(
     error = capsys.readouterr().err
     assert error.startswith("fedpeft: ") and says in error and error.count("\n") == 1
     assert not list(FOLDER.glob("*"))
+
+
+def test_two_jobs_of_one_run_are_refused(
+    fedpeft: Command, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        fedpeft("run", "-m", *base, "checkpoint.keep=1,2")
+    assert capsys.readouterr().err == (
+        "fedpeft: two jobs of the sweep are the same run: checkpoint.keep=1 and checkpoint.keep=2 "
+        "differ in nothing that changes its result\n"
+    )
 
 
 # --- with other processes -------------------------------------------------------------------------

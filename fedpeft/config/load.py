@@ -45,7 +45,7 @@ _FIELD = re.compile(
 INTERPOLATION = "${"
 MOST_CHARACTERS = 1 << 16  # of a message's overrides, because Hydra takes a minute for a megabyte
 _KEY = re.compile(r"[\w./@:$-]+", re.ASCII)
-_VALUE = re.compile(r"(?!hydra\.)[\w.]+=", re.ASCII)
+_VALUE = re.compile(r"(\+\+)?(?!hydra\.)[\w.]+=", re.ASCII)
 _MARKS = re.compile(r"[\\'\"]")  # characters that splitting or parsing an override takes away
 # Beginnings of overrides that clients need not know.
 OF_SERVER = (
@@ -192,7 +192,10 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
     Hydra takes 0.2 s for a composition, so one serves all runs that choose alike.
     """
     values = [o for o in overrides if _sets_value(o)]
-    tree = _from_files(tuple(o for o in overrides if not _sets_value(o)))
+    choices = [o for o in overrides if not _sets_value(o)]
+    if any(o.startswith(("+", "~")) for o in choices):
+        return _from_files(overrides)  # because the order counts of what is set, added and removed
+    tree = _from_files(tuple(choices))
     if not values:
         return tree
     tree = deepcopy(tree)

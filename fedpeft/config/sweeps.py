@@ -64,7 +64,7 @@ def plan(arguments: Sequence[str]) -> Plan:
     """
     if flags := [a for a in arguments if a.startswith("-")]:
         raise ConfigError(f"a sweep takes overrides alone, got {flags[0]}")
-    moved = [f"{FOLDER}{a[7:]}" if a.startswith("run_dir=") else a for a in arguments]
+    moved = [f"{FOLDER}={_as_text(a[8:])}" if a.startswith("run_dir=") else a for a in arguments]
     # A value with a comma is a list of values to run, so it stays as it is.
     overrides = [addable(a if "," in a else readable(a)) for a in moved]
     try:
@@ -88,6 +88,11 @@ def _plan(overrides: list[str]) -> Plan:
     swept = tuple(o.key_or_group for o in [*search, *parsed] if o.is_sweep_override())
     of_folder = [o for o in overrides if key_of(o) != FOLDER]
     return Plan([*of_folder, f"{FOLDER}={quoted(folder)}"], folder, swept, jobs, sweeper, known)
+
+
+def _as_text(value: str) -> str:
+    """Return a folder in quotes, because a comma in its name makes no list of it."""
+    return value if value[:1] in ("'", '"') else quoted(value)
 
 
 def _composed(overrides: list[str]) -> DictConfig:

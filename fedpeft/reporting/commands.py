@@ -26,7 +26,7 @@ def results(arguments: Sequence[str]) -> None:
     listing = Listing.of(given.folders, given.where)
     rows = listing.over_seeds() if given.over_seeds else listing.whole
     known = list(dict.fromkeys(key for row in rows for key in row))
-    columns = _columns(listing, given)
+    columns = _columns(listing, given, known)
     for name in [*columns, *([given.sort] if given.sort else [])]:
         check_known(name, known)
     if given.sort:
@@ -41,13 +41,13 @@ def results(arguments: Sequence[str]) -> None:
         print(f"saved {given.to}", file=sys.stderr if given.json else sys.stdout)
 
 
-def _columns(listing: Listing, given: argparse.Namespace) -> list[str]:
+def _columns(listing: Listing, given: argparse.Namespace, known: Sequence[str]) -> list[str]:
     if given.columns:
         return given.columns.split(",")
     if not given.over_seeds:
         return listing.shown
     out = {"path", "status", "seed"}
-    return [*(c for c in listing.shown if c not in out and c in listing.known), "seeds"]
+    return [*(c for c in listing.shown if c not in out and c in known), "seeds"]
 
 
 def _json(rows: Rows, columns: Sequence[str]) -> str:

@@ -68,7 +68,11 @@ class Condition:
         try:
             return float(self.value)
         except ValueError:
+            pass
+        try:
             return yaml.safe_load(self.value)
+        except yaml.YAMLError:  # such as a comma
+            return self.value
 
 
 def check_known(name: str, known: Collection[str]) -> None:

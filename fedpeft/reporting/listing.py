@@ -11,7 +11,7 @@ from fedpeft.config.choices import choices
 from fedpeft.config.load import GROUPS
 from fedpeft.reporting.conditions import Condition, check_known
 from fedpeft.reporting.results import Measures, headline, mean_and_sd, run_values
-from fedpeft.reporting.saved_runs import SavedRun, by_setting, differing, saved_runs
+from fedpeft.reporting.saved_runs import SavedRun, by_setting, differing, one_a_seed, saved_runs
 from fedpeft.reporting.tables import Page, Rows, write_csv
 
 SD = "_sd"  # ends the column of a sample standard deviation
@@ -76,7 +76,17 @@ class Listing:
         """The settings that differ; where a group's choice differs, the choice alone."""
         groups = [g for g in GROUPS if len({row[g] for row in self.whole}) > 1]
         keys = [key for key in differing(self.runs) if not key.endswith("._target_")]
-        return [*groups, *(key for key in keys if key.partition(".")[0] not in groups)]
+        return [*groups, *(key for key in keys if not self._of_choice(key, groups))]
+
+    def _of_choice(self, key: str, groups: Sequence[str]) -> bool:
+        """Tell whether a setting differs only because the choice of its group does."""
+        group = key.partition(".")[0]
+        if group not in groups:
+            return False
+        values: dict[Any, set[str]] = {}
+        for row in self.whole:
+            values.setdefault(row[group], set()).add(repr(row.get(key)))
+        return all(len(of_choice) == 1 for of_choice in values.values())
 
     @property
     def shown(self) -> list[str]:
@@ -102,7 +112,8 @@ class Listing:
     def over_seeds(self) -> Rows:
         """Return a row a setting: its runs that differ in the seed alone, as mean and deviation."""
         rows = {run.path: row for run, row in zip(self.runs, self.whole, strict=True)}
-        return [_averaged([rows[run.path] for run in group]) for group in by_setting(self.runs)]
+        groups = [one_a_seed(group) for group in by_setting(self.runs)]
+        return [_averaged([rows[run.path] for run in group]) for group in groups]
 
     def rounds(self) -> Rows:
         """Return a row a run, round and measure, with the run's settings that differ."""
@@ -180,7 +191,8 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     digits = {"bytes": ".2f", "seconds": ".0f"}.get(column, ".3f" if column in TITLES else "g")
     if column == "best_round" and sd is None:
         digits = "g"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    whole = isinstance(value, int) and column not in TITLES
+    if whole or isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:{digits}}" + ("" if sd is None else f" ± {sd:{digits}}")
 

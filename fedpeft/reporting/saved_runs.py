@@ -151,6 +151,14 @@ def differing(runs: Sequence[SavedRun]) -> list[str]:
     return [key for key in keys if len({repr(run.settings.get(key, absent)) for run in runs}) > 1]
 
 
+def one_a_seed(runs: Sequence[SavedRun]) -> list[SavedRun]:
+    """Return the first run of each seed; others are copies, which would count a seed twice."""
+    first: dict[Any, SavedRun] = {}
+    for run in runs:
+        first.setdefault(run.settings["seed"], run)
+    return list(first.values())
+
+
 def by_setting(runs: Sequence[SavedRun]) -> list[list[SavedRun]]:
     """Group runs that differ in nothing but the seed, each group sorted by seed.
 

@@ -199,8 +199,8 @@ class Run(Observer):
         return summary
 
     def _save_partition(self) -> None:
-        """Write who holds what, without clients that train on rows of their own."""
-        clients = sorted(set(range(self.engine.config.num_clients)) - self.strategy.nodes.own_rows)
+        """Write who holds what, of the clients that said that they train on the server's rows."""
+        clients = sorted(self.strategy.nodes.of.keys() - self.strategy.nodes.own_rows)
         if clients:
             self.directory.save_partition(self.engine.rows.held(clients))
 

@@ -37,6 +37,7 @@ def sweep(plan: Plan, command: str, as_json: bool) -> bool:
         KeyboardInterrupt: somebody stopped the sweep; the message says how to go on.
     """
     folder, console = Path(plan.folder).absolute(), Console(soft_wrap=True, stderr=as_json)
+    _check_apart(plan, folder)
     folder.mkdir(parents=True, exist_ok=True)
     there, left = _there(plan, folder)
     if left:
@@ -52,6 +53,22 @@ def sweep(plan: Plan, command: str, as_json: bool) -> bool:
         failed = len(there) - len(skipped)
         console.print(Tally(len(there), 0, len(skipped), failed).text(), markup=False)
     return _report(there, as_json)
+
+
+def _check_apart(plan: Plan, folder: Path) -> None:
+    """Check that no two jobs are the same run.
+
+    Raises:
+        ValueError: two are, because they differ in nothing that changes a result.
+    """
+    first: dict[Path, list[str]] = {}
+    for overrides in plan.jobs:
+        same = first.setdefault(path_of(overrides, folder), overrides)
+        if same is not overrides:
+            raise ValueError(
+                f"two jobs of the sweep are the same run: {plan.label(same)} and "
+                f"{plan.label(overrides)} differ in nothing that changes its result"
+            )
 
 
 def _there(plan: Plan, folder: Path) -> tuple[list[Ended], list[list[str]]]:

@@ -27,16 +27,33 @@ def charts(runs: Runs) -> list[tuple[str, list[Chart]]]:
 
 
 def _quality_key(runs: Runs) -> tuple[str, str]:
-    """Return the entry of the lines that is drawn, and its name."""
-    tested = f"client_test_{runs.measure}"
-    if any(tested in line for s in runs.settings for run in s.runs for line in run.lines):
-        return tested, f"{runs.title} on clients' test rows, mean by rows"
-    return f"validation_{runs.measure}", f"{runs.title} on the server's validation rows"
+    """Return the entry of the lines that is drawn, and its name.
+
+    It is the first that has a value in two rounds, because texts may be generated after the last
+    round alone.
+    """
+    clients, server = "clients' test rows, mean by rows", "the server's validation rows"
+    forced = runs.measure.replace("_generated", "_teacher_forced")
+    keys = {f"client_test_{name}": f"{name} on {clients}" for name in (runs.measure, forced)}
+    keys |= {f"validation_{name}": f"{name} on {server}" for name in (runs.measure, forced)}
+    keys["validation_loss"] = f"loss on {server}"
+    counted = {key: _most_rounds(runs, key) for key in keys}
+    key = next((key for key in keys if counted[key] > 1), max(keys, key=lambda k: counted[k]))
+    return key, keys[key].replace("_", " ")
+
+
+def _most_rounds(runs: Runs, key: str) -> int:
+    return max(len(in_lines(key)(run)) for setting in runs.settings for run in setting.runs)
+
+
+def _level(runs: Runs, key: str) -> float | None:
+    """Return the height of the commonest label's line; null if the chart has another measure."""
+    return common_baseline(runs) if key.endswith(f"_{runs.measure}") else None
 
 
 def _by_round(runs: Runs) -> LineChart | None:
     key, axis = _quality_key(runs)
-    level = common_baseline(runs)
+    level = _level(runs, key)
     lines = _lines(runs, key)
     notes = _line_notes(runs, lines, f"had no {key}")
     return LineChart(
@@ -65,7 +82,7 @@ def _by_megabytes(runs: Runs) -> LineChart | None:
     log = bool(last) and max(last) > 10 * min(last)
     notes = ["Training's messages of all clients, in both directions, summed up to each round."]
     if log:
-        lines = [_from(line, min(sizes)) for line in lines]
+        lines = [line for line in (_from(line, min(sizes)) for line in lines) if line.x]
         notes.append("The axis is logarithmic, so round 0, before anything is sent, is not shown.")
     return LineChart(
         "quality_by_megabytes",
@@ -73,7 +90,7 @@ def _by_megabytes(runs: Runs) -> LineChart | None:
         "MB on the wire, all clients, both ways",
         axis,
         lines,
-        common_baseline(runs),
+        _level(runs, key),
         "commonest label",
         log,
         notes=notes,
@@ -105,7 +122,7 @@ def _by_client(runs: Runs) -> BoxChart | None:
     shown = [(place, values) for place, values in enumerate(measured) if values]
     notes = ["Each point is a client of one seed, after the last round in which clients measured."]
     if lacking:
-        notes.append(f"No table of clients was saved by: {', '.join(lacking)}.")
+        notes.append(f"No client's measures were saved by: {', '.join(lacking)}.")
     return BoxChart(
         "clients",
         f"{runs.title.capitalize()} by client",
@@ -189,8 +206,9 @@ def _moved(runs: Runs) -> LineChart | None:
             ends = [0, *bound.rounds], [0.0, *bound.means]
             bounds.append(Line(f"{setting.name}, bound", place, *ends, bound=True))
     notes = [
-        "Norms of the rounds, summed up: at equal weights the shared parameters have moved no "
-        "further from their start. Lemma 1 of arXiv 2412.07021 bounds the norm of sequential "
+        "Norms of the rounds, summed up: with FedAvg at equal weights, and a method whose "
+        "aggregate is the mean, the shared parameters have moved no further from their start. "
+        "Lemma 1 of arXiv 2412.07021 bounds the norm of sequential "
         "compression layers by B + η G (rounds x local steps), a straight line.",
         _bound_note(len(bounds), len(lines)),
     ]
@@ -202,12 +220,14 @@ def _moved(runs: Runs) -> LineChart | None:
 def norm_bound(run: SavedRun) -> Points:
     """Return η G x steps up to each round, where the configuration says what η G is at most.
 
-    With plain SGD and clipped gradients a step's norm is at most lr x max_grad_norm.
+    With plain SGD and clipped gradients a step's norm is at most lr x max_grad_norm. Only FedAvg is
+    known to add no step of the server's, and to take no more steps a round than the clients'.
     """
     get = run.settings.get
     plain = get("optimizer.name") == "sgd" and not (
         get("optimizer.momentum") or get("optimizer.weight_decay")
     )
+    plain = plain and str(get("strategy._target_")).endswith(".FedAvg")
     clip, steps = get("optimizer.max_grad_norm"), get("local_steps")
     if not plain or clip is None or steps is None:
         return {}
@@ -218,8 +238,8 @@ def norm_bound(run: SavedRun) -> Points:
 def _bound_note(bounds: int, lines: int) -> str:
     unknown = (
         "G, the largest norm of a gradient, is not recorded, and an adaptive optimizer's step is "
-        "not bounded by η G; it is known with optimizer.name=sgd, no momentum, no weight decay and "
-        "clipped gradients"
+        "not bounded by η G; it is known with strategy=fedavg, "
+        "optimizer.name=sgd, no momentum, no weight decay and clipped gradients"
     )
     if not bounds:
         return f"The bound is not drawn: {unknown}. A line that bends upwards grows faster."

@@ -13,13 +13,13 @@ FEWEST = 3  # pairs of a test
 LEVEL = 0.95  # of confidence intervals
 
 
-def paired_tests(runs: Runs) -> tuple[Rows, list[str]]:
+def paired_tests(runs: Runs) -> tuple[Rows, dict[str, list[str]]]:
     """Test each pair of settings for a difference of its quality.
 
     Returns:
         A row for each pair that has enough common seeds of the same rows and clients, the smallest
-        p first, with Holm's correction in ``p_holm``; and a sentence for each reason why other
-        pairs have no test.
+        p first, with Holm's correction in ``p_holm``; and the other pairs by the reason why they
+        have no test.
     """
     rows: Rows = []
     untested: dict[str, list[str]] = {}
@@ -31,8 +31,7 @@ def paired_tests(runs: Runs) -> tuple[Rows, list[str]]:
             rows.append({"a": one.name, "b": other.name} | t_test(differences))
     corrected = holm([row["p"] for row in rows])
     rows = [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]
-    sentences = [f"{why}: {'; '.join(pairs)}" for why, pairs in untested.items()]
-    return sorted(rows, key=lambda row: row["p"]), sentences
+    return sorted(rows, key=lambda row: row["p"]), untested
 
 
 def _differences(one: Setting, other: Setting, key: str) -> tuple[list[float], str]:

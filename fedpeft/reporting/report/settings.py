@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from fedpeft.config.choices import choices
 from fedpeft.reporting.results import Measures, headline, mean_and_sd, run_values, unmeasured
-from fedpeft.reporting.saved_runs import SavedRun, by_setting
+from fedpeft.reporting.saved_runs import SavedRun, by_setting, one_a_seed
 from fedpeft.reporting.tables import Rows
 
 
@@ -19,11 +19,13 @@ class Setting:
         name: for tables and figures.
         runs: that came to their end, one a seed.
         rows: their numbers, see ``run_values``.
+        lost: number of seeds whose run did not come to its end.
     """
 
     name: str
     runs: Sequence[SavedRun]
     rows: Rows
+    lost: int
 
     @property
     def seeds(self) -> list[int]:
@@ -53,11 +55,13 @@ class Runs:
 
     Args:
         measure: name of the measure by which settings are compared.
+        sign: 1 if more of it is better, -1 if less.
         settings: in the order in which their runs were found.
         left_out: runs that did not come to their end, and others that cannot be counted.
     """
 
     measure: str
+    sign: int
     settings: Sequence[Setting]
     left_out: Sequence[LeftOut]
 
@@ -68,7 +72,10 @@ class Runs:
         Raises:
             ValueError: no run came to its end, or the runs have different measures.
         """
-        left = {run.path: LeftOut(run, *why) for run in found if (why := _unusable(run))}
+        left = {
+            run.path: LeftOut(run, run.status, run.reason) for run in found if run.summary is None
+        }
+        lost = Counter(out.run.hash_but_seed for out in left.values())
         ended = [run for run in found if run.path not in left]
         if not ended:
             reasons = "; ".join(f"{path}: {out.reason}" for path, out in left.items())
@@ -78,10 +85,14 @@ class Runs:
         names = _names([group[0] for group in groups])
         measures = Measures(measure, measure, 1)
         settings = [
-            Setting(name, group, [_row(run, measures) for run in group])
+            Setting(
+                name, group, [_row(run, measures) for run in group], lost[group[0].hash_but_seed]
+            )
             for name, group in zip(names, groups, strict=True)
         ]
-        return cls(measure, settings, [left[run.path] for run in found if run.path in left])
+        less = {name for run in ended for name in run.settings.get("data.less_is_better") or []}
+        sign = -1 if measure in less or measure.endswith("loss") else 1
+        return cls(measure, sign, settings, [left[run.path] for run in found if run.path in left])
 
     @property
     def compared(self) -> str:
@@ -90,24 +101,23 @@ class Runs:
         return "quality" if tested else "global_test"
 
     @property
+    def partly_measured(self) -> list[str]:
+        """Sentences on runs after whose last round a client measured nothing."""
+        whole = [run for setting in self.settings for run in setting.runs]
+        whys = [(run, unmeasured(run.summary or {})) for run in whole]
+        return [f"{run.path}: after the last round, {why}" for run, why in whys if why]
+
+    @property
     def title(self) -> str:
         """The measure as words."""
         return self.measure.replace("_", " ")
 
 
-def _unusable(run: SavedRun) -> tuple[str, str] | None:
-    """Return a run's state and the reason why no number counts it; null if it can be counted."""
-    if run.summary is None:
-        return run.status, run.reason
-    why = unmeasured(run.summary)
-    return ("not measured", f"after the last round, {why}") if why else None
-
-
 def _once(group: list[SavedRun], left: dict[Any, LeftOut]) -> list[SavedRun]:
     """Return one run a seed; others of the same seed are copies and go to ``left``."""
-    first: dict[int, SavedRun] = {}
+    first = {run.settings["seed"]: run for run in one_a_seed(group)}
     for run in group:
-        same = first.setdefault(run.settings["seed"], run)
+        same = first[run.settings["seed"]]
         if same is not run:
             left[run.path] = LeftOut(run, "copy", f"the same configuration and seed as {same.path}")
     return list(first.values())
@@ -118,7 +128,9 @@ def _row(run: SavedRun, measures: Measures) -> dict[str, Any]:
     values = run_values(summary, measures)
     return values | {
         "global_test": summary["final"].get(f"test_{measures.quality}"),
-        "baseline": summary["baseline"].get("client_test_baseline"),
+        "baseline": summary["baseline"].get(
+            "client_test_baseline" if values["quality"] is not None else "test_baseline"
+        ),
     }
 
 
@@ -153,13 +165,19 @@ def _names(runs: Sequence[SavedRun]) -> list[str]:
     shown: list[str] = []
     for fact, name in zip(facts, names, strict=True):
         same = [other for other, n in zip(facts, names, strict=True) if n == name]
-        parts = [f"{_short(key, facts)}={fact.get(key)}" for key in _apart(same)]
+        parts = [f"{_short(key, facts)}={_cut(fact.get(key))}" for key in _apart(same)]
         shown.append(" ".join([name, *parts]))
     twice = {name for name, count in Counter(shown).items() if count > 1}
     return [
         f"{name} {run.hash_but_seed}" if name in twice else name
         for name, run in zip(shown, runs, strict=True)
     ]
+
+
+def _cut(value: Any) -> str:
+    """Return a value as a part of a name: a line of at most 30 characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 30 else f"{text[:29]}…"
 
 
 def _facts(run: SavedRun) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The tables of a report, made from its runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpeft.reporting.report.commands import command
@@ -18,7 +18,9 @@ SPREAD_COLUMNS = {
     "quality_p10": "10th percentile",
     "global_test": "server's test rows",
     "baseline": "commonest label",
+    "validation": "validation",
 }
+SHOWN = 6  # of pairs or runs that a note names
 
 
 def summary_table(runs: Runs) -> Table:
@@ -26,16 +28,15 @@ def summary_table(runs: Runs) -> Table:
     rows: Rows = []
     for setting in runs.settings:
         row: dict[str, Any] = {"setting": setting.name, "seeds": len(setting.runs)}
+        row["of"] = len(setting.runs) + setting.lost
         for key in (*SPREAD_COLUMNS, "bytes", "trained", "seconds"):
             row[key], row[f"{key}_sd"] = setting.spread(key)
         row["trained"] = max(setting.values("trained"))
         del row["trained_sd"]
         rows.append(row)
-    rows.sort(
-        key=lambda row: -1 if row[runs.compared] is None else row[runs.compared], reverse=True
-    )
+    rows.sort(key=lambda row: _rank(row[runs.compared], runs.sign))
     shown = [key for key in SPREAD_COLUMNS if any(row[key] is not None for row in rows)]
-    columns: dict[str, Text] = {"setting": _plain("setting"), "seeds": _plain("seeds")}
+    columns: dict[str, Text] = {"setting": _plain("setting"), "seeds": _seeds}
     columns |= {SPREAD_COLUMNS[key]: _spread(key) for key in shown}
     columns |= {
         "MB in all": lambda row: f"{row['bytes'] / 1e6:.2f}",
@@ -51,18 +52,40 @@ def _summary_notes(runs: Runs) -> list[str]:
     notes = [
         "Mean ± sample standard deviation over the seeds; one seed has no deviation.",
         f"{runs.title.capitalize()} on the clients' own test rows: mean by rows weighs each client "
-        "by its rows, mean by client counts each alike, and nine of ten clients are as good as the "
-        "10th percentile or better. Server's test rows: one model, measured by the server; none "
-        "where parameters stay on the clients. Commonest label: always answering it.",
+        "by the rows that it measured on (at most evaluation.max_client_rows), mean by client "
+        "counts each alike, and nine of ten clients are as good as the 10th percentile or better. "
+        "Server's test rows: one model, measured by the server; none where parameters stay on the "
+        "clients. Commonest label: always answering it. Validation: on the clients' own validation "
+        "rows, mean by rows.",
+        "The order is that of test rows, which may choose nothing. Where settings differ in a "
+        "value that was searched, such as lr, choose it by validation; fedpeft study does.",
         "MB in all: 10^6 bytes of training's messages, all clients, both ways. Parameters: trained "
         "by a client, in the round that trains most. s: seconds of the whole run.",
     ]
+    if failed := [s.name for s in runs.settings if s.lost]:
+        notes.append(f"Means are over the seeds that came to their end: {_named(failed)}.")
+    if partly := runs.partly_measured:
+        notes.append(f"Counted without the clients that measured nothing: {_named(partly)}.")
     if untested:
         notes.append(
             f"Clients' test rows were not measured (evaluation.clients=always does): "
             f"{', '.join(untested)}."
         )
     return notes
+
+
+def _rank(value: float | None, sign: int) -> tuple[bool, float]:
+    """Return what sorts the best value first, and values that are not known last."""
+    return value is None, -sign * (value or 0.0)
+
+
+def _seeds(row: Mapping[str, Any]) -> str:
+    return f"{row['seeds']}" if row["seeds"] == row["of"] else f"{row['seeds']} of {row['of']}"
+
+
+def _named(texts: Sequence[str]) -> str:
+    more = f"; and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return "; ".join(texts[:SHOWN]) + more
 
 
 def _plain(key: str) -> Text:
@@ -106,7 +129,7 @@ def pairs_table(runs: Runs) -> Table | None:
             f"{few} seeds are few: the test takes the differences as normally distributed, which "
             "so few cannot show, and it finds only large ones."
         )
-    notes += [f"Not tested: {why}." for why in untested]
+    notes += [f"Not tested, because {why}: {_named(pairs)}." for why, pairs in untested.items()]
     return Table("pairs", "Differences between settings", columns, rows, notes, texts=2)
 
 

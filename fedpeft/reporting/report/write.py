@@ -25,7 +25,10 @@ NO_COUNTS = (
     "does not know the rows that sites hold alone. fedpeft partition shows them for a "
     "configuration."
 )
-NO_CLIENTS = "No run saved its table of clients (clients.parquet), so clients are not shown apart."
+NO_CLIENTS = (
+    "No client measured itself (evaluation.clients=always lets it), or no run saved its table of "
+    "clients (clients.parquet), so clients are not shown apart."
+)
 
 
 def write_report(folders: Sequence[Path], to: Path) -> list[Path]:

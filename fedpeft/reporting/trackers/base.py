@@ -213,9 +213,15 @@ def numbers(values: Mapping[str, Any]) -> Numbers:
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Return the texts and numbers of a summary by dotted key, without lists."""
+    """Return the texts and numbers of a summary by dotted key, without lists.
+
+    What single clients were refused for is left out too, because their sentences are not for
+    others, and would make a key a client and round.
+    """
     found: dict[str, Any] = {}
     for key, value in values.items():
+        if key == "refused":
+            continue
         if isinstance(value, Mapping):
             found |= flat(value, f"{before}{key}.")
         elif value is not None and not isinstance(value, list):
