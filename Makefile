@@ -23,7 +23,7 @@ matrix: $(VENV)/dev ## every method with every model, strategy and compression, 
 	$(BIN)/python -m pytest -m "matrix and not slow" -n auto --durations=10
 
 slow: $(VENV)/dev ## Ray, Flower's processes, the real model and data
-	$(BIN)/python -m pytest -m slow -n 4 --dist loadfile --durations=10
+	$(BIN)/python -m pytest -m slow -n 3 --dist loadfile --durations=10
 
 lint: $(VENV)/dev ## style and types
 	$(BIN)/ruff check .
