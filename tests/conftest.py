@@ -275,6 +275,18 @@ def quiet() -> Display:
     return Display(Console(file=io.StringIO()))
 
 
+class Stopping(Display):
+    """Stops a run when a round ends, before its checkpoint, as Ctrl-C does."""
+
+    def __init__(self, round: int) -> None:
+        super().__init__(Console(quiet=True))
+        self.stop_at = round
+
+    def round_done(self, line: Any) -> None:
+        if line["round"] == self.stop_at:
+            raise KeyboardInterrupt
+
+
 @pytest.fixture
 def run(base: list[str], tmp_path: Path) -> Runner:
     """``run("method=scl", ...)`` gives the summary of a run in process."""

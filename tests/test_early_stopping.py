@@ -7,19 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from fedpeft.config.load import load_config
 from fedpeft.data.batching import Examples
 from fedpeft.engine.engine import Engine
 from fedpeft.reporting.clients import read_clients
-from fedpeft.reporting.progress import Display, summary_text
+from fedpeft.reporting.progress import summary_text
 from fedpeft.reporting.run_directory import read_metrics
 from fedpeft.server.run import Run
 from fedpeft.server.selection import Selection
 from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.simulation.launch import run as run_here
-from tests.conftest import Runner, without_time
+from tests.conftest import Runner, Stopping, without_time
 
 # --- by lines ------------------------------------------------------------------------------------
 
@@ -181,18 +180,6 @@ def test_flower_like_apps_end_early_too(run: Runner, monkeypatch: pytest.MonkeyP
 
 
 # --- broken off and gone on with -----------------------------------------------------------------
-
-
-class Stopping(Display):
-    """Stops a run at a round, before its checkpoint."""
-
-    def __init__(self, round: int) -> None:
-        super().__init__(Console(quiet=True))
-        self.stop_at = round
-
-    def round_done(self, line: Any) -> None:
-        if line["round"] == self.stop_at:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture

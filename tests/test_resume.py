@@ -13,31 +13,17 @@ import pytest
 from flwr.app import Context, Message
 from omegaconf import DictConfig, OmegaConf
 from pyarrow import parquet
-from rich.console import Console
 
 from fedpeft.client.app import app as client_app
 from fedpeft.config.load import load_config
 from fedpeft.data.partitions.saved import Saved, write_partition
 from fedpeft.engine.engine import Engine, open_engine
-from fedpeft.reporting.progress import Display
 from fedpeft.reporting.run_directory import check_same, read_metrics
 from fedpeft.server.checkpoint import NOTES
 from fedpeft.server.seen import RoundFailed
 from fedpeft.simulation.launch import run as run_here
 from fedpeft.state import read_with_notes, save
-from tests.conftest import TOPICS, without_time
-
-
-class Stopping(Display):
-    """Stops a run at a round, before its checkpoint (as Ctrl-C would) or after."""
-
-    def __init__(self, round: int) -> None:
-        super().__init__(Console(quiet=True))
-        self.round = round
-
-    def round_done(self, line: Any) -> None:
-        if line["round"] == self.round:
-            raise KeyboardInterrupt
+from tests.conftest import TOPICS, Stopping, without_time
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from fedpeft.reporting.saved_runs import SavedRun
 from fedpeft.reporting.trackers.base import Numbers, Session, Tracker, Tracking
 from fedpeft.reporting.trackers.tensorboard import TensorBoard
 from fedpeft.simulation.launch import run as run_here
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Stopping
 
 # --- the key ---------------------------------------------------------------------------------
 
@@ -258,18 +258,6 @@ def test_another_configuration_is_another_run(book: Book) -> None:
 
 
 # --- runs ------------------------------------------------------------------------------------
-
-
-class Stopping(Display):
-    """Stops a run at a round, before its checkpoint, as Ctrl-C does."""
-
-    def __init__(self, round: int) -> None:
-        super().__init__(Console(quiet=True))
-        self.round = round
-
-    def round_done(self, line: Any) -> None:
-        if line["round"] == self.round:
-            raise KeyboardInterrupt
 
 
 @dataclass
