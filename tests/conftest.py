@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +34,9 @@ from fedpeft.state import State
 from fedpeft.wire import unpack
 from tests.expected.methods import TINY
 
+# A shell that starts the tests in the background lets them, and their programs, ignore SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(
@@ -61,6 +65,21 @@ def sentences(label: str, rows: int, rng: random.Random) -> list[str]:
         + rng.choice(topic)
         for length in (rng.randint(4, 24) for _ in range(rows))
     ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put slow tests first, and keep a file's tests on one worker, because they share fixtures.
+
+    The many tests of the matrix come last and go to any worker, so that all end at the same time.
+    """
+    items.sort(key=lambda item: (not is_marked(item, "slow"), is_marked(item, "matrix")))
+    for item in items:
+        if not is_marked(item, "matrix"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def is_marked(item: pytest.Item, name: str) -> bool:
+    return item.get_closest_marker(name) is not None
 
 
 @pytest.fixture(scope="session", autouse=True)

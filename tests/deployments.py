@@ -1,6 +1,7 @@
 """Runs through several doors: their overrides, their end and the part of a summary that agrees."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from fedpeft.deployment.trial import Trial
 from fedpeft.reporting.run_directory import read_metrics
 from fedpeft.simulation.launch import run
-from tests.conftest import quiet
+from tests.conftest import ROOT, quiet
 
 METHODS = ("fedsa_lora", "fedtt_plus")  # one with personal parameters, one with changing roles
 ROUNDS = 4
@@ -44,6 +45,18 @@ def simulated(base: list[str], folder: Path) -> dict[str, dict[str, object]]:
     summaries = {method: summary(folder / method) for method in METHODS}
     assert summaries["fedsa_lora"] != summaries["fedtt_plus"]
     return summaries
+
+
+def copied_app(folder: Path) -> Path:
+    """Copy what Flower bundles into a folder, because it would look at each file of a checkout.
+
+    An environment in the checkout has tens of thousands of them, which takes seconds at each run.
+    """
+    for name in ("fedpeft", "conf"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
 
 
 def until(done: Callable[[], bool], what: str, seconds: float = 300) -> None:

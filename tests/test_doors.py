@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fedpeft.config.load import join
-from tests.conftest import ROOT, command
-from tests.deployments import overrides_of, simulated, summary
+from tests.conftest import command
+from tests.deployments import copied_app, overrides_of, simulated, summary
 
 pytestmark = pytest.mark.slow
 
@@ -83,10 +83,11 @@ def test_flwr_run(
     tmp_path: Path,
 ) -> None:
     overrides = join(overrides_of(base, "fedsa_lora", tmp_path / "run"))
+    (tmp_path / "app").mkdir()
     done = command(
         "flwr",
         "run",
-        str(ROOT),
+        str(copied_app(tmp_path / "app")),
         "--run-config",
         f'overrides="{overrides}"',
         "--federation-config",

@@ -48,13 +48,11 @@ def wait_for_workers(grid: RayGrid) -> list[Any]:
 
 
 def test_every_client_is_a_node_and_as_many_workers_start_as_have_room() -> None:
-    for clients, num_cpus, expected in ((1, 1, 1), (9, 2, 1), (9, 1, 2)):
-        with RayGrid(clients, num_cpus, 0) as grid:
+    for clients, num_cpus, total, expected in ((1, 1, None, 1), (9, 2, None, 1), (9, 0.5, 1, 2)):
+        with RayGrid(clients, num_cpus, 0, total) as grid:
             assert list(grid.get_node_ids()) == list(range(1, clients + 1))
             assert len(grid._workers) == expected
     assert ray.get(list(grid._starting)) == [this_machine()] * 2  # they ran before they were killed
-    with RayGrid(9, 0.5, 0, total_cpus=1) as grid:
-        assert len(grid._workers) == 2
     reason = "^Ray has no machine with runtime.num_cpus=3 cores and runtime.num_gpus=0 GPUs$"
     with pytest.raises(ValueError, match=reason):
         RayGrid(1, 3, 0)
