@@ -28,7 +28,9 @@ EVIL = "<script>alert(1)</script>"
 QUALITY = {"lora": (0.50, 0.60, 0.70), "scl": (0.40, 0.45, 0.65)}
 
 
-def _save(path: Path, name: str, of_seed: int, quality: float, **config: Any) -> Path:
+def _save(
+    path: Path, name: str, of_seed: int, quality: float, partition: str | None = "p", **config: Any
+) -> Path:
     """Write the directory of an imagined run of two rounds with two clients.
 
     Args:
@@ -36,6 +38,7 @@ def _save(path: Path, name: str, of_seed: int, quality: float, **config: Any) ->
         name: of its method.
         of_seed: the run's seed.
         quality: the clients' accuracy on test rows after round 2.
+        partition: hash of who holds which rows.
         config: more values.
     """
     path.mkdir(parents=True)
@@ -66,6 +69,7 @@ def _save(path: Path, name: str, of_seed: int, quality: float, **config: Any) ->
         "bytes": {"uplink_bytes": 4_000_000, "downlink_bytes": 6_000_000},
         "seconds": 1.5,
         "data": {"sha256": f"data{of_seed}"},
+        "partition_sha256": partition,
     }
     (path / "summary.json").write_text(json.dumps(summary))
     clients = [{"round": 2, "client": i, "test_accuracy": quality - i / 10} for i in range(2)]
@@ -164,7 +168,16 @@ def test_paired_tests_are_those_of_scipy_with_holms_correction(report: Path) -> 
     ("change", "sentence"),
     [
         ({"num_clients": 3}, "their rows are divided differently, so a seed makes no pair"),
-        ({"seed": 5}, "a test needs 3 common seeds of the same data, got 2"),
+        (
+            {"evaluation": {"max_client_rows": 9}},
+            "their rows are divided differently, so a seed makes no pair",
+        ),
+        ({"seed": 5}, "a test needs 3 common seeds of the same rows by client, got 2"),
+        ({"partition": "q"}, "a test needs 3 common seeds of the same rows by client, got 0"),
+        (
+            {"partition": None},
+            "sites hold rows of their own, so nobody knows that both had the same rows",
+        ),
     ],
 )
 def test_without_common_seeds_and_clients_no_pair_is_tested(
@@ -178,6 +191,16 @@ def test_without_common_seeds_and_clients_no_pair_is_tested(
     assert table is not None and table.rows == []
     assert table.notes[-1] == f"Not tested, because {sentence}: lora and scl."
     assert table.save(tmp_path) == []  # there is nothing to write
+
+
+def test_pairs_of_runs_that_did_not_save_the_partition_say_so(tmp_path: Path) -> None:
+    for path in _study(tmp_path).glob("*/*/summary.json"):
+        summary = json.loads(path.read_text())
+        del summary["partition_sha256"]
+        path.write_text(json.dumps(summary))
+    table = pairs_table(Runs.of(saved_runs([tmp_path])))
+    assert table is not None and [row["n"] for row in table.rows] == [3]
+    assert table.notes[2].startswith("6 of the runs are of an earlier version")
 
 
 def test_the_bound_is_known_for_plain_sgd_with_clipped_gradients(tmp_path: Path) -> None:

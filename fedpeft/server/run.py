@@ -186,6 +186,7 @@ class Run(Observer):
             "weights": "RANDOM" if engine.config.model.random else "pretrained",
             "labels": getattr(engine.task, "label_names", None),
             "data": self.data | {"cut": self._cut()},
+            "partition_sha256": self.partition,
             "notes": engine.task.notes(),
             "seed": engine.config.seed,
             "versions": versions(),
