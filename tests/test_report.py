@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from fedpeft.reporting.report.chart import Line, LineChart
-from fedpeft.reporting.report.charts import charts, norm_bound
+from fedpeft.reporting.report.charts import charts, norm_bound, thinned
 from fedpeft.reporting.report.commands import command
+from fedpeft.reporting.report.held import held_charts
 from fedpeft.reporting.report.pairs import holm, t_test
 from fedpeft.reporting.report.pictures import save_pictures
 from fedpeft.reporting.report.plotly_form import form
@@ -141,6 +142,27 @@ def test_curves_are_over_seeds_and_bytes_are_summed_up(report: Path) -> None:
     moved = drawn["moved"]["data"][1]
     assert moved["y"] == [0.0, 3.0, 6.0]  # norms 2, 3 and 4 by seed
     assert drawn["held_0"]["data"][0]["z"] == [[4, 3], [0, 5]]  # "<" comes before "a"
+
+
+def test_of_many_clients_a_few_are_drawn_and_their_extremes_stay() -> None:
+    values = [((i * 7919 % 10_000) / 10_000, f"client {i}") for i in range(10_000)]
+    few = thinned(values)
+    assert len(few) == 300 and (few[0], few[-1]) == (min(values), max(values))
+    assert [few[i][0] for i in (75, 150, 224)] == pytest.approx([0.25, 0.5, 0.75], abs=0.003)
+    assert thinned(values[:300]) == values[:300]
+
+
+def test_who_holds_what_needs_no_matrix_of_all_clients(tmp_path: Path) -> None:
+    labels = [f"l{i:03}" for i in range(150)]
+    saved = {"client": [0, 10**12, *[1] * 150], "label": ["l149", "l149", *labels]}
+    for seed, first in enumerate((5, 6)):
+        directory = RunDirectory.__new__(RunDirectory)
+        directory.path = _save(tmp_path / str(seed), "lora", seed, 0.5)
+        directory.save_partition(saved | {"rows": [first, 7, *[1] * 150]})
+    one, other = held_charts(Runs.of(saved_runs([tmp_path])))
+    assert one.counts.shape == (200, 100) and one.labels == [*labels[:99], "l149"]
+    assert one.counts.sum() == 5 + 100 and one.counts[0, 99] == 5 and other.counts[0, 99] == 6
+    assert one.notes[-1].startswith(f"Of {10**12 + 1} clients and 150 labels")
 
 
 def test_a_curve_with_one_seed_has_no_band(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+MOST_MARKERS = 60  # of a line; more would hide it
+
 
 @dataclass(frozen=True)
 class Chart:

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.reporting.figures import COLOURS, plot_partition, pyplot, shortened, style
-from fedpeft.reporting.report.chart import BarChart, BoxChart, Chart, HeatChart, Line, LineChart
+from fedpeft.reporting.report.chart import (
+    MOST_MARKERS,
+    BarChart,
+    BoxChart,
+    Chart,
+    HeatChart,
+    Line,
+    LineChart,
+)
 
 FORMATS = ("png", "svg", "pdf")
 WIDTH = 7.0  # inches
@@ -83,7 +91,8 @@ def _draw_line(line: Line, axis: Any) -> None:
         axis.plot(line.x, line.y, ls="--", lw=1, color=drawn["color"], label=line.name)
         return
     dash = ":" if line.place >= len(COLOURS) else "-"
-    axis.plot(line.x, line.y, ms=4, ls=dash, **drawn)
+    every = -(-len(line.x) // MOST_MARKERS) or 1
+    axis.plot(line.x, line.y, ms=4, ls=dash, markevery=every, **drawn)
     if line.low is not None and line.high is not None:
         axis.fill_between(line.x, line.low, line.high, color=drawn["color"], alpha=0.15, lw=0)
 

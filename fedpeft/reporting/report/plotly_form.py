@@ -10,7 +10,15 @@ from html import escape
 from typing import Any
 
 from fedpeft.reporting.figures import COLOURS, shortened
-from fedpeft.reporting.report.chart import BarChart, BoxChart, Chart, HeatChart, Line, LineChart
+from fedpeft.reporting.report.chart import (
+    MOST_MARKERS,
+    BarChart,
+    BoxChart,
+    Chart,
+    HeatChart,
+    Line,
+    LineChart,
+)
 
 Form = dict[str, Any]
 GREY = "rgba(128,128,128,0.35)"
@@ -55,8 +63,9 @@ def _line(line: Line) -> list[Form]:
     dash = "dash" if line.bound else "dot" if line.place >= len(COLOURS) else "solid"
     drawn = {"x": list(line.x), "y": list(line.y), "line": {"color": colour, "dash": dash}}
     symbol = MARKERS[line.place % len(MARKERS)]
+    marker = {"symbol": symbol, "size": 7, "maxdisplayed": MOST_MARKERS}
     mode = {"mode": "lines" if line.bound else "lines+markers"}
-    return [*traces, own | drawn | mode | {"marker": {"symbol": symbol, "size": 7}}]
+    return [*traces, own | drawn | mode | {"marker": marker}]
 
 
 @form.register
@@ -70,7 +79,7 @@ def _(chart: BoxChart) -> Form:
             "text": list(hover),
             "name": name,
             "orientation": "h",
-            "boxpoints": "all" if len(values) <= 300 else "outliers",
+            "boxpoints": "all",
             "jitter": 0.4,
             "pointpos": 0,
             "marker": {"color": COLOURS[place % len(COLOURS)], "size": 5, "opacity": 0.75},
