@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft.reporting.report.chart import Line, LineChart
+from fedpeft.reporting.report.chart import BarChart, Line, LineChart
 from fedpeft.reporting.report.charts import charts, norm_bound, thinned
 from fedpeft.reporting.report.commands import command
 from fedpeft.reporting.report.held import held_charts
@@ -352,6 +352,45 @@ def test_each_chart_is_a_picture_in_three_formats(report: Path) -> None:
         assert 400 <= width <= 2000 and 300 <= height <= 2000
 
 
+def test_files_of_an_earlier_report_are_removed_and_no_others(tmp_path: Path) -> None:
+    runs, to = _study(tmp_path / "runs"), tmp_path / "report"
+    written = write_report([runs], to)
+    (to / "figures" / "own.png").write_text("not the report's")
+    (to / ".written.json").write_text(
+        json.dumps([*json.loads((to / ".written.json").read_text()), "tables/../../mine"])
+    )
+    (tmp_path / "mine").write_text("outside")
+    fewer = write_report([runs / "lora"], to)  # one setting, so no pairs and no differences
+    gone = {path.name for path in set(written) - set(fewer)}
+    assert {"pairs.csv", "pairs.md", "pairs.tex", "differences.csv"} <= gone
+    assert {path for path in to.rglob("[!.]*") if path.is_file()} == {
+        *fewer,
+        to / "figures" / "own.png",
+    }
+    assert (tmp_path / "mine").exists()
+
+
+def test_settings_of_one_colour_have_other_dashes(tmp_path: Path) -> None:
+    lines = [Line(f"s{place}", place, [1.0, 2.0], [0.0, 1.0]) for place in range(40)]
+    chart = LineChart("t", "title", "round", "y", lines)
+    drawn = {json.dumps(trace["line"]) for trace in form(chart)["data"]}
+    assert len(drawn) == 40
+    save_pictures([chart], tmp_path)
+    text = (tmp_path / "t.svg").read_text()
+    strokes = re.findall(r"clip-path[^>]*stroke-dasharray: ([\d., ]+)", text)
+    assert len(strokes) == 30 and len(set(strokes)) == 3  # all but the first ten
+
+
+def test_a_logarithmic_axis_has_points_for_bars(tmp_path: Path) -> None:
+    bars = {"up": [1.0, 1000.0], "down": [2.0, 0.0]}
+    made = {log: form(BarChart("t", "title", "MB", ["a", "b"], bars, log)) for log in (True, False)}
+    kinds = {log: [trace["type"] for trace in one["data"]] for log, one in made.items()}
+    assert kinds == {True: ["scatter"] * 2, False: ["bar"] * 2}
+    assert made[True]["data"][1]["x"] == [2.0, 0.0]
+    save_pictures([BarChart("t", "title", "MB", ["a", "b"], bars, True)], tmp_path)
+    assert (tmp_path / "t.svg").read_text().count("<use ") >= 4
+
+
 # --- tables --------------------------------------------------------------------------------------
 
 
@@ -375,6 +414,15 @@ def test_names_are_escaped_for_each_kind_of_file(tmp_path: Path) -> None:
         r"\textquotedbl{}, \textbackslash{} \\"
     )
     assert (tmp_path / "t.tex").read_text().splitlines()[6] == cell
+
+
+def test_the_table_of_runs_fits_on_a_page(report: Path) -> None:
+    lines = (report / "tables" / "runs.tex").read_text().splitlines()
+    rows = [line for line in lines if line.endswith(r"\\")]
+    assert rows[0] == r"setting & seed & accuracy & s \\" and len(rows) == 7
+    assert r"\begin{tabular}{llrr}" in lines
+    assert "% runs.csv has, too: directory, command." in lines
+    assert max(map(len, rows)) < 80 and "command" in _rows(report, "runs")[0]
 
 
 # --- names and commands --------------------------------------------------------------------------

@@ -276,6 +276,8 @@ def _bytes(runs: Runs) -> BarChart:
     sizes = [size for values in bars.values() for size in values if size > 0]
     log = bool(sizes) and max(sizes) > 50 * min(sizes)
     notes = ["Training's messages of the whole run, all clients, mean over the seeds."]
+    if log:
+        notes.append("The axis is logarithmic, so there are points for bars, and none for a 0.")
     names = [setting.name for setting in runs.settings]
     return BarChart("bytes", "Megabytes up and down", "MB", names, bars, log, notes=notes)
 

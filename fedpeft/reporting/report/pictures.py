@@ -14,6 +14,7 @@ from fedpeft.reporting.report.chart import (
     HeatChart,
     Line,
     LineChart,
+    dashes,
 )
 
 FORMATS = ("png", "svg", "pdf")
@@ -90,7 +91,7 @@ def _draw_line(line: Line, axis: Any) -> None:
     if line.bound:
         axis.plot(line.x, line.y, ls="--", lw=1, color=drawn["color"], label=line.name)
         return
-    dash = ":" if line.place >= len(COLOURS) else "-"
+    dash = (0, dashes(line.place)) if dashes(line.place) else "-"
     every = -(-len(line.x) // MOST_MARKERS) or 1
     axis.plot(line.x, line.y, ms=4, ls=dash, markevery=every, **drawn)
     if line.low is not None and line.high is not None:
@@ -112,7 +113,10 @@ def _(chart: BarChart, figure: Any, axis: Any) -> None:
     high = 0.8 / len(chart.bars)
     for place, (name, values) in enumerate(chart.bars.items()):
         at = [y - 0.4 + high * (place + 0.5) for y in range(len(chart.names))]
-        axis.barh(at, values, height=high, color=COLOURS[place], label=name)
+        if chart.log_x:
+            axis.plot(values, at, "o", ms=7, color=COLOURS[place], label=name)
+        else:
+            axis.barh(at, values, height=high, color=COLOURS[place], label=name)
     _name_rows(chart.names, 0.3 + 0.15 * len(chart.bars), figure, axis)
     axis.set(xlabel=chart.x)
     _scale(axis, chart.log_x)

@@ -254,7 +254,8 @@ def runs_table(runs: Runs) -> Table:
         "s": lambda row: f"{row['seconds']:.0f}",
     }
     notes = ["The command is without run_dir. The CSV has the SHA-256 of the shared state, too."]
-    return Table("runs", "Runs and their commands", columns, rows, notes, texts=4)
+    long = ("directory", "command")
+    return Table("runs", "Runs and their commands", columns, rows, notes, texts=4, long=long)
 
 
 def left_out_table(runs: Runs) -> Table | None:
