@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fedpeft.config.load import composed, split
 from fedpeft.reporting.report.chart import BarChart, Line, LineChart
 from fedpeft.reporting.report.charts import charts, norm_bound, thinned
 from fedpeft.reporting.report.commands import command
@@ -439,8 +440,6 @@ def test_settings_of_one_method_are_named_by_what_differs(tmp_path: Path) -> Non
 def test_a_command_is_the_saved_one_or_composes_the_same(tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
-    from fedpeft.config.load import composed, split
-
     saved = _save(tmp_path / "a", "lora", 0, 0.5)
     (saved / "overrides.yaml").write_text('["method=lora", "lr=0.2", "run_dir=x", "resume=true"]')
     assert command(SavedRun(saved)) == "fedpeft run method=lora lr=0.2"
@@ -452,6 +451,20 @@ def test_a_command_is_the_saved_one_or_composes_the_same(tmp_path: Path) -> None
     line, note = command(SavedRun(old)).split("  # ")
     assert note == "rebuilt from config.yaml"
     assert composed(split(line)[2:]) == tree
+
+
+def test_the_command_of_a_deployment_is_one_that_flower_reads(tmp_path: Path) -> None:
+    from flwr.common.config import parse_config_args
+
+    overrides = ["method=lora", 'data.path=my "rows"', r"data.prompt='it\'s {{ a }} \n'", "a=[0,1]"]
+    path = _save(tmp_path / "a", "lora", 0, 0.5)
+    (path / "overrides.yaml").write_text(json.dumps([*overrides, "run_dir=/d", "resume=true"]))
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps(summary | {"command": "flwr run"}))
+    *start, config = split(command(SavedRun(path)))
+    assert start == ["flwr", "run", ".", "--stream", "--run-config"]
+    read = parse_config_args([config])
+    assert list(read) == ["overrides"] and split(read["overrides"]) == overrides
 
 
 def test_a_class_that_is_gone_is_named(tmp_path: Path) -> None:

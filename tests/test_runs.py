@@ -51,6 +51,7 @@ SUMMARY = {
     "notes": list,
     "seed": int,
     "versions": dict,
+    "command": str,
     "run_dir": str,
 }
 

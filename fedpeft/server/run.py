@@ -31,6 +31,7 @@ class Run(Observer):
         directory: takes the lines, the states and the summary.
         checkpoint: how often, and how many stay.
         observer: is told how the run goes on.
+        command: starts such a run, for the summary.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class Run(Observer):
         directory: RunDirectory,
         checkpoint: Checkpointing,
         observer: Observer,
+        command: str = "fedpeft run",
     ) -> None:
         self.strategy, self.engine = strategy, strategy.engine
-        self.directory, self.observer = directory, observer
+        self.directory, self.observer, self.command = directory, observer, command
         strategy.up.folder = directory.path
         self.lines: list[Line] = []
         self.started = time.perf_counter()
@@ -190,6 +192,7 @@ class Run(Observer):
             "notes": engine.task.notes(),
             "seed": engine.config.seed,
             "versions": versions(),
+            "command": self.command,
             "run_dir": str(self.directory.path),
         }
         self.directory.finish(summary)  # before the base model is built, for which memory may lack
