@@ -127,8 +127,12 @@ class Tracking(Observer):
         try:
             self._write_missing()
         except Exception as error:
+            reason = f"logger={self.tracker.name} cannot begin: {_text(error)}"
+            if self.session is not None:
+                with suppress(Exception):
+                    self.session.end("failed", reason, None)
             self._close()
-            raise ValueError(f"logger={self.tracker.name} cannot begin: {_text(error)}") from error
+            raise ValueError(reason) from error
         self.begun = True
 
     def round_done(self, line: Line) -> None:
@@ -142,7 +146,10 @@ class Tracking(Observer):
         """Write the end, and close."""
         try:
             if self.begun:
-                self._safely(partial(self._end, status, reason))
+                self._end(status, reason)
+        except Exception as error:  # must not end the run
+            lacking = "it lacks the end of the run"
+            self._tell(f"logger={self.tracker.name} failed: {_text(error)}; {lacking}")
         finally:
             self._close()
 
