@@ -83,6 +83,7 @@ class Run(Observer):
         self.strategy.down.restore(checkpoints)
         self.strategy.next_round = last.round + 1
         self.strategy.nodes.goes_on = True
+        self.strategy.nodes.own_rows.update(last.own_rows)  # they may come back later
 
     def _check_rows(self, last: Checkpoint) -> None:
         """Refuse to go on with other rows, because their results would mix with the old ones'."""
@@ -150,6 +151,7 @@ class Run(Observer):
                 method_memory=down.method_memory,
                 data=self.data["sha256"],
                 partition=self.partition,
+                own_rows=sorted(self.strategy.nodes.own_rows),
             )
         )
         kept = [*generations.checkpoints, generations.accepted]
