@@ -387,7 +387,7 @@ def test_tensorboard(base: list[str], tmp_path: Path) -> None:
     found = {tag: [(step, value.item()) for step, value in e] for tag, e in events.items()}
     same(found, run, rel=1e-7)  # TensorBoard's numbers are of single precision
     ((_, configuration),) = texts["configuration"]
-    assert "| method.rank | `8` |" in configuration and "| method | `LoRA` |" in configuration
+    assert "| method.rank | `8` |" in configuration and "| method | `lora` |" in configuration
     assert f"| run_hash | `{SavedRun(run.path).hash}` |" in configuration
     assert texts["status"][-1] == (2, "completed")
     assert json.loads(texts["summary"][0][1].replace("\n    ", "\n")) == run.summary
@@ -448,7 +448,7 @@ def test_wandb_writes_offline(wandb_and_mlflow: Done) -> None:
     first, second = (next(r.run for r in part if r.HasField("run")) for part in parts)
     assert first.run_id == second.run_id
     assert first.run_group == SavedRun(run.path).hash_but_seed
-    assert sorted(first.tags) == ["data=table0", "method=LoRA", "seed=0", "strategy=FedAvg"]
+    assert sorted(first.tags) == ["data=table", "method=lora", "seed=0", "strategy=fedavg"]
     config = {item.key: json.loads(item.value_json) for item in first.config.update}
     assert config["method.rank"] == 8 and config["run_hash"] == SavedRun(run.path).hash
     found: dict[str, list[tuple[int, float]]] = {}
@@ -485,7 +485,7 @@ def test_mlflow_keeps_numbers_and_the_model(wandb_and_mlflow: Done) -> None:
     assert summary["summary.final.test_loss"] == [(2, run.summary["final"]["test_loss"])]
     assert found.data.params["method.rank"] == "8"
     hash = SavedRun(run.path).hash
-    assert found.data.tags.items() >= {"method": "LoRA", "seed": "0", "run_hash": hash}.items()
+    assert found.data.tags.items() >= {"method": "lora", "seed": "0", "run_hash": hash}.items()
     assert (found.info.status, found.data.tags["reason"]) == ("FINISHED", "")
     folder = Path(unquote(urlparse(found.info.artifact_uri).path))
     assert json.loads((folder / "summary.json").read_text()) == run.summary

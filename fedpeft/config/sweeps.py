@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fedpeft.config.load import addable, composing, key_of, leaves
+from fedpeft.config.load import addable, composed, composing, key_of, leaves
 from fedpeft.config.overrides import quoted, readable
 from fedpeft.config.schema import ConfigError
 from fedpeft.config.sentences import hydra_sentence
@@ -75,7 +75,7 @@ def plan(arguments: Sequence[str]) -> Plan:
     try:
         return _plan(overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        known = list(leaves(_composed([]), resolve=False))
+        known = list(leaves(composed(()), resolve=False))
         raise ConfigError(hydra_sentence(error, overrides, known)) from error
 
 
@@ -98,11 +98,6 @@ def _plan(overrides: list[str]) -> Plan:
 def _as_text(value: str) -> str:
     """Return a folder in quotes, because a comma in its name makes no list of it."""
     return value if value[:1] in ("'", '"') else quoted(value)
-
-
-def _composed(overrides: list[str]) -> DictConfig:
-    with composing():
-        return compose("config", overrides)
 
 
 def _of_hydra(override: Override) -> bool:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fedpeft.config.choices import choices
 from fedpeft.config.load import leaves
 from fedpeft.files import replacing
 from fedpeft.reporting.observer import Line, Observer
@@ -243,11 +244,9 @@ def settings(run: SavedRun) -> dict[str, Any]:
 
 def tags(run: SavedRun) -> dict[str, str]:
     """Return the words by which runs are told apart in a list."""
-    config = run.config
-    names = {g: config[g]["_target_"].rpartition(".")[2] for g in ("method", "data", "strategy")}
-    if data := config.data.get("subset") or Path(config.data.get("path") or "").stem:
-        names["data"] = data
-    return names | {"seed": str(config.seed)}
+    chosen = choices(run.settings)
+    names = {group: str(chosen[group]) for group in ("method", "data", "strategy")}
+    return names | {"seed": str(run.config.seed)}
 
 
 def _text(error: Exception) -> str:
