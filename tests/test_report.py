@@ -333,6 +333,10 @@ def test_a_logarithmic_axis_has_plain_numbers(tmp_path: Path) -> None:
     save_pictures([LineChart("t", "title", "MB", "y", [line], log_x=True)], tmp_path)
     text = (tmp_path / "t.svg").read_text()
     assert {">10<", ">20<", ">50<"} <= set(re.findall(r">\d+<", text))
+    wide = Line("wide", 0, [1.0, 100_000.0], [0.0, 1.0])
+    save_pictures([LineChart("w", "title", "MB", "y", [wide], log_x=True)], tmp_path)
+    numbers = set(re.findall(r">(\d+)<", (tmp_path / "w.svg").read_text()))
+    assert {"10", "100", "1000"} <= numbers and not {"20", "500", "2000"} & numbers
     assert ">a $x$<" in text and "mathdefault" not in text
 
 

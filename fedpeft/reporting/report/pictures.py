@@ -130,7 +130,9 @@ def _scale(axis: Any, log: bool) -> None:
         from matplotlib.ticker import LogLocator, NullFormatter
 
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axis.get_xlim()
+        subs = (1, 2, 5) if high < 1000 * low else (1,)  # more would touch each other
+        axis.xaxis.set_major_locator(LogLocator(subs=subs))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
 
