@@ -17,6 +17,22 @@ class Unwritten(OSError):
         return f"cannot write {self.filename}: {self.strerror}"
 
 
+def check_path(key: str, path: str) -> Path:
+    """Return the path without ``~``.
+
+    Args:
+        key: of the configuration, for the error.
+        path: may also be the name of something on the hub.
+
+    Raises:
+        ValueError: the path does not exist, and it is no hub name by its first character.
+    """
+    local = Path(path).expanduser()
+    if path.startswith((".", "/", "~")) and not local.exists():
+        raise ValueError(f"{key}={path} is no folder or file")
+    return local
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a draft's path; at the end the draft takes the place of ``path``, on the disk.

@@ -11,7 +11,7 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from rich.console import Console
 
 from fedpeft.client.app import app as client_app
-from fedpeft.reporting.clients import ClientTable, read_clients
+from fedpeft.reporting.clients import ClientTable, read_clients, read_columns
 from fedpeft.reporting.observer import SPREAD
 from fedpeft.reporting.progress import Display, line_text
 from fedpeft.reporting.run_directory import read_metrics
@@ -205,6 +205,10 @@ def test_rounds_that_are_done_again_replace_their_rows(base: list[str], tmp_path
     killed = read_clients(broken)
     assert [row["round"] for row in killed] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert without_seconds(killed) == without_seconds(rows[:12])
+    for folder in (whole, broken):  # packed, and not yet
+        assert without_seconds(read_clients(folder, 2)) == without_seconds(rows[6:9])
+        columns = read_columns(folder, ("client", "round", "none"))
+        assert sorted(columns.column_names) == ["client", "round"]
     with (broken / "clients.jsonl").open("a") as file:
         file.write('{"round": 4, "cli')  # a line that the kill cut off
     assert read_clients(broken) == killed

@@ -97,3 +97,5 @@ def test_flwr_run(
     )
     assert (tmp_path / "run" / "summary.json").exists(), done.stdout + done.stderr
     assert summary(tmp_path / "run") == expected["fedsa_lora"]
+    whole = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert whole["command"] == "flwr run"

@@ -22,9 +22,11 @@ import fedpeft as package
 from fedpeft.client.app import app as client_app
 from fedpeft.config.load import CONF, composed, typed
 from fedpeft.data.clients import ClientRows
+from fedpeft.data.partitions.saved import Saved
 from fedpeft.engine.evaluate import scored
 from fedpeft.export import commands
 from fedpeft.export import folder as files
+from fedpeft.export.card import _named
 from fedpeft.export.load import opened
 from fedpeft.export.run import FinishedRun, open_run
 from fedpeft.export.write import export
@@ -344,6 +346,12 @@ def test_tokenizer_labels_and_card_go_along(
         assert f"| test_accuracy | {summary['final']['test_accuracy']:.4f} |" in card
         assert f"| uplink_bytes | {summary['bytes']['uplink_bytes']:,} |" in card
         assert "after round 2, the last of a run of 2 rounds with 3 clients" in card
+
+
+def test_the_card_names_no_file_of_this_machine() -> None:
+    assert (
+        _named(Saved(file="/home/me/parts.json", column="ward")) == "Saved(column=ward, min_size=3)"
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "scl", "fedtt"])

@@ -10,6 +10,7 @@ from flwr.app import Context, Message
 from fedpeft.client.app import app as client_app
 from fedpeft.config.load import join
 from fedpeft.engine.engine import open_engine
+from fedpeft.reporting.clients import read_clients
 from tests.conftest import TOPICS, sentences
 
 LABELS = f"data.labels=[{','.join(TOPICS)}]"
@@ -57,5 +58,14 @@ def test_the_node_names_its_folder(base: list[str], ward: Path, run: Any) -> Non
             numbers[int(context.node_config["partition-id"])] = number
         return reply
 
-    summary = run(LABELS, answer=answer)
+    summary = run(LABELS, "evaluation.clients=always", answer=answer)
     assert summary["refused"] == {} and numbers[1] == 24 and numbers[0] != 24
+    # The site's baseline would tell how many of its rows have its commonest label.
+    rows = read_clients(run.run_dir, 2)
+    assert [("test_baseline" in row, "test_accuracy" in row) for row in rows] == [
+        (True, True),
+        (False, True),
+        (True, True),
+    ]
+    assert "client_test_accuracy" in summary["final"]
+    assert list(summary["baseline"]) == ["test_baseline"]  # the server's; of two clients is none's

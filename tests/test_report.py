@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from fedpeft.reporting.report.chart import Line, LineChart
-from fedpeft.reporting.report.charts import charts, norm_bound
+from fedpeft.config.load import composed, split
+from fedpeft.reporting.report.chart import BarChart, Line, LineChart
+from fedpeft.reporting.report.charts import charts, norm_bound, thinned
 from fedpeft.reporting.report.commands import command
+from fedpeft.reporting.report.held import held_charts
 from fedpeft.reporting.report.pairs import holm, t_test
 from fedpeft.reporting.report.pictures import save_pictures
 from fedpeft.reporting.report.plotly_form import form
@@ -28,7 +30,9 @@ EVIL = "<script>alert(1)</script>"
 QUALITY = {"lora": (0.50, 0.60, 0.70), "scl": (0.40, 0.45, 0.65)}
 
 
-def _save(path: Path, name: str, of_seed: int, quality: float, **config: Any) -> Path:
+def _save(
+    path: Path, name: str, of_seed: int, quality: float, partition: str | None = "p", **config: Any
+) -> Path:
     """Write the directory of an imagined run of two rounds with two clients.
 
     Args:
@@ -36,6 +40,7 @@ def _save(path: Path, name: str, of_seed: int, quality: float, **config: Any) ->
         name: of its method.
         of_seed: the run's seed.
         quality: the clients' accuracy on test rows after round 2.
+        partition: hash of who holds which rows.
         config: more values.
     """
     path.mkdir(parents=True)
@@ -66,6 +71,7 @@ def _save(path: Path, name: str, of_seed: int, quality: float, **config: Any) ->
         "bytes": {"uplink_bytes": 4_000_000, "downlink_bytes": 6_000_000},
         "seconds": 1.5,
         "data": {"sha256": f"data{of_seed}"},
+        "partition_sha256": partition,
     }
     (path / "summary.json").write_text(json.dumps(summary))
     clients = [{"round": 2, "client": i, "test_accuracy": quality - i / 10} for i in range(2)]
@@ -139,6 +145,27 @@ def test_curves_are_over_seeds_and_bytes_are_summed_up(report: Path) -> None:
     assert drawn["held_0"]["data"][0]["z"] == [[4, 3], [0, 5]]  # "<" comes before "a"
 
 
+def test_of_many_clients_a_few_are_drawn_and_their_extremes_stay() -> None:
+    values = [((i * 7919 % 10_000) / 10_000, f"client {i}") for i in range(10_000)]
+    few = thinned(values)
+    assert len(few) == 300 and (few[0], few[-1]) == (min(values), max(values))
+    assert [few[i][0] for i in (75, 150, 224)] == pytest.approx([0.25, 0.5, 0.75], abs=0.003)
+    assert thinned(values[:300]) == values[:300]
+
+
+def test_who_holds_what_needs_no_matrix_of_all_clients(tmp_path: Path) -> None:
+    labels = [f"l{i:03}" for i in range(150)]
+    saved = {"client": [0, 10**12, *[1] * 150], "label": ["l149", "l149", *labels]}
+    for seed, first in enumerate((5, 6)):
+        directory = RunDirectory.__new__(RunDirectory)
+        directory.path = _save(tmp_path / str(seed), "lora", seed, 0.5)
+        directory.save_partition(saved | {"rows": [first, 7, *[1] * 150]})
+    one, other = held_charts(Runs.of(saved_runs([tmp_path])))
+    assert one.counts.shape == (200, 100) and one.labels == [*labels[:99], "l149"]
+    assert one.counts.sum() == 5 + 100 and one.counts[0, 99] == 5 and other.counts[0, 99] == 6
+    assert one.notes[-1].startswith(f"Of {10**12 + 1} clients and 150 labels")
+
+
 def test_a_curve_with_one_seed_has_no_band(tmp_path: Path) -> None:
     runs = Runs.of(saved_runs([_save(tmp_path / "a", "lora", 0, 0.5)]))
     curve = Curve.of(runs.settings[0], in_lines("client_test_accuracy"))
@@ -164,7 +191,16 @@ def test_paired_tests_are_those_of_scipy_with_holms_correction(report: Path) -> 
     ("change", "sentence"),
     [
         ({"num_clients": 3}, "their rows are divided differently, so a seed makes no pair"),
-        ({"seed": 5}, "a test needs 3 common seeds of the same data, got 2"),
+        (
+            {"evaluation": {"max_client_rows": 9}},
+            "their rows are divided differently, so a seed makes no pair",
+        ),
+        ({"seed": 5}, "a test needs 3 common seeds of the same rows by client, got 2"),
+        ({"partition": "q"}, "a test needs 3 common seeds of the same rows by client, got 0"),
+        (
+            {"partition": None},
+            "sites hold rows of their own, so nobody knows that both had the same rows",
+        ),
     ],
 )
 def test_without_common_seeds_and_clients_no_pair_is_tested(
@@ -178,6 +214,16 @@ def test_without_common_seeds_and_clients_no_pair_is_tested(
     assert table is not None and table.rows == []
     assert table.notes[-1] == f"Not tested, because {sentence}: lora and scl."
     assert table.save(tmp_path) == []  # there is nothing to write
+
+
+def test_pairs_of_runs_that_did_not_save_the_partition_say_so(tmp_path: Path) -> None:
+    for path in _study(tmp_path).glob("*/*/summary.json"):
+        summary = json.loads(path.read_text())
+        del summary["partition_sha256"]
+        path.write_text(json.dumps(summary))
+    table = pairs_table(Runs.of(saved_runs([tmp_path])))
+    assert table is not None and [row["n"] for row in table.rows] == [3]
+    assert table.notes[2].startswith("6 of the runs are of an earlier version")
 
 
 def test_the_bound_is_known_for_plain_sgd_with_clipped_gradients(tmp_path: Path) -> None:
@@ -287,6 +333,10 @@ def test_a_logarithmic_axis_has_plain_numbers(tmp_path: Path) -> None:
     save_pictures([LineChart("t", "title", "MB", "y", [line], log_x=True)], tmp_path)
     text = (tmp_path / "t.svg").read_text()
     assert {">10<", ">20<", ">50<"} <= set(re.findall(r">\d+<", text))
+    wide = Line("wide", 0, [1.0, 100_000.0], [0.0, 1.0])
+    save_pictures([LineChart("w", "title", "MB", "y", [wide], log_x=True)], tmp_path)
+    numbers = set(re.findall(r">(\d+)<", (tmp_path / "w.svg").read_text()))
+    assert {"10", "100", "1000"} <= numbers and not {"20", "500", "2000"} & numbers
     assert ">a $x$<" in text and "mathdefault" not in text
 
 
@@ -305,6 +355,45 @@ def test_each_chart_is_a_picture_in_three_formats(report: Path) -> None:
         with Image.open(folder / f"{name}.png") as picture:
             width, height = picture.size
         assert 400 <= width <= 2000 and 300 <= height <= 2000
+
+
+def test_files_of_an_earlier_report_are_removed_and_no_others(tmp_path: Path) -> None:
+    runs, to = _study(tmp_path / "runs"), tmp_path / "report"
+    written = write_report([runs], to)
+    (to / "figures" / "own.png").write_text("not the report's")
+    (to / ".written.json").write_text(
+        json.dumps([*json.loads((to / ".written.json").read_text()), "tables/../../mine"])
+    )
+    (tmp_path / "mine").write_text("outside")
+    fewer = write_report([runs / "lora"], to)  # one setting, so no pairs and no differences
+    gone = {path.name for path in set(written) - set(fewer)}
+    assert {"pairs.csv", "pairs.md", "pairs.tex", "differences.csv"} <= gone
+    assert {path for path in to.rglob("[!.]*") if path.is_file()} == {
+        *fewer,
+        to / "figures" / "own.png",
+    }
+    assert (tmp_path / "mine").exists()
+
+
+def test_settings_of_one_colour_have_other_dashes(tmp_path: Path) -> None:
+    lines = [Line(f"s{place}", place, [1.0, 2.0], [0.0, 1.0]) for place in range(40)]
+    chart = LineChart("t", "title", "round", "y", lines)
+    drawn = {json.dumps(trace["line"]) for trace in form(chart)["data"]}
+    assert len(drawn) == 40
+    save_pictures([chart], tmp_path)
+    text = (tmp_path / "t.svg").read_text()
+    strokes = re.findall(r"clip-path[^>]*stroke-dasharray: ([\d., ]+)", text)
+    assert len(strokes) == 30 and len(set(strokes)) == 3  # all but the first ten
+
+
+def test_a_logarithmic_axis_has_points_for_bars(tmp_path: Path) -> None:
+    bars = {"up": [1.0, 1000.0], "down": [2.0, 0.0]}
+    made = {log: form(BarChart("t", "title", "MB", ["a", "b"], bars, log)) for log in (True, False)}
+    kinds = {log: [trace["type"] for trace in one["data"]] for log, one in made.items()}
+    assert kinds == {True: ["scatter"] * 2, False: ["bar"] * 2}
+    assert made[True]["data"][1]["x"] == [2.0, 0.0]
+    save_pictures([BarChart("t", "title", "MB", ["a", "b"], bars, True)], tmp_path)
+    assert (tmp_path / "t.svg").read_text().count("<use ") >= 4
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -332,6 +421,15 @@ def test_names_are_escaped_for_each_kind_of_file(tmp_path: Path) -> None:
     assert (tmp_path / "t.tex").read_text().splitlines()[6] == cell
 
 
+def test_the_table_of_runs_fits_on_a_page(report: Path) -> None:
+    lines = (report / "tables" / "runs.tex").read_text().splitlines()
+    rows = [line for line in lines if line.endswith(r"\\")]
+    assert rows[0] == r"setting & seed & accuracy & s \\" and len(rows) == 7
+    assert r"\begin{tabular}{llrr}" in lines
+    assert "% runs.csv has, too: directory, command." in lines
+    assert max(map(len, rows)) < 80 and "command" in _rows(report, "runs")[0]
+
+
 # --- names and commands --------------------------------------------------------------------------
 
 
@@ -346,8 +444,6 @@ def test_settings_of_one_method_are_named_by_what_differs(tmp_path: Path) -> Non
 def test_a_command_is_the_saved_one_or_composes_the_same(tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
-    from fedpeft.config.load import composed, split
-
     saved = _save(tmp_path / "a", "lora", 0, 0.5)
     (saved / "overrides.yaml").write_text('["method=lora", "lr=0.2", "run_dir=x", "resume=true"]')
     assert command(SavedRun(saved)) == "fedpeft run method=lora lr=0.2"
@@ -359,6 +455,20 @@ def test_a_command_is_the_saved_one_or_composes_the_same(tmp_path: Path) -> None
     line, note = command(SavedRun(old)).split("  # ")
     assert note == "rebuilt from config.yaml"
     assert composed(split(line)[2:]) == tree
+
+
+def test_the_command_of_a_deployment_is_one_that_flower_reads(tmp_path: Path) -> None:
+    from flwr.common.config import parse_config_args
+
+    overrides = ["method=lora", 'data.path=my "rows"', r"data.prompt='it\'s {{ a }} \n'", "a=[0,1]"]
+    path = _save(tmp_path / "a", "lora", 0, 0.5)
+    (path / "overrides.yaml").write_text(json.dumps([*overrides, "run_dir=/d", "resume=true"]))
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps(summary | {"command": "flwr run"}))
+    *start, config = split(command(SavedRun(path)))
+    assert start == ["flwr", "run", ".", "--stream", "--run-config"]
+    read = parse_config_args([config])
+    assert list(read) == ["overrides"] and split(read["overrides"]) == overrides
 
 
 def test_a_class_that_is_gone_is_named(tmp_path: Path) -> None:

@@ -75,6 +75,22 @@ def test_seeds_are_one_row_with_their_mean_and_deviation(fedpeft: Command, folde
     assert "0.600 ± 0.141" in text and "4.00 ± 0.00" in text and "1 of 2" in text
 
 
+def test_seeds_have_means_of_the_data_s_own_metrics(
+    fedpeft: Command, folder: Path, tmp_path: Path
+) -> None:
+    for name, value in {"a": 0.2, "b": 0.4}.items():
+        shutil.copytree(folder / name, tmp_path / name)
+        file = tmp_path / name / "summary.json"
+        summary = json.loads(file.read_text())
+        summary["final"]["client_test_f1"] = value
+        file.write_text(json.dumps(summary))
+    shown = ["results", str(tmp_path), "--over-seeds", "--columns", "method,client_test_f1"]
+    (row,) = json.loads(fedpeft(*shown, "--json"))
+    assert row["client_test_f1"] == pytest.approx(0.3)
+    assert row["client_test_f1_sd"] == pytest.approx(0.02**0.5)
+    assert "0.300 ± 0.141" in fedpeft(*shown)
+
+
 def test_a_seed_that_ran_twice_counts_once(fedpeft: Command, folder: Path, tmp_path: Path) -> None:
     for name, of in {"a": "a", "again": "a", "b": "b"}.items():
         shutil.copytree(folder / of, tmp_path / name)

@@ -21,6 +21,7 @@ from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.reporting.run_directory import check_same, read_metrics
 from fedpeft.server.checkpoint import NOTES
 from fedpeft.server.seen import RoundFailed
+from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.simulation.launch import run as run_here
 from fedpeft.state import read_with_notes, save
 from tests.conftest import TOPICS, Stopping, without_time
@@ -269,6 +270,27 @@ def test_a_run_does_not_go_on_with_another_partition(
     open_engine.cache_clear()
     with pytest.raises(ValueError, match="^the partition, which says who holds which rows, has"):
         launched("run", *given)
+
+
+class _OwnRows(InProcessGrid):
+    """Client 1's node has rows of its own."""
+
+    folder: Path
+
+    def node_config(self, node: int) -> dict[str, Any]:
+        own = {"data-path": str(self.folder)} if node == 2 else {}
+        return super().node_config(node) | own
+
+
+def test_a_run_remembers_who_had_rows_of_its_own(run: Any, own_table: Path, tmp_path: Path) -> None:
+    """The server knows of them by the checkpoint, because client 1's node is not back yet."""
+    _OwnRows.folder = own_table
+    given = [f"data.labels=[{','.join(TOPICS)}]", "num_rounds=1", f"run_dir={tmp_path / 'own'}"]
+    assert run(*given, grid=_OwnRows)["partition_sha256"] is None
+    again = run(*given, "resume=true")
+    assert again["partition_sha256"] is None
+    held = parquet.read_table(tmp_path / "own" / "partition.parquet")["client"].to_pylist()
+    assert set(held) == {0, 2}
 
 
 def test_a_client_whose_own_rows_have_changed_is_refused(run: Any, own_table: Path) -> None:

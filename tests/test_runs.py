@@ -47,9 +47,11 @@ SUMMARY = {
     "weights": str,
     "labels": list,
     "data": dict,
+    "partition_sha256": str,
     "notes": list,
     "seed": int,
     "versions": dict,
+    "command": str,
     "run_dir": str,
 }
 
@@ -285,6 +287,7 @@ def test_another_seed_another_run(run: Runner) -> None:
     assert first["shared_state_sha256"] != second["shared_state_sha256"]
     assert first["initial"] != second["initial"]  # the head's start
     assert first["data"] == second["data"]
+    assert first["partition_sha256"] != second["partition_sha256"]
 
 
 def test_the_python_function_gives_the_same_as_the_grid(

@@ -7,16 +7,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 
 from fedpeft.config.schema import ConfigError
 from fedpeft.config.sweeps import plan
-from fedpeft.reporting.progress import Tally, duration
-from fedpeft.reporting.saved_runs import SavedRun, saved_runs
+from fedpeft.reporting.progress import Display, Tally, duration
+from fedpeft.reporting.saved_runs import SavedRun, hash_of, saved_runs
+from fedpeft.simulation import job
+from fedpeft.simulation.job import Job
+from fedpeft.simulation.sweep import _notes, sweep
+from tests.conftest import quiet
 
 Command = Callable[..., str]
 FOLDER = Path("runs/sweep")
@@ -54,6 +60,8 @@ def test_a_plan_knows_all_jobs_and_what_sets_them_apart() -> None:
         (["lr=interval(0.1,0.2)"], "is no list of values: set hydra/sweeper=optuna"),
         (["--cfg", "job"], "a sweep takes overrides alone, got --cfg"),
         (["lrr=3", "seed=1,2"], "unknown key lrr"),
+        (["seed=range(3,3)"], r"seed=range\(3,3\) has no value, so the sweep has no job"),
+        (["hydra.sweep.subdir=a", "lr=1,2"], r"must not be set, .* got hydra\.sweep\.subdir=a"),
         (["hydra/sweeper=nope", "seed=1,2"], "hydra/sweeper must be one of .*basic.*, got nope"),
     ],
 )
@@ -73,6 +81,8 @@ def test_the_time_left_is_that_of_the_runs_so_far() -> None:
     said = "4 of 12 runs done, 2 of them skipped, 1 failed, about 12 min left"  # 300 s / 3 x 7
     assert tally.text() == said
     assert tally.stopped("fedpeft go") == "stopped with 4 of 12 runs done, this goes on: fedpeft go"
+    again = Tally(4, done=1, failed=2, earlier=2, started=time.time() - 300)
+    assert again.text().endswith("2 failed, about 5 min left")  # earlier failures took no time
     assert Tally(None, done=3).text() == "3 runs done, 0 of them skipped, 0 failed"
     assert Tally(1, done=1).text() == "1 of 1 runs done, 0 of them skipped, 0 failed"
 
@@ -159,6 +169,78 @@ def test_two_jobs_of_one_run_are_refused(
         "fedpeft: two jobs of the sweep are the same run: checkpoint.keep=1 and checkpoint.keep=2 "
         "differ in nothing that changes its result\n"
     )
+
+
+def test_equal_numbers_have_one_hash(fedpeft: Command, base: list[str]) -> None:
+    assert hash_of({"a": [1, 2.5], "b": None}) == hash_of({"a": [1.0, 2.5], "b": None})
+    assert hash_of({"a": 1.5}) != hash_of({"a": 1}) != hash_of({"a": "1"})
+    with pytest.raises(ValueError, match="two jobs of the sweep are the same run: lr=1 and lr=1"):
+        sweep(plan([*base, "lr=1,1.0"]), "", as_json=False)
+
+
+def test_of_equal_jobs_at_once_one_runs_and_the_other_takes_its_result(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Sequence[str]] = []
+    both = Barrier(2)
+
+    def slow(overrides: Sequence[str], _: Display) -> dict[str, Any]:
+        ran.append(overrides)
+        time.sleep(0.3)  # the other job looks for a result in the meantime
+        path = job.path_of(base, tmp_path)
+        path.mkdir()
+        (path / "summary.json").write_text('{"a": 1}')
+        return {"a": 1}
+
+    def run_one(_: int) -> tuple[str, Any]:
+        both.wait()
+        ended, outcome = job._run(base, "same", tmp_path, tmp_path, quiet())
+        return ended.kind, outcome
+
+    monkeypatch.setattr(job, "run", slow)
+    job.path_of(base, tmp_path)  # composes, so that both threads are at the lock at once
+    with ThreadPoolExecutor(2) as threads:
+        ended = sorted(threads.map(run_one, range(2)))
+    assert ended == [("done", {"a": 1}), ("skipped", {"a": 1})] and len(ran) == 1
+
+
+def test_the_error_of_a_launcher_is_told_although_a_job_failed(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def launcher(_: Sequence[str], one: Job) -> None:
+        (one.notes / "0.json").write_text(json.dumps(["lr=1", "failed", "", "the job's reason"]))
+        raise RuntimeError(error)
+
+    monkeypatch.setattr("fedpeft.simulation.sweep._by_hydra", launcher)
+    planned = plan([*base, "lr=1", f"run_dir={tmp_path}"])
+    error = "the queue is gone"
+    with pytest.raises(RuntimeError, match="the queue is gone"):
+        sweep(planned, "", as_json=False)
+    error = "No trials are completed yet."  # of Optuna, and no news
+    assert not sweep(planned, "", as_json=False)
+    assert capsys.readouterr().err.count("lr=1 failed: the job's reason") == 2
+
+
+def test_notes_of_a_killed_sweep_are_removed_and_those_of_one_that_goes_on_stay(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / ".jobs-killed").mkdir()
+    (tmp_path / ".jobs-killed" / "0.json").write_text("[]")
+    with _notes(tmp_path) as one, _notes(tmp_path) as other:
+        assert {path.name for path in tmp_path.glob(".jobs-*/")} == {one.name, other.name}
+        assert one != other and one.is_dir()
+    assert list(tmp_path.glob(".jobs-*/")) == []
+
+
+def test_each_note_is_read_once(tmp_path: Path) -> None:
+    one = Job(plan(["seed=1"]), tmp_path, 0.0, 1, 0, as_json=False)
+    for number, kind in enumerate(("done", "failed", "failed")):
+        note = ["x", kind, "", "", 0, number == 2]
+        (tmp_path / f"{number}.json").write_text(json.dumps(note))
+        assert [ended.kind for ended in one.ended()][-1] == kind
+        (tmp_path / f"{number}.json").write_text("not read again")
+    tally = one.tally()
+    assert (tally.done, tally.failed, tally.earlier) == (1, 2, 1)
 
 
 # --- with other processes -------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlparse
 
@@ -24,6 +26,7 @@ from fedpeft.config.schema import ConfigError
 from fedpeft.reporting.progress import Display
 from fedpeft.reporting.run_directory import read_metrics
 from fedpeft.reporting.saved_runs import SavedRun
+from fedpeft.reporting.trackers import mlflow
 from fedpeft.reporting.trackers.base import Numbers, Session, Tracker, Tracking
 from fedpeft.reporting.trackers.tensorboard import TensorBoard
 from fedpeft.simulation.launch import run as run_here
@@ -214,7 +217,10 @@ def test_a_tracker_that_fails_at_the_end_ends_no_run(book: Book) -> None:
     book.tracker.broken = {"write", "close"}
     book.round(0)
     book.tracking.stop()
-    assert len(book.notes) == 1 and book.tracker.ended == () and book.tracker.opened == 0
+    assert book.tracker.ended == () and book.tracker.opened == 0
+    assert book.notes[0].endswith("each further round tries again")
+    error = "logger=noted failed: [Errno 28] No space left on device"
+    assert book.notes[1:] == [f"{error}; it lacks the end of the run"]
 
 
 def test_a_tracker_that_cannot_begin_ends_the_run_at_once(book: Book) -> None:
@@ -224,6 +230,72 @@ def test_a_tracker_that_cannot_begin_ends_the_run_at_once(book: Book) -> None:
     book.tracker.broken = set()
     book.tracking.stop("failed", "logger=noted cannot begin")
     assert book.tracker.opened == 0 and book.tracker.ended == ()
+
+
+def test_a_tracker_that_cannot_write_the_rounds_before_says_that_the_run_failed(book: Book) -> None:
+    (book.path / "metrics.jsonl").write_text('{"round": 0}\n')
+    book.tracker.broken = {"write"}
+    reason = "logger=noted cannot begin: [Errno 28] No space left on device"
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        book.tracking.start("", 9)
+    assert book.tracker.ended == ("failed", reason, None) and book.tracker.opened == 0
+
+
+class _Store:
+    """A store of MLflow in which another run makes the experiment at the same time."""
+
+    def __init__(self) -> None:
+        self.experiments: dict[str, SimpleNamespace] = {}
+        self.statuses: dict[str, str] = {}
+
+    def get_experiment_by_name(self, name: str) -> SimpleNamespace | None:
+        return self.experiments.get(name)
+
+    def create_experiment(self, name: str, place: str | None) -> str:
+        if name != "refused":
+            self.experiments[name] = SimpleNamespace(experiment_id="of another run")
+        raise OSError(f"{name} exists")
+
+    def create_run(self, experiment: str, **_: Any) -> SimpleNamespace:
+        self.statuses["7"] = "RUNNING"
+        return SimpleNamespace(info=SimpleNamespace(run_id="7"))
+
+    def log_batch(self, id: str, **_: Any) -> None:
+        raise OSError("no room")
+
+    def set_terminated(self, id: str, status: str) -> None:
+        self.statuses[id] = status
+
+
+@pytest.fixture
+def of_mlflow(book: Book) -> Any:
+    """A run of MLflow on a store that fails."""
+    groups = {g: {"_target_": "fedpeft.x.X"} for g in ("method", "data", "strategy")}
+    tree = groups | {"seed": 0, "model": {"load_in": "4bit"}}
+    (book.path / "config.yaml").write_text(json.dumps(tree))
+    run = mlflow._Run.__new__(mlflow._Run)
+    run._client, run._saved = _Store(), SavedRun(book.path)  # type: ignore[assignment]
+    run._entities = SimpleNamespace(Param=lambda *words: words)  # type: ignore[assignment]
+    return run
+
+
+def test_two_runs_may_make_an_experiment_of_mlflow_at_once(of_mlflow: Any) -> None:
+    assert of_mlflow._experiment("new", None) == "of another run"
+    with pytest.raises(OSError, match="refused exists"):
+        of_mlflow._experiment("refused", None)
+
+
+def test_a_run_of_mlflow_that_cannot_begin_is_not_left_running(of_mlflow: Any) -> None:
+    with pytest.raises(OSError, match="no room"):
+        of_mlflow._begin("1")
+    assert of_mlflow._client.statuses == {"7": "FAILED"}
+
+
+def test_mlflow_loads_no_quantised_base_to_keep_a_model(of_mlflow: Any) -> None:
+    assert of_mlflow._model() == (
+        "logger=mlflow keeps no model, because with model.load_in=4bit its export loads the whole "
+        f"base model on the CPU: fedpeft export {of_mlflow._saved.path} does"
+    )
 
 
 def test_a_run_that_goes_on_writes_no_round_twice(book: Book) -> None:
@@ -315,7 +387,7 @@ def test_tensorboard(base: list[str], tmp_path: Path) -> None:
     found = {tag: [(step, value.item()) for step, value in e] for tag, e in events.items()}
     same(found, run, rel=1e-7)  # TensorBoard's numbers are of single precision
     ((_, configuration),) = texts["configuration"]
-    assert "| method.rank | `8` |" in configuration and "| method | `LoRA` |" in configuration
+    assert "| method.rank | `8` |" in configuration and "| method | `lora` |" in configuration
     assert f"| run_hash | `{SavedRun(run.path).hash}` |" in configuration
     assert texts["status"][-1] == (2, "completed")
     assert json.loads(texts["summary"][0][1].replace("\n    ", "\n")) == run.summary
@@ -376,7 +448,7 @@ def test_wandb_writes_offline(wandb_and_mlflow: Done) -> None:
     first, second = (next(r.run for r in part if r.HasField("run")) for part in parts)
     assert first.run_id == second.run_id
     assert first.run_group == SavedRun(run.path).hash_but_seed
-    assert sorted(first.tags) == ["data=table0", "method=LoRA", "seed=0", "strategy=FedAvg"]
+    assert sorted(first.tags) == ["data=table", "method=lora", "seed=0", "strategy=fedavg"]
     config = {item.key: json.loads(item.value_json) for item in first.config.update}
     assert config["method.rank"] == 8 and config["run_hash"] == SavedRun(run.path).hash
     found: dict[str, list[tuple[int, float]]] = {}
@@ -413,7 +485,7 @@ def test_mlflow_keeps_numbers_and_the_model(wandb_and_mlflow: Done) -> None:
     assert summary["summary.final.test_loss"] == [(2, run.summary["final"]["test_loss"])]
     assert found.data.params["method.rank"] == "8"
     hash = SavedRun(run.path).hash
-    assert found.data.tags.items() >= {"method": "LoRA", "seed": "0", "run_hash": hash}.items()
+    assert found.data.tags.items() >= {"method": "lora", "seed": "0", "run_hash": hash}.items()
     assert (found.info.status, found.data.tags["reason"]) == ("FINISHED", "")
     folder = Path(unquote(urlparse(found.info.artifact_uri).path))
     assert json.loads((folder / "summary.json").read_text()) == run.summary

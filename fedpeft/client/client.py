@@ -267,7 +267,11 @@ class Client:
         return codec.encode(state, reference, draws), error
 
     def evaluate(self) -> RecordDict:
-        """Measure the client's model on its own validation and test rows."""
+        """Measure the client's model on its own validation and test rows.
+
+        A site with rows of its own does not send the baseline, because that times the number of
+        its rows is how many of them have its commonest label.
+        """
         engine, begun = self.engine, time.perf_counter()
         self._check_rows()
         at, received, _ = self._received()
@@ -278,7 +282,8 @@ class Client:
             metrics[f"{split}-num-examples"] = len(splits[split])
             for name, value in engine.evaluate(splits[split], last=self.last).items():
                 metrics[f"{split}_{name}"] = value
-            if (baseline := engine.baseline(splits["train"], splits[split])) is not None:
+            baseline = engine.baseline(splits["train"], splits[split])
+            if baseline is not None and not engine.rows.owns_all_rows:
                 metrics[f"{split}_baseline"] = baseline
         metrics["seconds"] = time.perf_counter() - begun
         config = ConfigRecord({"restarted": self.restarted})

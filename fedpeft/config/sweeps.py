@@ -13,13 +13,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fedpeft.config.load import addable, composing, key_of, leaves
+from fedpeft.config.load import addable, composed, composing, key_of, leaves
 from fedpeft.config.overrides import quoted, readable
 from fedpeft.config.schema import ConfigError
 from fedpeft.config.sentences import hydra_sentence
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # runs the product of all values
-FOLDER = "hydra.sweep.dir"
+FOLDER, SUBDIR = "hydra.sweep.dir", "hydra.sweep.subdir"
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,18 @@ def plan(arguments: Sequence[str]) -> Plan:
     """
     if flags := [a for a in arguments if a.startswith("-")]:
         raise ConfigError(f"a sweep takes overrides alone, got {flags[0]}")
+    if chosen := [a for a in arguments if key_of(a) == SUBDIR]:
+        raise ConfigError(
+            f"{SUBDIR} must not be set, because a sweep finds a run again by its folder, the hash "
+            f"of its settings, got {chosen[0]}"
+        )
     moved = [f"{FOLDER}={_as_text(a[8:])}" if a.startswith("run_dir=") else a for a in arguments]
     # A value with a comma is a list of values to run, so it stays as it is.
     overrides = [addable(a if "," in a else readable(a)) for a in moved]
     try:
         return _plan(overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        known = list(leaves(_composed([]), resolve=False))
+        known = list(leaves(composed(()), resolve=False))
         raise ConfigError(hydra_sentence(error, overrides, known)) from error
 
 
@@ -95,11 +100,6 @@ def _as_text(value: str) -> str:
     return value if value[:1] in ("'", '"') else quoted(value)
 
 
-def _composed(overrides: list[str]) -> DictConfig:
-    with composing():
-        return compose("config", overrides)
-
-
 def _of_hydra(override: Override) -> bool:
     return override.key_or_group.startswith(("hydra.", "hydra/"))
 
@@ -107,6 +107,8 @@ def _of_hydra(override: Override) -> bool:
 def _jobs(overrides: Sequence[Override], all_of_them: bool) -> list[list[str]]:
     """Return the product of all values, as Hydra's basic sweeper does, or its first alone."""
     by_key = {o.get_key_element(): list(_values(o, all_of_them)) for o in overrides}
+    if empty := [o.input_line for o in overrides if not by_key[o.get_key_element()]]:
+        raise ConfigError(f"{empty[0]} has no value, so the sweep has no job")
     pairs = [[f"{key}={value}" for value in values] for key, values in by_key.items()]
     return [list(job) for job in islice(product(*pairs), None if all_of_them else 1)]
 

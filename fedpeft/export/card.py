@@ -110,8 +110,12 @@ def _facts(run: FinishedRun) -> dict[str, Any]:
 
 
 def _named(part: Any) -> str:
-    """Return the class and the fields of a part of the configuration."""
-    values = ", ".join(f"{f.name}={getattr(part, f.name)}" for f in fields(part))
+    """Return the class and the fields of a part of the configuration, without a file's path.
+
+    The card may be published, and a path says how folders of this machine are named.
+    """
+    shown = [f.name for f in fields(part) if f.name != "file"]
+    values = ", ".join(f"{name}={getattr(part, name)}" for name in shown)
     return f"{type(part).__name__}({values})"
 
 

@@ -1,9 +1,12 @@
 """``fedpeft show``: what each client got in one round of a run, from the run's own files."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fedpeft.reporting.observer import P10, REPLIED, UNWEIGHTED, WORST
 from fedpeft.reporting.run_directory import (
@@ -11,6 +14,7 @@ from fedpeft.reporting.run_directory import (
     METRICS,
     PACKED,
     SUMMARY,
+    in_columns,
     read_lines,
     read_metrics,
 )
@@ -20,24 +24,42 @@ SPLITS = ("validation_", "test_")  # begin the names of what clients measure
 SUMMED = {"": "mean by rows", UNWEIGHTED: "mean by client", P10: "10th percentile", WORST: "worst"}
 
 
-def read_clients(run: Path) -> Rows:
+def read_clients(run: Path, round: int | None = None) -> Rows:
     """Return a run's table of clients, one row a round and client, without what is not known.
 
     Args:
         run: the run's directory; the run may still go on, or have been killed.
+        round: the number of the only round to return; null for all.
+
+    Raises:
+        ValueError: it holds no such table.
+    """
+    table = read_columns(run)
+    if round is not None:
+        table = table.filter(table["round"].to_numpy() == round)
+    return [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]
+
+
+def read_columns(run: Path, names: Collection[str] | None = None) -> Any:
+    """Return a run's table of clients as a pyarrow table, which takes little room.
+
+    Args:
+        run: the run's directory.
+        names: of the columns to read, of which the table may lack some; null for all.
 
     Raises:
         ValueError: it holds no such table.
     """
     if (run / CLIENTS).exists():
-        rows = read_lines(run / CLIENTS)
-    elif (run / PACKED).exists():
-        from pyarrow import parquet  # takes a quarter of a second
-
-        rows = parquet.read_table(run / PACKED).to_pylist()
-    else:
+        table = in_columns(read_lines(run / CLIENTS))
+        return table.select([n for n in table.column_names if names is None or n in names])
+    if not (run / PACKED).exists():
         raise ValueError(f"{run} holds no {PACKED} and no {CLIENTS}: give a run's directory")
-    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+    from pyarrow import parquet  # takes a quarter of a second
+
+    with parquet.ParquetFile(run / PACKED) as file:
+        known = file.schema_arrow.names
+        return file.read(known if names is None else [name for name in known if name in names])
 
 
 @dataclass(frozen=True)
@@ -67,17 +89,15 @@ class ClientTable:
         Raises:
             ValueError: the directory holds no run, or no clients in this round.
         """
-        rows = read_clients(run)
-        rounds = sorted({row["round"] for row in rows})
-        if not rows or (round is not None and round not in rounds):
+        rounds, evaluated = _rounds(run)
+        if not rounds or (round is not None and round not in rounds):
             asked = "any round" if round is None else f"round {round}"
             known = ", ".join(map(str, rounds)) or "none"
             raise ValueError(f"{run} has no clients in {asked}; rounds with clients: {known}")
-        evaluated = [row["round"] for row in rows if any(k.startswith(SPLITS) for k in row)]
-        shown = max(evaluated or rounds) if round is None else round
+        shown = (evaluated or rounds)[-1] if round is None else round
         lines = read_metrics(run) if (run / METRICS).exists() else []
         line = next((line for line in lines if line["round"] == shown), {})
-        return cls(run, shown, [row for row in rows if row["round"] == shown], line)
+        return cls(run, shown, read_clients(run, shown), line)
 
     def as_json(self) -> str:
         """Return the round's rows, and its measures summed up, as JSON."""
@@ -154,6 +174,19 @@ class ClientTable:
         if stopped := summary.get("stopped_early"):
             notes.append(f"Ended early after round {stopped['round']}: {stopped['reason']}.")
         return notes
+
+
+def _rounds(run: Path) -> tuple[list[int], list[int]]:
+    """Return the rounds with clients, and those in which one measured itself, sorted."""
+    table = read_columns(run)
+    if not table.num_rows:
+        return [], []
+    numbers = table["round"].to_numpy()
+    measured = np.zeros(len(numbers), bool)
+    for name in table.column_names:
+        if name.startswith(SPLITS):
+            measured |= table[name].is_valid().to_numpy()
+    return np.unique(numbers).tolist(), np.unique(numbers[measured]).tolist()
 
 
 def _number(value: float | None) -> str:

@@ -71,6 +71,13 @@ class Listing:
         """The names of all columns."""
         return list(dict.fromkeys(key for row in self.whole for key in row))
 
+    @property
+    def measures(self) -> list[str]:
+        """The names of what was measured after the last round, the data's own metrics with it."""
+        finals = [run.summary["final"] for run in self.runs if run.summary is not None]
+        numbers = [k for final in finals for k, v in final.items() if isinstance(v, int | float)]
+        return [key for key in dict.fromkeys(numbers) if key != "round"]
+
     @cached_property
     def apart(self) -> list[str]:
         """The settings that differ; where a group's choice differs, the choice alone."""
@@ -113,7 +120,7 @@ class Listing:
         """Return a row a setting: its runs that differ in the seed alone, as mean and deviation."""
         rows = {run.path: row for run, row in zip(self.runs, self.whole, strict=True)}
         groups = [one_a_seed(group) for group in by_setting(self.runs)]
-        return [_averaged([rows[run.path] for run in group]) for group in groups]
+        return [_averaged([rows[run.path] for run in group], self.measures) for group in groups]
 
     def rounds(self) -> Rows:
         """Return a row a run, round and measure, with the run's settings that differ."""
@@ -148,13 +155,18 @@ def _row(run: SavedRun) -> dict[str, Any]:
     return row | values | run.settings | {k: v for k, v in final.items() if k != "round"}
 
 
-def _averaged(rows: Rows) -> dict[str, Any]:
-    """Return the columns in which rows agree, and means and sample deviations of the numbers."""
+def _averaged(rows: Rows, measures: Sequence[str]) -> dict[str, Any]:
+    """Return the columns in which rows agree, and means and sample deviations of the numbers.
+
+    Args:
+        rows: of runs that differ in the seed alone.
+        measures: names of columns that are numbers, besides ``NUMBERS``.
+    """
     ended = [row for row in rows if row["status"] == "completed"]
     row = {key: value for key, value in rows[0].items() if key not in ("path", "hash", "seed")}
     row = {key: v for key, v in row.items() if all(key in r and r[key] == v for r in rows)}
     row["seeds"] = f"{len(ended)} of {len(rows)}" if len(ended) < len(rows) else str(len(rows))
-    for key, _ in NUMBERS:
+    for key in (*TITLES, *measures):
         values = [r[key] for r in ended if r.get(key) is not None]
         row[key], row[f"{key}{SD}"] = mean_and_sd(values)
     return row
@@ -188,7 +200,8 @@ def _text(row: Mapping[str, Any], column: str) -> str:
         return "-"
     if column == "bytes":
         value, sd = value / 1e6, None if sd is None else sd / 1e6
-    digits = {"bytes": ".2f", "seconds": ".0f"}.get(column, ".3f" if column in TITLES else "g")
+    measured = column in TITLES or sd is not None
+    digits = {"bytes": ".2f", "seconds": ".0f"}.get(column, ".3f" if measured else "g")
     if column == "best_round" and sd is None:
         digits = "g"
     whole = isinstance(value, int) and column not in TITLES
@@ -202,12 +215,8 @@ def export(rows: Rows, file: Path) -> None:
 
     Args:
         rows: with the same columns or not; a column that a row lacks is empty there.
-        file: its name ends in ``.parquet`` or ``.csv``.
-
-    Raises:
-        ValueError: the name ends otherwise.
+        file: as ``check_export`` wants it.
     """
-    check_export(file)
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: _column([_plain(row.get(name)) for row in rows]) for name in names}
     file.parent.mkdir(parents=True, exist_ok=True)

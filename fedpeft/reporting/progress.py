@@ -151,6 +151,7 @@ class Tally:
         done: runs that came to their end now.
         skipped: runs whose results were there.
         failed: runs that an error ended, now or earlier.
+        earlier: those of ``failed`` that an earlier command ran, so they took no time now.
         started: time at which the first one began, in seconds since 1970.
     """
 
@@ -158,6 +159,7 @@ class Tally:
     done: int = 0
     skipped: int = 0
     failed: int = 0
+    earlier: int = 0
     started: float = field(default_factory=time.time)
 
     def add(self, failed: bool) -> None:
@@ -177,8 +179,8 @@ class Tally:
         return f"stopped with {self.done + self.skipped}{of} runs done, this goes on: {command}"
 
     def _left(self) -> str:
-        ran = self.done + self.failed
-        left = 0 if self.total is None else self.total - ran - self.skipped
+        ran = self.done + self.failed - self.earlier
+        left = 0 if self.total is None else self.total - self.done - self.failed - self.skipped
         if not self.done or not left:
             return ""
         return f", about {duration((time.time() - self.started) / ran * left)} left"

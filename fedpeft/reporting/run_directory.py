@@ -138,14 +138,10 @@ class RunDirectory:
 
     def pack_clients(self) -> None:
         """Turn the rows of all rounds into ``clients.parquet``, at the end of the run."""
-        import pyarrow  # takes a quarter of a second
-        from pyarrow import parquet
+        from pyarrow import parquet  # takes a quarter of a second
 
-        rows = read_lines(self.path / CLIENTS)
-        names = dict.fromkeys(name for row in rows for name in row)
-        table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
         with replacing(self.path / PACKED) as draft:
-            parquet.write_table(table, draft)
+            parquet.write_table(in_columns(read_lines(self.path / CLIENTS)), draft)
         (self.path / CLIENTS).unlink()
 
     def save_partition(self, table: Mapping[str, Sequence[Any]]) -> None:
@@ -260,6 +256,14 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):  # a run in one process does without ray
             installed[name] = version(name)
     return installed
+
+
+def in_columns(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return rows as a pyarrow table; a value that a row lacks is null."""
+    import pyarrow  # takes a quarter of a second
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pyarrow.table({name: [row.get(name) for row in rows] for name in names})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -116,8 +116,20 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
 
 def hash_of(settings: dict[str, Any]) -> str:
     """Return the hash of a run's settings, see ``SavedRun.hash``."""
-    text = json.dumps(settings, sort_keys=True, default=str)
+    text = json.dumps(alike(settings), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def alike(value: Any) -> Any:
+    """Return a value in which equal numbers are of one type, because ``lr=1`` and ``lr=1.0`` are.
+
+    The schema makes both a float before a run, and an int has no value with a point.
+    """
+    if isinstance(value, dict):
+        return {key: alike(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [alike(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def saved_runs(folders: Sequence[Path]) -> list[SavedRun]:
@@ -148,7 +160,8 @@ def differing(runs: Sequence[SavedRun]) -> list[str]:
     """Return the dotted keys whose value is not the same in all of these runs, sorted."""
     keys = sorted({key for run in runs for key in run.settings})
     absent = object()
-    return [key for key in keys if len({repr(run.settings.get(key, absent)) for run in runs}) > 1]
+    values = {key: {repr(alike(run.settings.get(key, absent))) for run in runs} for key in keys}
+    return [key for key in keys if len(values[key]) > 1]
 
 
 def one_a_seed(runs: Sequence[SavedRun]) -> list[SavedRun]:

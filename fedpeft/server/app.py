@@ -37,16 +37,22 @@ def main(grid: Grid, context: Context) -> None:
         if report.problems:
             raise ValueError("; ".join(report.problems))
     elif finished(configuration.composed(overrides)) is None:
-        serve(grid, overrides)
+        serve(grid, overrides, command="flwr run")
 
 
-def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> dict[str, Any]:
+def serve(
+    grid: Grid,
+    overrides: list[str],
+    display: Display | None = None,
+    command: str = "fedpeft run",
+) -> dict[str, Any]:
     """Run all rounds of one configuration and return its summary.
 
     Args:
         grid: reaches the clients' nodes.
         overrides: the configuration.
         display: shows the rounds, unless ``logs=json``; null for one on standard output.
+        command: starts such a run; the summary has it.
 
     Raises:
         ValueError: ``check=true``, which is no run.
@@ -63,7 +69,8 @@ def serve(grid: Grid, overrides: list[str], display: Display | None = None) -> d
     observer = _observer(overrides, path, display)
     directory = RunDirectory(path, tree, settings.resume, overrides)
     try:
-        run = Run(FederatedPEFT(overrides, engine), directory, settings.checkpoint, observer)
+        strategy = FederatedPEFT(overrides, engine)
+        run = Run(strategy, directory, settings.checkpoint, observer, command)
         if settings.resume:
             run.resume()
         return _run(run, grid, label)

@@ -7,6 +7,7 @@ with the bits of one that was never broken.
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Checkpoint:
         data: hash of the server's rows; null in the checkpoints of earlier versions.
         partition: hash of who holds which rows; null where clients have rows of their own, which
             their nodes check themselves.
+        own_rows: clients that have rows of their own, sorted.
     """
 
     round: int
@@ -51,6 +53,7 @@ class Checkpoint:
     method_memory: Memory
     data: str | None = None
     partition: str | None = None
+    own_rows: Sequence[int] = ()
 
 
 class Checkpoints:
@@ -81,6 +84,7 @@ class Checkpoints:
             "best_accepted": list(checkpoint.best_accepted.items()),
             "data": checkpoint.data,
             "partition": checkpoint.partition,
+            "own_rows": list(checkpoint.own_rows),
         }
         save(self._file(checkpoint.round), tensors, {NOTES: json.dumps(notes)})
         self._bests[checkpoint.round] = checkpoint.best

@@ -108,7 +108,8 @@ def over_clients(
     ``client_test_accuracy`` is the mean weighted by the clients' rows of the split. With a suffix:
     ``unweighted`` is the mean in which each client counts alike, ``worst`` the
     worst client's value, and ``p10`` the value that nine of ten clients reach: the 10th percentile,
-    or the 90th where less is better. Percentiles between two clients are interpolated.
+    or the 90th where less is better. Percentiles between two clients are interpolated. The baseline
+    is left out unless every client sent it, because a part of the clients have another one.
 
     Args:
         measures: by client, with the rows of each split.
@@ -120,6 +121,8 @@ def over_clients(
         split, _, name = key.partition("_")
         rows = f"{split}-num-examples"
         having = [metrics for metrics in measures.values() if key in metrics]
+        if name == "baseline" and len(having) < len(measures):
+            continue
         values = [metrics[key] for metrics in having]
         weighted = 0.0
         for metrics in having:  # sum() would add in another way from Python 3.12 on

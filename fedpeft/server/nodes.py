@@ -22,7 +22,8 @@ class Nodes:
 
     Attributes:
         of: node id by client.
-        own_rows: clients that train on rows of their own, which the server does not know.
+        own_rows: clients that train on rows of their own, which the server does not know; those
+            that joined the run before it was resumed are among them.
         left_out: by node id, why a node holds no client of this run.
         goes_on: earlier rounds are over, so the run goes on without nodes that do not come.
     """

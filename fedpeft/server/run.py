@@ -31,6 +31,7 @@ class Run(Observer):
         directory: takes the lines, the states and the summary.
         checkpoint: how often, and how many stay.
         observer: is told how the run goes on.
+        command: starts such a run, for the summary.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class Run(Observer):
         directory: RunDirectory,
         checkpoint: Checkpointing,
         observer: Observer,
+        command: str = "fedpeft run",
     ) -> None:
         self.strategy, self.engine = strategy, strategy.engine
-        self.directory, self.observer = directory, observer
+        self.directory, self.observer, self.command = directory, observer, command
         strategy.up.folder = directory.path
         self.lines: list[Line] = []
         self.started = time.perf_counter()
@@ -81,6 +83,7 @@ class Run(Observer):
         self.strategy.down.restore(checkpoints)
         self.strategy.next_round = last.round + 1
         self.strategy.nodes.goes_on = True
+        self.strategy.nodes.own_rows.update(last.own_rows)  # they may come back later
 
     def _check_rows(self, last: Checkpoint) -> None:
         """Refuse to go on with other rows, because their results would mix with the old ones'."""
@@ -148,6 +151,7 @@ class Run(Observer):
                 method_memory=down.method_memory,
                 data=self.data["sha256"],
                 partition=self.partition,
+                own_rows=sorted(self.strategy.nodes.own_rows),
             )
         )
         kept = [*generations.checkpoints, generations.accepted]
@@ -186,9 +190,11 @@ class Run(Observer):
             "weights": "RANDOM" if engine.config.model.random else "pretrained",
             "labels": getattr(engine.task, "label_names", None),
             "data": self.data | {"cut": self._cut()},
+            "partition_sha256": self.partition,
             "notes": engine.task.notes(),
             "seed": engine.config.seed,
             "versions": versions(),
+            "command": self.command,
             "run_dir": str(self.directory.path),
         }
         self.directory.finish(summary)  # before the base model is built, for which memory may lack

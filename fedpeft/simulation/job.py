@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
+from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
@@ -38,6 +39,7 @@ class Ended(NamedTuple):
         path: its run's directory; empty if its configuration is wrong.
         reason: the error's text; empty if it has not failed.
         process: the number of the process in which it ran.
+        earlier: it failed in an earlier sweep, and did not run again.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Ended(NamedTuple):
     path: str
     reason: str = ""
     process: int = 0
+    earlier: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Job:
         process: the number of the process in which the sweep began.
         skipped: the number of jobs whose results were there before it.
         as_json: show what is shown on standard error.
+        read: notes that this process has read, by their files' names.
     """
 
     plan: Plan
@@ -66,6 +70,7 @@ class Job:
     process: int
     skipped: int
     as_json: bool
+    read: dict[str, Ended] = field(default_factory=dict, compare=False)
 
     def __call__(self, _: DictConfig) -> float | None:
         """Run a job, unless its result is there.
@@ -79,7 +84,8 @@ class Job:
         name, here = self.plan.label(overrides), os.getpid() == self.process
         # Nobody could tell apart the lines of runs in several processes, so they show none.
         shown = Console(highlight=False, soft_wrap=True, stderr=self.as_json, quiet=not here)
-        ended, outcome = _run(overrides, name, Path(hydra.runtime.output_dir), Display(shown))
+        folder = Path(hydra.runtime.output_dir)
+        ended, outcome = _run(overrides, name, folder, self.notes, Display(shown))
         with replacing(self.notes / f"{hydra.job.num:09}.json") as draft:
             draft.write_text(json.dumps(ended))
         if here:
@@ -90,14 +96,19 @@ class Job:
 
     def ended(self) -> list[Ended]:
         """Return the jobs that ended, by their numbers."""
-        return [Ended(*json.loads(file.read_text())) for file in sorted(self.notes.glob("*.json"))]
+        for file in self.notes.glob("*.json"):
+            if file.name not in self.read:
+                self.read[file.name] = Ended(*json.loads(file.read_text()))
+        return [self.read[name] for name in sorted(self.read)]
 
     def tally(self) -> Tally:
         """Count the jobs that ended."""
-        kinds = [one.kind for one in self.ended()]
+        ended = self.ended()
+        kinds = [one.kind for one in ended]
         skipped = max(self.skipped, kinds.count(SKIPPED))
         counts = kinds.count(DONE), skipped, kinds.count(FAILED)
-        return Tally(self.plan.total, *counts, started=self.started)
+        earlier = sum(one.earlier for one in ended)
+        return Tally(self.plan.total, *counts, earlier, started=self.started)
 
     def show(self, ended: Ended) -> None:
         """Show a job that ended, and how far the sweep is."""
@@ -119,22 +130,28 @@ def continuing(overrides: Sequence[str], path: Path) -> list[str]:
 
 
 def _run(
-    overrides: Sequence[str], name: str, folder: Path, display: Display
+    overrides: Sequence[str], name: str, folder: Path, notes: Path, display: Display
 ) -> tuple[Ended, Outcome]:
-    """Return how a job ended, now or in an earlier sweep."""
-    path = ""
+    """Return how a job ended, now or in an earlier sweep.
+
+    A sweeper that draws values may draw the same ones for several jobs at once. The first of them
+    runs, and the others wait for its result.
+    """
+    path, earlier = "", False
     try:
         saved = SavedRun(path_of(overrides, folder))
         path = str(saved.path)
-        if isinstance(outcome := saved.outcome(), dict):
-            return Ended(name, SKIPPED, path), outcome
-        if outcome is None:
-            display.console.print(name, markup=False)
-            outcome = _noted(saved, overrides, display)
-            return Ended(name, DONE, path, process=os.getpid()), outcome
+        with FileLock(notes / f"{saved.path.name}.lock"):
+            if isinstance(outcome := saved.outcome(), dict):
+                return Ended(name, SKIPPED, path), outcome
+            earlier = outcome is not None
+            if outcome is None:
+                display.console.print(name, markup=False)
+                outcome = _noted(saved, overrides, display)
+                return Ended(name, DONE, path, process=os.getpid()), outcome
     except Exception as error:  # a job's error must leave the other jobs alone
         outcome = RuntimeError(explained(error))
-    return Ended(name, FAILED, path, str(outcome), os.getpid()), outcome
+    return Ended(name, FAILED, path, str(outcome), os.getpid(), earlier), outcome
 
 
 def _noted(saved: SavedRun, overrides: Sequence[str], display: Display) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from fedpeft.config import load as configuration
 from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Config, Runtime
+from fedpeft.files import check_path
 from fedpeft.reporting.progress import Display, Tally
 from fedpeft.reporting.run_directory import check_run_dir, finished, new_path
 from fedpeft.simulation.stop import sigterm_kept
@@ -165,19 +166,16 @@ def _check_early(overrides: Sequence[str]) -> None:
     tree = configuration.composed(overrides)
     for key in PATHS:
         path = OmegaConf.select(tree, key, throw_on_resolution_failure=False)
-        is_path = isinstance(path, str) and path.startswith((".", "/", "~"))
-        if is_path and not Path(path).expanduser().exists():
-            raise ValueError(f"{key}={path} is no folder or file")
+        if isinstance(path, str):
+            check_path(key, path)
 
 
 def _check(runs: Sequence[Sequence[str]]) -> None:
     """Check configurations before workers start, and import the modules that take long."""
-    from fedpeft.data.rows.tables import check_path
-
     configs = list(map(configuration.load_config, runs))
     for config in configs:
         config.model.source()
-        check_path(config.data.folder())
+        check_path("data.path", config.data.folder())
     import fedpeft.server.app  # noqa: F401
 
     if len(runs) > 1:

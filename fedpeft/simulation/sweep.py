@@ -7,10 +7,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 
+from filelock import FileLock, Timeout
 from hydra import main
 from rich.console import Console
 
@@ -22,6 +25,8 @@ from fedpeft.simulation.job import Ended, Job, continuing, path_of, watched
 from fedpeft.simulation.launch import check_all
 
 SHOWN = 10  # of the skipped runs, by name
+NOTES, LOCK = ".jobs-", ".lock"  # begin the name of a folder for notes; the file that is locked
+NO_TRIAL = "No trials are completed yet."  # of Optuna
 
 
 def sweep(plan: Plan, command: str, as_json: bool) -> bool:
@@ -88,17 +93,36 @@ def _there(plan: Plan, folder: Path) -> tuple[list[Ended], list[list[str]]]:
 
 def _run(plan: Plan, folder: Path, skipped: int, command: str, as_json: bool) -> list[Ended]:
     """Run a sweep's jobs, and return how each ended."""
-    with TemporaryDirectory(prefix=".jobs-", dir=folder, ignore_cleanup_errors=True) as notes:
-        job = Job(plan, Path(notes), time.time(), os.getpid(), skipped, as_json)
+    with _notes(folder) as notes:
+        job = Job(plan, notes, time.time(), os.getpid(), skipped, as_json)
         try:
             with watched(job):
                 _by_hydra([*plan.arguments, *_of_sweeper(plan)], job)
         except KeyboardInterrupt as stopped:
             raise type(stopped)(job.tally().stopped(command)) from None
-        except Exception:  # Optuna's, if no trial came to its end
-            if not any(one.kind == FAILED for one in job.ended()):
+        except Exception as error:
+            # Optuna's, if no trial came to its end, says less than the jobs themselves.
+            if str(error) != NO_TRIAL or not any(one.kind == FAILED for one in job.ended()):
+                _report(job.ended(), as_json=False)
                 raise
         return job.ended()
+
+
+@contextmanager
+def _notes(folder: Path) -> Iterator[Path]:
+    """Yield a folder for the notes of a sweep's jobs, and remove those of sweeps that were killed.
+
+    A sweep holds a lock in its folder, so another one can tell that it goes on.
+    """
+    with ExitStack() as stack:
+        with FileLock(folder / f"{NOTES}lock"):  # no folder is without its lock when others look
+            for left in folder.glob(f"{NOTES}*/"):
+                with suppress(Timeout), FileLock(left / LOCK, timeout=0):
+                    rmtree(left, ignore_errors=True)
+            made = TemporaryDirectory(prefix=NOTES, dir=folder, ignore_cleanup_errors=True)
+            notes = Path(stack.enter_context(made))
+            stack.enter_context(FileLock(notes / LOCK))
+        yield notes
 
 
 def _report(ended: Sequence[Ended], as_json: bool) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedpeft.data.rows.text_files import PLAIN, RECODE, TextFormat
 from fedpeft.errors import PartlyPublic
+from fedpeft.files import check_path
 from fedpeft.models.hub import reachable
 from fedpeft.seeding import generator
 
@@ -57,24 +58,12 @@ def load_tables(
     import datasets
 
     datasets.disable_progress_bars()
-    local = check_path(path)
+    local = check_path("data.path", path)
     if local.is_file():
         return _read(path, {"train": [local]}, text)
     if local.is_dir():
         return _read(path, _split_files(local), text)
     return _from_hub(path, subset, revision)
-
-
-def check_path(path: str) -> Path:
-    """Return the path without ``~``.
-
-    Raises:
-        ValueError: the path does not exist, and it is no hub name by its first character.
-    """
-    local = Path(path).expanduser()
-    if path.startswith((".", "/", "~")) and not local.exists():
-        raise ValueError(f"data.path={path} is no folder or file")
-    return local
 
 
 def marks(path: str) -> list[tuple[str, int, int]] | None:

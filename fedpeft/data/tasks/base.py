@@ -31,7 +31,7 @@ class Task(Source):
     Args:
         metrics: names of ``fedpeft.metrics``, or modules of ``evaluate`` (``/folder/my_metric``,
             ``evaluate:NAME``). The first is the headline.
-        less_is_better: names in the results of those of them of which less is better.
+        less_is_better: results of ``metrics`` of which less is better, by their names.
     """
 
     metrics: list[str] = field(default_factory=list)

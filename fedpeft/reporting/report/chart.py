@@ -5,6 +5,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fedpeft.reporting.figures import COLOURS
+
+MOST_MARKERS = 60  # of a line; more would hide it
+# Lengths of strokes and gaps. Colours repeat after ten settings, and a line then has other dashes.
+DASHES = ((), (2, 2), (9, 3), (9, 3, 2, 3))
+
+
+def dashes(place: int) -> tuple[int, ...]:
+    """Return the lengths of strokes and gaps of a setting's line; none for an unbroken one."""
+    return DASHES[place // len(COLOURS) % len(DASHES)]
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -86,7 +97,9 @@ class BoxChart(Chart):
 
 @dataclass(frozen=True)
 class BarChart(Chart):
-    """Bars for each setting, one below the other.
+    """Bars for each setting, one below the other, or points where the axis is logarithmic.
+
+    A bar's length has no meaning on a logarithmic axis, because the axis has no 0.
 
     Args:
         x: names the axis of the values.

@@ -9,6 +9,7 @@ from fedpeft.reporting.report.series import Curve, Points, in_lines, megabytes, 
 from fedpeft.reporting.report.settings import Runs, Setting
 from fedpeft.reporting.saved_runs import SavedRun
 
+MOST_POINTS = 300  # of a setting, because each is drawn in three files and has a text on the page
 BAND = "Lines are means over the seeds, bands the mean ± the sample standard deviation"
 
 
@@ -115,12 +116,18 @@ def common_baseline(runs: Runs) -> float | None:
 
 
 def _by_client(runs: Runs) -> BoxChart | None:
-    measured = [last_round(setting, runs.measure) for setting in runs.settings]
+    whole = [last_round(setting, runs.measure) for setting in runs.settings]
+    measured = [thinned(values) for values in whole]
     lacking = [s.name for s, values in zip(runs.settings, measured, strict=True) if not values]
     if len(lacking) == len(measured):
         return None
     shown = [(place, values) for place, values in enumerate(measured) if values]
     notes = ["Each point is a client of one seed, after the last round in which clients measured."]
+    if (most := max(map(len, whole))) > MOST_POINTS:
+        notes.append(
+            f"Of a setting's clients ({most} at most), {MOST_POINTS} are drawn, evenly spaced in "
+            "the order of their values, and the box is of these."
+        )
     if lacking:
         notes.append(f"No client's measures were saved by: {', '.join(lacking)}.")
     return BoxChart(
@@ -133,6 +140,15 @@ def _by_client(runs: Runs) -> BoxChart | None:
         [[text for _, text in values] for _, values in shown],
         notes=notes,
     )
+
+
+def thinned(values: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Return at most ``MOST_POINTS`` values with their texts, with the least and the greatest."""
+    if len(values) <= MOST_POINTS:
+        return values
+    ranked = sorted(values)
+    last = len(ranked) - 1
+    return [ranked[round(i * last / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
 
 
 # --- lines ---------------------------------------------------------------------------------------
@@ -260,6 +276,8 @@ def _bytes(runs: Runs) -> BarChart:
     sizes = [size for values in bars.values() for size in values if size > 0]
     log = bool(sizes) and max(sizes) > 50 * min(sizes)
     notes = ["Training's messages of the whole run, all clients, mean over the seeds."]
+    if log:
+        notes.append("The axis is logarithmic, so there are points for bars, and none for a 0.")
     names = [setting.name for setting in runs.settings]
     return BarChart("bytes", "Megabytes up and down", "MB", names, bars, log, notes=notes)
 

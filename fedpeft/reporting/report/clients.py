@@ -1,6 +1,6 @@
 """The clients of the last round, from the runs' tables of clients."""
 
-from fedpeft.reporting.clients import read_clients
+from fedpeft.reporting.clients import read_columns
 from fedpeft.reporting.report.settings import Setting
 from fedpeft.reporting.saved_runs import SavedRun
 
@@ -22,8 +22,12 @@ def last_round(setting: Setting, measure: str) -> list[tuple[float, str]]:
 
 def _measured(run: SavedRun, key: str) -> list[tuple[int, float]]:
     try:
-        rows = [row for row in read_clients(run.path) if key in row]
+        table = read_columns(run.path, ("round", "client", key))
     except ValueError:  # an older run, or one whose table was not kept
         return []
-    last = max((row["round"] for row in rows), default=0)
-    return [(row["client"], row[key]) for row in rows if row["round"] == last]
+    if key not in table.column_names:
+        return []
+    table = table.filter(table[key].is_valid())
+    rounds = table["round"].to_numpy()
+    last = table.filter(rounds == rounds.max(initial=0))
+    return list(zip(last["client"].to_pylist(), last[key].to_pylist(), strict=True))

@@ -1,5 +1,6 @@
 """The command of a run: from its saved overrides or, for older runs, from its configuration."""
 
+import json
 import math
 import re
 import shlex
@@ -23,7 +24,10 @@ def command(run: SavedRun) -> str:
     files still have the classes that it names.
     """
     if run.overrides is not None:
-        return _line([o for o in run.overrides if not o.startswith(("run_dir=", "resume="))])
+        return _line(
+            [o for o in run.overrides if not o.startswith(("run_dir=", "resume="))],
+            (run.summary or {}).get("command"),
+        )
     chosen = choices(run.settings)
     missing = [
         group for group, name in chosen.items() if not (CONF / group / f"{name}.yaml").exists()
@@ -37,8 +41,18 @@ def command(run: SavedRun) -> str:
     return f"{_line(rebuilt(run))}  # rebuilt from config.yaml"
 
 
-def _line(overrides: list[str]) -> str:
-    return f"fedpeft run {shlex.join(overrides)}".rstrip()
+def _line(overrides: list[str], start: str | None = None) -> str:
+    """Return a command line.
+
+    Args:
+        overrides: the configuration.
+        start: the command that started the run; null for a run that did not save it.
+    """
+    if start != "flwr run":
+        return f"fedpeft run {shlex.join(overrides)}".rstrip()
+    # A text of TOML. Flower looks for its end at the next double quote, escaped or not.
+    text = json.dumps(shlex.join(overrides), ensure_ascii=False).replace('\\"', "\\u0022")
+    return shlex.join(["flwr", "run", ".", "--stream", "--run-config", f"overrides={text}"])
 
 
 def rebuilt(run: SavedRun) -> list[str]:

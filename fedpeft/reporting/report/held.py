@@ -1,7 +1,8 @@
 """Who holds what: rows by client and label, where a run's server knew them."""
 
+import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,48 +14,78 @@ from fedpeft.reporting.saved_runs import SavedRun
 MOST_CHARTS, MOST_CLIENTS, MOST_LABELS = 4, 200, 100
 
 
+class Held(NamedTuple):
+    """A run's rows by client and label, as they are saved: a count of zero has no entry.
+
+    Attributes:
+        clients: their numbers, (entries,).
+        places: of the labels in ``labels``, (entries,).
+        rows: counts, (entries,).
+        labels: their names, sorted.
+    """
+
+    clients: np.ndarray
+    places: np.ndarray
+    rows: np.ndarray
+    labels: list[str]
+
+    @property
+    def hash(self) -> str:
+        """Hash that two equal divisions share."""
+        order = np.lexsort((self.places, self.clients))
+        entries = np.stack([self.clients, self.places, self.rows])[:, order]
+        return hashlib.sha256(entries.tobytes() + repr(self.labels).encode()).hexdigest()
+
+    def part(self) -> tuple[np.ndarray, list[str]]:
+        """Return the first clients' rows, (clients, labels), and the commonest labels."""
+        totals = np.bincount(self.places, self.rows, len(self.labels))
+        commonest = np.sort(np.argsort(-totals, kind="stable")[:MOST_LABELS])
+        shown = (self.clients < MOST_CLIENTS) & np.isin(self.places, commonest)
+        counts = np.zeros((min(self.clients.max() + 1, MOST_CLIENTS), len(commonest)), np.int64)
+        columns = np.searchsorted(commonest, self.places[shown])
+        counts[self.clients[shown], columns] = self.rows[shown]
+        return counts, [self.labels[place] for place in commonest]
+
+
 def held_charts(runs: Runs) -> Iterator[HeatChart]:
     """Yield a heat map for each division of the rows, which settings may share; a few at most."""
-    seen: dict[bytes, tuple[np.ndarray, list[str], SavedRun, str]] = {}
+    seen: dict[str, tuple[SavedRun, str]] = {}
     for setting in runs.settings:
         for run in setting.runs:
-            if (table := _held(run)) is not None:
-                counts, labels = table
-                key = counts.tobytes() + repr(labels).encode()
-                seen.setdefault(key, (counts, labels, run, setting.name))
-    for number, (counts, labels, run, name) in enumerate(list(seen.values())[:MOST_CHARTS]):
-        kind = run.settings.get("partition.column") or run.settings.get("data.label") or "label"
-        title = f"Rows by client and {kind}, seed {run.settings['seed']}"
+            if (held := read_held(run)) is not None:
+                seen.setdefault(held.hash, (run, setting.name))
+    for number, (run, name) in enumerate(list(seen.values())[:MOST_CHARTS]):
         alike = "one of the settings that share it is " if len(runs.settings) > 1 else ""
         notes = [f"As in {run.path} ({alike}{name})."]
         if number == 0 and len(seen) > MOST_CHARTS:
             notes.append(f"{len(seen) - MOST_CHARTS} more divisions are not drawn.")
-        clients, width = counts.shape
-        if clients > MOST_CLIENTS or width > MOST_LABELS:
-            notes.append(
-                f"Of {clients} clients and {width} labels, the first {MOST_CLIENTS} and the "
-                f"{MOST_LABELS} commonest at most."
-            )
-            counts, labels = _part(counts, labels)
-        yield HeatChart(f"held_{number}", title, counts, labels, str(kind), notes=notes)
+        held = read_held(run)
+        assert held is not None
+        yield _chart(f"held_{number}", run, held, notes)
 
 
-def _held(run: SavedRun) -> tuple[np.ndarray, list[str]] | None:
-    """Return rows by client and label, (clients, labels), and the labels; null if unknown."""
+def _chart(name: str, run: SavedRun, held: Held, notes: list[str]) -> HeatChart:
+    kind = run.settings.get("partition.column") or run.settings.get("data.label") or "label"
+    title = f"Rows by client and {kind}, seed {run.settings['seed']}"
+    clients, width = held.clients.max() + 1, len(held.labels)
+    if clients > MOST_CLIENTS or width > MOST_LABELS:
+        limits = f"the first {MOST_CLIENTS} and the {MOST_LABELS} commonest at most"
+        notes = [*notes, f"Of {clients} clients and {width} labels, {limits}."]
+    return HeatChart(name, title, *held.part(), str(kind), notes=notes)
+
+
+def read_held(run: SavedRun) -> Held | None:
+    """Return a run's rows by client and label; null if it did not save them."""
     file = run.path / HELD
     if not file.exists():
         return None
     from pyarrow import parquet  # takes a quarter of a second
 
-    columns: dict[str, list[Any]] = parquet.read_table(file).to_pydict()
-    labels = sorted(set(columns["label"]))
+    table = parquet.read_table(file)
+    coded = table["label"].combine_chunks().dictionary_encode()
+    names = coded.dictionary.to_pylist()
+    labels = sorted(names)
     places = {label: place for place, label in enumerate(labels)}
-    counts = np.zeros((max(columns["client"]) + 1, len(labels)), np.int64)
-    for client, label, rows in zip(*(columns[n] for n in ("client", "label", "rows")), strict=True):
-        counts[client, places[label]] = rows
-    return counts, labels
-
-
-def _part(counts: np.ndarray, labels: list[str]) -> tuple[np.ndarray, list[str]]:
-    commonest = sorted(np.argsort(-counts.sum(0), kind="stable")[:MOST_LABELS])
-    return counts[:MOST_CLIENTS, commonest], [labels[i] for i in commonest]
+    moved = np.array([places[name] for name in names])
+    clients, rows = table["client"].to_numpy(), table["rows"].to_numpy()
+    return Held(clients, moved[coded.indices.to_numpy()], rows, labels)

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from fedpeft.reporting.figures import COLOURS
-from fedpeft.reporting.report.chart import Chart
+from fedpeft.reporting.report.chart import Chart, dashes
 from fedpeft.reporting.report.plotly_form import form
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.report.table import Table
@@ -56,7 +56,10 @@ def html(runs: Runs, sections: Sequence[Section]) -> str:
         facts=_facts(runs),
         sections=[s for s in sections if s.tables or s.charts or s.notes],
         left_out=len(runs.left_out),
-        legend=[(s.name, COLOURS[i % len(COLOURS)]) for i, s in enumerate(runs.settings)],
+        legend=[
+            (s.name, COLOURS[i % len(COLOURS)], " ".join(map(str, dashes(i))))
+            for i, s in enumerate(runs.settings)
+        ],
         forms={chart.name: form(chart) for section in sections for chart in section.charts},
         plotly=get_plotlyjs(),
     )

@@ -11,13 +11,15 @@ from fedpeft.reporting.tables import Rows
 
 FEWEST = 3  # pairs of a test
 LEVEL = 0.95  # of confidence intervals
+PARTITION = "partition_sha256"  # in a summary; null where sites hold rows of their own
+UNKNOWN = "unknown"
 
 
 def paired_tests(runs: Runs) -> tuple[Rows, dict[str, list[str]]]:
     """Test each pair of settings for a difference of its quality.
 
     Returns:
-        A row for each pair that has enough common seeds of the same rows and clients, the smallest
+        A row for each pair that has enough common seeds of the same rows by client, the smallest
         p first, with Holm's correction in ``p_holm``; and the other pairs by the reason why they
         have no test.
     """
@@ -36,33 +38,49 @@ def paired_tests(runs: Runs) -> tuple[Rows, dict[str, list[str]]]:
 
 def _differences(one: Setting, other: Setting, key: str) -> tuple[list[float], str]:
     """Return the differences by common seed, or the reason why no test is made of them."""
-    if _clients(one) != _clients(other):
+    if _divided(one) != _divided(other):
         return [], "their rows are divided differently, so a seed makes no pair"
-    pairs = [
-        (_facts(one, seed, key), _facts(other, seed, key))
-        for seed in one.seeds
-        if seed in other.seeds
-    ]
-    pairs = [(a, b) for a, b in pairs if a[0] == b[0] and None not in (*a, *b)]
-    if len(pairs) < FEWEST:
-        return [], f"a test needs {FEWEST} common seeds of the same data, got {len(pairs)}"
-    differences = [a[1] - b[1] for a, b in pairs]
+    common = [seed for seed in one.seeds if seed in other.seeds]
+    rows = [(_rows(one, seed), _rows(other, seed)) for seed in common]
+    if any(UNKNOWN in (*a, *b) for a, b in rows):
+        return [], "sites hold rows of their own, so nobody knows that both had the same rows"
+    same = [seed for seed, (a, b) in zip(common, rows, strict=True) if a == b]
+    pairs = [(_quality(one, seed, key), _quality(other, seed, key)) for seed in same]
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    if len(differences) < FEWEST:
+        return [], (
+            f"a test needs {FEWEST} common seeds of the same rows by client, got {len(differences)}"
+        )
     if np.ptp(differences) <= 1e-12 * max(map(abs, differences)):
         return [], f"the same difference, {differences[0]:.3f}, with every seed, so no test applies"
     return differences, ""
 
 
-def _clients(setting: Setting) -> dict[str, Any]:
-    """Return the keys that divide the rows."""
-    values = setting.runs[0].settings
-    return {k: v for k, v in values.items() if k == "num_clients" or k.startswith("partition.")}
+def _divided(setting: Setting) -> dict[str, Any]:
+    """Return the keys that divide the rows, and that say how many of them are measured."""
+    values, keys = setting.runs[0].settings, ("num_clients", "evaluation.max_client_rows")
+    return {k: v for k, v in values.items() if k in keys or k.startswith("partition.")}
 
 
-def _facts(setting: Setting, seed: int, key: str) -> tuple[str | None, Any]:
-    """Return the hash of a run's data, and its quality."""
-    place = setting.seeds.index(seed)
-    data = (setting.runs[place].summary or {}).get("data", {})
-    return data.get("sha256"), setting.rows[place][key]
+def _rows(setting: Setting, seed: int) -> tuple[str | None, str | None]:
+    """Return the hashes of a run's data and of who holds which rows.
+
+    The second is null for a run of an earlier version, which did not save it, so that the keys of
+    the partition alone tell whether clients had the same rows.
+    """
+    summary = setting.runs[setting.seeds.index(seed)].summary or {}
+    partition = (summary[PARTITION] or UNKNOWN) if PARTITION in summary else None
+    return summary.get("data", {}).get("sha256"), partition
+
+
+def unsaved_partitions(runs: Runs) -> int:
+    """Return the number of runs that did not save who holds which rows."""
+    summaries = [run.summary or {} for setting in runs.settings for run in setting.runs]
+    return sum(PARTITION not in summary for summary in summaries)
+
+
+def _quality(setting: Setting, seed: int, key: str) -> float | None:
+    return setting.rows[setting.seeds.index(seed)][key]
 
 
 def t_test(differences: Sequence[float]) -> dict[str, Any]:

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.reporting.figures import COLOURS, plot_partition, pyplot, shortened, style
-from fedpeft.reporting.report.chart import BarChart, BoxChart, Chart, HeatChart, Line, LineChart
+from fedpeft.reporting.report.chart import (
+    MOST_MARKERS,
+    BarChart,
+    BoxChart,
+    Chart,
+    HeatChart,
+    Line,
+    LineChart,
+    dashes,
+)
 
 FORMATS = ("png", "svg", "pdf")
 WIDTH = 7.0  # inches
@@ -82,8 +91,9 @@ def _draw_line(line: Line, axis: Any) -> None:
     if line.bound:
         axis.plot(line.x, line.y, ls="--", lw=1, color=drawn["color"], label=line.name)
         return
-    dash = ":" if line.place >= len(COLOURS) else "-"
-    axis.plot(line.x, line.y, ms=4, ls=dash, **drawn)
+    dash = (0, dashes(line.place)) if dashes(line.place) else "-"
+    every = -(-len(line.x) // MOST_MARKERS) or 1
+    axis.plot(line.x, line.y, ms=4, ls=dash, markevery=every, **drawn)
     if line.low is not None and line.high is not None:
         axis.fill_between(line.x, line.low, line.high, color=drawn["color"], alpha=0.15, lw=0)
 
@@ -103,7 +113,10 @@ def _(chart: BarChart, figure: Any, axis: Any) -> None:
     high = 0.8 / len(chart.bars)
     for place, (name, values) in enumerate(chart.bars.items()):
         at = [y - 0.4 + high * (place + 0.5) for y in range(len(chart.names))]
-        axis.barh(at, values, height=high, color=COLOURS[place], label=name)
+        if chart.log_x:
+            axis.plot(values, at, "o", ms=7, color=COLOURS[place], label=name)
+        else:
+            axis.barh(at, values, height=high, color=COLOURS[place], label=name)
     _name_rows(chart.names, 0.3 + 0.15 * len(chart.bars), figure, axis)
     axis.set(xlabel=chart.x)
     _scale(axis, chart.log_x)
@@ -117,7 +130,9 @@ def _scale(axis: Any, log: bool) -> None:
         from matplotlib.ticker import LogLocator, NullFormatter
 
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axis.get_xlim()
+        subs = (1, 2, 5) if high < 1000 * low else (1,)  # more would touch each other
+        axis.xaxis.set_major_locator(LogLocator(subs=subs))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
 

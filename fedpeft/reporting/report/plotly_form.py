@@ -10,7 +10,16 @@ from html import escape
 from typing import Any
 
 from fedpeft.reporting.figures import COLOURS, shortened
-from fedpeft.reporting.report.chart import BarChart, BoxChart, Chart, HeatChart, Line, LineChart
+from fedpeft.reporting.report.chart import (
+    MOST_MARKERS,
+    BarChart,
+    BoxChart,
+    Chart,
+    HeatChart,
+    Line,
+    LineChart,
+    dashes,
+)
 
 Form = dict[str, Any]
 GREY = "rgba(128,128,128,0.35)"
@@ -52,11 +61,13 @@ def _line(line: Line) -> list[Form]:
         x, y = [*line.x, *reversed(line.x)], [*line.high, *reversed(line.low)]
         band = {"fill": "toself", "fillcolor": faded(colour, 0.18), "hoverinfo": "skip"}
         traces.append(own | band | {"x": x, "y": y, "mode": "lines", "line": {"width": 0}})
-    dash = "dash" if line.bound else "dot" if line.place >= len(COLOURS) else "solid"
+    strokes = ",".join(f"{length}px" for length in dashes(line.place))
+    dash = "dash" if line.bound else strokes or "solid"
     drawn = {"x": list(line.x), "y": list(line.y), "line": {"color": colour, "dash": dash}}
     symbol = MARKERS[line.place % len(MARKERS)]
+    marker = {"symbol": symbol, "size": 7, "maxdisplayed": MOST_MARKERS}
     mode = {"mode": "lines" if line.bound else "lines+markers"}
-    return [*traces, own | drawn | mode | {"marker": {"symbol": symbol, "size": 7}}]
+    return [*traces, own | drawn | mode | {"marker": marker}]
 
 
 @form.register
@@ -70,7 +81,7 @@ def _(chart: BoxChart) -> Form:
             "text": list(hover),
             "name": name,
             "orientation": "h",
-            "boxpoints": "all" if len(values) <= 300 else "outliers",
+            "boxpoints": "all",
             "jitter": 0.4,
             "pointpos": 0,
             "marker": {"color": COLOURS[place % len(COLOURS)], "size": 5, "opacity": 0.75},
@@ -89,14 +100,16 @@ def _(chart: BoxChart) -> Form:
 @form.register
 def _(chart: BarChart) -> Form:
     names = _ticks(chart.names)
+    drawn = {"type": "scatter", "mode": "markers"} if chart.log_x else {"type": "bar"}
+    size = {"size": 10} if chart.log_x else {}
     data = [
         {
-            "type": "bar",
+            **drawn,
             "orientation": "h",
             "y": names,
             "x": list(values),
             "name": escape(name),
-            "marker": {"color": COLOURS[place % len(COLOURS)]},
+            "marker": {"color": COLOURS[place % len(COLOURS)]} | size,
             "showlegend": len(chart.bars) > 1,
         }
         for place, (name, values) in enumerate(chart.bars.items())

@@ -1,7 +1,7 @@
 """Tables of a report: numbers with all digits as CSV, and texts as Markdown, LaTeX and HTML."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ class Table:
         rows: values by name, all of which the CSV has.
         notes: sentences below it.
         texts: number of columns, from the left, that are text; the others are numbers.
+        long: titles of columns that LaTeX's table leaves out, because no page has room for them.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Table:
     rows: Rows
     notes: Sequence[str] = field(default=())
     texts: int = 1
+    long: Collection[str] = ()
 
     @property
     def header(self) -> list[str]:
@@ -54,9 +56,12 @@ class Table:
 
     def latex(self) -> str:
         """Return the table for LaTeX, which needs no package."""
-        head, *lines = (" & ".join(map(escaped_latex, row)) for row in (self.header, *self.cells))
-        kinds = "l" * self.texts + "r" * (len(self.columns) - self.texts)
-        notes = [f"% {' '.join(note.split())}" for note in (self.title, *self.notes)]
+        shown = [place for place, name in enumerate(self.columns) if name not in self.long]
+        rows = [[row[place] for place in shown] for row in (self.header, *self.cells)]
+        head, *lines = (" & ".join(map(escaped_latex, row)) for row in rows)
+        kinds = "".join("l" if place < self.texts else "r" for place in shown)
+        left = [f"{self.name}.csv has, too: {', '.join(self.long)}."] if self.long else []
+        notes = [f"% {' '.join(note.split())}" for note in (self.title, *self.notes, *left)]
         body = [rf"{line} \\" for line in lines]
         whole = [*notes, rf"\begin{{tabular}}{{{kinds}}}", r"\hline", rf"{head} \\", r"\hline"]
         return "\n".join([*whole, *body, r"\hline", r"\end{tabular}"]) + "\n"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpeft.reporting.report.commands import command
-from fedpeft.reporting.report.pairs import FEWEST, LEVEL, paired_tests
+from fedpeft.reporting.report.pairs import FEWEST, LEVEL, paired_tests, unsaved_partitions
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.report.table import Table, Text
 from fedpeft.reporting.saved_runs import differing
@@ -119,10 +119,15 @@ def pairs_table(runs: Runs) -> Table | None:
     notes = [
         f"{runs.title.capitalize()}, {_compared_name(runs)}: differences by seed, two-sided paired "
         f"t-test. A pair of settings is tested if {FEWEST} seeds or more are common and have the "
-        "same rows and clients.",
+        "same rows by client.",
         f"{len(rows)} comparisons were made. The p by Holm is corrected for them; the interval is "
         "of one comparison alone.",
     ]
+    if rows and (older := unsaved_partitions(runs)):
+        notes.append(
+            f"{older} of the runs are of an earlier version, which did not save who holds which "
+            "rows; the same data and the same keys of the partition stand for it there."
+        )
     few = min((row["n"] for row in rows), default=FEWEST)
     if rows and few < 6:
         notes.append(
@@ -249,7 +254,8 @@ def runs_table(runs: Runs) -> Table:
         "s": lambda row: f"{row['seconds']:.0f}",
     }
     notes = ["The command is without run_dir. The CSV has the SHA-256 of the shared state, too."]
-    return Table("runs", "Runs and their commands", columns, rows, notes, texts=4)
+    long = ("directory", "command")
+    return Table("runs", "Runs and their commands", columns, rows, notes, texts=4, long=long)
 
 
 def left_out_table(runs: Runs) -> Table | None:

@@ -1,5 +1,6 @@
 """``fedpeft report``: reads saved runs, and writes the page, the figures and the tables."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from fedpeft.reporting.report.tables import (
 from fedpeft.reporting.saved_runs import saved_runs
 
 PAGE, FIGURES, TABLES = "report.html", "figures", "tables"
+WRITTEN = (
+    ".written.json"  # names the files of the last report, the only ones that a new one removes
+)
 NO_COUNTS = (
     "No run saved the rows by client and label: runs of earlier versions did not, and a server "
     "does not know the rows that sites hold alone. fedpeft partition shows them for a "
@@ -37,7 +41,7 @@ def write_report(folders: Sequence[Path], to: Path) -> list[Path]:
     Args:
         folders: of runs, studies or sweeps.
         to: takes ``report.html``, ``figures`` and ``tables``; files of the same names there are
-            replaced.
+            replaced, and others that an earlier report wrote there are removed.
 
     Returns:
         The files.
@@ -55,7 +59,21 @@ def write_report(folders: Sequence[Path], to: Path) -> list[Path]:
         draft.write_text(html(runs, sections), encoding="utf-8")
     pictures = save_pictures([c for s in sections for c in s.charts], to / FIGURES)
     tables = [path for s in sections for t in s.tables for path in t.save(to / TABLES)]
+    _remove_older(to, [*pictures, *tables])
     return [page, *pictures, *tables]
+
+
+def _remove_older(to: Path, written: Sequence[Path]) -> None:
+    """Remove the files of an earlier report that this one has not, and note this one's."""
+    listed = to / WRITTEN
+    before = json.loads(listed.read_text()) if listed.exists() else []
+    new = {path.relative_to(to).as_posix() for path in written}
+    for name in sorted(set(before) - new):
+        path = Path(name)
+        if path.parent.name in (FIGURES, TABLES) and len(path.parts) == 2:
+            (to / path).unlink(missing_ok=True)
+    with replacing(listed) as draft:
+        draft.write_text(json.dumps(sorted(new)) + "\n")
 
 
 def _sections(runs: Runs) -> list[Section]:

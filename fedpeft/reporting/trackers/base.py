@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fedpeft.config.choices import choices
 from fedpeft.config.load import leaves
 from fedpeft.files import replacing
 from fedpeft.reporting.observer import Line, Observer
@@ -127,8 +128,12 @@ class Tracking(Observer):
         try:
             self._write_missing()
         except Exception as error:
+            reason = f"logger={self.tracker.name} cannot begin: {_text(error)}"
+            if self.session is not None:
+                with suppress(Exception):
+                    self.session.end("failed", reason, None)
             self._close()
-            raise ValueError(f"logger={self.tracker.name} cannot begin: {_text(error)}") from error
+            raise ValueError(reason) from error
         self.begun = True
 
     def round_done(self, line: Line) -> None:
@@ -142,7 +147,10 @@ class Tracking(Observer):
         """Write the end, and close."""
         try:
             if self.begun:
-                self._safely(partial(self._end, status, reason))
+                self._end(status, reason)
+        except Exception as error:  # must not end the run
+            lacking = "it lacks the end of the run"
+            self._tell(f"logger={self.tracker.name} failed: {_text(error)}; {lacking}")
         finally:
             self._close()
 
@@ -236,11 +244,9 @@ def settings(run: SavedRun) -> dict[str, Any]:
 
 def tags(run: SavedRun) -> dict[str, str]:
     """Return the words by which runs are told apart in a list."""
-    config = run.config
-    names = {g: config[g]["_target_"].rpartition(".")[2] for g in ("method", "data", "strategy")}
-    if data := config.data.get("subset") or Path(config.data.get("path") or "").stem:
-        names["data"] = data
-    return names | {"seed": str(config.seed)}
+    chosen = choices(run.settings)
+    names = {group: str(chosen[group]) for group in ("method", "data", "strategy")}
+    return names | {"seed": str(run.config.seed)}
 
 
 def _text(error: Exception) -> str:

@@ -6,6 +6,7 @@ import re
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,8 +85,14 @@ class _Run(Session):
             self._client.update_run(id, "RUNNING")
 
     def _experiment(self, name: str, place: str | None) -> str:
-        found = self._client.get_experiment_by_name(name)
-        return found.experiment_id if found else self._client.create_experiment(name, place)
+        if found := self._client.get_experiment_by_name(name):
+            return found.experiment_id
+        try:
+            return self._client.create_experiment(name, place)
+        except Exception:  # another run, which began at the same time, may have made it
+            if (found := self._client.get_experiment_by_name(name)) is None:
+                raise
+            return found.experiment_id
 
     def _begin(self, experiment: str) -> str:
         run = self._saved
@@ -93,12 +100,21 @@ class _Run(Session):
         words["run_dir"] = str(run.path.resolve())
         name = run.path.resolve().name
         id = self._client.create_run(experiment, tags=words, run_name=name).info.run_id
-        param = self._entities.Param
+        try:
+            self._describe(id)
+        except BaseException:
+            with suppress(Exception):
+                self._client.set_terminated(id, STATUSES["failed"])
+            raise
+        return id
+
+    def _describe(self, id: str) -> None:
+        """Write the configuration."""
+        run, param = self._saved, self._entities.Param
         params = [param(_name(k), str(v)[:MOST_CHARACTERS]) for k, v in settings(run).items()]
         for first in range(0, len(params), MOST_PARAMS):
             self._client.log_batch(id, params=params[first : first + MOST_PARAMS])
         self._client.log_artifact(id, str(run.path / CONFIG))
-        return id
 
     def write(self, round: int, numbers: Numbers) -> None:
         now = int(time.time() * 1000)
@@ -117,6 +133,11 @@ class _Run(Session):
 
     def _model(self) -> str:
         """Keep the exported model; return why there is none."""
+        if load_in := self._saved.config.model.get("load_in"):
+            return (
+                f"logger=mlflow keeps no model, because with model.load_in={load_in} its export "
+                f"loads the whole base model on the CPU: fedpeft export {self._saved.path} does"
+            )
         with TemporaryDirectory() as folder:
             try:
                 to = Path(folder) / "model"
