@@ -23,8 +23,8 @@ CODE = "import sys; from fedpeft.cli import main; main()"
 
 @pytest.fixture(scope="module")
 def overrides(base: list[str]) -> list[str]:
-    """A run of eight rounds in which clients keep B, and the server a memory."""
-    return [*base, "method=fedsa_lora", "method.rank=4", "strategy=fedadam", "num_rounds=8"]
+    """A run of forty rounds, in which clients keep B, and the server a memory."""
+    return [*base, "method=fedsa_lora", "method.rank=4", "strategy=fedadam", "num_rounds=40"]
 
 
 @pytest.fixture(scope="module")
@@ -67,43 +67,42 @@ def wait_for_round(folder: Path, number: int) -> None:
     raise TimeoutError(f"no round {number}")
 
 
-@pytest.mark.parametrize(("runtime", "rounds"), [("inprocess", (1, 8)), ("ray", (3,))])
-def test_kills_at_random_moments(
-    command: list[str], whole: dict[str, Any], runtime: str, rounds: Sequence[int], tmp_path: Path
-) -> None:
-    """Kill -9 of the driver within a second of a round's line, also while it writes files."""
-    more = [f"runtime={runtime}", *(["runtime.total_cpus=1"] if runtime == "ray" else [])]
-    draws = random.Random(5)
-    for round in rounds:
-        process = started([*command, *more], tmp_path / "run")
-        wait_for_round(tmp_path / "run", round)
-        time.sleep(draws.random() * 0.3)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    resumed = ended(started([*command, *more], tmp_path / "run"))
-    for key in ("shared_state_sha256", "final", "best", "interference", "refused"):
-        assert resumed[key] == whole[key], key
-    for key in ("uplink_bytes", "evaluation_uplink_bytes"):  # what goes down names the runtime
-        assert resumed["bytes"][key] == whole["bytes"][key] > 0, key
-
-
 @pytest.mark.parametrize(
-    ("number", "code", "runtime"),
+    ("runtime", "number", "code"),
     [
-        (signal.SIGINT, 130, "inprocess"),
-        (signal.SIGTERM, 143, "ray"),  # for which Ray has a handler of its own
+        ("inprocess", signal.SIGINT, 130),
+        ("ray", signal.SIGTERM, 143),  # for which Ray has a handler of its own
     ],
 )
-def test_a_signal_ends_with_one_sentence(
-    command: list[str], number: int, code: int, runtime: str, tmp_path: Path
+def test_kills_and_signals_at_random_moments(
+    command: list[str],
+    whole: dict[str, Any],
+    runtime: str,
+    number: int,
+    code: int,
+    tmp_path: Path,
 ) -> None:
+    """Kill -9 of the driver soon after a round's line, also while it writes files, then a signal.
+
+    The run goes on after both, and ends in one process.
+    """
     more = [f"runtime={runtime}", *(["runtime.total_cpus=1"] if runtime == "ray" else [])]
-    process = started([*command, *more, "num_rounds=100"], tmp_path / "run")
+    process = started([*command, *more], tmp_path / "run")
     wait_for_round(tmp_path / "run", 2)
+    time.sleep(random.Random(5).random() * 0.3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    process = started([*command, *more], tmp_path / "run")
+    wait_for_round(tmp_path / "run", 4)
     process.send_signal(number)
     _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == code
     assert_stopped(errors, tmp_path / "run")
+    resumed = ended(started(command, tmp_path / "run"))
+    for key in ("shared_state_sha256", "final", "best", "interference", "refused"):
+        assert resumed[key] == whole[key], key
+    for key in ("uplink_bytes", "evaluation_uplink_bytes"):  # what goes down names the runtime
+        assert resumed["bytes"][key] == whole["bytes"][key] > 0, key
 
 
 def assert_stopped(errors: str, folder: Path) -> None:
