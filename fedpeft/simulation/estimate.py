@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from fedpeft.config.load import typed
+from fedpeft.config.load import load_config
 from fedpeft.config.schema import Config
 from fedpeft.engine.parameters import count_on_meta
 from fedpeft.reporting.study import Run
@@ -87,7 +87,7 @@ def show_estimate(runs: Sequence[Run], flops: float) -> None:
         lines.setdefault((table, run.entry), []).append(run)
     cells, whole = [], Estimate(0, 0, 0)
     for (table, entry), same in lines.items():
-        one = estimate(typed(same[0].config))
+        one = estimate(load_config(same[0].overrides))
         count = len(same)
         cells.append(
             [
