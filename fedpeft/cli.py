@@ -23,6 +23,7 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
   compare    several methods under one budget: fedpeft compare [--methods scl,lora] [overrides]
   study      methods x learning rates x seeds: fedpeft study --methods scl,lora+strategy=local_only
                                            --lrs 1e-4,1e-3 --seeds 0,1,2 run_dir=FOLDER [overrides]
+                                           or of a paper's table: experiment=scl_table2 scale=small
   results    runs below folders, compared: fedpeft results [DIR ...] [--where method=lora 'lr<0.01']
                                            [--over-seeds] [--sort COLUMN] [--to FILE.parquet]
   params     what a method trains and sends: fedpeft params model=roberta_base [method=fedtt]
@@ -144,21 +145,42 @@ def compare(arguments: list[str]) -> None:
 
 
 def study(arguments: list[str]) -> None:
-    """Run methods x learning rates x seeds; the same command goes on where it stopped."""
-    from fedpeft.reporting.pages import save_study
-    from fedpeft.reporting.study import Study, listed, numbers
+    """Run methods x learning rates x seeds; the same command goes on where it stopped.
 
-    as_json, arguments = _flag(arguments, "--json")
-    methods, rest = _option(arguments, "--methods", METHODS)
-    rates, rest = _option(rest, "--lrs", "")
-    seeds, rest = _option(rest, "--seeds", "")
+    Raises:
+        RuntimeError: no run of a table came to its end; the other tables are there.
+    """
+    from fedpeft.reporting.pages import save_study
+    from fedpeft.reporting.study_plan import Plan
+
+    as_json, rest = _flag(arguments, "--json")
+    only_estimate, rest = _flag(rest, "--estimate")
+    names = ("--methods", "--lrs", "--seeds", "--extend", "--data")
+    given: dict[str, str] = {}
+    for name in names:
+        given[name], rest = _option(rest, name, "")
     folder, base = _folder_and_base(rest, "runs/study")
-    lrs = numbers("--lrs", rates, float)
-    planned = Study(folder, base, listed(methods), lrs, numbers("--seeds", seeds, int))
-    results = _finished(planned, save_study, ["study", *arguments], as_json)
-    if not as_json:
-        results.page.show()
-        print(f"saved {folder}/study.md, study.png, runs.csv")
+    plan = Plan.of(folder, base, given, METHODS)
+    command = ["study", *(a for a in arguments if a != "--json")]
+    if only_estimate or (plan.settings.estimate and not as_json):
+        from fedpeft.simulation.estimate import show_estimate
+
+        show_estimate(plan.runs(), plan.settings.flops)
+    if only_estimate:
+        return
+    failed: dict[Path, str] = {}
+    for last, planned in plan.passes():
+        try:
+            results = _finished(planned, save_study, command, as_json and last, plan)
+        except RuntimeError as error:
+            failed[planned.folder] = str(error)
+            continue
+        failed.pop(planned.folder, None)
+        if not as_json:
+            results.page.show()
+            print(f"saved {planned.folder}/study.md, study.png, runs.csv")
+    if failed:
+        raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
 
 
 def _folder_and_base(arguments: list[str], default: str) -> tuple[Path, list[str]]:
@@ -170,30 +192,50 @@ def _folder_and_base(arguments: list[str], default: str) -> tuple[Path, list[str
     return folder, [*base, "evaluation.clients=always"]
 
 
-def _finished(study: Any, save: Callable[..., Any], arguments: list[str], as_json: bool) -> Any:
+def _finished(
+    study: Any, save: Callable[..., Any], arguments: list[str], as_json: bool, plan: Any = None
+) -> Any:
     """Finish a study and save its results; print them as JSON if wanted.
+
+    Args:
+        study: to finish.
+        save: writes the results.
+        arguments: of the command, for the notes and to go on.
+        as_json: print the results as JSON.
+        plan: of which the study is one table; null for a study alone, whose grid stays as it is.
 
     Raises:
         KeyboardInterrupt: somebody stopped the study; the message says how to go on.
     """
     from fedpeft.config.load import load_config
     from fedpeft.reporting.progress import Tally
-    from fedpeft.reporting.results import Measures
+    from fedpeft.reporting.results import Measures, edges
 
-    command, tally = shlex.join(["fedpeft", *arguments]), Tally(study.size)
+    def finished(study: Any) -> Any:
+        tally = Tally(study.size)
 
-    def run_left(runs: list[list[str]]) -> list[dict[str, Any] | Exception]:
-        from fedpeft.simulation.launch import run_all
+        def run_left(runs: list[list[str]]) -> list[dict[str, Any] | Exception]:
+            from fedpeft.simulation.launch import run_all
 
-        tally.skipped = study.size - len(runs)
-        return run_all(runs, lambda: _display(as_json), tally)
+            tally.skipped = study.size - len(runs)
+            return run_all(runs, lambda: _display(as_json), tally)
 
-    try:
-        done = study.finish(run_left)
-    except KeyboardInterrupt as stopped:
-        raise type(stopped)(tally.stopped(_going_on(arguments, study.folder, as_json))) from None
+        try:
+            return study.finish(run_left)
+        except KeyboardInterrupt as stopped:
+            folder = study.folder if plan is None else plan.folder
+            text = tally.stopped(_going_on(arguments, folder, as_json))
+            raise type(stopped)(text) from None
+
+    done = finished(study)
     task = load_config(done[0].run.overrides).data
     measures = Measures(task.headline, *task.selects, quality_sign=task.sign(task.headline))
+    for _ in range(plan.settings.extend if plan else 0):
+        if not (at_edge := edges(done, measures)):
+            break
+        study = study.widened(at_edge)
+        done = finished(study)
+    command = shlex.join(["fedpeft", *arguments])
     results = save(study, done, measures, command)
     if as_json:
         table = {"rows": results.rows, "baseline": results.baseline, "folder": str(study.folder)}

@@ -43,12 +43,30 @@ def f1(predictions: Rows, references: Rows, average: str = "binary") -> float:
     Args:
         predictions: class numbers (rows,).
         references: right class numbers (rows,).
-        average: ``binary`` for F1 of class 1. ``macro`` weighs classes alike, ``weighted`` by their
-            rows in ``references``.
+        average: ``binary`` for F1 of class 1, ``weighted`` to weigh classes by their rows in
+            ``references``.
     """
     from sklearn.metrics import f1_score
 
     score = f1_score(references, predictions, average=average, zero_division=0)  # type: ignore
+    return float(score)
+
+
+def f1_macro(predictions: Rows, references: Rows, classes: int | None = None) -> float:
+    """Return the mean of F1 over all classes of the task, each weighed alike.
+
+    A class without a right prediction scores 0, also if it does not occur. So a client with rows of
+    one class out of four scores 0.25 at the most, and all clients' numbers have one scale.
+
+    Args:
+        predictions: class numbers (rows,).
+        references: right class numbers (rows,).
+        classes: number of the task's classes; null for those that occur, predicted or true.
+    """
+    from sklearn.metrics import f1_score
+
+    labels = None if classes is None else range(classes)
+    score = f1_score(references, predictions, labels=labels, average="macro", zero_division=0)  # type: ignore
     return float(score)
 
 
@@ -119,15 +137,12 @@ def rouge_l(predictions: Texts, references: References) -> float:
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """Return 1 if the normalized texts are equal, else 0.
-
-    An empty prediction scores 0, unlike in SQuAD's script.
-    """
-    return float(bool(prediction.strip()) and normalized(prediction) == normalized(reference))
+    """Return 1 if the normalized texts are equal, also if both are empty, else 0."""
+    return float(normalized(prediction) == normalized(reference))
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """Return F1 of the normalized words, repeats counted."""
+    """Return F1 of the normalized words, repeats counted; 0 if a side has none, as in v1.1."""
     texts = [normalized(prediction), normalized(reference)]
     if beyond_latin([reference]):
         texts = list(map(spaced, texts))
@@ -160,7 +175,7 @@ def mean_best(predictions: Texts, references: References, score: Callable[..., f
 LABELS = {
     "accuracy": accuracy,
     "f1": f1,
-    "f1_macro": partial(f1, average="macro"),
+    "f1_macro": f1_macro,
     "f1_weighted": partial(f1, average="weighted"),
     "matthews": matthews,
 }
@@ -177,13 +192,15 @@ MEASURES: dict[str, Callable[..., float]] = LABELS | NUMBERS | TEXTS
 MODULES = "a module of evaluate, such as /folder/my_metric or evaluate:NAME"
 
 
-def measure(name: str, predictions: Rows, references: Rows) -> float:
+def measure(name: str, predictions: Rows, references: Rows, classes: int | None = None) -> float:
     """Return a metric of predictions.
 
     Args:
         name: one of ``MEASURES``, or a module's name as ``evaluate_metrics`` takes it.
         predictions: labels, numbers or texts, (rows,).
         references: likewise; for text metrics also lists of one or more texts, (rows,).
+        classes: number of the task's classes, over which ``f1_macro`` is the mean; null for those
+            that occur.
 
     Returns:
         A value from 0 to 1 for labels and texts, from -1 to 1 for correlations, any for a module.
@@ -201,6 +218,8 @@ def measure(name: str, predictions: Rows, references: Rows) -> float:
         raise ValueError(f"{name} needs as many references as predictions, 1 or more, got {counts}")
     if name in TEXTS:
         predictions, references = _texts(name, predictions, references)
+    if name == "f1_macro":
+        return f1_macro(predictions, references, classes)
     score = MEASURES[name] if ours else partial(evaluate_metrics.score, name)
     return score(predictions, references)
 

@@ -580,6 +580,7 @@ def test_int8_of_two_runs_is_equal(run: Runner) -> None:
 @pytest.mark.parametrize("compression", ["float16", "bfloat16"])
 def test_both_ways(compression: str, run: Runner, opened: Callable[..., Engine]) -> None:
     common = [f"compression={compression}", "strategy=scaffold", "evaluation.clients=always"]
+    common += ["optimizer.name=sgd"]
     single, both = run(*common)["bytes"], run(*common, "compression.both=true")["bytes"]
     for exchange in run.recorder.of("train") + run.recorder.of("evaluate"):
         assert set(dtypes(exchange.down_state()).values()) == {WIRE[compression]}
@@ -610,7 +611,7 @@ def test_what_top_k_left_out_comes_later(run: Runner, monkeypatch: pytest.Monkey
         return wire, left
 
     monkeypatch.setattr(OfUpdate, "encode_with_error", watch)
-    run("compression=topk", "strategy=scaffold", "method=fedsa_lora")
+    run("compression=topk", "strategy=scaffold", "optimizer.name=sgd", "method=fedsa_lora")
     assert len(calls) == 6
     for (before, left), (after, _) in zip(calls[:3], calls[3:], strict=True):
         assert before == {} and left.keys() == after.keys()

@@ -244,6 +244,28 @@ def test_best_is_the_best_round_s_state(finished: Finished, tmp_path: Path) -> N
         assert all(torch.equal(model.get_parameter(name), state[name]) for name in state)
 
 
+@pytest.mark.parametrize(
+    ("fields", "round"),
+    [(["num_rounds=6", "lr=0.1", "local_steps=6"], 3), (["lr=1e-7"], 0)],
+)
+def test_the_best_round_of_a_personal_method_can_be_measured_again(
+    fields: list[str], round: int, finished: Finished
+) -> None:
+    """The best round's state and what clients kept after it give the summary's measures."""
+    path = finished("fedsa_lora", *fields)
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["best"]["round"] == round < summary["final"]["round"]
+    loss = rows = 0.0
+    for client in range(3):
+        run = open_run(path, best=True, client=client)
+        examples = ClientRows(run.config, run.replica.processor, False).client_examples(client)
+        measures, _ = scored(run.replica.model, run.config, run.replica.processor, examples["test"])
+        loss += measures["loss"] * len(examples["test"].rows)
+        rows += len(examples["test"].rows)
+    assert loss / rows == pytest.approx(summary["best"]["client_test_loss"], abs=1e-6)
+    assert abs(summary["final"]["client_test_loss"] - loss / rows) > 1e-9
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize(
     "fields",

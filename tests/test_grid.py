@@ -57,7 +57,7 @@ def simulated(run: Runner) -> Simulated:
     [
         ("method=lora",),
         ("method=fedsa_lora",),
-        ("method=fedtt_plus", "strategy=scaffold", "compression=topk"),
+        ("method=fedtt_plus", "strategy=scaffold", "optimizer.name=sgd", "compression=topk"),
         ("method=hetlora", "method.ranks=[1,2]"),
         ("method=lora", "strategy=local_only"),
         ("method=lora", "strategy=centralized"),

@@ -21,6 +21,7 @@ from sklearn import metrics as sklearn_metrics
 from fedpeft import evaluate_metrics, metrics
 from fedpeft.config.load import load_config
 from fedpeft.config.schema import ConfigError
+from fedpeft.data.tasks.text import TextClassification
 from fedpeft.evaluate_metrics import title
 from fedpeft.metrics import measure
 from tests.conftest import Runner
@@ -80,6 +81,34 @@ def test_f1_without_positives_is_0_and_of_other_classes_refused() -> None:
     assert measure("f1", [0, 0], [0, 1]) == 0
     with pytest.raises(ValueError, match="multiclass"):
         measure("f1", [0, 1, 2], [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "value"),
+    [
+        ([2, 2], [2, 2], 1 / 4),  # a client with rows of one class, all right
+        ([0, 1, 1], [0, 1, 0], (2 / 3 + 2 / 3) / 4),
+        ([3, 3, 3], [0, 1, 2], 0),
+    ],
+)
+def test_macro_f1_is_over_the_classes_of_the_task(
+    predictions: list[int], references: list[int], value: float
+) -> None:
+    assert measure("f1_macro", predictions, references, 4) == pytest.approx(value)
+    theirs = sklearn_metrics.f1_score(
+        references,
+        predictions,
+        labels=range(4),
+        average="macro",
+        zero_division=0,  # type: ignore
+    )
+    assert measure("f1_macro", predictions, references, 4) == pytest.approx(theirs)
+
+
+def test_a_task_s_macro_f1_and_its_baseline_count_its_classes() -> None:
+    task = TextClassification(path="-", labels=["a", "b", "c", "d"], metrics=["f1_macro"])
+    assert task.scored([1, 1], [1, 1]) == {"f1_macro": 1 / 4}
+    assert task.baseline(np.array([1, 1, 0]), np.array([1, 1])) == 1 / 4
 
 
 def test_as_many_classes_as_rows() -> None:
@@ -293,8 +322,9 @@ def test_token_f1_by_hand(prediction: str, references: list[str], value: float) 
 @pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.parametrize("empty", ["", " \n"])
 def test_empty_prediction_is_0(name: str, empty: str) -> None:
-    for reference in ("the cat sat on it", "The", ""):
-        assert measure(name, [empty], [reference]) == 0
+    assert measure(name, [empty], ["the cat sat on it"]) == 0
+    for reference in ("The", ".", ""):  # nothing is left of them, as SQuAD's script sees it
+        assert measure(name, [empty], [reference]) == (name == "exact_match")
     right = "one two three four"
     assert 0 < measure(name, [empty, right], [right, right]) < 0.51
     assert measure(name, [right], [""]) == 0

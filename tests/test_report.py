@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from fedpeft.config.load import composed, split
+from fedpeft.config.load import CONF, composed, leaves, split
 from fedpeft.reporting.report.chart import BarChart, Line, LineChart
 from fedpeft.reporting.report.charts import charts, norm_bound, thinned
 from fedpeft.reporting.report.commands import command
@@ -18,6 +19,7 @@ from fedpeft.reporting.report.held import held_charts
 from fedpeft.reporting.report.pairs import holm, t_test
 from fedpeft.reporting.report.pictures import save_pictures
 from fedpeft.reporting.report.plotly_form import form
+from fedpeft.reporting.report.published import published_table
 from fedpeft.reporting.report.series import Curve, in_lines, megabytes
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.report.table import Table
@@ -503,3 +505,47 @@ def test_a_run_saves_what_its_report_needs(
 def test_a_report_without_folders_says_how(fedpeft: Callable[..., str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         fedpeft("report", "--top")
+
+
+# --- published values -----------------------------------------------------------------------------
+
+
+def _saved_as(folder: Path, *overrides: str) -> Path:
+    """Write an imagined run of a composed configuration, whose quality is 0.5."""
+    tree: Any = OmegaConf.to_container(composed(list(overrides)), resolve=True)
+    return _save(folder / " ".join(overrides), "lora", 0, 0.5, **{**tree, "seed": 0})
+
+
+def test_measured_values_stand_beside_published_ones(tmp_path: Path) -> None:
+    clients, rank = ("data=sst2", "num_clients=3"), "method.rank=2"
+    _saved_as(tmp_path, *clients, "method=lora", rank, "data.path=/x/sst2", "lr=0.1")
+    _saved_as(tmp_path, *clients, "method=rolora", rank, "strategy=fedadam")
+    _saved_as(tmp_path, *clients, "method=rolora", "method.rank=4")
+    _saved_as(tmp_path, "data=sst2", "num_clients=4", "method=lora", rank)
+    table = published_table(Runs.of(saved_runs([tmp_path])))
+    assert table is not None
+    (cells,) = table.cells
+    assert cells[1:] == ["RoBERTa-large", "RoLoRA, arXiv 2409.02346, Table 2", "0.500", "0.956"]
+
+
+def test_without_published_values_there_is_no_table(tmp_path: Path) -> None:
+    _saved_as(tmp_path, "data=sst2", "num_clients=3", "method=bitfit")
+    assert published_table(Runs.of(saved_runs([tmp_path]))) is None
+
+
+def test_published_values_are_shares_of_known_methods_and_data() -> None:
+    entries: Any = OmegaConf.to_container(OmegaConf.load(CONF / "published.yaml"))
+    assert len(entries) == 8 + 3 + 12 + 4
+    for entry in entries:
+        tree = composed([f"data={entry['data']}"])
+        assert tree.data._target_
+        for name, measures in entry["values"].items():
+            method, *wanted = name.split("+")
+            settings = leaves(composed([f"method={method}"]))
+            assert all(w.split("=")[0] in settings for w in wanted)
+            assert all(0 < value < 1 for value in measures.values())
+    by_hand = [e for e in entries if e["data"] == "dolly" and e["num_clients"] == 4]
+    assert by_hand[0]["values"]["scl+method.init=random_pinv"] == {
+        "bleu4": 0.3516,
+        "rouge_l": 0.4704,
+    }

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,10 @@ from omegaconf import OmegaConf
 
 from fedpeft.config.load import composed
 from fedpeft.reporting.pages import save_comparison, save_study
-from fedpeft.reporting.results import Measures, chosen_lr, run_rows, study_row
+from fedpeft.reporting.results import Measures, chosen_lr, edges, run_rows, study_row
 from fedpeft.reporting.run_directory import RunDirectory
 from fedpeft.reporting.study import Done, Outcome, Run, Study, listed, numbers
+from fedpeft.reporting.study_plan import Plan
 from fedpeft.reporting.tables import study_cells
 
 ACCURACY = Measures("accuracy", "accuracy", 1)
@@ -109,6 +111,87 @@ def test_of_equals_the_smaller_and_first_where_more_seeds_came_to_their_end() ->
     assert chosen_lr(two, 1) == 0.001
     assert chosen_lr([row(0.001, None), row(0.01, 0.1)], 1) == 0.01
     assert chosen_lr([row(0.001, None)], 1) is None
+
+
+def test_the_grid_grows_until_its_best_rate_is_inside(tmp_path: Path) -> None:
+    """Over both seeds 0.1 is the best, and it is inside only when 1.0 is there."""
+
+    def result(lr: float, seed: int) -> Outcome:
+        return summary_of(0.5, -abs(math.log(lr / best[seed])))
+
+    best = {0: 0.1, 1: 0.2}
+    study = Study(tmp_path, [], ["lora"], [0.001, 0.01], [0, 1])
+    done, rates = study.finish(Fake(result)), []
+    for _ in range(5):
+        rates.append([run.lr for run, _ in done if run.seed == 0])
+        if not (found := edges(done, ACCURACY)):
+            break
+        study = study.widened(found)
+        done = study.finish(Fake(result))
+    assert rates == [[0.001, 0.01], [0.001, 0.01, 0.1], [0.001, 0.01, 0.1, 1.0]]
+    assert study.size == len(done) == 8
+
+
+def test_the_grid_grows_downwards_too(tmp_path: Path) -> None:
+    study = Study(tmp_path, [], ["lora", "scl"], [0.01, 0.03])
+    done = study.finish(Fake(lambda lr, seed: summary_of(0.5, -lr)))
+    assert edges(done, ACCURACY) == {"lora": 0.01, "scl": 0.01}
+    more = study.widened({"scl": 0.01})
+    assert [(run.entry, run.lr) for run in more.runs()] == [
+        *(("lora", lr) for lr in (0.01, 0.03)),
+        *(("scl", lr) for lr in (0.01, 0.03, 0.0033)),
+    ]
+
+
+def test_an_edge_is_a_warning_below_the_table(tmp_path: Path) -> None:
+    study = Study(tmp_path, [], ["lora"], [0.01, 0.03])
+    done = study.finish(Fake(lambda lr, seed: summary_of(0.5, lr)))
+    text = "\n".join(save_study(study, done, ACCURACY, "").page.notes)
+    assert (
+        "WARNING: the best learning rate is the grid's first or last, (edge), for lora (0.03)"
+        in text
+    )
+    assert "Untrained, after round 0: lora 0.250." in text
+    inside = Study(tmp_path, [], ["lora"], [0.01, 0.03, 0.1])
+    done = inside.finish(Fake(lambda lr, seed: summary_of(0.5, -abs(lr - 0.03))))
+    assert "WARNING" not in " ".join(save_study(inside, done, ACCURACY, "").page.notes)
+
+
+OPTIONS: dict[str, str] = dict.fromkeys(("--methods", "--lrs", "--seeds", "--extend", "--data"), "")
+CELLS = "study.cells=['data=sst2 num_clients=3','data=mrpc num_clients=4']"
+
+
+def test_tables_grow_one_seed_at_a_time(tmp_path: Path) -> None:
+    base = [CELLS, "study.methods=[lora]", "study.common=['num_rounds=2']", "study.extend=1"]
+    plan = Plan.of(tmp_path, base, OPTIONS | {"--seeds": "5,6", "--data": "/data"}, "scl")
+    names = ["data=sst2_num_clients=3", "data=mrpc_num_clients=4"]
+    passes = list(plan.passes())
+    assert [(last, s.folder.name, list(s.seeds)) for last, s in passes] == [
+        *((False, name, [5]) for name in names),
+        *((True, name, [5, 6]) for name in names),
+    ]
+    assert plan.settings.extend == 1 and passes[0][1].entries == ["lora"]
+    last = composed(passes[-1][1].runs()[-1].overrides)
+    assert (last.num_clients, last.num_rounds, last.seed) == (4, 2, 6)
+    assert (last.data.subset, last.data.path) == ("mrpc", "/data/mrpc")
+
+
+def test_options_come_before_the_configuration_and_a_study_alone_is_one_table(
+    tmp_path: Path,
+) -> None:
+    base = [
+        "study.methods=[lora]",
+        "study.lrs=[0.1]",
+        "num_rounds=3",
+        "study.common=['num_rounds=2']",
+    ]
+    given = OPTIONS | {"--methods": "scl", "--lrs": "1e-3,1e-2", "--seeds": "1,2"}
+    ((last, study),) = Plan.of(tmp_path, base, given, "lora").passes()
+    assert (last, study.folder, study.entries) == (True, tmp_path, ["scl"])
+    assert (study.lrs, study.seeds) == ([1e-3, 1e-2], [1, 2])
+    assert composed(study.runs()[0].overrides).num_rounds == 3
+    ((_, plain),) = Plan.of(tmp_path, [], OPTIONS, "lora,scl").passes()
+    assert (plain.entries, plain.lrs, plain.seeds) == (["lora", "scl"], [], [])
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,14 @@ class Setting:
         shares: true if any parameter of the model is shared in some round.
         whole: true if every client trains whole parameters, not blocks of them.
         cohort_size: clients of a round.
+        optimizer: the clients', ``adamw`` or ``sgd``.
     """
 
     method: Method
     shares: bool
     whole: bool
     cohort_size: int
+    optimizer: str
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 Flower's FedAvgM, FedAdagrad, FedAdam and FedYogi are not used, because they need the same keys in
 every round, up and down, while methods here may share other parameters in each round, and because
-they return float64. On equal keys the numbers are theirs, except that Flower's FedAdam corrects the
-bias of its moments (by a count one too high) and the paper's does not.
+they return float64. On equal keys the numbers are theirs, except that Flower's second moments start
+at 0 and not at tau^2, and that Flower's FedAdam corrects the bias of its moments (by a count one
+too high) and the paper's does not.
 """
 
 from abc import abstractmethod
@@ -87,7 +88,9 @@ class FedAvgM(ServerOptimizer):
 
 @dataclass(frozen=True)
 class Adaptive(ServerOptimizer):
-    """m / (sqrt(v) + tau), with m = beta_1 m + (1 - beta_1) delta; moments begin at 0.
+    """m / (sqrt(v) + tau), with m = beta_1 m + (1 - beta_1) delta.
+
+    m begins at 0 and v at tau^2, the least that the paper allows. Flower's begins at 0.
 
     Args:
         tau: > 0; a smaller one adapts more.
@@ -104,7 +107,8 @@ class Adaptive(ServerOptimizer):
     def direction(self, name: str, delta: Tensor, memory: Memory) -> Tensor:
         """See ``ServerOptimizer.direction``."""
         second = memory.setdefault("second_moment", {})
-        second[name] = self.second(_moment(second, name, delta), delta.square())
+        old = _moment(second, name, delta, self.tau**2)
+        second[name] = self.second(old, delta.square())
         return self.first(name, delta, memory) / (second[name].sqrt() + self.tau)
 
     def first(self, name: str, delta: Tensor, memory: Memory) -> Tensor:
@@ -166,9 +170,9 @@ class FedYogi(FedAdam):
         return v - (1 - self.beta_2) * square * torch.sign(v - square)
 
 
-def _moment(moments: State, name: str, like: Tensor) -> Tensor:
-    """Return a parameter's moment; zeros before the first round that shares it."""
-    return moments[name] if name in moments else torch.zeros_like(like)
+def _moment(moments: State, name: str, like: Tensor, first: float = 0.0) -> Tensor:
+    """Return a parameter's moment; ``first`` before the first round that shares it."""
+    return moments[name] if name in moments else torch.full_like(like, first)
 
 
 def _below_one(key: str, value: float) -> None:

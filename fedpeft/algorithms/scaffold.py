@@ -1,8 +1,10 @@
 """SCAFFOLD: control variates against client drift (https://arxiv.org/abs/1910.06378, option II).
 
-The theory is that of SGD: a control is a mean gradient only where a step is lr times the gradient
-(``optimizer.name=sgd``, no momentum). With momentum or AdamW it runs, but the controls are then in
-units of the optimiser's steps, with AdamW about 1 a coordinate, and can outweigh the gradients.
+The theory is that of SGD: a control is a mean gradient only where a step is lr times the gradient.
+AdamW is refused, because its steps are about lr a coordinate whatever the gradient is, so that the
+controls outweigh the gradients: on quadratics with noisy gradients it ends .96 from the optimum and
+FedAvg .33, with SGD .023 and .032. With SGD's momentum it runs, but the controls are then too large
+by up to 1 / (1 - momentum).
 """
 
 from collections.abc import Mapping
@@ -38,7 +40,14 @@ class Scaffold(FedAvg):
             raise ValueError(f"server_lr must be > 0, got {self.server_lr}")
 
     def check(self, setting: Setting) -> None:
+        """Refuse AdamW, and methods and blocks that have no plain mean."""
         require_plain_mean(self, setting)
+        if setting.optimizer != "sgd":
+            raise ValueError(
+                "strategy Scaffold needs optimizer.name=sgd, because its controls are mean "
+                "gradients only where a step is lr times the gradient, got optimizer.name="
+                f"{setting.optimizer}: use sgd with an lr for it, or strategy=fedavg"
+            )
 
     def term(self, start: State, sent: State, kept: State) -> Term:
         """See ``FedAvg.term``."""

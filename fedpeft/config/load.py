@@ -39,7 +39,7 @@ GROUPS = {  # base classes by name, because torch is imported only when a group 
 }
 TRACKER = "fedpeft.reporting.trackers.base.Tracker"
 _FIELD = re.compile(
-    rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation|checkpoint|early_stopping|logger)"
+    rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation|checkpoint|early_stopping|study|logger)"
     r"\.[\w.]+|lr|personal)="
 )
 INTERPOLATION = "${"
@@ -50,7 +50,7 @@ _MARKS = re.compile(r"[\\'\"]")  # characters that splitting or parsing an overr
 # Beginnings of overrides that clients need not know.
 OF_SERVER = (
     *("run_dir=", "resume=", "logs=", "metrics_port=", "check="),
-    *("checkpoint.", "early_stopping.", "hydra.", "logger=", "logger."),
+    *("checkpoint.", "early_stopping.", "study.", "hydra.", "logger=", "logger."),
 )
 _lock = Lock()  # Hydra's compose is not thread-safe; a launch composes in a thread too
 

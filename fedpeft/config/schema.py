@@ -194,6 +194,39 @@ class EarlyStopping:
 
 
 @dataclass(frozen=True)
+class Studying:
+    """Settings of ``fedpeft study``, where its options do not set them; a run reads none.
+
+    Args:
+        methods: entries of a table, each a method with overrides of its own, joined by ``+``.
+        lrs: learning rates; each method's own if empty.
+        seeds: seeds; the run's if empty.
+        common: overrides of every run, such as ``model=minilm``, below those of the command.
+        cells: overrides of each table, as one text, such as ``data=sst2 num_clients=3``; each has
+            a folder of its own. One table without any if empty.
+        extend: most learning rates that are added, one at a time, on the side where a method's best
+            one is the grid's first or last.
+        estimate: print memory, hours and bytes before the first run.
+        flops: floating-point operations a second that a machine reaches, for the estimate.
+    """
+
+    methods: list[str] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    common: list[str] = field(default_factory=list)
+    cells: list[str] = field(default_factory=list)
+    extend: int = 0
+    estimate: bool = False
+    flops: float = 1e14
+
+    def __post_init__(self) -> None:
+        if self.extend < 0:
+            raise ValueError(f"study.extend must be >= 0, got {self.extend}")
+        if not 0 < self.flops < float("inf"):
+            raise ValueError(f"study.flops must be > 0, got {self.flops}")
+
+
+@dataclass(frozen=True)
 class Settings:
     """A run's numbers.
 
@@ -230,6 +263,7 @@ class Settings:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    study: Studying = field(default_factory=Studying)
     seed: int = 0
     num_clients: int = 5
     num_rounds: int = 10

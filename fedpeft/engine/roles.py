@@ -85,7 +85,8 @@ class Roles:
         """
         config = self.config
         shares = any(self.shared(round) for round in range(1, config.num_rounds + 1))
-        return Setting(config.method, shares, self._whole(shapes), config.cohort_size())
+        whole, cohort = self._whole(shapes), config.cohort_size()
+        return Setting(config.method, shares, whole, cohort, config.optimizer.name)
 
     def _whole(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Tell whether every client trains whole parameters, in the first and the last round."""

@@ -178,8 +178,8 @@ def _kept(folder: Path, replica: Replica, last: Checkpoint, best: bool, client: 
         return {}
     measured = best and last.best is not None  # else the last round counts as the best
     generation = (last.best_accepted if measured else last.accepted).get(client, 0)
-    if generation == 0:
-        raise ValueError(f"client {client} had trained in no round, so it keeps nothing of its own")
+    if generation == 0:  # it had not trained yet, so it was measured with the seeded start
+        return {}
     store = Store(folder / "clients" / last.run / f"client_{client}")
     if generation not in store.generations:
         raise ValueError(

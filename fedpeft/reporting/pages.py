@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import mean
 from typing import NamedTuple
 
 from fedpeft.config.load import settings
@@ -55,7 +56,8 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
     failed, floor = _failures(runs), baseline(done)
     rows = [study_row([r for r in runs if r["method"] == e], measures.sign) for e in study.entries]
     rows.sort(key=lambda row: _rank(row["quality"], measures))
-    notes = [*study_notes(measures), *_floor_notes(floor), *failed, f"Made by: {command}"]
+    notes = [*study_notes(measures), *_edge_notes(rows), *_start_notes(done, measures)]
+    notes += [*_floor_notes(floor), *failed, f"Made by: {command}"]
     title = f"{measures.quality} after the last round, mean by rows"
     page = Page(title, STUDY, study_cells(rows), notes)
     page.save(study.folder / "study.md")
@@ -120,11 +122,36 @@ def study_notes(measures: Measures) -> list[str]:
         "weighted by rows (runs.csv has the unweighted one too); of the seeds the mean ± the "
         "sample standard deviation.",
         f"lr: the one with the best {measures.selects} on the clients' own validation rows after "
-        "the last round, mean weighted by rows, mean of all seeds; (edge): it is the grid's first "
-        "or last, and a better "
-        "one may lie beyond.",
+        "the last round, mean weighted by rows, mean of all seeds.",
         "MB: 10^6 bytes of the training's messages, all clients, both ways, mean of the seeds.",
     ]
+
+
+def _edge_notes(rows: Rows) -> list[str]:
+    """Return a warning that names the methods whose learning rate is an end of their grid."""
+    named = [f"{row['method']} ({row['lr']:g})" for row in rows if row["edge"]]
+    if not named:
+        return []
+    return [
+        f"WARNING: the best learning rate is the grid's first or last, (edge), for "
+        f"{', '.join(named)}: a better one may lie beyond, so their quality may be too low. "
+        "Give more --lrs, or --extend N to add up to N on that side."
+    ]
+
+
+def _start_notes(done: Sequence[Done], measures: Measures) -> list[str]:
+    """Return the quality of each method's model before training, if it was measured."""
+    starts: dict[str, list[float]] = {}
+    for run, outcome in done:
+        value = isinstance(outcome, dict) and outcome["initial"].get(
+            f"client_test_{measures.quality}"
+        )
+        if isinstance(value, float):
+            starts.setdefault(run.entry, []).append(value)
+    if not starts:
+        return []
+    named = ", ".join(f"{entry} {mean(values):.3f}" for entry, values in starts.items())
+    return [f"Untrained, after round 0: {named}."]
 
 
 def _floor_notes(floor: float | None) -> list[str]:

@@ -202,6 +202,15 @@ def study_row(rows: Rows, sign: int) -> dict[str, Any]:
     }
 
 
+def edges(done: Sequence[Done], measures: Measures) -> dict[str, float]:
+    """Return, by entry, the best learning rate where it is the first or last of its grid."""
+    by_entry: dict[str, Rows] = {}
+    for row in run_rows(done, measures):
+        by_entry.setdefault(row["method"], []).append(row)
+    rows = [study_row(rows, measures.sign) for rows in by_entry.values()]
+    return {row["method"]: row["lr"] for row in rows if row["edge"]}
+
+
 def baseline(done: Sequence[Done]) -> float | None:
     """Return the score of a client's commonest label on its own test rows, mean over seeds."""
     by_seed: dict[int, float] = {}

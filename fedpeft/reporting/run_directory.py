@@ -174,6 +174,7 @@ class RunDirectory:
 # Keys that change no result, so that a run may go on with others; those below a group's name, too.
 FREE = {
     "logger",
+    "study",
     "run_dir",
     "resume",
     "checkpoint.every",

@@ -1,9 +1,9 @@
 """Studies: methods x learning rates x seeds, each run in a directory of its own, resumable."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -68,6 +68,7 @@ class Study:
         lrs: learning rates; each method's own if empty.
         seeds: seeds; the configuration's if empty.
         flat: directories are ``<entry>`` instead of ``<entry>/lr=<lr>/seed=<seed>``.
+        more: by entry, learning rates beyond ``lrs``.
     """
 
     folder: Path
@@ -76,6 +77,7 @@ class Study:
     lrs: Sequence[float] = ()
     seeds: Sequence[int] = ()
     flat: bool = False
+    more: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def finish(self, run_all: RunAll) -> list[Done]:
         """Run every run that has no outcome yet.
@@ -107,7 +109,23 @@ class Study:
     @property
     def size(self) -> int:
         """Number of runs."""
-        return len(self.entries) * (len(self.lrs) or 1) * (len(self.seeds) or 1)
+        rates = sum((len(self.lrs) or 1) + len(self.more.get(e, ())) for e in self.entries)
+        return rates * (len(self.seeds) or 1)
+
+    def widened(self, edges: Mapping[str, float]) -> "Study":
+        """Return the study with one more learning rate for each entry whose best one is an edge.
+
+        The new rate lies as far beyond the edge as the edge from its neighbour, as a factor.
+
+        Args:
+            edges: by entry, its best rate, which is the first or last of its grid of two or more.
+        """
+        more = dict(self.more)
+        for entry, best in edges.items():
+            grid = sorted({*self.lrs, *self.more.get(entry, ())})
+            next_to = grid[1] if best == grid[0] else grid[-2]
+            more[entry] = [*more.get(entry, ()), float(f"{best * best / next_to:.2g}")]
+        return replace(self, more=more)
 
     def runs(self) -> list[Run]:
         """Compose every run, in the order of entries, learning rates and seeds.
@@ -126,7 +144,7 @@ class Study:
         common = [*self.base, f"method={method}", *extra]
         self._check(extra, common)
         tree = composed([*common, "resume=true"])
-        for lr in self.lrs or [tree.lr]:
+        for lr in [*(self.lrs or [tree.lr]), *self.more.get(entry, ())]:
             for seed in self.seeds or [tree.seed]:
                 tree.lr, tree.seed = lr, seed
                 parts = [] if self.flat else [f"lr={lr}", f"seed={seed}"]

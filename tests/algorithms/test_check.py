@@ -41,7 +41,13 @@ def name_of(value: object) -> str:
     return type(value).__name__
 
 
-def setting(method: Method, shares: bool = True, whole: bool = True, clients: int = 5) -> Setting:
+def setting(
+    method: Method,
+    shares: bool = True,
+    whole: bool = True,
+    clients: int = 5,
+    optimizer: str = "sgd",
+) -> Setting:
     """Return the setting in which an algorithm is checked.
 
     Args:
@@ -49,8 +55,9 @@ def setting(method: Method, shares: bool = True, whole: bool = True, clients: in
         shares: whether it shares any parameter.
         whole: whether every client trains whole parameters, not blocks.
         clients: a round.
+        optimizer: of the clients.
     """
-    return Setting(method, shares, whole, clients)
+    return Setting(method, shares, whole, clients, optimizer)
 
 
 @pytest.mark.parametrize("algorithm", OPTIMISERS + WHOLE_ONLY, ids=name_of)
@@ -101,3 +108,8 @@ def test_trimming_needs_clients() -> None:
     TrimmedMean(beta=0.2).check(setting(Plain()))
     with pytest.raises(ValueError, match=r"beta=0.2 trims .* 0 of 4 at each end"):
         TrimmedMean(beta=0.2).check(setting(Plain(), clients=4))
+
+
+def test_scaffold_wants_plain_steps() -> None:
+    with pytest.raises(ValueError, match="optimizer.name=sgd, because .* got optimizer.name=adamw"):
+        Scaffold().check(setting(Plain(), optimizer="adamw"))

@@ -2,12 +2,20 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from flwr.serverapp import strategy as flower
 
 from fedpeft.algorithms.base import FedAvg
-from fedpeft.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi, ServerOptimizer
+from fedpeft.algorithms.fedopt import (
+    Adaptive,
+    FedAdagrad,
+    FedAdam,
+    FedAvgM,
+    FedYogi,
+    ServerOptimizer,
+)
 from fedpeft.methods.base import Round
 from fedpeft.state import State
 from tests.algorithms.aggregation import aggregate, aggregate_by_flower, random_states, record
@@ -41,24 +49,28 @@ def test_momentum_by_hand() -> None:
 
 def test_adam_by_hand() -> None:
     algorithm, memory = FedAdam(beta_1=0.5, beta_2=0.75, tau=1.0, server_lr=2.0), {}
-    # delta 2: m = 1, v = 0.25 * 4 = 1, 2 * 1 / (1 + 1)
-    assert after(algorithm, memory, 0.0, 2.0) == 1.0
-    # delta 4: m = 0.5 + 2 = 2.5, v = 0.75 + 4 = 4.75
-    assert after(algorithm, memory, 1.0, 5.0) == pytest.approx(1 + 5 / (math.sqrt(4.75) + 1))
+    # v starts at tau^2 = 1. delta 2: m = 1, v = 0.75 + 0.25 * 4 = 1.75
+    first = 2 / (math.sqrt(1.75) + 1)
+    assert after(algorithm, memory, 0.0, 2.0) == pytest.approx(first)
+    # delta 4: m = 0.5 + 2 = 2.5, v = 0.75 * 1.75 + 4 = 5.3125
+    expected = 1 + 5 / (math.sqrt(5.3125) + 1)
+    assert after(algorithm, memory, 1.0, 5.0) == pytest.approx(expected)
 
 
 def test_adagrad_by_hand() -> None:
-    algorithm, memory = FedAdagrad(tau=1.0, server_lr=2.0), {}
-    assert after(algorithm, memory, 0.0, 3.0) == 1.5  # v = 9: 2 * 3 / (3 + 1)
-    assert after(algorithm, memory, 1.5, 5.5) == pytest.approx(1.5 + 8 / 6)  # v = 25
+    algorithm, memory = FedAdagrad(tau=4.0, server_lr=2.0), {}
+    # v starts at tau^2 = 16
+    assert after(algorithm, memory, 0.0, 3.0) == pytest.approx(6 / 9)  # v = 25: 2 * 3 / (5 + 4)
+    assert after(algorithm, memory, 1.0, 13.0) == pytest.approx(1 + 24 / 17)  # v = 169
 
 
 def test_yogi_by_hand() -> None:
     algorithm, memory = FedYogi(beta_1=0.0, beta_2=0.75, tau=1.0, server_lr=1.0), {}
-    assert after(algorithm, memory, 0.0, 2.0) == 1.0  # v = 0 + 0.25 * 4 = 1: 2 / (1 + 1)
-    # delta 4: v = 1 + 0.25 * 16 = 5;  delta 1: v = 5 - 0.25 = 4.75, but 4 by Adam's rule
-    assert after(algorithm, memory, 0.0, 4.0) == pytest.approx(4 / (math.sqrt(5) + 1))
-    assert after(algorithm, memory, 0.0, 1.0) == pytest.approx(1 / (math.sqrt(4.75) + 1))
+    # v starts at tau^2 = 1. delta 2: v = 1 + 0.25 * 4 = 2
+    assert after(algorithm, memory, 0.0, 2.0) == pytest.approx(2 / (math.sqrt(2) + 1))
+    # delta 4: v = 2 + 0.25 * 16 = 6;  delta 1: v = 6 - 0.25 = 5.75, but 4.75 by Adam's rule
+    assert after(algorithm, memory, 0.0, 4.0) == pytest.approx(4 / (math.sqrt(6) + 1))
+    assert after(algorithm, memory, 0.0, 1.0) == pytest.approx(1 / (math.sqrt(5.75) + 1))
 
 
 ALGORITHMS = [FedAvgM(), FedAdagrad(), FedAdam(), FedYogi()]
@@ -110,6 +122,8 @@ def assert_as_flower_s(
 ) -> None:
     """Compare three rounds of five clients, each from where the last one ended.
 
+    Flower's second moment starts at 0; here it is set to tau^2, as the paper asks.
+
     Args:
         algorithm: of fedpeft.
         theirs: Flower's strategy with the same hyperparameters.
@@ -117,6 +131,8 @@ def assert_as_flower_s(
     """
     state, memory = random_states(0, 1)[0], {}
     eta = getattr(theirs, "eta", 0.0)
+    if isinstance(algorithm, Adaptive):
+        theirs.v_t = {n: np.full(v.shape, algorithm.tau**2) for n, v in state.items()}  # type: ignore[attr-defined]
     for round in (1, 2, 3):
         numpy = {n: v.numpy() for n, v in state.items()}
         theirs.current_arrays = record(state) if isinstance(theirs, flower.FedAvgM) else numpy  # type: ignore[attr-defined]
@@ -137,17 +153,15 @@ def test_momentum_as_flower_s() -> None:
 
 
 def test_adagrad_as_flower_s() -> None:
-    assert_as_flower_s(FedAdagrad(server_lr=0.1, tau=0.01), flower.FedAdagrad(eta=0.1, tau=0.01))
+    assert_as_flower_s(FedAdagrad(server_lr=0.1, tau=0.5), flower.FedAdagrad(eta=0.1, tau=0.5))
 
 
 def test_adam_as_flower_s_but_for_the_bias_correction() -> None:
-    assert_as_flower_s(
-        FedAdam(server_lr=0.1, tau=0.01), flower.FedAdam(eta=0.1, tau=0.01), bias=True
-    )
+    assert_as_flower_s(FedAdam(server_lr=0.1, tau=0.5), flower.FedAdam(eta=0.1, tau=0.5), bias=True)
 
 
 def test_yogi_as_flower_s() -> None:
-    assert_as_flower_s(FedYogi(server_lr=0.1, tau=0.01), flower.FedYogi(eta=0.1, tau=0.01))
+    assert_as_flower_s(FedYogi(server_lr=0.1, tau=0.5), flower.FedYogi(eta=0.1, tau=0.5))
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_the_first_round_is_fedavg_s_and_the_second_is_not(run: Runner) -> None:
 
 
 def test_evaluation_carries_no_controls(run: Runner) -> None:
-    run("strategy=scaffold", "evaluation.clients=always", "local_steps=1")
+    run("strategy=scaffold", "optimizer.name=sgd", "evaluation.clients=always", "local_steps=1")
     for exchange in run.recorder.of("evaluate"):
         assert split_prefixed(exchange.down_state())[1] == {}
 
@@ -207,7 +207,7 @@ def test_bad_controls_are_refused_on_both_sides(
 
     # clients of equal messages share their content, so client 2 gets what client 1 got
     one = "runtime.min_replies=1"
-    run("strategy=scaffold", "num_rounds=1", "evaluation.clients=never", one, answer=answer)
+    run("strategy=scaffold", "num_rounds=1", *SGD, one, answer=answer)
     refused = run.lines()[1]["refused"]
     assert list(refused)[0] == "1"
     assert re.search(error, refused["1"])

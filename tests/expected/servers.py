@@ -19,7 +19,7 @@ class Given:
         states: what they sent, (clients, n).
         shares: of the clients in the rows, (clients,).
         m: first moments, (n,); a rule sets them anew.
-        v: second moments.
+        v: second moments, which start at tau^2.
     """
 
     fields: dict[str, Any]

@@ -112,7 +112,10 @@ class Task(Source):
             references: right answers (rows,), likewise.
             suffix: appended to each name.
         """
-        return {title(m) + suffix: measure(m, predictions, references) for m in self.metrics}
+        return {
+            title(m) + suffix: measure(m, predictions, references, self.num_labels)
+            for m in self.metrics
+        }
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:

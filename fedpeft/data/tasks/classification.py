@@ -143,7 +143,8 @@ class Classification(Task):
     def baseline(self, train: np.ndarray, rows: np.ndarray) -> float | None:
         """See ``Task.baseline``; the constant answer is the commonest label of ``train``."""
         commonest = int(np.bincount(train).argmax())
-        return measure(self.metrics[0], [commonest] * len(rows), rows.tolist())
+        constant = [commonest] * len(rows)
+        return measure(self.metrics[0], constant, rows.tolist(), self.num_labels)
 
 
 def _plain(label: Any) -> str:

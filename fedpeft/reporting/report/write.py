@@ -8,6 +8,7 @@ from fedpeft.files import replacing
 from fedpeft.reporting.report.charts import charts
 from fedpeft.reporting.report.page import Section, html
 from fedpeft.reporting.report.pictures import save_pictures
+from fedpeft.reporting.report.published import published_table
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.report.table import Table
 from fedpeft.reporting.report.tables import (
@@ -85,6 +86,7 @@ def _sections(runs: Runs) -> list[Section]:
     return [
         Section(summary.title, [summary]),
         Section("Quality", charts=quality, notes=no_clients),
+        Section("Measured and published", _there(published_table(runs))),
         Section("Paired tests", _there(pairs_table(runs))),
         Section("Cost", [cost_table(runs)], made["Cost"]),
         Section("Diagnostics", charts=made["Diagnostics"]),

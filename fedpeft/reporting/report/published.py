@@ -1,0 +1,82 @@
+"""Values that papers report, beside those of a report's settings."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fedpeft.config.choices import choices
+from fedpeft.config.load import CONF
+from fedpeft.reporting.report.settings import Runs, Setting
+from fedpeft.reporting.report.table import Table, Text
+from fedpeft.reporting.tables import Rows
+
+FILE = CONF / "published.yaml"
+FORMS = ("_generated", "_teacher_forced")  # of measures of text, which papers do not tell apart
+
+
+def published_table(runs: Runs) -> Table | None:
+    """Return what papers report for the same data, clients and method; null if there is nothing.
+
+    Runs that bound a table (each client alone, all rows in one place) have no value there, and no
+    server algorithm but FedAvg has.
+    """
+    measure = re.sub(rf"({'|'.join(FORMS)})$", "", runs.measure)
+    rows: Rows = []
+    for setting in runs.settings:
+        mean, sd = setting.spread(runs.compared)
+        for entry, value in _values(setting, measure):
+            rows.append(
+                {
+                    "setting": setting.name,
+                    "measured": mean,
+                    "measured_sd": sd,
+                    "published": value,
+                    "model": entry["model"],
+                    "source": entry["source"],
+                    "note": entry.get("note", ""),
+                }
+            )
+    if not rows:
+        return None
+    columns: dict[str, Text] = {
+        "setting": lambda row: row["setting"],
+        "model of the paper": lambda row: row["model"],
+        "source": lambda row: row["source"] + (f" ({row['note']})" if row["note"] else ""),
+        "measured": _measured,
+        "published": lambda row: f"{row['published']:.3f}",
+    }
+    notes = [
+        f"Published {measure.replace('_', ' ')} for the same data set, number of clients and "
+        "method. Only a run of the same model, rows, rounds and kind of measure can be compared "
+        "with it; elsewhere compare the order of methods within a column. conf/published.yaml has "
+        "the values."
+    ]
+    return Table("published", "Measured and published", columns, rows, notes, texts=3)
+
+
+def _values(setting: Setting, measure: str) -> Iterator[tuple[Mapping[str, Any], float]]:
+    """Yield the published entries that fit a setting, and their values of a measure."""
+    values = setting.runs[0].settings
+    chosen = choices(values)
+    if chosen["strategy"] != "fedavg":
+        return
+    published: Any = OmegaConf.to_container(OmegaConf.load(FILE))
+    for entry in published:
+        if (entry["data"], entry["num_clients"]) != (chosen["data"], values["num_clients"]):
+            continue
+        for name, measures in entry["values"].items():
+            method, *wanted = name.split("+")
+            fits = all(
+                str(values.get(key)) == value for key, value in (w.split("=") for w in wanted)
+            )
+            if method == chosen["method"] and fits and measure in measures:
+                yield entry, measures[measure]
+
+
+def _measured(row: Mapping[str, Any]) -> str:
+    if row["measured"] is None:
+        return "-"
+    sd = "" if row["measured_sd"] is None else f" ± {row['measured_sd']:.3f}"
+    return f"{row['measured']:.3f}{sd}"

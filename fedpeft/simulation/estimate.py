@@ -1,0 +1,114 @@
+"""Memory, time and bytes of runs before they begin, from the architecture alone.
+
+The numbers are rough: they say whether a study takes an hour or a month, and which GPU it needs.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from fedpeft.config.load import load_config
+from fedpeft.config.schema import Config
+from fedpeft.engine.parameters import count_on_meta
+from fedpeft.reporting.study import Run
+from fedpeft.reporting.tables import print_table
+
+ACTIVATIONS = 34  # bytes a token, block and hidden number in 16 bits (arXiv 2205.05198, Section 4)
+DTYPES = {"fp32": 4, "bf16": 2}
+
+
+class Estimate(NamedTuple):
+    """The cost of a run.
+
+    Attributes:
+        memory: bytes of weights, gradients, AdamW's moments and activations of one client.
+        operations: floating-point operations of its training.
+        sent: bytes of its training's arrays, both ways, without compression.
+    """
+
+    memory: float
+    operations: float
+    sent: float
+
+
+def estimate(config: Config) -> Estimate:
+    """Estimate a run.
+
+    Frozen weights need no gradient, so a step takes 4 operations a parameter and token: 2 forward
+    and 2 backward. Rows are counted as long as they may be.
+
+    Raises:
+        ValueError: the number of steps depends on the rows (``local_epochs``), which cannot be
+            read.
+    """
+    counts = count_on_meta(config)
+    total, trained = counts["total"], counts["trained"][1]
+    numbers = config.model.config(config.data.num_labels)
+    parts = [getattr(numbers, part, None) for part in ("text_config", "vision_config")]
+    shape = next((part for part in parts if part is not None), numbers)
+    tokens = config.batch_size * _tokens(config, shape)
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    share = 1 if config.precision == "bf16" else 2
+    held = tokens / config.accumulate * shape.hidden_size * shape.num_hidden_layers
+    logits = tokens / config.accumulate * getattr(shape, "vocab_size", 0) * 8
+    logits = logits if "CausalLM" in config.data.auto_class else 0
+    memory = width * total + 16 * trained + share * ACTIVATIONS * held + logits
+    clients = config.cohort_size() * config.num_rounds
+    sent = clients * (counts["bytes_up"][1] + counts["bytes_down"][1])
+    return Estimate(memory, 4 * total * tokens * _steps(config) * clients, sent)
+
+
+def _tokens(config: Config, shape: Any) -> int:
+    """Return the most tokens of a row."""
+    if hasattr(config.data, "max_length"):
+        return config.data.max_length
+    return (shape.image_size // shape.patch_size) ** 2 + 1
+
+
+def _steps(config: Config) -> float:
+    if config.local_steps is not None:
+        return config.local_steps
+    rows = len(config.data.split_rows("train")) / config.num_clients
+    return (config.local_epochs or 1) * math.ceil(rows / config.batch_size)
+
+
+def show_estimate(runs: Sequence[Run], flops: float) -> None:
+    """Print what each entry of a study takes, and the whole study.
+
+    Args:
+        runs: of the study; those that differ in seed and learning rate alone are one line.
+        flops: operations a second that a machine reaches.
+    """
+    lines: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        table = run.path.parents[2].name
+        lines.setdefault((table, run.entry), []).append(run)
+    cells, whole = [], Estimate(0, 0, 0)
+    for (table, entry), same in lines.items():
+        one = estimate(load_config(same[0].overrides))
+        count = len(same)
+        cells.append(
+            [
+                f"{table} {entry}",
+                str(count),
+                f"{one.memory / 1e9:.1f}",
+                f"{one.operations / flops / 3600:.2f}",
+                f"{one.sent / 1e6:.1f}",
+            ]
+        )
+        whole = Estimate(
+            max(whole.memory, one.memory),
+            whole.operations + count * one.operations,
+            whole.sent + count * one.sent,
+        )
+    header = ("table and method", "runs", "GB of memory", "hours a run", "MB a run")
+    print_table("Estimate, before the first run", header, cells)
+    Console(soft_wrap=True).print(
+        f"In all {len(runs)} runs: about {whole.operations / flops / 3600:,.1f} hours at "
+        f"{flops:.0e} operations a second (study.flops), {whole.memory / 1e9:.1f} GB of memory for "
+        f"one client, {whole.sent / 1e9:.2f} GB of arrays. Evaluation and learning rates that are "
+        "added come on top.",
+        markup=False,
+    )

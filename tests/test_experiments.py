@@ -1,0 +1,202 @@
+"""The experiments of papers' tables: their methods, clients and settings, and that all compose.
+
+Nothing is trained. The numbers are those of the papers where they give them.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig
+
+from fedpeft.config.load import CONF, composed, load_config
+from fedpeft.engine.parameters import check_on_meta
+from fedpeft.reporting.study_plan import Plan
+
+TABLES = (
+    "scl_table1",
+    "scl_table2",
+    "fedtt_table1",
+    "fedtt_table2",
+    "fedtt_table3",
+    "fedtt_table9",
+)
+SCALES = ("paper", "small")
+OPTIONS: dict[str, str] = dict.fromkeys(("--methods", "--lrs", "--seeds", "--extend", "--data"), "")
+# Models of the small scale, and others of the same kind for where their file is not there.
+STAND_INS = {
+    ("scl_table1", "small"): ("dinov2_small", "vit_base"),
+    ("scl_table2", "small"): ("smollm2", "tinyllama"),
+    ("fedtt_table9", "small"): ("smollm2", "tinyllama"),
+}
+OF_SCL = {"scl", "fedsa_lora", "ffa_lora", "lora"}
+OF_FEDTT = {
+    *("fedtt", "fedtt_plus", "lora", "rolora", "ffa_lora"),
+    *("bitfit", "prompt", "p_tuning", "ia3", "adapter"),
+}
+
+
+@cache
+def plan(table: str, scale: str) -> Plan:
+    """Return the plan of ``fedpeft study experiment=TABLE scale=SCALE``."""
+    base = [f"experiment={table}", f"scale={scale}"]
+    model, other = STAND_INS.get((table, scale), ("minilm", ""))
+    if not (CONF / "model" / f"{model}.yaml").exists():
+        base.append(f"model={other}")
+    return Plan.of(Path("x"), base, OPTIONS, "lora")
+
+
+def first(table: str, scale: str, cell: int = 0, entry: int = 0) -> DictConfig:
+    """Return the composed configuration of one run of a table.
+
+    Args:
+        table: name of the experiment.
+        scale: ``paper`` or ``small``.
+        cell: number of the cell.
+        entry: number of the method.
+    """
+    _, study = list(plan(table, scale).passes())[cell]
+    method, *extra = study.entries[entry].split("+")
+    return composed([*study.base, f"method={method}", *extra])
+
+
+def cells(table: str, scale: str) -> list[dict[str, str]]:
+    """Return the overrides of each cell."""
+    settings = plan(table, scale).settings
+    return [dict(o.split("=", 1) for o in [*settings.common, *c.split()]) for c in settings.cells]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("table", TABLES)
+def test_learning_rates_are_chosen_over_three_seeds_and_the_grid_may_grow(
+    table: str, scale: str
+) -> None:
+    settings = plan(table, scale).settings
+    assert settings.seeds == [0, 1, 2] and len(settings.lrs) == 3 and settings.extend >= 2
+    assert settings.estimate == (scale == "paper")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(("table", "alpha"), [("scl_table1", 32), ("scl_table2", 16)])
+def test_methods_of_scl(table: str, alpha: int, scale: str) -> None:
+    entries = plan(table, scale).settings.methods
+    assert {entry.split("+")[0] for entry in entries} == OF_SCL
+    assert {"scl", "scl+method.init=svd", "scl+method.init=residual"} <= set(entries)
+    bounds = [e.split("+")[1] for e in entries if "strategy=" in e]
+    assert bounds == ["strategy=local_only", "strategy=centralized"]
+    assert first(table, scale).method.init == "random_pinv"
+    for number, entry in enumerate(entries):
+        if not entry.startswith("scl"):
+            method = first(table, scale, entry=number).method
+            assert (method.rank, method.alpha) == (8, alpha)
+            assert list(method.targets) == ["q", "k", "v"]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_clients_of_scl(scale: str) -> None:
+    assert [c["num_clients"] for c in cells("scl_table1", scale)] == ["3", "4", "5"]
+    texts = [(c["data"], c["num_clients"]) for c in cells("scl_table2", scale)]
+    pairs = [(data, n) for data in ("medquad", "dolly") for n in "34"]
+    assert texts == (pairs if scale == "small" else pairs * 2)
+    for table in ("scl_table1", "scl_table2"):
+        tree = first(table, scale)
+        assert tree.partition._target_.endswith("Dirichlet") and tree.partition.alpha == 0.1
+        assert tree.early_stopping.patience is not None
+
+
+def test_epochs_of_scl_s_papers_and_equal_steps_of_the_small_ones() -> None:
+    for table in ("scl_table1", "scl_table2"):
+        tree = first(table, "paper")
+        assert (tree.num_rounds, tree.local_epochs, tree.local_steps) == (10, 1, None)
+        assert first(table, "small").local_steps is not None
+    assert {c["model"] for c in cells("scl_table2", "paper")} == {"tinyllama", "gemma_2b"}
+    assert {c["model"] for c in cells("scl_table1", "paper")} == {"siglip"}
+    assert {c["model"] for c in cells("scl_table2", "small")} == {"smollm2"}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("table", ["fedtt_table1", "fedtt_table2", "fedtt_table3"])
+def test_methods_of_fedtt(table: str, scale: str) -> None:
+    entries = plan(table, scale).settings.methods
+    assert {entry.split("+")[0] for entry in entries} == OF_FEDTT
+    assert {"fedtt_plus", "fedtt_plus+method.active=one"} <= set(entries)
+    ranks = [
+        first(table, scale, entry=i).method.rank for i, e in enumerate(entries) if e[:4] == "lora"
+    ]
+    assert ranks == [8, 2]
+    assert first(table, scale).method.tt_rank == 5
+
+
+@pytest.mark.parametrize(
+    ("table", "scale", "expected"),
+    [
+        ("fedtt_table1", "paper", {"local_steps": 1, "optimizer.keep_state": True}),
+        (
+            "fedtt_table1",
+            "small",
+            {"local_steps": 1, "optimizer.keep_state": True, "num_clients": 3},
+        ),
+        ("fedtt_table2", "paper", {"num_rounds": 100, "data.max_length": 128}),
+        ("fedtt_table3", "paper", {"local_steps": 20, "num_rounds": 500, "batch_size": 64}),
+        ("fedtt_table3", "small", {"local_steps": 20, "num_clients": 3}),
+        ("fedtt_table9", "paper", {"model.load_in": "4bit", "data.scoring": "likelihood"}),
+    ],
+)
+def test_numbers_of_fedtt(table: str, scale: str, expected: dict[str, Any]) -> None:
+    tree: Any = first(table, scale)
+    for key, value in expected.items():
+        node = tree
+        for part in key.split("."):
+            node = node[part]
+        assert node == value, key
+    assert tree.optimizer.name == "adamw"
+    kind = "EqualSize" if table == "fedtt_table2" else "IID"
+    assert tree.partition._target_.endswith(f".{kind}")
+
+
+@pytest.mark.parametrize(("scale", "cell"), [("paper", 2), ("small", 0), ("small", 1)])
+def test_the_cross_device_half_is_fedpetuning_s(scale: str, cell: int) -> None:
+    tree = first("fedtt_table2", scale, cell)
+    assert (tree.num_clients, tree.clients_per_round) == (100, 10)
+    assert (tree.local_epochs, tree.local_steps, tree.batch_size) == (1, None, 32)
+    assert (tree.optimizer.schedule, tree.partition.alpha) == ("linear", 1.0)
+
+
+def test_data_and_clients_of_fedtt() -> None:
+    glue = ["mrpc", "sst2", "qnli", "qqp", "mnli"]
+    assert [c["data"] for c in cells("fedtt_table1", "paper")] == glue
+    assert [c["data"] for c in cells("fedtt_table2", "paper")] == glue
+    third = cells("fedtt_table3", "paper")
+    assert [c["num_clients"] for c in third] == ["3", "20", "50"] * 4
+    assert all(c["batch_size"] == ("64" if c["data"] == "sst2" else "32") for c in third)
+    assert [c["num_clients"] for c in cells("fedtt_table3", "small")] == ["3", "20", "50"]
+    ninth = {(c["model"], c["data"]) for c in cells("fedtt_table9", "paper")}
+    models, sets = ("llama2_7b", "llama2_13b"), ("copa", "record", "squad")
+    assert ninth == {(model, data) for model in models for data in sets}
+
+
+def test_no_file_names_a_folder_of_data() -> None:
+    for table in TABLES:
+        for file in (CONF / "experiment").glob(f"{table}*/*.yaml"):
+            assert "path" not in file.read_text()
+
+
+OF_MODELS = {  # one cell of each model of a table
+    (table, scale, cell["model"]): number
+    for table in TABLES
+    for scale in SCALES
+    for number, cell in reversed(list(enumerate(cells(table, scale))))
+}
+CLASSES = "data.labels=[glioma,meningioma,no_tumor,pituitary]"  # which else stand in the data
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("chosen", "cell"), OF_MODELS.items())
+def test_every_method_fits_its_model(chosen: tuple[str, str, str], cell: int) -> None:
+    table, scale, _ = chosen
+    _, study = list(plan(table, scale).passes())[cell]
+    for entry in study.entries:
+        method, *extra = entry.split("+")
+        known = [CLASSES] if table == "scl_table1" else []
+        check_on_meta(load_config([*study.base, *known, f"method={method}", *extra]))
