@@ -165,7 +165,7 @@ def study(arguments: list[str]) -> None:
     if only_estimate or (plan.settings.estimate and not as_json):
         from fedpeft.simulation.estimate import show_estimate
 
-        show_estimate(plan.runs(), plan.settings.flops)
+        show_estimate(plan.studies(), plan.settings.flops)
     if only_estimate:
         return
     failed: dict[Path, str] = {}

@@ -3,6 +3,7 @@
 Nothing is trained. The numbers are those of the papers where they give them.
 """
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 from omegaconf import DictConfig
 
 from fedpeft.config.load import CONF, composed, load_config
-from fedpeft.engine.parameters import check_on_meta
+from fedpeft.engine.parameters import check_on_meta, count_on_meta
 from fedpeft.reporting.study_plan import Plan
+from fedpeft.simulation.estimate import estimate
 
 TABLES = (
     "scl_table1",
@@ -200,3 +202,24 @@ def test_every_method_fits_its_model(chosen: tuple[str, str, str], cell: int) ->
         method, *extra = entry.split("+")
         known = [CLASSES] if table == "scl_table1" else []
         check_on_meta(load_config([*study.base, *known, f"method={method}", *extra]))
+
+
+def test_an_estimate_by_hand(base: list[str]) -> None:
+    """Three clients, two rounds of two steps with 8 rows of at most 128 tokens."""
+    config = load_config([*base, "method.rank=4", "optimizer.name=sgd"])
+    counts = count_on_meta(config)
+    cost = estimate(config)
+    assert cost.operations == 4 * counts["total"] * (8 * 128) * 2 * (3 * 2)
+    assert cost.sent == 6 * (counts["bytes_up"][1] + counts["bytes_down"][1])
+    held = 2 * 34 * (8 * 128) * 32 * 2  # 32 bits, hidden size 32, 2 layers
+    assert cost.memory == 4 * counts["total"] + 16 * counts["trained"][1] + held
+
+
+def test_the_estimate_of_a_study_counts_its_runs(
+    fedpeft: Callable[..., str], base: list[str]
+) -> None:
+    rest = [o for o in base if not o.startswith("method=")]
+    options = ["--estimate", "--methods", "lora,bitfit", "--lrs", "1e-3,1e-2", "--seeds", "0,1,2"]
+    text = fedpeft("study", *options, *rest)
+    assert "In all 12 runs: about 0.00 hours at 1e+14 operations a second" in text
+    assert not Path("runs").exists()

@@ -9,7 +9,7 @@ from fedpeft.config.load import composed, leaves
 from fedpeft.config.load import settings as settings_of
 from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Studying
-from fedpeft.reporting.study import Run, Study, listed, numbers
+from fedpeft.reporting.study import Study, listed, numbers
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,11 @@ class Plan:
         """
         count = len(self.settings.seeds)
         for seeds in range(1, count + 1) if self.settings.cells and count else [count]:
-            for study in self._studies():
+            for study in self.studies():
                 yield seeds == count, replace(study, seeds=study.seeds[:seeds])
 
-    def runs(self) -> list[Run]:
-        """Compose every run, without learning rates that are added later."""
-        return [run for study in self._studies() for run in study.runs()]
-
-    def _studies(self) -> list[Study]:
+    def studies(self) -> list[Study]:
+        """Return a study for each table, with all seeds."""
         settings = self.settings
         cells = [cell.split() for cell in settings.cells] or [[]]
         return [

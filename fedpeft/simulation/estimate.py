@@ -5,14 +5,13 @@ The numbers are rough: they say whether a study takes an hour or a month, and wh
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
-
-from rich.console import Console
 
 from fedpeft.config.load import load_config
 from fedpeft.config.schema import Config
 from fedpeft.engine.parameters import count_on_meta
-from fedpeft.reporting.study import Run
+from fedpeft.reporting.study import Study
 from fedpeft.reporting.tables import print_table
 
 ACTIVATIONS = 34  # bytes a token, block and hidden number in 16 bits (arXiv 2205.05198, Section 4)
@@ -74,41 +73,35 @@ def _steps(config: Config) -> float:
     return (config.local_epochs or 1) * math.ceil(rows / config.batch_size)
 
 
-def show_estimate(runs: Sequence[Run], flops: float) -> None:
-    """Print what each entry of a study takes, and the whole study.
+def show_estimate(studies: Sequence[Study], flops: float) -> None:
+    """Print what a run of each entry takes, and all runs together.
 
     Args:
-        runs: of the study; those that differ in seed and learning rate alone are one line.
+        studies: whose runs are counted, each entry by its first learning rate and seed.
         flops: operations a second that a machine reaches.
     """
-    lines: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        table = run.path.parents[2].name
-        lines.setdefault((table, run.entry), []).append(run)
-    cells, whole = [], Estimate(0, 0, 0)
-    for (table, entry), same in lines.items():
-        one = estimate(load_config(same[0].overrides))
-        count = len(same)
-        cells.append(
-            [
-                f"{table} {entry}",
-                str(count),
-                f"{one.memory / 1e9:.1f}",
-                f"{one.operations / flops / 3600:.2f}",
-                f"{one.sent / 1e6:.1f}",
-            ]
-        )
-        whole = Estimate(
-            max(whole.memory, one.memory),
-            whole.operations + count * one.operations,
-            whole.sent + count * one.sent,
-        )
+    cells: list[list[str]] = []
+    count, whole = 0, Estimate(0, 0, 0)
+    for study in studies:
+        first = replace(study, lrs=study.lrs[:1], seeds=study.seeds[:1])
+        runs = study.size // len(study.entries)
+        for run in first.runs():
+            one = estimate(load_config(run.overrides))
+            cells.append([f"{study.folder.name} {run.entry}", str(runs), *_texts(one, flops)])
+            memory = max(whole.memory, one.memory)
+            count, operations = count + runs, whole.operations + runs * one.operations
+            whole = Estimate(memory, operations, whole.sent + runs * one.sent)
     header = ("table and method", "runs", "GB of memory", "hours a run", "MB a run")
     print_table("Estimate, before the first run", header, cells)
-    Console(soft_wrap=True).print(
-        f"In all {len(runs)} runs: about {whole.operations / flops / 3600:,.1f} hours at "
-        f"{flops:.0e} operations a second (study.flops), {whole.memory / 1e9:.1f} GB of memory for "
-        f"one client, {whole.sent / 1e9:.2f} GB of arrays. Evaluation and learning rates that are "
-        "added come on top.",
-        markup=False,
+    memory, hours, sent = _texts(whole, flops)
+    print(
+        f"In all {count} runs: about {hours} hours at {flops:.0e} operations a second "
+        f"(study.flops), {memory} GB of memory for one client, {sent} MB of arrays. Evaluation "
+        "and learning rates that are added come on top."
     )
+
+
+def _texts(cost: Estimate, flops: float) -> list[str]:
+    """Return gigabytes of memory, hours and megabytes sent."""
+    hours = cost.operations / flops / 3600
+    return [f"{cost.memory / 1e9:.1f}", f"{hours:,.2f}", f"{cost.sent / 1e6:,.1f}"]

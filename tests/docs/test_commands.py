@@ -58,6 +58,10 @@ def planned(study: Study, run_all: Any) -> NoReturn:
     loaded(runs[0].overrides)
 
 
+def estimated(studies: list[Study], *_: Any) -> NoReturn:
+    planned(studies[0], None)
+
+
 def counted(names: list[str], base: list[str]) -> NoReturn:
     loaded([*base, f"method={names[0]}"])
 
@@ -96,6 +100,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ):
         monkeypatch.setattr(owner, name, stand_in)
     monkeypatch.setattr(export_commands, "is_exported", lambda path: False)
+    monkeypatch.setattr("fedpeft.simulation.estimate.show_estimate", estimated)
     monkeypatch.setattr("fedpeft.server.check.check", lambda grid, words, simulated: loaded(words))
 
 
