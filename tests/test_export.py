@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from flwr.app import Context, Message
@@ -540,14 +541,29 @@ def test_evaluate_gives_the_summary_s_measures_of_a_run_and_of_its_folder(
     assert said.startswith("out holds the form peft: PeftModel.from_pretrained(base, DIR)\n")
     final = json.loads((path / "summary.json").read_text())["final"]
     of_run = json.loads(fedpeft("evaluate", str(path), "--json"))
-    assert of_run == pytest.approx({k: v for k, v in final.items() if k.startswith("test_")})
-    assert set(of_run) == {"test_loss", "test_accuracy", "test_f1_macro"}
+    tested = {k: v for k, v in final.items() if k.startswith("test_")}
+    assert of_run == pytest.approx({**tested, "test_rows": 40})
+    assert set(of_run) == {"test_loss", "test_accuracy", "test_f1_macro", "test_rows"}
     again = json.loads(fedpeft("evaluate", "out", "--json", f"data.path={table}"))
     assert again == pytest.approx(of_run, abs=1e-6)
     other = ["data=table", f"data.path={table}", "data.test_split=validation"]
     elsewhere = fedpeft("evaluate", "out", *other)
     validated = json.loads((path / "summary.json").read_text())["final"]["validation_accuracy"]
-    assert f"test_accuracy: {validated:.4f}\n" in elsewhere
+    assert f"test_accuracy: {validated:.4f}\n" in elsewhere and "test_rows: 40\n" in elsewhere
+
+
+def test_a_new_table_without_a_test_split_is_measured_whole(
+    finished: Finished, fedpeft: Command, table: Path
+) -> None:
+    path = str(finished("lora"))
+    rows = pq.read_table(table / "validation.parquet")
+    pq.write_table(rows, "new.parquet")
+    new = json.loads(fedpeft("evaluate", path, "--json", "data.path=new.parquet"))
+    same = ["data.path=new.parquet", "data.test_split=train"]
+    assert new == json.loads(fedpeft("evaluate", path, "--json", *same))
+    assert new["test_rows"] == 40
+    apart = json.loads(fedpeft("evaluate", path, "--json", *same[:1], "data.test_split=null"))
+    assert apart["test_rows"] == 4  # a tenth is set aside, as in training
 
 
 def test_evaluate_measures_in_the_precision_of_the_run(

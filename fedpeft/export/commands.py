@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -54,29 +55,41 @@ def predict(arguments: Sequence[str]) -> None:
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Measure a model on its task's test rows."""
+    """Measure a model on its task's test rows; on all rows of a new set without a test split."""
     parser = _parser(
         "evaluate", "directory of a finished run, or an exported folder", evaluate.__doc__
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_intermixed_args(arguments)
-    measures = measured(_open(given))
+    model = _open(given)
+    keys = {override.partition("=")[0].lstrip("+") for override in given.overrides}
+    if keys & {"data", "data.path"} and "data.test_split" not in keys:
+        task = model.config.data.all_as_test()
+        if task is not model.config.data:
+            note = f"note: {task.folder()} has no split test, so all rows are measured"
+            print(note, file=sys.stderr)
+        model = model._replace(config=replace(model.config, data=task))
+    measures = measured(model)
     if given.json:
         print(json.dumps(measures))
         return
     for name, value in measures.items():
-        print(f"{name}: {value:.4f}")
+        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
 
 
-def measured(model: Opened) -> dict[str, float]:
-    """Return a model's measures on all test splits, named as a run's summary names them."""
-    measures: dict[str, float] = {}
+def measured(model: Opened) -> dict[str, float | int]:
+    """Return a model's measures on all test splits, named as a run's summary names them.
+
+    Each split's number of rows stands beside them.
+    """
+    measures: dict[str, float | int] = {}
     task = model.config.data
     for split in (*task.extra_tests, "test"):
         examples = task.encode(split, model.processor)
         values, _ = scored(*model, examples, os.cpu_count() or 1, last=True)
         prefix = split if split in SPLITS else f"test_{split}"
         measures |= {f"{prefix}_{name}": value for name, value in values.items()}
+        measures[f"{prefix}_rows"] = len(examples.rows)
     return measures
 
 

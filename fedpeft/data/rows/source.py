@@ -4,9 +4,9 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -213,6 +213,10 @@ class Source(ABC):
             return name
         read = {self.train_split, self.validation_split, self.test_split, *SPLITS}
         return name if self.tables.keys() - read - {*self.extra_tests.values()} else None
+
+    def all_as_test(self) -> Self:
+        """Return the set with all rows of train for test rows, if none are of its own."""
+        return self if self._name("test") else replace(self, test_split=self.train_split)
 
     @cached_property
     def _carved(self) -> "dict[str, Dataset]":
