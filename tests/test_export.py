@@ -450,6 +450,29 @@ def test_a_base_model_that_moved(finished: Finished, checkpoint: Path, tmp_path:
     assert torch.equal(model(**rows).logits, expected)
 
 
+def test_relative_paths_hold_from_every_folder(
+    base: list[str],
+    fedpeft: Command,
+    checkpoint: Path,
+    table: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run's relative paths start where the run did, and an exported folder has absolute ones."""
+    shutil.copytree(checkpoint, tmp_path / "mini")
+    (tmp_path / "rows").symlink_to(table)
+    paths = ["model.path=mini", "data.path=rows", "run_dir=run"]
+    final = json.loads(fedpeft("run", "--json", *base, *paths, "num_rounds=1"))["final"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    measured = json.loads(fedpeft("evaluate", str(tmp_path / "run"), "--json"))
+    assert measured["test_loss"] == final["test_loss"]
+    fedpeft("export", str(tmp_path / "run"), "--to", "out")
+    about = json.loads(Path("out/fedpeft.json").read_text())
+    assert about["config"]["model"]["path"] == str(tmp_path / "mini")
+    assert package.load("out") is not None
+
+
 def test_a_folder_that_would_differ_is_not_left_behind(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ SUMMARY = {
     "seed": int,
     "versions": dict,
     "command": str,
+    "working_directory": str,
     "run_dir": str,
 }
 

@@ -20,6 +20,8 @@ from fedpeft.seeding import generator
 from fedpeft.server.checkpoint import Checkpoint, Checkpoints
 from fedpeft.state import Role, State, read
 
+PATHS = ("model.path", "model.tokenizer_path", "data.path")
+
 
 class OneModel(Replica):
     """A replica that remembers which parameters are the base model's."""
@@ -103,7 +105,8 @@ def open_run(
             "folder (fedpeft.json)"
         )
     summary = json.loads((folder / SUMMARY).read_text())
-    tree: Any = changed(OmegaConf.load(folder / CONFIG), overrides)  # type: ignore[arg-type]
+    saved = _located(OmegaConf.load(folder / CONFIG), summary.get("working_directory"))
+    tree: Any = changed(saved, overrides)
     config = typed(with_labels(tree, summary.get("labels")))
     replica = OneModel(_whole(config) if whole else config)
     state = _as_received(
@@ -119,6 +122,20 @@ def open_run(
     config.method.arrange(replica.model, setting)
     replica.model.eval()
     return FinishedRun(folder, tree, config, summary, best, client, replica, setting)
+
+
+def _located(tree: Any, working_directory: str | None) -> Any:
+    """Make a run's relative paths absolute, where what they name still is.
+
+    Args:
+        tree: the run's configuration.
+        working_directory: in which the run was started; null if its summary does not say.
+    """
+    for key in PATHS if working_directory else ():
+        value = OmegaConf.select(tree, key)
+        if isinstance(value, str) and (path := Path(working_directory or "", value)).exists():
+            OmegaConf.update(tree, key, str(path))
+    return tree
 
 
 def _whole(config: Config) -> Config:

@@ -2,6 +2,7 @@
 
 import time
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -196,6 +197,7 @@ class Run(Observer):
             "versions": versions(),
             "command": self.command,
             "run_dir": str(self.directory.path),
+            "working_directory": str(Path.cwd()),  # relative paths of the configuration start there
         }
         self.directory.finish(summary)  # before the base model is built, for which memory may lack
         self.directory.pack_clients()
