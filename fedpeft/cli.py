@@ -7,6 +7,8 @@ import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,8 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
 
 Overrides are those of Hydra: key=value, group=name. Groups and names stand in conf/.
 """
+# These print the options that they parse.
+OWN_HELP = ("results", "export", "predict", "evaluate", "node", "server", "deploy")
 # Methods of compare and study if --methods is missing; params counts all methods.
 METHODS = "lora,ffa_lora,fedsa_lora,scl,fedtt,fedtt_plus"
 
@@ -77,7 +81,13 @@ def main() -> None:
         print(USAGE)
         return
     if command not in commands:
-        sys.exit(f"fedpeft: unknown command {command}, must be one of {', '.join(commands)}")
+        close = get_close_matches(command, commands, 1)
+        advice = f"did you mean {close[0]}?" if close else f"must be one of {', '.join(commands)}"
+        print(f"fedpeft: unknown command {command}, {advice}", file=sys.stderr)
+        sys.exit(2)
+    if {"-h", "--help"} & {*arguments} and command not in OWN_HELP:
+        print(usage_of(command))
+        return
     stop_on_sigterm()
     try:
         commands[command](arguments)
@@ -89,6 +99,14 @@ def main() -> None:
             raise
         print(f"fedpeft: {explained(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError | OSError | RuntimeError) else 1)
+
+
+def usage_of(command: str) -> str:
+    """Return the lines of USAGE on one command, and the last one, on overrides."""
+    lines = USAGE.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"   {command} "))
+    more = takewhile(lambda line: line.startswith("    "), lines[start + 1 :])
+    return "\n".join([lines[start].strip(), *more, "", lines[-1]])
 
 
 def run(arguments: list[str]) -> None:

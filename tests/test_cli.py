@@ -1,6 +1,7 @@
 """The command line: its output, its files, and one sentence for wrong input."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -96,9 +97,27 @@ def test_wrong_input_is_one_sentence_and_status_2(
     assert says in error and error.startswith("fedpeft: ") and error.count("\n") == 1
 
 
-def test_unknown_command(fedpeft: Command) -> None:
-    with pytest.raises(SystemExit, match="unknown command fly, must be one of run, compare"):
-        fedpeft("fly")
+@pytest.mark.parametrize(
+    ("word", "advice"), [("fly", "must be one of run, compare"), ("runn", "did you mean run?\n")]
+)
+def test_unknown_command(
+    fedpeft: Command, capsys: pytest.CaptureFixture[str], word: str, advice: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        fedpeft(word)
+    assert ended.value.code == 2
+    assert f"fedpeft: unknown command {word}, {advice}" in capsys.readouterr().err
+
+
+def test_each_command_shows_how_it_is_used(fedpeft: Command) -> None:
+    for line in cli.USAGE.splitlines():
+        if match := re.match("   ([a-z]+) ", line):
+            name = match[1]
+            if name not in cli.OWN_HELP:
+                said = fedpeft(name, "--help")
+                assert said == fedpeft(name, "method=lora", "-h")
+                assert said.startswith(f"{name} ") and f"fedpeft {name}" in said
+    assert "fedpeft run -m method" in fedpeft("run", "-h") and "study" not in fedpeft("run", "-h")
 
 
 def odd(folder: Path, source: Path) -> Path:

@@ -648,8 +648,10 @@ def test_predict_answers_each_line(
 ) -> None:
     path, rows = finished("lora"), rows_of(checkpoint)
     texts = ["the bread and the soup were very salt", '{"text": "rain in the city"}']
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(texts) + "\n"))
-    answers = [json.loads(line) for line in fedpeft("predict", str(path)).splitlines()]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n".join(texts) + "\n"))
+    first, empty, second = map(json.loads, fedpeft("predict", str(path)).splitlines())
+    assert empty is None
+    answers = [first, second]
     names = ["food", "music", "sport", "weather"]
     expected = open_run(path).replica.model(**rows).logits.softmax(-1)
     for answer, shares in zip(answers, expected.tolist(), strict=True):
@@ -666,8 +668,8 @@ def test_a_line_that_is_no_question_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(commands, "AT_ONCE", 1)
-    for lines, fault in (("rain\n\n", "line 2 is empty"), ('{"a": 1}\n', "with text")):
-        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    for lines, fault in ((b"\nGr\xfc\xdfe\n", "line 2 is not UTF-8"), (b'{"a": 1}\n', "with text")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="ascii"))
         with pytest.raises(SystemExit):
             fedpeft("predict", str(finished("lora")))
         assert fault in capsys.readouterr().err

@@ -19,11 +19,17 @@ def answers(opened: Opened, lines: Sequence[str], first: int = 1) -> list[Any]:
         lines: texts, or JSON objects with the columns that the task asks.
         first: number of the first line, for errors.
 
+    Returns:
+        An answer a line; null to an empty line.
+
     Raises:
-        ValueError: a line is empty or lacks a column.
+        ValueError: a line lacks a column, or it is no UTF-8.
     """
     task, processor, settings = opened.config.data, opened.processor, opened.config.evaluation
-    entries = [entry(task, line, number) for number, line in enumerate(lines, start=first)]
+    asked = [number for number, line in enumerate(lines) if line.strip()]
+    entries = [entry(task, lines[number], first + number) for number in asked]
+    if not entries:
+        return [None] * len(lines)
     rows = task.question_rows(entries)
     arrays = task.question_arrays(rows, processor)
     pad = getattr(processor, "pad_token_id", None) or 0
@@ -40,8 +46,8 @@ def answers(opened: Opened, lines: Sequence[str], first: int = 1) -> list[Any]:
         numbers = batch["row"].tolist()
         values = {name: value.cpu() for name, value in batch.items()}
         found = task.answered(values, rows.select(numbers), processor)
-        answered |= dict(zip(numbers, found, strict=True))
-    return [answered[number] for number in range(len(lines))]
+        answered |= dict(zip((asked[number] for number in numbers), found, strict=True))
+    return [answered.get(number) for number in range(len(lines))]
 
 
 def entry(task: Task, line: str, number: int) -> dict[str, Any]:
@@ -53,11 +59,11 @@ def entry(task: Task, line: str, number: int) -> dict[str, Any]:
         number: of the line, for errors.
 
     Raises:
-        ValueError: the line is empty, or it lacks a column.
+        ValueError: the line lacks a column, or it is no UTF-8.
     """
     columns = task.asked()
-    if not line.strip():
-        raise ValueError(f"line {number} is empty")
+    if any("\udc80" <= character <= "\udcff" for character in line):  # surrogateescape's
+        raise ValueError(f"line {number} is not UTF-8")
     try:
         value = json.loads(line) if line.lstrip().startswith("{") else None
     except ValueError:

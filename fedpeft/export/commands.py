@@ -1,6 +1,7 @@
 """The commands ``fedpeft export``, ``predict`` and ``evaluate``."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -42,12 +43,14 @@ def export(arguments: Sequence[str]) -> None:
 
 
 def predict(arguments: Sequence[str]) -> None:
-    """Answer the lines of standard input, one JSON object a line."""
+    """Answer the lines of standard input, one JSON object a line; null for an empty line."""
     parser = _parser(
         "predict", "directory of a finished run, or an exported folder", predict.__doc__
     )
     given = parser.parse_intermixed_args(arguments)
     model = _open(given)
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 are found line by line
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     lines = (line.rstrip("\n") for line in sys.stdin)
     for number, part in enumerate(_parts(lines)):
         for answer in answers(model, part, 1 + number * AT_ONCE):
