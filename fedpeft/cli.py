@@ -104,7 +104,7 @@ def main() -> None:
 def usage_of(command: str) -> str:
     """Return the lines of USAGE on one command, and the last one, on overrides."""
     lines = USAGE.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"   {command} "))
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"  {command} "))
     more = takewhile(lambda line: line.startswith("    "), lines[start + 1 :])
     return "\n".join([lines[start].strip(), *more, "", lines[-1]])
 

@@ -111,7 +111,7 @@ def test_unknown_command(
 
 def test_each_command_shows_how_it_is_used(fedpeft: Command) -> None:
     for line in cli.USAGE.splitlines():
-        if match := re.match("   ([a-z]+) ", line):
+        if match := re.match("  ([a-z]+) ", line):
             name = match[1]
             if name not in cli.OWN_HELP:
                 said = fedpeft(name, "--help")
