@@ -9,6 +9,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # name or owner/name
+OF_FILES = (".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".xlsx")  # as no hub name ends
+
 
 class Unwritten(OSError):
     """A file was not written. Its text is one sentence that names the file."""
@@ -25,10 +28,11 @@ def check_path(key: str, path: str) -> Path:
         path: may also be the name of something on the hub.
 
     Raises:
-        ValueError: the path does not exist, and it is no hub name by its first character.
+        ValueError: the path does not exist, and by its form it is no hub name.
     """
     local = Path(path).expanduser()
-    if path.startswith((".", "/", "~")) and not local.exists():
+    is_name = HUB_NAME.fullmatch(path) and not path.endswith(OF_FILES)
+    if not is_name and not local.exists():
         raise ValueError(f"{key}={path} is no folder or file")
     return local
 

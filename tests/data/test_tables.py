@@ -131,7 +131,10 @@ def test_no_path() -> None:
     assert str(error.value) == "data.path is not set: give a folder of tables or a hub name"
 
 
-@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "~/nowhere", "../nowhere"])
+@pytest.mark.parametrize(
+    "path",
+    ["/nowhere/at/all", "./nowhere", "~/nowhere", "../nowhere", "nope.csv", "a/b/c", "my rows"],
+)
 def test_a_path_that_is_not_there(path: str) -> None:
     assert error_of(lambda: load(path)) == f"data.path={path} is no folder or file"
 
