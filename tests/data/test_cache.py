@@ -14,15 +14,9 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
+from fedpeft.cache import cache_folder, cached, cached_folder, explained, remembered
 from fedpeft.data.partitions.base import Dirichlet
-from fedpeft.data.rows.cache import (
-    cache_folder,
-    cached,
-    content_sha256,
-    datasets_cached,
-    explained,
-    remembered,
-)
+from fedpeft.data.rows.cache import content_sha256, datasets_cached
 from fedpeft.data.tasks.base import Task
 from fedpeft.data.tasks.choice import MultipleChoice
 from fedpeft.data.tasks.instruction import InstructionTuning
@@ -238,6 +232,37 @@ def test_the_folder_follows_the_environment(
     assert cache_folder() == tmp_path / ".cache" / "fedpeft"
 
 
+def test_a_folder_of_files_is_written_once_and_again_if_it_broke(folder: Path) -> None:
+    written: list[Path] = []
+
+    def write(draft: Path) -> None:
+        assert list(draft.iterdir()) == []
+        (draft / "a.txt").write_text("whole")
+        written.append(draft)
+
+    first = cached_folder(["x"], write)
+    assert cached_folder(["x"], write) == first != cached_folder(["y"], write)
+    assert len(written) == 2
+    (first / "a.txt").write_text("whale")
+    assert cached_folder(["x"], write) == first and len(written) == 3
+    assert (first / "a.txt").read_text() == "whole"
+    assert not any(draft.exists() for draft in written)
+
+
+def test_a_folder_whose_writer_fails_is_not_there(folder: Path) -> None:
+    def fail(draft: Path) -> None:
+        (draft / "a.txt").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_folder(["x"], fail)
+    assert [f.suffix for f in (folder / "folders").iterdir()] == [".lock"]
+    folder.rename(folder.with_name("old"))
+    folder.write_text("a file stands here")
+    with pytest.raises(ValueError, match=f"cannot write the cache {folder}.*give FEDPEFT_CACHE"):
+        cached_folder(["x"], fail)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("at", ["build", "write"])
 def test_an_interrupted_build_leaves_nothing(
@@ -450,7 +475,7 @@ PROCESS = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from fedpeft.data.rows.cache import cached
+from fedpeft.cache import cached
 
 def build():
     Path(sys.argv[1], f"built-{time.monotonic_ns()}").touch()

@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from fedpeft.cache import cache_folder
 from fedpeft.config.load import load_config
 from fedpeft.data.rows import docstrings
-from fedpeft.data.rows.cache import cache_folder
 from tests.conftest import Runner
 
 FAKES = {"fake-alpha": "alpha", "fake-beta": "beta"}

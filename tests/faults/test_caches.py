@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedpeft.data.rows.cache import cached, remembered
+from fedpeft.cache import cached, remembered
 from fedpeft.simulation.launch import run as launched
 from tests.conftest import ROOT, quiet
 
@@ -70,7 +70,7 @@ def files(folder: Path) -> list[str]:
 ENTRIES = """
 import json, os, sys
 import numpy as np
-from fedpeft.data.rows.cache import cache_folder, cached, remembered
+from fedpeft.cache import cache_folder, cached, remembered
 
 built = []
 def build():

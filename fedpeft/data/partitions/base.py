@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fedpeft.cache import cached
 from fedpeft.data.partitions.flower_datasets import cut
 from fedpeft.data.partitions.shares import apportion, dealt, draws, even, first_fitting
-from fedpeft.data.rows.cache import cached
 from fedpeft.seeding import generator
 
 MIN_ROWS = 3  # one each to train, validate and test

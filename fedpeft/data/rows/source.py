@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from fedpeft.data.rows.cache import (
-    cache_folder,
-    cached,
-    content_sha256,
-    datasets_cached,
-    explained,
-    remembered,
-)
+from fedpeft.cache import cache_folder, cached, explained, remembered
+from fedpeft.data.rows.cache import content_sha256, datasets_cached
 from fedpeft.data.rows.tables import kind, load_tables, marks, subsample, values
 from fedpeft.data.rows.text_files import TextFormat
 from fedpeft.errors import PartlyPublic

@@ -10,8 +10,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedpeft import evaluate_metrics
+from fedpeft.cache import cached
 from fedpeft.data.batching import Batch, Examples
-from fedpeft.data.rows.cache import cached, recipe
+from fedpeft.data.rows.cache import recipe
 from fedpeft.data.rows.source import Source
 from fedpeft.evaluate_metrics import title
 from fedpeft.metrics import MEASURES, MODULES, measure

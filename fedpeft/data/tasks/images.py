@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
+from fedpeft.cache import cached
 from fedpeft.data.batching import Batch
-from fedpeft.data.rows.cache import cached, content_sha256
+from fedpeft.data.rows.cache import content_sha256
 from fedpeft.data.rows.source import Source
 from fedpeft.data.rows.tables import values
 from fedpeft.data.tasks.classification import Classification

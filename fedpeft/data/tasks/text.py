@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
+from fedpeft.cache import cache_folder
 from fedpeft.data.batching import Batch, flat
 from fedpeft.data.rows import docstrings
-from fedpeft.data.rows.cache import cache_folder
 from fedpeft.data.rows.tables import kind, values
 from fedpeft.data.tasks.base import Outputs, Task
 from fedpeft.data.tasks.classification import Classification, join
