@@ -1,4 +1,9 @@
-"""The page of all configuration keys, computed from ``conf/`` and the classes that it names."""
+"""The page of all configuration keys, computed from ``conf/`` and the classes that it names.
+
+    python -m scripts.site.configuration
+
+writes ``docs/configuration.md``, which is committed, because who reads a checkout has no site.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -21,6 +26,7 @@ their defaults, and a folder `conf/GROUP` has one file for each choice. This pag
 these files and from the classes that they name: *allowed* is what the code itself says when it
 refuses another value.
 """
+PAGE = Path(__file__).parents[2] / "docs/configuration.md"
 HEADER = "| key | type | default | allowed | meaning |\n|---|---|---|---|---|"
 
 
@@ -177,3 +183,7 @@ def _text(text: str) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""MkDocs' hook: pages from outside docs/, the generated page of configuration keys, and formulas.
+"""MkDocs' hook: pages from outside docs/, links, formulas and the search.
 
 MkDocs calls the functions by their names, see https://www.mkdocs.org/user-guide/plugins/#events.
 """
@@ -9,7 +9,6 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from scripts.site import configuration
 from scripts.site.formulas import with_mathml
 from scripts.site.links import ROOT, Links
 
@@ -20,7 +19,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, target in links.pages.items():
         if not source.startswith("docs/"):
             files.append(File.generated(config, target, content=(ROOT / source).read_text()))
-    files.append(File.generated(config, "configuration.md", content=configuration.page()))
     for source in links.files:
         files.append(File.generated(config, source, abs_src_path=str(ROOT / source)))
     return files

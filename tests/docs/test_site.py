@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft.config.load import CONF, GROUPS, composed, leaves
-from scripts.site.configuration import page
+from scripts.site.configuration import PAGE, page
 from scripts.site.formulas import with_mathml
 from scripts.site.keys import arguments, keys_of
 from scripts.site.links import Links
@@ -22,6 +22,11 @@ def configuration() -> str:
 
 
 # --- the page of configuration keys ---------------------------------------------------------------
+
+
+def test_the_page_is_that_of_today(configuration: str) -> None:
+    again = "python -m scripts.site.configuration writes it again"
+    assert PAGE.read_text(encoding="utf-8") == configuration, again
 
 
 def test_every_key_of_a_run_is_there(configuration: str) -> None:
