@@ -378,8 +378,12 @@ def test_the_card_names_no_file_of_this_machine() -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "scl", "fedtt"])
-def test_the_code_of_the_card_loads_the_folder(
-    method: str, finished: Finished, checkpoint: Path, tmp_path: Path
+def test_the_code_of_the_card_loads_the_folder_and_names_the_class(
+    method: str,
+    finished: Finished,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, rows = open_run(finished(method)), rows_of(checkpoint)
     expected = of_run(run, rows)
@@ -387,7 +391,11 @@ def test_the_code_of_the_card_loads_the_folder(
     card = (tmp_path / "out" / "README.md").read_text()
     code = card.partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {}
+    code = code.replace("A text to classify.", "the bread and the soup were very salt")
     exec(code.replace("DIR", str(tmp_path / "out")), names)
+    topics = ["food", "music", "sport", "weather"]
+    assert capsys.readouterr().out == topics[int(expected[0].argmax())] + "\n"
+    assert list(names["model"].config.id2label.values()) == topics
     assert (names["model"](**rows).logits - expected).abs().max() < 1e-5
     assert len(names["processor"]("bread soup")["input_ids"]) == 4
 

@@ -11,7 +11,7 @@ from transformers import {processor}, {auto}
 
 processor = {processor}.from_pretrained("DIR")
 base = {auto}.from_pretrained("{base}"{labels})
-{pad}model = PeftModel.from_pretrained(base, "DIR").eval()""",
+{pad}{names}model = PeftModel.from_pretrained(base, "DIR").eval()""",
     "transformers": """from transformers import {processor}, {auto}
 
 processor = {processor}.from_pretrained("DIR")
@@ -22,6 +22,11 @@ from transformers import {processor}
 processor = {processor}.from_pretrained("DIR")
 model = fedpeft.load("DIR")  # base="FOLDER" if the base model is elsewhere""",
 }
+
+ASKS = """
+
+inputs = processor("A text to classify.", return_tensors="pt")
+print(model.config.id2label[model(**inputs).logits.argmax(-1).item()])"""
 
 
 def card(run: FinishedRun, form: str, difference: float) -> str:
@@ -73,13 +78,16 @@ def _sentence(run: FinishedRun) -> str:
 def _loading(run: FinishedRun, form: str) -> str:
     task = run.config.data
     reads_text = task.needs == "tokenizer"
-    return LOADS[form].format(
+    labels = getattr(task, "label_names", None)
+    loading = LOADS[form].format(
         processor="AutoTokenizer" if reads_text else "AutoImageProcessor",
         auto=task.auto_class,
         base=_base(run),
         labels="" if task.num_labels is None else _labels(task.num_labels),
         pad="base.config.pad_token_id = processor.pad_token_id\n" if reads_text else "",
+        names=f"base.config.id2label = {dict(enumerate(labels))}\n" if labels else "",
     )
+    return loading + (ASKS if reads_text and labels else "")
 
 
 def _labels(count: int) -> str:

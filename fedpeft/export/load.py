@@ -79,6 +79,9 @@ def opened(folder: Path, overrides: Sequence[str] = ()) -> Opened:
         config.method.arrange(model, about["setting"])
     if config.data.needs == "tokenizer":
         model.config.pad_token_id = processor.pad_token_id
+    if about["labels"]:
+        model.config.id2label = dict(enumerate(about["labels"]))
+        model.config.label2id = {name: number for number, name in enumerate(about["labels"])}
     return Opened(model.eval(), config, processor)
 
 
