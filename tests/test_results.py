@@ -54,7 +54,7 @@ def test_a_run_is_a_row(fedpeft: Command, folder: Path) -> None:
     rows = json.loads(fedpeft("results", str(folder), "--json"))
     assert [row["path"] for row in rows] == [str(folder / name) for name in RUNS]
     whole = "path status lr seed rounds quality quality_unweighted quality_worst global_test"
-    assert list(rows[0]) == [*whole.split(), "validation", "best_round", "bytes", "seconds"]
+    assert list(rows[0]) == [*whole.split(), "server_validation", "best_round", "bytes", "seconds"]
     assert list(rows[0].values())[1:] == pytest.approx(
         ["completed", 0.1, 0, 1, 0.5, 0.4, 0.3, 0.25, 0.1, 0, 4_000_000, 1.5]
     )
@@ -89,6 +89,31 @@ def test_seeds_have_means_of_the_data_s_own_metrics(
     assert row["client_test_f1"] == pytest.approx(0.3)
     assert row["client_test_f1_sd"] == pytest.approx(0.02**0.5)
     assert "0.300 ± 0.141" in fedpeft(*shown)
+
+
+def test_validation_is_what_a_study_chooses_by_and_a_round_has_no_mean(
+    fedpeft: Command, folder: Path, tmp_path: Path
+) -> None:
+    for name, value, best in (("a", 0.2, 3), ("b", 0.4, 1)):
+        shutil.copytree(folder / name, tmp_path / name)
+        summary = _summary(0.5)
+        summary["final"]["client_validation_accuracy"] = value
+        summary["best"]["round"] = best
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+    (row,) = json.loads(fedpeft("results", str(tmp_path), "--over-seeds", "--json"))
+    assert row["validation"] == pytest.approx(0.3)
+    assert row["server_validation"] == summary["final"]["validation_accuracy"]
+    assert row["best_round"] == "1-3"
+
+
+def test_a_run_without_quality_says_why(fedpeft: Command, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "a", tmp_path / "a")
+    why = "clients were not measured, evaluation.clients=always does"
+    assert why not in " ".join(fedpeft("results", str(tmp_path)).split())
+    summary = _summary(0.5)
+    del summary["final"]["client_test_accuracy"]
+    (tmp_path / "a" / "summary.json").write_text(json.dumps(summary))
+    assert why in " ".join(fedpeft("results", str(tmp_path)).split())
 
 
 def test_a_seed_that_ran_twice_counts_once(fedpeft: Command, folder: Path, tmp_path: Path) -> None:

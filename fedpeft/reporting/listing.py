@@ -21,6 +21,7 @@ NUMBERS = (  # columns of a run's numbers, and their titles
     ("quality_worst", "worst"),
     ("global_test", "global test"),
     ("validation", "validation"),
+    ("server_validation", "server validation"),
     ("best_round", "best round"),
     ("bytes", "MB"),
     ("seconds", "s"),
@@ -110,8 +111,11 @@ class Listing:
         notes = [
             f"quality: {' or '.join(measures)} on the clients' own test rows after the last round, "
             "mean by rows; unweighted: mean by clients; global test: the server's model on the "
-            "test set; validation: the measure that selects the best round.",
+            "test set; validation: on the clients' own validation rows, by which fedpeft study "
+            "chooses; server validation: what selects the best round.",
         ]
+        if any(row["status"] == "completed" and row["quality"] is None for row in self.whole):
+            notes.append("Quality is -: clients were not measured, evaluation.clients=always does.")
         if more := self.apart[MOST_SETTINGS:]:
             notes.append(f"These settings differ too (--columns shows them): {', '.join(more)}.")
         return notes if measures else notes[1:]
@@ -144,12 +148,12 @@ def _row(run: SavedRun) -> dict[str, Any]:
     if summary is None:
         return row | run.settings
     final, measure = summary["final"], headline(summary)
-    values = run_values(summary, Measures(measure, "", 1))
+    values = run_values(summary, Measures(measure, measure, 1))
     values |= {
         "measure": measure or None,
         "global_test": final.get(f"test_{measure}"),
         "selected_by": summary["selected_by"],
-        "validation": final.get(summary["selected_by"]),
+        "server_validation": final.get(summary["selected_by"]),
         "best_round": summary["best"]["round"],
     }
     return row | values | run.settings | {k: v for k, v in final.items() if k != "round"}
@@ -168,7 +172,10 @@ def _averaged(rows: Rows, measures: Sequence[str]) -> dict[str, Any]:
     row["seeds"] = f"{len(ended)} of {len(rows)}" if len(ended) < len(rows) else str(len(rows))
     for key in (*TITLES, *measures):
         values = [r[key] for r in ended if r.get(key) is not None]
-        row[key], row[f"{key}{SD}"] = mean_and_sd(values)
+        if key != "best_round":
+            row[key], row[f"{key}{SD}"] = mean_and_sd(values)
+        elif values:  # a round is no measure, so it has no mean
+            row[key] = "-".join(str(value) for value in sorted({min(values), max(values)}))
     return row
 
 
@@ -202,7 +209,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
         value, sd = value / 1e6, None if sd is None else sd / 1e6
     measured = column in TITLES or sd is not None
     digits = {"bytes": ".2f", "seconds": ".0f"}.get(column, ".3f" if measured else "g")
-    if column == "best_round" and sd is None:
+    if column == "best_round":
         digits = "g"
     whole = isinstance(value, int) and column not in TITLES
     if whole or isinstance(value, bool) or not isinstance(value, int | float):
