@@ -44,6 +44,15 @@ def test_table_and_files(partition: Command, tmp_path: Path) -> None:
     assert (tmp_path / "partition.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_notes_on_the_rows_are_shown(partition: Command, tmp_path: Path) -> None:
+    rows = ["text,label", *(f"bread {i},food\nrain {i},Food" for i in range(20)), ",food"]
+    (tmp_path / "own.csv").write_text("\n".join(rows) + "\n")
+    text = " ".join(partition("data.path=own.csv", "data.bad_rows=skip").split())
+    assert "note: data set own.csv has no split validation and no split test" in text
+    assert "differ by blanks or case only: 'Food' (20 rows), 'food' (20 rows)" in text
+    assert "left out: 1 rows, each has no text" in text
+
+
 def test_json_writes_nothing_unless_told_where(partition: Command, tmp_path: Path) -> None:
     counts = counts_of(partition("--json", "num_clients=4"))
     assert [sum(column) for column in zip(*counts, strict=True)] == [60] * 4

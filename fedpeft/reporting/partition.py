@@ -58,11 +58,15 @@ class Holdings:
         return json.dumps({"labels": list(self.names), "counts": self.counts.tolist()})
 
     def show(self) -> None:
-        """Print the table."""
+        """Print the table, and what a run's notes would say of its rows."""
         header, cells = holding_cells(self.counts, self.names)
         print_table(f"training rows by client and {self.kind}", header, cells)
         if unused := len(self.labels) - int(self.counts.sum()):
             print(f"{unused} of {len(self.labels)} training rows are no client's")
+        for note in self.config.data.notes():
+            print(f"note: {note}")
+        for reason, count in self.config.data.skipped.items():
+            print(f"left out: {count} rows, each {reason}")
 
     def save(self, folder: Path) -> list[str]:
         """Write ``partition.png`` and ``partition.json``, and return the names.

@@ -183,6 +183,15 @@ def test_encode_truncates(opened: Callable[..., Engine]) -> None:
     assert examples.pad_id == tokenizer.pad_token_id == 0 and examples.split == "test"
     expected = engine.task.class_numbers(engine.task.split_rows("test"))
     assert examples.labels.tolist() == expected.tolist()
+    examples = opened("data.max_length=12").rows.examples("test")
+    long = [len(text.split()) > 10 for text in engine.task.split_rows("test")["text"]]
+    assert examples.arrays["cut_text"].tolist() == long and 0 < sum(long) < len(long)
+
+
+def test_a_summary_counts_the_texts_that_were_cut(run: Runner) -> None:
+    assert run("num_rounds=1")["data"]["cut"] == {}
+    cut = run("num_rounds=1", "data.max_length=6")["data"]["cut"]
+    assert cut.keys() == {"train", "validation", "test"} and cut["test"]["cut_text"] > 20
 
 
 def test_encode_a_pair(base: list[str], tmp_path: Path) -> None:

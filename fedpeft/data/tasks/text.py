@@ -48,10 +48,15 @@ class Texts(Task):
                 raise ValueError(f"column {column} of {split} must hold texts, got {kind}")
 
     def tokenised(self, rows: "Dataset", tokenizer: Any) -> dict[str, np.ndarray]:
-        """Return the texts as the arrays ``tokens`` and ``offsets``."""
+        """Return the texts as the arrays ``tokens`` and ``offsets``.
+
+        Where some were longer than ``max_length``, ``cut_text`` bool (rows,) tells which.
+        """
         texts = [values(rows, column) for column in self.columns()]
         encoded = tokenizer(*texts, truncation=True, max_length=self.max_length)
-        return flat(encoded["input_ids"])
+        arrays = flat(encoded["input_ids"])
+        cut = np.array([bool(each.overflowing) for each in encoded.encodings or ()])
+        return arrays | ({"cut_text": cut} if cut.any() else {})
 
     def question_arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
         return self.tokenised(rows, processor)
