@@ -45,12 +45,16 @@ def test_table_and_files(partition: Command, tmp_path: Path) -> None:
 
 
 def test_notes_on_the_rows_are_shown(partition: Command, tmp_path: Path) -> None:
-    rows = ["text,label", *(f"bread {i},food\nrain {i},Food" for i in range(20)), ",food"]
-    (tmp_path / "own.csv").write_text("\n".join(rows) + "\n")
-    text = " ".join(partition("data.path=own.csv", "data.bad_rows=skip").split())
-    assert "note: data set own.csv has no split validation and no split test" in text
+    texts = {
+        "food": [*(f"bread {i}" for i in range(20)), ""],
+        "Food": [f"a {i}" for i in range(20)],
+    }
+    rows = [{"text": text, "label": label} for label in texts for text in texts[label]]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = " ".join(partition("data.path=own.jsonl", "data.bad_rows=skip").split())
+    assert "note: data set own.jsonl has no split validation and no split test" in text
     assert "differ by blanks or case only: 'Food' (20 rows), 'food' (20 rows)" in text
-    assert "left out: 1 rows, each has no text" in text
+    assert "left out: 1 rows, each has an empty text" in text
 
 
 def test_json_writes_nothing_unless_told_where(partition: Command, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 Batch = dict[str, Tensor]
 PER_SEQUENCE = ("prompts", "right")  # arrays with one entry a sequence
 SEQUENCES = ("tokens", "offsets", "groups", *PER_SEQUENCE)  # the others have one entry a row
-REPORTED = ("cut_text", "cut_prompt", "cut_answer")  # in no batch, because only the summary reads them
+# In no batch, because only the summary reads them.
+REPORTED = ("cut_text", "cut_prompt", "cut_answer")
 # Fixed cost of a forward pass in tokens, by kind of device; the number for cuda is not measured.
 PASS_COST = {"cpu": 64, "cuda": 4096}
 
