@@ -12,9 +12,9 @@ export PYTHONDONTWRITEBYTECODE =
 quickstart: $(VENV)/quickstart ## six methods on the embedded model and data
 	$(BIN)/fedpeft compare experiment=quickstart
 
-# Three workers on two cores, because slow tests wait. Files go in their order, the slow ones first.
-test: $(VENV)/dev ## every test
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder --durations=10
+test: $(VENV)/dev ## every test: quick and matrix in one go, which saves a start, and slow
+	$(BIN)/python -m pytest -m "not slow" -n auto --durations=10
+	$(MAKE) slow
 
 quick: $(VENV)/dev ## the tests that take seconds, on all cores
 	$(BIN)/python -m pytest -m "not slow and not matrix" -n auto --durations=10

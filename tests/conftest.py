@@ -67,21 +67,6 @@ def sentences(label: str, rows: int, rng: random.Random) -> list[str]:
     ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put slow tests first, and keep a file's tests on one worker, because they share fixtures.
-
-    The many tests of the matrix come last and go to any worker, so that all end at the same time.
-    """
-    items.sort(key=lambda item: (not is_marked(item, "slow"), is_marked(item, "matrix")))
-    for item in items:
-        if not is_marked(item, "matrix"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
-def is_marked(item: pytest.Item, name: str) -> bool:
-    return item.get_closest_marker(name) is not None
-
-
 @pytest.fixture(scope="session", autouse=True)
 def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Let nothing be read from or left in this machine's caches.
