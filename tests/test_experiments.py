@@ -26,12 +26,6 @@ TABLES = (
 )
 SCALES = ("paper", "small")
 OPTIONS: dict[str, str] = dict.fromkeys(("--methods", "--lrs", "--seeds", "--extend", "--data"), "")
-# Models of the small scale, and others of the same kind for where their file is not there.
-STAND_INS = {
-    ("scl_table1", "small"): ("dinov2_small", "vit_base"),
-    ("scl_table2", "small"): ("smollm2", "tinyllama"),
-    ("fedtt_table9", "small"): ("smollm2", "tinyllama"),
-}
 OF_SCL = {"scl", "fedsa_lora", "ffa_lora", "lora"}
 OF_FEDTT = {
     *("fedtt", "fedtt_plus", "lora", "rolora", "ffa_lora"),
@@ -42,11 +36,7 @@ OF_FEDTT = {
 @cache
 def plan(table: str, scale: str) -> Plan:
     """Return the plan of ``fedpeft study experiment=TABLE scale=SCALE``."""
-    base = [f"experiment={table}", f"scale={scale}"]
-    model, other = STAND_INS.get((table, scale), ("minilm", ""))
-    if not (CONF / "model" / f"{model}.yaml").exists():
-        base.append(f"model={other}")
-    return Plan.of(Path("x"), base, OPTIONS, "lora")
+    return Plan.of(Path("x"), [f"experiment={table}", f"scale={scale}"], OPTIONS, "lora")
 
 
 def first(table: str, scale: str, cell: int = 0, entry: int = 0) -> DictConfig:
