@@ -1,6 +1,7 @@
 """Compression by hand, and on the wire: the dtype of every key, and its bytes."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,7 +283,8 @@ def test_a_round_of_flasc_by_hand() -> None:
     """Adam's step by hand on the server's dense values, with client weights 3/4 and 1/4.
 
     The mean step is d: -0.5 * 3/4 = -0.375 on A's third entry, 0.25 on its first, 1 on B's second.
-    Adam's first step is 0.1 d / (0.1 |d| + 0.001), here times 0.01. A's third entry was 0.5 on the
+    Adam's first step is 0.1 d / (sqrt(v) + 0.001), here times 0.01; v starts at 0.001^2 and takes
+    a hundredth of d^2. A's third entry was 0.5 on the
     server and 0 on the clients. An entry without a step stays as it was, sent or not.
     """
     values = state(**SERVER)
@@ -299,7 +301,7 @@ def test_a_round_of_flasc_by_hand() -> None:
     result = stepped(FedAdam().server(mean, round, {}), before, values)
 
     def step(d: float) -> float:
-        return 0.01 * 0.1 * d / (0.1 * abs(d) + 0.001)
+        return 0.01 * 0.1 * d / (math.sqrt(0.99 * 0.001**2 + 0.01 * d**2) + 0.001)
 
     expected = {
         "lora_A": [[3 + step(0.25), -1], [0.5 + step(-0.375), 2]],
@@ -663,7 +665,7 @@ def test_two_rounds_of_flasc_by_hand(run: Runner, opened: Callable[..., Engine])
         summary = run(*FLASC, f"num_rounds={rounds}", "evaluation.clients=always")
         assert summary["refused"] == {} and summary["method"] == "LoRA"
         ends.append(vector(run.saved()))
-    m, v, known = np.zeros(N), np.zeros(N), np.zeros(N, dtype=bool)
+    m, v, known = np.zeros(N), np.full(N, 1e-3**2), np.zeros(N, dtype=bool)
     for round, before, after in ((1, start, ends[0]), (2, ends[0], ends[1])):
         for exchange in run.recorder.of("train", round):
             for wire in (exchange.down_state(), exchange.up_state()):
