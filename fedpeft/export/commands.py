@@ -69,8 +69,11 @@ def evaluate(arguments: Sequence[str]) -> None:
     if keys & {"data", "data.path"} and "data.test_split" not in keys:
         task = model.config.data.all_as_test()
         if task is not model.config.data:
-            note = f"note: {task.folder()} has no split test, so all rows are measured"
-            print(note, file=sys.stderr)
+            print(
+                f"note: {task.folder()} has no split test, so all rows are measured, with any that "
+                "the model was trained on",
+                file=sys.stderr,
+            )
         model = model._replace(config=replace(model.config, data=task))
     measures = measured(model)
     if given.json:
