@@ -15,7 +15,6 @@ from fedpeft.reporting.study import Study
 from fedpeft.reporting.tables import print_table
 
 ACTIVATIONS = 34  # bytes a token, block and hidden number in 16 bits (arXiv 2205.05198, Section 4)
-DTYPES = {"fp32": 4, "bf16": 2}
 
 
 class Estimate(NamedTuple):
