@@ -54,7 +54,7 @@ def test_a_run_is_a_row(fedpeft: Command, folder: Path) -> None:
     rows = json.loads(fedpeft("results", str(folder), "--json"))
     assert [row["path"] for row in rows] == [str(folder / name) for name in RUNS]
     whole = "path status lr seed rounds quality quality_unweighted quality_worst global_test"
-    assert list(rows[0]) == [*whole.split(), "server_validation", "best_round", "bytes", "seconds"]
+    assert list(rows[0]) == [*whole.split(), "selection", "best_round", "bytes", "seconds"]
     assert list(rows[0].values())[1:] == pytest.approx(
         ["completed", 0.1, 0, 1, 0.5, 0.4, 0.3, 0.25, 0.1, 0, 4_000_000, 1.5]
     )
@@ -91,7 +91,7 @@ def test_seeds_have_means_of_the_data_s_own_metrics(
     assert "0.300 ± 0.141" in fedpeft(*shown)
 
 
-def test_validation_is_what_a_study_chooses_by_and_a_round_has_no_mean(
+def test_validation_is_that_of_clients_and_a_round_has_no_mean(
     fedpeft: Command, folder: Path, tmp_path: Path
 ) -> None:
     for name, value, best in (("a", 0.2, 3), ("b", 0.4, 1)):
@@ -102,7 +102,7 @@ def test_validation_is_what_a_study_chooses_by_and_a_round_has_no_mean(
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
     (row,) = json.loads(fedpeft("results", str(tmp_path), "--over-seeds", "--json"))
     assert row["validation"] == pytest.approx(0.3)
-    assert row["server_validation"] == summary["final"]["validation_accuracy"]
+    assert row["selection"] == summary["final"]["validation_accuracy"]
     assert row["best_round"] == "1-3"
 
 

@@ -21,7 +21,7 @@ NUMBERS = (  # columns of a run's numbers, and their titles
     ("quality_worst", "worst"),
     ("global_test", "global test"),
     ("validation", "validation"),
-    ("server_validation", "server validation"),
+    ("selection", "selection"),
     ("best_round", "best round"),
     ("bytes", "MB"),
     ("seconds", "s"),
@@ -111,8 +111,8 @@ class Listing:
         notes = [
             f"quality: {' or '.join(measures)} on the clients' own test rows after the last round, "
             "mean by rows; unweighted: mean by clients; global test: the server's model on the "
-            "test set; validation: on the clients' own validation rows, by which fedpeft study "
-            "chooses; server validation: what selects the best round.",
+            "test set; validation: as quality, on the clients' own validation rows; selection: the "
+            "measure that selects the best round, which selected_by names.",
         ]
         if any(row["status"] == "completed" and row["quality"] is None for row in self.whole):
             notes.append("Quality is -: clients were not measured, evaluation.clients=always does.")
@@ -153,7 +153,7 @@ def _row(run: SavedRun) -> dict[str, Any]:
         "measure": measure or None,
         "global_test": final.get(f"test_{measure}"),
         "selected_by": summary["selected_by"],
-        "server_validation": final.get(summary["selected_by"]),
+        "selection": final.get(summary["selected_by"]),
         "best_round": summary["best"]["round"],
     }
     return row | values | run.settings | {k: v for k, v in final.items() if k != "round"}
