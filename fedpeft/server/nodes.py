@@ -51,14 +51,15 @@ class Nodes:
         Raises:
             TimeoutError: in a new run, partitions are missing after the timeout.
         """
-        begun = time.monotonic()
+        begun = asked = time.monotonic()
         self._ask(grid)
         while self._too_few(cohort, fewest):
             if time.monotonic() > begun + self.timeout:
                 if not (self._begun or self.goes_on):
                     raise TimeoutError(self._missing())
                 break
-            pause(begun)
+            pause(begun, asked)
+            asked = time.monotonic()
             self._ask(grid)
         self._begun = True
 
@@ -149,6 +150,7 @@ def exchange(
         raise RuntimeError(f"only {len(ids)} of {len(messages)} messages could be sent")
     waiting = dict(zip(ids, messages, strict=True))
     while waiting and time.monotonic() < deadline:
+        asked = time.monotonic()
         arrived = list(grid.pull_messages(waiting))
         if arrived:
             on_reply(len(arrived))
@@ -159,10 +161,19 @@ def exchange(
         if wait is not None and len(messages) - len(waiting) >= enough:
             deadline, wait = min(deadline, time.monotonic() + wait), None
         if not some:
-            pause(begun)
+            pause(begun, asked)
 
 
-def pause(begun: float) -> None:
-    """Sleep before the next question to a grid, the longer the wait has lasted since ``begun``."""
-    waited = POLL_SHARE * (time.monotonic() - begun)
-    time.sleep(min(MOST_POLL_SECONDS, max(POLL_SECONDS, waited)))
+def pause(begun: float, asked: float) -> None:
+    """Sleep until the next question to a grid is due, the later the longer the wait has lasted.
+
+    A local grid hands out work while it is asked and waits itself, so that its workers would stand
+    idle if this slept as long again.
+
+    Args:
+        begun: when the wait began, by ``time.monotonic``.
+        asked: when the last question was asked.
+    """
+    now = time.monotonic()
+    interval = min(MOST_POLL_SECONDS, max(POLL_SECONDS, POLL_SHARE * (now - begun)))
+    time.sleep(max(0.0, asked + interval - now))

@@ -15,7 +15,7 @@ from fedpeft.simulation.machines import Machine, check_machines, rooms_of, this_
 from fedpeft.simulation.travel import Config, brought_back, context_of, sent_along, unpacked
 from fedpeft.wire import identify, sentence
 
-WAIT_SECONDS = 0.2
+WAIT_SECONDS = 1.0  # as long as the server lets pass between two questions, see server/nodes.py
 START_SECONDS = 60
 Answer = Message | Exception
 Files = Sequence[bytes | None]  # kept states that travel with the messages of a pass

@@ -83,6 +83,7 @@ EXPECTED: dict[str, tuple[str, float, str | None, list[str], list[str] | None]] 
 NOT_OF_THE_HUB = {
     "docstrings": "Docstrings",
     "docstrings_lm": "DocstringsLM",
+    "docstrings_qa": "DocstringsQA",
     "table": "TextClassification",
 }
 

@@ -173,24 +173,24 @@ else:
         def handled():
             """In a handler."""
 '''
-    assert docstrings.paragraphs(source) == [
-        "Module on two lines.",
-        "Class with \\d.",
-        "Method.",
-        "Inner.",
-        "Async.",
-        "In a branch.",
-        "In a handler.",
+    assert docstrings.paragraphs(source, "p.m") == [
+        ("p.m", "Module on two lines."),
+        ("p.m.A", "Class with \\d."),
+        ("p.m.A.method", "Method."),
+        ("p.m.A.method.inner", "Inner."),
+        ("p.m.later", "Async."),
+        ("p.m.hidden", "In a branch."),
+        ("p.m.handled", "In a handler."),
     ]
 
 
 def test_paragraphs_of_unparsable_sources_are_none() -> None:
-    assert docstrings.paragraphs("def f(:\n") == []
-    assert docstrings.paragraphs(b'"""Nothing in UTF-8: \xff."""') == []
+    assert docstrings.paragraphs("def f(:\n", "m") == []
+    assert docstrings.paragraphs(b'"""Nothing in UTF-8: \xff."""', "m") == []
 
 
 def test_paragraphs_do_not_warn_of_invalid_escapes() -> None:
-    assert docstrings.paragraphs('"""A \\d."""\nx = 1 is 1\n') == ["A \\d."]
+    assert docstrings.paragraphs('"""A \\d."""\nx = 1 is 1\n', "m") == [("m", "A \\d.")]
 
 
 @pytest.mark.parametrize(
@@ -220,25 +220,29 @@ def test_sources_are_those_of_the_wheel_without_tests(site: Path) -> None:
     with (site / "fake_alpha-1.0.dist-info" / "RECORD").open("a") as record:
         record.write("../bin/tool.py,,\nalpha/data.txt,,\n")
     (site / "alpha" / "stray.py").write_text(functions("Not of the wheel, so not a source."))
-    paths = docstrings.sources("fake-alpha", "alpha")
-    names = {path.relative_to(site).as_posix() for path in paths}
-    assert names == {"alpha/__init__.py", "alpha/sub/more.py", "alpha/broken.py"}
+    found = docstrings.sources("fake-alpha", "alpha")
+    assert {module: path.relative_to(site).as_posix() for module, path in found} == {
+        "alpha": "alpha/__init__.py",
+        "alpha.sub.more": "alpha/sub/more.py",
+        "alpha.broken": "alpha/broken.py",
+    }
 
 
 def test_extract_gives_texts_to_their_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(docstrings.os, "cpu_count", lambda: 2)
+    names = {"a": ["a0", "a1", "a2"], "b": ["b0", "b1"]}
     files = {
-        "a": [tmp_path / "a0.py", tmp_path / "a1.py", tmp_path / "a2.py"],
-        "b": [tmp_path / "b0.py", tmp_path / "b1.py"],
+        package: [(f"{package}.{name}", tmp_path / f"{name}.py") for name in of]
+        for package, of in names.items()
     }
-    for path in (path for paths in files.values() for path in paths):
+    for _, path in (file for of in files.values() for file in of):
         path.write_text(f'"""Text of {path.stem}."""')
-    texts = {package: sorted(texts) for package, texts in docstrings.extract(files).items()}
-    assert texts == {
-        "a": ["Text of a0.", "Text of a1.", "Text of a2."],
-        "b": ["Text of b0.", "Text of b1."],
+    pairs = {package: sorted(of) for package, of in docstrings.extract(files).items()}
+    assert pairs == {
+        "a": [("a.a0", "Text of a0."), ("a.a1", "Text of a1."), ("a.a2", "Text of a2.")],
+        "b": [("b.b0", "Text of b0."), ("b.b1", "Text of b1.")],
     }
 
 
@@ -249,6 +253,15 @@ def test_build_keeps_each_usable_sentence_once(site: Path, tmp_path: Path) -> No
     expected |= {(text.casefold(), 1) for text in sentences("beta", 20)}
     assert len(pairs) == 40
     assert {(text.casefold() if label else text, label) for text, label in pairs} == expected
+
+
+def test_a_row_names_what_it_documents(site: Path, tmp_path: Path) -> None:
+    folder = docstrings.build(20, tmp_path, FAKES)
+    tables = [pq.read_table(folder / f"{split}.parquet") for split in docstrings.SPLITS]
+    names = {row["text"]: row["name"] for table in tables for row in table.to_pylist()}
+    assert names[sentences("alpha", 20)[3]] == "alpha.f3"
+    assert names[sentences("alpha", 20)[13]] == "alpha.sub.more.f1"
+    assert names[sentences("beta", 20)[7]] == "beta.f7"
 
 
 def test_build_splits_each_label_80_10_10(site: Path, tmp_path: Path) -> None:
@@ -316,14 +329,15 @@ def test_unfinished_folder_is_ignored_and_none_is_left(site: Path, tmp_path: Pat
 def test_second_of_two_racing_builds_leaves_the_first(site: Path, tmp_path: Path) -> None:
     folder = docstrings.build(10, tmp_path / "cache", FAKES)
     before = content_hash(folder)
-    other = {split: [("Another text.", 0)] for split in docstrings.SPLITS}
+    other = {split: [docstrings.Row("Another text.", 0, "a.f")] for split in docstrings.SPLITS}
     docstrings.write(other, tuple(FAKES), folder)  # as a process that began without the folder
     assert content_hash(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    unwritable: Any = {"train": [("text", 0)], "test": [("text", "no label")]}
+    row: Any = docstrings.Row
+    unwritable = {"train": [row("text", 0, "a")], "test": [row("text", "no label", "b")]}
     with pytest.raises(ValueError, match="no label"):
         docstrings.write(unwritable, ("a",), tmp_path / "set")
     assert list(tmp_path.iterdir()) == []

@@ -56,12 +56,17 @@ def ended(process: "subprocess.Popen[str]") -> dict[str, Any]:
     return json.loads(output.splitlines()[-1])
 
 
+def lines(folder: Path) -> int:
+    """Return how many lines a run has written."""
+    file = folder / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
 def wait_for_round(folder: Path, number: int) -> None:
     """Wait until a run has written the line of a round."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
-        file = folder / "metrics.jsonl"
-        if file.exists() and len(file.read_text().splitlines()) > number:
+        if lines(folder) > number:
             return
         time.sleep(0.02)
     raise TimeoutError(f"no round {number}")
@@ -92,8 +97,9 @@ def test_kills_and_signals_at_random_moments(
     time.sleep(random.Random(5).random() * 0.3)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    before = lines(tmp_path / "run")
     process = started([*command, *more], tmp_path / "run")
-    wait_for_round(tmp_path / "run", 4)
+    wait_for_round(tmp_path / "run", before)  # this process has taken up the run
     process.send_signal(number)
     _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == code
@@ -125,6 +131,6 @@ def test_two_runs_in_one_directory(command: list[str], tmp_path: Path) -> None:
     _, errors = first.communicate(timeout=SECONDS)
     assert first.returncode == 143
     assert_stopped(errors, tmp_path / "run")
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    rounds = [json.loads(line)["round"] for line in lines]
+    written = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rounds = [json.loads(line)["round"] for line in written]
     assert rounds == list(range(len(rounds))) and len(rounds) > 2

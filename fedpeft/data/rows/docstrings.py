@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 # Import name by distribution, in alphabetical order; the position is the label. The standard
 # library is left out, because its docstrings depend on Python's patch version.
@@ -36,7 +37,7 @@ PACKAGES = {
 }
 LABELS: tuple[str, ...] = tuple(PACKAGES)
 SPLITS = ("train", "validation", "test")
-FORMAT = 1  # part of the cache key: raise it when the same packages give other rows
+FORMAT = 2  # part of the cache key: raise it when the same packages give other rows
 MASK = "package"  # one piece to a BERT tokenizer and neutral between labels
 LENGTH = range(30, 401)  # characters of a row's text
 MIN_WORDS = 4
@@ -101,10 +102,28 @@ def first_paragraph(docstring: str) -> str:
     return " ".join(re.split(r"\n\s*\n", inspect.cleandoc(docstring), maxsplit=1)[0].split())
 
 
-def paragraphs(source: bytes | str) -> list[str]:
-    """Return the first paragraph of each docstring of a module, in order.
+class Row(NamedTuple):
+    """A row of the set.
+
+    Attributes:
+        text: first paragraph of a docstring, with the packages' names masked.
+        label: position of its package.
+        name: of what it documents, with its module: ``numpy.linalg.norm``.
+    """
+
+    text: str
+    label: int
+    name: str
+
+
+def paragraphs(source: bytes | str, module: str) -> list[tuple[str, str]]:
+    """Return name and first paragraph of each docstring of a module, in order.
 
     A source that this Python cannot parse gives none.
+
+    Args:
+        source: of the module.
+        module: its full name, with which the names begin.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings
@@ -113,21 +132,25 @@ def paragraphs(source: bytes | str) -> list[str]:
         except SyntaxError:  # newer syntax, or bytes that are no text
             return []
     return [
-        first_paragraph(text)
-        for node in _statements(tree)
+        (name, first_paragraph(text))
+        for name, node in _statements(tree, module)
         if isinstance(node, _DOCUMENTED)
         if (text := ast.get_docstring(node, clean=False))
     ]
 
 
-def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """Yield a module and its statements; expressions, most of a tree, hold no docstrings."""
-    waiting: list[ast.AST] = [tree]
+def _statements(tree: ast.Module, module: str) -> Iterator[tuple[str, ast.AST]]:
+    """Yield a module and its statements, each with the name of the class or function it is in.
+
+    Expressions, most of a tree, hold no docstrings.
+    """
+    waiting: list[tuple[str, ast.AST]] = [(module, tree)]
     while waiting:
-        node = waiting.pop()
-        yield node
+        outer, node = waiting.pop()
+        name = f"{outer}.{node.name}" if isinstance(node, _DOCUMENTED[1:]) else outer
+        yield name, node
         for field in reversed(_BLOCKS):
-            waiting += reversed(getattr(node, field, []))
+            waiting += [(name, inner) for inner in reversed(getattr(node, field, []))]
 
 
 def is_sentence(text: str) -> bool:
@@ -147,8 +170,7 @@ def build(rows_per_label: int, cache_dir: Path, packages: Mapping[str, str] = PA
         packages: import name by distribution; the position is the label.
 
     Returns:
-        A folder with train.parquet, validation.parquet and test.parquet; columns text (str) and
-        label (int, position in ``packages``).
+        A folder with train.parquet, validation.parquet and test.parquet; columns of ``Row``.
 
     Raises:
         ValueError: a package is not installed or has fewer rows, or rows_per_label < 10.
@@ -174,8 +196,8 @@ def _distribution(name: str) -> metadata.Distribution:
         raise ValueError(f"the docstrings set needs the package {name}, not installed") from error
 
 
-def sources(distribution: str, package: str) -> list[Path]:
-    """Return the Python files of an installed package, without tests and vendored code.
+def sources(distribution: str, package: str) -> list[tuple[str, Path]]:
+    """Return module and file of an installed package's code, without tests and vendored code.
 
     The package is not imported. The wheel lists its files, so one that was added later is left out.
 
@@ -186,18 +208,30 @@ def sources(distribution: str, package: str) -> list[Path]:
     if files is None:
         raise ValueError(f"{distribution} has no list of its files: install it from a wheel")
     return [
-        Path(str(file.locate()))
+        (".".join(file.with_suffix("").parts).removesuffix(".__init__"), Path(str(file.locate())))
         for file in files
         if file.suffix == ".py" and file.parts[0] == package and SKIPPED.isdisjoint(file.parts)
     ]
 
 
-def _candidates(packages: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return masked sentences of each package that no other has, ordered by SHA-256."""
+def _candidates(packages: Mapping[str, str]) -> dict[str, list[Row]]:
+    """Return rows of each package whose masked sentences no other has, ordered by SHA-256.
+
+    Of names that share a sentence the first in alphabetical order counts.
+    """
     extracted = extract({name: sources(name, package) for name, package in packages.items()})
-    masked = {name: {mask(text) for text in set(texts)} for name, texts in extracted.items()}
-    sentences = {name: filter(is_sentence, texts) for name, texts in masked.items()}
-    return distinct({name: sorted(texts, key=_sha256) for name, texts in sentences.items()})
+    named: dict[str, dict[str, str]] = {}
+    for package, pairs in extracted.items():
+        of_masked = named[package] = {}
+        for text, name in {text: name for name, text in sorted(pairs, reverse=True)}.items():
+            masked = mask(text)
+            of_masked[masked] = min(name, of_masked.get(masked, name))
+    sentences = {package: filter(is_sentence, texts) for package, texts in named.items()}
+    kept = distinct({package: sorted(texts, key=_sha256) for package, texts in sentences.items()})
+    return {
+        package: [Row(text, label, named[package][text]) for text in kept[package]]
+        for label, package in enumerate(packages)
+    }
 
 
 def distinct(ordered: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
@@ -213,63 +247,63 @@ def distinct(ordered: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
     }
 
 
-def extract(files: Mapping[str, Iterable[Path]]) -> dict[str, list[str]]:
-    """Return the first paragraphs of each package's files, parsed in one process a core, at most 8.
+def extract(files: Mapping[str, Iterable[tuple[str, Path]]]) -> dict[str, list[tuple[str, str]]]:
+    """Return the ``paragraphs`` of each package's files, parsed in one process a core, at most 8.
 
     The processes run this file as a script, because multiprocessing's spawn would import the
     caller's main module again, and its fork is unsafe if the caller has threads (torch, Ray).
+
+    Args:
+        files: module and file, by package.
     """
-    jobs = [(name, str(path)) for name, paths in files.items() for path in paths]
+    jobs = [(package, (module, str(path))) for package, of in files.items() for module, path in of]
     workers = min(os.cpu_count() or 1, 8)
     parts = [jobs[start::workers] for start in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
-        done = list(pool.map(_parse_elsewhere, [[path for _, path in part] for part in parts]))
-    texts: dict[str, list[str]] = {name: [] for name in files}
-    for (name, _), file_texts in zip(chain(*parts), chain(*done), strict=True):
-        texts[name] += file_texts
-    return texts
+        done = list(pool.map(_parse_elsewhere, [[file for _, file in part] for part in parts]))
+    pairs: dict[str, list[tuple[str, str]]] = {package: [] for package in files}
+    for (package, _), of_file in zip(chain(*parts), chain(*done), strict=True):
+        pairs[package] += [(name, text) for name, text in of_file]
+    return pairs
 
 
-def _parse_elsewhere(paths: list[str]) -> list[list[str]]:
-    """Return the paragraphs of each file, parsed by another process."""
+def _parse_elsewhere(files: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    """Return the paragraphs of each module and file, parsed by another process."""
     # -I keeps this file's folder off sys.path, where a neighbour could shadow a module.
     command = [sys.executable, "-I", __file__]
-    done = subprocess.run(command, input=json.dumps(paths).encode(), capture_output=True)
+    done = subprocess.run(command, input=json.dumps(files).encode(), capture_output=True)
     if done.returncode:
         raise RuntimeError(f"parsing docstrings failed: {done.stderr.decode(errors='replace')}")
     return json.loads(done.stdout)
 
 
 def _parse() -> None:
-    """Read a JSON list of paths on stdin and write the list of their paragraphs on stdout."""
+    """Read a JSON list of modules and paths, and write the list of their paragraphs."""
     gc.disable()  # syntax trees have no cycles, and scanning them costs a fifth of the time
-    paths = json.load(sys.stdin)
-    json.dump([paragraphs(Path(path).read_bytes()) for path in paths], sys.stdout)
+    files = json.load(sys.stdin)
+    json.dump([paragraphs(Path(path).read_bytes(), module) for module, path in files], sys.stdout)
 
 
-Rows = list[tuple[str, int]]  # text and label
-
-
-def _split(candidates: Mapping[str, list[str]], rows_per_label: int) -> dict[str, Rows]:
+def _split(candidates: Mapping[str, list[Row]], rows_per_label: int) -> dict[str, list[Row]]:
     """Return the first rows of each label: 8 of every ten train, 1 validates and 1 tests.
 
     The position decides, because a cut at 80 % would move test rows of a small set into the train
     rows of a larger one.
     """
-    rows: dict[str, Rows] = {split: [] for split in SPLITS}
-    for label, (name, texts) in enumerate(candidates.items()):
-        if len(texts) < rows_per_label:
+    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for package, of in candidates.items():
+        if len(of) < rows_per_label:
             raise ValueError(
-                f"{name} has {len(texts)} docstrings to use, rows_per_label={rows_per_label} "
+                f"{package} has {len(of)} docstrings to use, rows_per_label={rows_per_label} "
                 "must not be more"
             )
-        for position, text in enumerate(texts[:rows_per_label]):
+        for position, row in enumerate(of[:rows_per_label]):
             split = {8: "validation", 9: "test"}.get(position % 10, "train")
-            rows[split].append((text, label))
-    return {split: sorted(rows[split], key=lambda row: _sha256(row[0])) for split in SPLITS}
+            rows[split].append(row)
+    return {split: sorted(rows[split], key=lambda row: _sha256(row.text)) for split in SPLITS}
 
 
-def write(rows: Mapping[str, Rows], labels: tuple[str, ...], folder: Path) -> None:
+def write(rows: Mapping[str, list[Row]], labels: tuple[str, ...], folder: Path) -> None:
     """Write the splits beside the folder and rename, so that it is there whole or not at all.
 
     Args:
@@ -282,13 +316,14 @@ def write(rows: Mapping[str, Rows], labels: tuple[str, ...], folder: Path) -> No
     from datasets import ClassLabel, Features, Value
 
     # The schema carries the features, so load_dataset finds the label's names.
-    schema = Features(text=Value("string"), label=ClassLabel(names=list(labels))).arrow_schema
+    label = ClassLabel(names=list(labels))
+    schema = Features(text=Value("string"), label=label, name=Value("string")).arrow_schema
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     unfinished.mkdir(parents=True)
     try:
-        for split, pairs in rows.items():
-            columns = {"text": [text for text, _ in pairs], "label": [label for _, label in pairs]}
-            pq.write_table(pa.table(columns, schema=schema), unfinished / f"{split}.parquet")
+        for split, of in rows.items():
+            table = pa.Table.from_pylist([row._asdict() for row in of], schema=schema)
+            pq.write_table(table, unfinished / f"{split}.parquet")
         os.replace(unfinished, folder)
     except OSError:
         if not folder.is_dir():  # else another process was first, with the same rows

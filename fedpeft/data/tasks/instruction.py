@@ -29,7 +29,7 @@ from fedpeft.data.tasks.language import (
     token_means,
     token_sums,
 )
-from fedpeft.data.tasks.text import model_logits
+from fedpeft.data.tasks.text import DocstringsRows, model_logits
 from fedpeft.evaluate_metrics import title
 from fedpeft.metrics import TEXTS
 from fedpeft.words import beyond_latin
@@ -322,6 +322,15 @@ class QuestionAnswering(InstructionTuning):
             texts = value.get("text") if isinstance(value, dict) else value
             references.append([texts] if isinstance(texts, str) else list(texts or []))
         return references
+
+
+@dataclass(frozen=True)
+class DocstringsQA(DocstringsRows, InstructionTuning):
+    """Answers what a name of an installed package stands for, by its docstring's first sentence."""
+
+    prompt: str = "What does {{ name }} do?"
+    answer: str = "text"
+    max_length: int = 96
 
 
 def said_by_user(text: str) -> Conversation:
