@@ -148,18 +148,36 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
 
 def compare(arguments: list[str]) -> None:
     """Run several methods on the same clients, rows and budget: a study of one run a method."""
+    from fedpeft.config.load import load_config, settings
     from fedpeft.reporting.pages import save_comparison
     from fedpeft.reporting.study import Study, listed
 
     as_json, arguments = _flag(arguments, "--json")
-    methods, rest = _option(arguments, "--methods", METHODS)
+    methods, rest = _option(arguments, "--methods", "")
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder, base = _folder_and_base(rest, f"runs/{stamp}_compare")
-    planned = Study(folder, base, listed(methods), flat=True)
+    chosen = settings(base).study
+    entries = listed(methods) if methods else chosen.methods or listed(METHODS)
+    planned = Study(folder, base, entries, flat=True)
+    if chosen.questions and not load_config(planned.runs()[0].overrides).data.generates(last=True):
+        raise ValueError(
+            f"study.questions={chosen.questions} needs a task that generates text, such as "
+            "data=docstrings_qa, and data.generate=last"
+        )
     results = _finished(planned, save_comparison, ["compare", *arguments], as_json)
     if not as_json:
         results.page.show()
         print(f"saved {folder}/comparison.md, comparison.csv, comparison.png")
+    if chosen.questions:
+        from fedpeft.export.answers import asked
+
+        runs = {run.entry: run.path for run in planned.runs()}
+        ended = {row["method"] for row in results.rows}
+        questions = asked({e: path for e, path in runs.items() if e in ended}, chosen.questions)
+        text = "\n\n".join(question.text() for question in questions)
+        (folder / "questions.md").write_text(text + "\n")
+        if not as_json:
+            print(f"\n{text}\n\nsaved {folder}/questions.md")
 
 
 def study(arguments: list[str]) -> None:

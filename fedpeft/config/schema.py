@@ -197,6 +197,8 @@ class EarlyStopping:
 class Studying:
     """Settings of ``fedpeft study``, where its options do not set them; a run reads none.
 
+    ``fedpeft compare`` reads ``methods`` and ``questions``.
+
     Args:
         methods: entries of a table, each a method with overrides of its own, joined by ``+``.
         lrs: learning rates; each method's own if empty.
@@ -208,6 +210,8 @@ class Studying:
             one is the grid's first or last.
         estimate: print memory, hours and bytes before the first run.
         flops: floating-point operations a second that a machine reaches, for the estimate.
+        questions: test rows that each model of a comparison answers at its end, beside the untuned
+            model. The task must generate text.
     """
 
     methods: list[str] = field(default_factory=list)
@@ -218,10 +222,12 @@ class Studying:
     extend: int = 0
     estimate: bool = False
     flops: float = 1e14
+    questions: int = 0
 
     def __post_init__(self) -> None:
-        if self.extend < 0:
-            raise ValueError(f"study.extend must be >= 0, got {self.extend}")
+        for name in ("extend", "questions"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"study.{name} must be >= 0, got {getattr(self, name)}")
         if not 0 < self.flops < float("inf"):
             raise ValueError(f"study.flops must be > 0, got {self.flops}")
 

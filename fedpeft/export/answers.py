@@ -1,14 +1,71 @@
 """Answers of a trained model to lines of text."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import nn
 
 from fedpeft.data.batching import Examples
 from fedpeft.data.tasks.base import Task
-from fedpeft.engine.evaluate import evaluate
+from fedpeft.engine.evaluate import evaluate, scored
 from fedpeft.export.load import Opened
+from fedpeft.export.run import FinishedRun, open_run
+
+UNTUNED = "before training"
+
+
+class Asked(NamedTuple):
+    """A test row's question.
+
+    Attributes:
+        prompt: the question.
+        reference: the right answer.
+        answers: generated, by the model's name.
+    """
+
+    prompt: str
+    reference: str
+    answers: dict[str, str]
+
+    def text(self) -> str:
+        """Return the question and its answers as Markdown."""
+        lines = [f"- {name}: {answer}" for name, answer in self.answers.items()]
+        return "\n".join([f"**{self.prompt}**\n", f"- reference: {self.reference}", *lines])
+
+
+def asked(runs: Mapping[str, Path], count: int) -> list[Asked]:
+    """Let the untuned model and the models of finished runs answer the first test rows.
+
+    The model of a run is client 0's, because some methods have no model that all clients share.
+
+    Args:
+        runs: directories of runs of one base model and one task, by name.
+        count: number of rows, at least one. The task generates text.
+    """
+    questions: list[Asked] = []
+    for name, folder in runs.items():
+        run = open_run(folder, client=0, whole=False)
+        if not questions:
+            untuned = _samples(run, run.replica.base_model(), count)
+            questions = [
+                Asked(row["prompt"], row["reference"], {UNTUNED: row["generated"]})
+                for row in untuned
+            ]
+        for question, row in zip(questions, _samples(run, run.replica.model, count), strict=True):
+            question.answers[name] = row["generated"]
+    return questions
+
+
+def _samples(run: FinishedRun, model: nn.Module, count: int) -> list[dict[str, str]]:
+    """Return prompt, reference and generated text of the first test rows."""
+    processor = run.replica.processor
+    examples = run.config.data.encode("test", processor)
+    first = examples.select(np.sort(examples.rows)[:count])
+    return scored(model.to(run.replica.device), run.config, processor, first, last=True)[1] or []
 
 
 def answers(opened: Opened, lines: Sequence[str], first: int = 1) -> list[Any]:

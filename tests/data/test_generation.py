@@ -233,6 +233,36 @@ def test_samples_can_be_read(run: Runner, settings: list[str]) -> None:
     assert any(set(s["generated"].split()) & known for s in samples)
 
 
+def test_a_comparison_answers_questions(
+    fedpeft: Callable[..., str], base: list[str], settings: list[str]
+) -> None:
+    """The untuned model and each method, also one that has no model of all clients, answer."""
+    rest = [o for o in (*base, *settings) if not o.startswith("method")]
+    asks = "study.methods=['lora+method.rank=4','fedsa_lora+method.rank=4']"
+    text = fedpeft("compare", *rest, asks, "study.questions=2", "lr=0.03", "run_dir=out")
+    said = Path("out/questions.md").read_text()
+    assert said in text + "\n"
+    first, second = (part.splitlines() for part in said.split("\n\n**"))
+    row = instructions(56)[32]
+    assert first[0] == f"**{row['instruction']}**"
+    assert first[2] == f"- reference: {row['response']}"
+    names = [line.removeprefix("- ").partition(":")[0] for line in first[3:]]
+    assert names == ["before training", "lora+method.rank=4", "fedsa_lora+method.rank=4"]
+    assert [line.partition(":")[0] for line in second[3:]] == ["- " + name for name in names]
+    (sample, *_) = (
+        json.loads(line)
+        for line in Path("out/lora+method.rank=4/samples.jsonl").read_text().splitlines()
+    )
+    assert first[4] == f"- lora+method.rank=4: {sample['generated']}"
+    assert first[3].partition(": ")[2] != sample["generated"]
+
+
+def test_questions_need_a_task_that_generates(fedpeft: Callable[..., str], base: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        fedpeft("compare", "--methods", "lora", *base[:-1], "study.questions=1", "run_dir=out")
+    assert not Path("out").exists()
+
+
 def test_clients_generate_with_their_own_parameters(run: Runner, settings: list[str]) -> None:
     """They do so after the last round only; earlier metrics are teacher-forced."""
     summary = run(*settings, "method=fedsa_lora", "method.rank=4")
