@@ -78,7 +78,7 @@ def main() -> None:
 
 def _engine(args: argparse.Namespace, precision: str) -> Engine:
     size = [f"local_steps={args.steps}", f"batch_size={args.batch}", f"lr={LR}"]
-    data = ["data=medquad", f"data.path='{args.data.resolve()}'", "data.max_validation_rows=64"]
+    data = ["data=medquad", f"data.path='{args.data.resolve()}'", "data.max_validation_rows=32"]
     lora = ["method=lora", "method.rank=8", "method.targets=[q,k,v]"]
     run = ["model=smollm2", "num_clients=1", "partition=iid", "runtime=inprocess"]
     return Engine(
