@@ -1,7 +1,7 @@
 """A language model without its head, so that the head need not read every token."""
 
 from copy import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,7 +49,7 @@ def parted(model: nn.Module) -> Parted | None:
 
 def _place(model: nn.Module) -> _Place | None:
     owner = getattr(model, "inner", model)
-    head = getattr(owner, "get_output_embeddings", lambda: None)()
+    head: Any = getattr(owner, "get_output_embeddings", lambda: None)()
     paths = [name for name, module in model.named_modules() if module is head]
     if not paths:
         return None
