@@ -291,15 +291,31 @@ def test_the_clients_in_a_pass_follow_from_the_tokens_of_a_step(opened: Opened) 
     assert opened("method=lora", "batch_size=1", "accumulate=2").clients_per_pass() == 1
 
 
+LLAMA = (
+    "{model_type:llama,hidden_size:16,intermediate_size:32,num_hidden_layers:1,"
+    "num_attention_heads:2,num_key_value_heads:2,vocab_size:200}"
+)
+
+
+@pytest.mark.parametrize("targets", ["[q]", "[q,lm_head]"])
+def test_next_tokens_together_as_alone(opened: Opened, checkpoint: Path, targets: str) -> None:
+    """The head reads every member's predicted tokens, with its own adapter if it has one."""
+    random = ("model.path=null", "model.random=true", f"model.tokenizer_path={checkpoint}")
+    task = "data._target_=fedpeft.data.tasks.language.LanguageModelling"
+    model = (*random, f"model.architecture={LLAMA}", task, "data.metrics=[token_accuracy]")
+    size = (*STEPS, "optimizer.name=sgd", "lr=0.1")
+    engine = opened("method=lora", f"method.targets={targets}", *size, *model)
+    lengths = {steps_of(engine, client)[0][0]["input_ids"].shape[1] for client in range(3)}
+    assert len(lengths) > 1  # so that some are filled up
+    assert any("lm_head" in name for name in engine.replica.initial) == ("lm_head" in targets)
+    assert_equal(engine)
+
+
 def test_a_decoder_reads_its_last_token_also_beside_longer_ones(
     opened: Opened, checkpoint: Path
 ) -> None:
     """A class is read before padding begins, so rows must be filled up with the padding token."""
-    llama = (
-        "{model_type:llama,hidden_size:16,intermediate_size:32,num_hidden_layers:1,"
-        "num_attention_heads:2,num_key_value_heads:2,vocab_size:200}"
-    )
-    architecture = f"model.architecture={llama}"
+    architecture = f"model.architecture={LLAMA}"
     random = ("model.path=null", "model.random=true", f"model.tokenizer_path={checkpoint}")
     engine = opened("method=lora", *STEPS, *random, architecture, "optimizer.name=sgd", "lr=0.1")
     engine.replica.processor.pad_token = "[MASK]"  # another than 0

@@ -132,8 +132,9 @@ class Evaluation:
         clients: every client evaluates on its own validation and test rows: ``auto`` (if any
             parameter is personal), ``always`` or ``never``.
         batch_size: most rows in a batch.
-        max_tokens: most tokens in a batch, its sequences x its longest length. A language model's
-            logits take 4 bytes x these tokens x the size of the vocabulary.
+        max_tokens: most tokens in a batch, its sequences x its longest length. Of a language
+            model that caps or scales its logits, such as Gemma 2, these take 4 bytes x these tokens
+            x the size of the vocabulary; else few are held at once.
         max_client_rows: most rows of each of a client's own splits; null for all.
         interference: compute the aggregation's interference in the rounds that are evaluated.
     """

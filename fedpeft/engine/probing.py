@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fedpeft.data.batching import Batch, Examples
@@ -46,6 +45,7 @@ def vectorised(replica: Replica, rows: Examples) -> Vectorised | None:
             raise Unsupported("gradient checkpointing draws anew in the backward pass")
         batches = [rows.select(rows.rows[:count]).batch(np.arange(count)) for count in (1, 2)]
         names, precision = replica.roles.names, config.precision
+        replica.set_trainable(set(names))  # a head that trains is called in another way
         random = [probe(model, config.data, names, batch, precision) for batch in batches]
     except Unsupported as reason:
         name = type(config.method).__name__
@@ -83,7 +83,7 @@ def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, prec
     paths = owners(model, names)
     hooks = [model.get_submodule(p).register_forward_hook(note, with_kwargs=True) for p in paths]
     draws = Draws([rng_state(device)], [size_of(batch)], device)
-    with torch.no_grad(), autocast(device, precision), draws:
+    with autocast(device, precision), draws:
         task.forward(model, to_device(batch, device))
     for hook in hooks:
         hook.remove()

@@ -140,7 +140,7 @@ class Together:
         """Return each member's loss of its own rows, cut to its own length."""
         sizes = [size_of(batch) for batch in batches]
         longest = max(length for _, length in sizes)
-        tokens = (1,) if outputs.dim() > 2 else ()  # (sequences, L, V) has an axis of tokens
+        tokens = (1,) if outputs.dim() > 2 else ()  # (sequences, tokens, ...)
         parts = outputs.split([rows for rows, _ in sizes])
         return [
             self.task.loss(cut(part, longest - length, tokens), batch)

@@ -78,7 +78,7 @@ class Task(Source):
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the model's outputs in float32, (sequences, ...) or (sequences, L, V)."""
+        """Return outputs in float32, (sequences, ...) or, by token, (sequences, tokens, ...)."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:

@@ -12,7 +12,7 @@ from fedpeft.data.rows.templates import check_prompt, prompt_tokens, rendered, t
 from fedpeft.data.tasks.base import Outputs, Task
 from fedpeft.data.tasks.classification import join
 from fedpeft.data.tasks.instruction import sequences
-from fedpeft.data.tasks.language import next_tokens, token_sums
+from fedpeft.data.tasks.language import targets_of, token_outputs, token_sums
 from fedpeft.data.tasks.text import model_logits
 from fedpeft.evaluate_metrics import title
 from fedpeft.metrics import TEXTS, measure
@@ -159,14 +159,16 @@ class MultipleChoice(Task):
         return sequences(starts, answers, self.max_length, self.max_length // 2)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model_logits(model, batch)
+        if self.scoring == "head":
+            return model_logits(model, batch)
+        return token_outputs(model, batch, targets_of(batch))
 
     def scores(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return scores (B, most candidates of a row), -inf where a row has fewer."""
         if self.scoring == "head":
             flat_scores = outputs.squeeze(-1)
         else:
-            sums = token_sums(*next_tokens(outputs, batch))
+            sums = token_sums(outputs, targets_of(batch))
             flat_scores = -sums["loss"] / sums["count"]
         return _by_row(flat_scores, batch["choices"], float("-inf"))
 

@@ -24,12 +24,12 @@ from fedpeft.data.tasks.language import (
     decoded,
     generated,
     next_token_loss,
-    next_tokens,
     targets_of,
     token_means,
+    token_outputs,
     token_sums,
 )
-from fedpeft.data.tasks.text import DocstringsRows, model_logits
+from fedpeft.data.tasks.text import DocstringsRows
 from fedpeft.evaluate_metrics import title
 from fedpeft.metrics import TEXTS
 from fedpeft.words import beyond_latin
@@ -203,10 +203,10 @@ class InstructionTuning(Task):
         return sequences(prompts, answers, self.max_length, self.answer_room)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model_logits(model, batch)
+        return token_outputs(model, batch, targets_of(self._learnt(batch)))
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return next_token_loss(outputs, self._learnt(batch))
+        return next_token_loss(outputs, targets_of(self._learnt(batch)))
 
     def terms(self, batch: Batch) -> int:
         """Return the number of predicted tokens that ``loss_on`` counts."""
@@ -220,9 +220,9 @@ class InstructionTuning(Task):
 
     def evaluate_batch(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return ``token_sums`` of the answers, and predicted and target ids, each (B, L-1)."""
-        logits, targets = next_tokens(outputs, batch)
-        predicted = logits.argmax(-1).masked_fill(targets == IGNORED, IGNORED)
-        return token_sums(logits, targets) | {"predicted": predicted, "targets": targets}
+        targets = targets_of(batch)
+        predicted = outputs[..., 1].long().masked_fill(targets == IGNORED, IGNORED)
+        return token_sums(outputs, targets) | {"predicted": predicted, "targets": targets}
 
     def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
         """See ``Task.score``; returns ``token_means`` and the teacher-forced metrics."""

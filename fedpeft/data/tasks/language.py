@@ -12,51 +12,68 @@ from fedpeft.data.batching import Batch, flat
 from fedpeft.data.rows.tables import values
 from fedpeft.data.rows.templates import prompt_tokens
 from fedpeft.data.tasks.base import Outputs
-from fedpeft.data.tasks.text import DocstringsRows, Texts
+from fedpeft.data.tasks.text import DocstringsRows, Texts, model_logits
+from fedpeft.models.heads import parted
+from fedpeft.nn.token_loss import IGNORED, losses_of, token_losses
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-IGNORED = -100  # target of a token that is not predicted
 
+def token_outputs(model: nn.Module, batch: Batch, targets: Tensor) -> Tensor:
+    """Return each next token's loss and the most likely one, in float32 (B, L-1, 2).
 
-def next_tokens(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return logits (B, L-1, V) and their targets (B, L-1): -100 on padding and on prompts.
+    They are 0 where nothing is predicted. No more logits are held at once than the losses need.
 
     Args:
-        logits: of all tokens, (B, L, V).
-        batch: ``input_ids`` and ``attention_mask`` (B, L), perhaps ``prompts`` (B,).
+        model: gives logits (B, L, V).
+        batch: ``input_ids`` and ``attention_mask`` (B, L).
+        targets: of ``targets_of``.
     """
-    return logits[:, :-1], targets_of(batch)
+    parts = parted(model)
+    if parts is None:
+        return losses_of(model_logits(model, batch)[:, :-1], targets)
+    hidden = parts.backbone(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).logits
+    return token_losses(parts.head, hidden[:, :-1], targets, parts.vocabulary)
 
 
 def targets_of(batch: Batch) -> Tensor:
-    """Return the tokens to predict, (B, L-1): -100 on padding and on prompts."""
+    """Return the tokens to predict, (B, L-1): ``IGNORED`` on padding and on prompts.
+
+    Args:
+        batch: ``input_ids`` and ``attention_mask`` (B, L), perhaps ``prompts`` (B,).
+    """
     ignored = batch["attention_mask"] == 0
     if "prompts" in batch:
         place = ignored.new_ones(ignored.shape).cumsum(-1)  # 1, 2, ... in every row
         ignored = ignored | (place <= batch["prompts"].unsqueeze(-1))
-    return batch["input_ids"].masked_fill(ignored, -100)[:, 1:]
+    return batch["input_ids"].masked_fill(ignored, IGNORED)[:, 1:]
 
 
-def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Return the mean cross-entropy over the batch's predicted tokens, a scalar."""
-    logits, targets = next_tokens(logits, batch)
-    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+def next_token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean loss over the batch's predicted tokens, a scalar.
+
+    Args:
+        outputs: of ``token_outputs``, (B, L-1, 2).
+        targets: the same, (B, L-1).
+    """
+    return outputs[..., 0].sum() / (targets != IGNORED).sum()
 
 
-def token_sums(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def token_sums(outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Return sums over the predicted tokens of each row: loss, correct and count, each (B,).
 
     Args:
-        logits: (B, L-1, V).
-        targets: (B, L-1), -100 where nothing is predicted.
+        outputs: of ``token_outputs``, (B, L-1, 2); perhaps of more tokens.
+        targets: (B, L-1), ``IGNORED`` where nothing is predicted.
     """
-    loss = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    read = targets != IGNORED
     return {
-        "loss": loss.sum(-1),
-        "correct": (logits.argmax(-1) == targets).sum(-1),
-        "count": (targets != -100).sum(-1),
+        "loss": outputs[..., 0].where(read, 0).sum(-1),
+        "correct": (outputs[..., 1] == targets).sum(-1),
+        "count": read.sum(-1),
     }
 
 
@@ -125,16 +142,19 @@ class LanguageModelling(Texts):
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
         return self.tokenised(rows, processor)
 
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        return token_outputs(model, batch, targets_of(batch))
+
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return next_token_loss(outputs, batch)
+        return next_token_loss(outputs, targets_of(batch))
 
     def terms(self, batch: Batch) -> int:
         """Return the number of predicted tokens."""
-        return int((targets_of(batch) != -100).sum())
+        return int((targets_of(batch) != IGNORED).sum())
 
     def evaluate_batch(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return ``token_sums``."""
-        return token_sums(*next_tokens(outputs, batch))
+        return token_sums(outputs, targets_of(batch))
 
     def score(self, outputs: Outputs, rows: "Dataset", processor: Any) -> dict[str, float]:
         """See ``Task.score``; returns ``token_means``."""
