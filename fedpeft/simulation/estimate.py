@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 from fedpeft.config.load import load_config
 from fedpeft.config.schema import Config
 from fedpeft.engine.parameters import count_on_meta
+from fedpeft.nn.token_loss import ROOM
 from fedpeft.reporting.study import Study
 from fedpeft.reporting.tables import print_table
 
+LOGITS = 4 * ROOM["cuda"]  # most bytes of logits, their exponentials and gradients at once
 ACTIVATIONS = 34  # bytes a token, block and hidden number in 16 bits (arXiv 2205.05198, Section 4)
 
 
@@ -50,7 +52,7 @@ def estimate(config: Config) -> Estimate:
     width = 2 if config.model.dtype == "bfloat16" else 4
     share = 1 if config.precision == "bf16" else 2
     held = tokens / config.accumulate * shape.hidden_size * shape.num_hidden_layers
-    logits = tokens / config.accumulate * getattr(shape, "vocab_size", 0) * 8
+    logits = min(tokens / config.accumulate * getattr(shape, "vocab_size", 0) * 8, LOGITS)
     logits = logits if "CausalLM" in config.data.auto_class else 0
     memory = width * total + 16 * trained + share * ACTIVATIONS * held + logits
     clients = config.cohort_size() * config.num_rounds
