@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fedpeft.config.choices import choices
-from fedpeft.reporting.results import Measures, headline, mean_and_sd, run_values, unmeasured
+from fedpeft.reporting.results import (
+    Measures,
+    common_label,
+    headline,
+    mean_and_sd,
+    run_values,
+    unmeasured,
+)
 from fedpeft.reporting.saved_runs import SavedRun, by_setting, one_a_seed
 from fedpeft.reporting.tables import Rows
 
@@ -128,9 +135,7 @@ def _row(run: SavedRun, measures: Measures) -> dict[str, Any]:
     values = run_values(summary, measures)
     return values | {
         "global_test": summary["final"].get(f"test_{measures.quality}"),
-        "baseline": summary["baseline"].get(
-            "client_test_baseline" if values["quality"] is not None else "test_baseline"
-        ),
+        "baseline": common_label(summary, values["quality"]),
     }
 
 
