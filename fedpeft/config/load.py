@@ -37,6 +37,7 @@ GROUPS = {  # base classes by name, because torch is imported only when a group 
     "strategy": "fedpeft.algorithms.base.FedAvg",
     "compression": "fedpeft.compression.base.Compression",
 }
+FAST_GROUPS = ("partition", "data")  # whose classes import neither transformers nor peft
 TRACKER = "fedpeft.reporting.trackers.base.Tracker"
 _FIELD = re.compile(
     rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation|checkpoint|early_stopping|study|logger)"
@@ -272,6 +273,24 @@ def typed(tree: DictConfig) -> Config:
     with _config_errors():
         groups = {name: _group(tree[name], name, base) for name, base in GROUPS.items()}
         return Config(**_numbers(tree), **groups)
+
+
+def check_fields(overrides: str | Sequence[str]) -> None:
+    """Check the groups of which overrides set fields; those that import least come first.
+
+    Files of ``conf/`` hold no impossible value, so other groups need no check before a run loads
+    what takes seconds.
+
+    Raises:
+        ConfigError: a value of the wrong type or outside its rule.
+    """
+    listed = split(overrides)
+    named = {key_of(o).partition(".")[0] for o in listed if "." in key_of(o)}
+    tree = _composed(tuple(listed))
+    with _config_errors():
+        for name in (*FAST_GROUPS, *(group for group in GROUPS if group not in FAST_GROUPS)):
+            if name in named:
+                _group(tree[name], name, GROUPS[name])
 
 
 def trackers(overrides: str | Sequence[str]) -> list[Any]:

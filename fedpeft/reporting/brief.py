@@ -1,10 +1,12 @@
 """Short forms of long paths and texts, for tables that must not spread."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
 MOST = 32  # characters of a cell, or of a value in a name
+_PATH = re.compile(r"(~|\.{0,2}|\w[\w.-]*)/")  # begins one; https:// does not
 
 
 def brief(values: Sequence[object], most: int = MOST) -> list[str]:
@@ -39,7 +41,7 @@ def _shared(form: str, short: dict[str, str]) -> bool:
 def _last_parts(texts: Sequence[str], most: int) -> dict[str, str]:
     """Return each text, or the last parts of those that are long paths."""
     forms = {text: text for text in texts}
-    paths = {text: PurePath(text).parts for text in forms if _is_path(text)}
+    paths = {text: PurePath(text).parts for text in forms if _PATH.match(text)}
     for count in range(1, max(map(len, paths.values()), default=0)):
         ends = {text: parts[-count:] for text, parts in paths.items()}
         if len(set(ends.values())) == len(ends):
@@ -48,10 +50,6 @@ def _last_parts(texts: Sequence[str], most: int) -> dict[str, str]:
                 t: f"…/{'/'.join(e)}" for t, e in long.items() if len(e) < len(paths[t])
             }
     return forms
-
-
-def _is_path(text: str) -> bool:
-    return "/" in text and " " not in text.partition("/")[0] and "://" not in text
 
 
 def _cut(text: str, most: int) -> str:

@@ -159,7 +159,7 @@ def run(overrides: str | Sequence[str], display: Display | None = None) -> dict[
 
 
 def _check_early(overrides: Sequence[str]) -> None:
-    """Find mistakes in numbers and paths before Ray and torch load, which takes seconds."""
+    """Find mistakes in values and paths before Ray starts and data load, which takes seconds."""
     settings = configuration.settings(overrides)
     check_run_dir(Path(settings.run_dir or "runs"), settings.resume)
     configuration.trackers(overrides)
@@ -168,6 +168,7 @@ def _check_early(overrides: Sequence[str]) -> None:
         path = OmegaConf.select(tree, key, throw_on_resolution_failure=False)
         if isinstance(path, str):
             check_path(key, path)
+    configuration.check_fields(overrides)
 
 
 def _check(runs: Sequence[Sequence[str]]) -> None:
