@@ -18,8 +18,7 @@ from fedpeft.reporting.results import (
 from fedpeft.reporting.saved_runs import SavedRun, by_setting, one_a_seed
 from fedpeft.reporting.tables import Rows
 
-
-LONG_NAME = 40  # characters of a setting's name
+LONG_NAME = 40  # characters of a setting's name, above which it says less
 
 
 @dataclass(frozen=True)

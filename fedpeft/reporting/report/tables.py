@@ -226,7 +226,9 @@ def differences_table(runs: Runs) -> Table | None:
     for place, name in enumerate(names):
         columns[name] = lambda row, place=place: short[row["key"]][place]
     notes = ["All other keys that can change a result are the same. A dash: there is no such key."]
-    if any(values != list(row.values())[1:] for values, row in zip(short.values(), rows, strict=True)):
+    if any(
+        values != list(row.values())[1:] for values, row in zip(short.values(), rows, strict=True)
+    ):
         notes.append("Long values are shortened (…); differences.csv has them whole.")
     return Table("differences", "Keys that differ", columns, rows, notes, texts=len(columns))
 
@@ -287,4 +289,6 @@ def _below(rows: Rows) -> tuple[list[str], Text]:
     paths = [row["directory"] for row in rows]
     folder, inside = below(paths)
     short = dict(zip(paths, inside, strict=True))
-    return [f"Directories are below {folder}."] if folder else [], lambda row: short[row["directory"]]
+    return [f"Directories are below {folder}."] if folder else [], lambda row: short[
+        row["directory"]
+    ]
