@@ -74,6 +74,20 @@ CASES = [
         "runtime.thread=2",
         "unknown key runtime.thread: Runtime has no such field: did you mean runtime.threads?",
     ),
+    # several values, of which a run takes one
+    (
+        "method=lora,scl",
+        "method=lora,scl has several values: fedpeft run -m method=lora,scl makes a run of each",
+    ),
+    (
+        "lr=range(1,3)",
+        "lr=range(1,3) has several values: fedpeft run -m 'lr=range(1,3)' makes a run of each",
+    ),
+    (
+        "data.text=a,b",
+        "data.text=a,b has several values: fedpeft run -m data.text=a,b makes a run of each; a "
+        "list is data.text=[a,b], and a text with a comma \"data.text='a,b'\"",
+    ),
     ("+extra=1", "unknown key extra: Settings has no such field"),
     # unknown names of groups
     *(

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedpeft.config.overrides import quoted, readable
 from fedpeft.config.schema import Config, ConfigError, Settings
-from fedpeft.config.sentences import hydra_sentence, omegaconf_sentence
+from fedpeft.config.sentences import hydra_sentence, omegaconf_sentence, several_values
 
 _PACKAGE = Path(__file__).parent.parent
 _packaged = _PACKAGE / "conf"  # in a wheel; in a checkout or bundle it stands beside the package
@@ -47,6 +47,7 @@ INTERPOLATION = "${"
 MOST_CHARACTERS = 1 << 16  # of a message's overrides, because Hydra takes a minute for a megabyte
 _KEY = re.compile(r"[\w./@:$-]+", re.ASCII)
 _VALUE = re.compile(r"(\+\+)?(?!hydra\.)[\w.]+=", re.ASCII)
+_SEVERAL = re.compile(r"[,(]")  # characters, one of which several values have
 _MARKS = re.compile(r"[\\'\"]")  # characters that splitting or parsing an override takes away
 # Beginnings of overrides that clients need not know.
 OF_SERVER = (
@@ -229,7 +230,11 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 @lru_cache(maxsize=64)
 def _from_files(overrides: tuple[str, ...]) -> DictConfig:
     try:
-        return _from_hydra([_override(o) for o in overrides])
+        listed = [_override(o) for o in overrides]
+        for override in _parsed([o for o in listed if _SEVERAL.search(o)]):
+            if override.is_sweep_override():
+                raise ConfigError(several_values(override, _groups()))
+        return _from_hydra(listed)
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
