@@ -103,7 +103,7 @@ def _run(run: Run, grid: Grid, label: str) -> dict[str, Any]:
     ended = "completed", ""
     try:
         run.observer.start(f"{label}{weights}: {run.directory.path}", engine.config.num_rounds)
-        for note in engine.task.notes():
+        for note in run.notes():
             run.observer.note(note)
         return run.serve(grid)
     except KeyboardInterrupt as stopped:
