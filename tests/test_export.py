@@ -613,6 +613,34 @@ def test_a_new_table_without_a_test_split_is_measured_whole(
     assert apart["test_rows"] == 4  # a tenth is set aside, as in training
 
 
+def test_the_file_that_a_run_was_trained_on_is_measured_on_its_test_rows(
+    base: list[str],
+    fedpeft: Command,
+    table: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = pq.read_table(table / "train.parquet")
+    pq.write_table(rows, tmp_path / "notes.parquet")
+    pq.write_table(rows, tmp_path / "copy.parquet")
+    pq.write_table(rows.slice(1), tmp_path / "other.parquet")
+    pq.write_table(rows.slice(0, 1), tmp_path / "one.parquet")
+    run = str(tmp_path / "run")
+    given = [f"data.path={tmp_path / 'notes.parquet'}", "num_rounds=1", f"run_dir={run}"]
+    final = launch.run([*base, *given], quiet())["final"]
+    fedpeft("export", run, "--to", "out")
+    capsys.readouterr()
+    for model in (run, "out"):
+        for name, count in {"notes": 24, "copy": 24, "other": 239, "one": 1}.items():
+            path = f"data.path={tmp_path / name}.parquet"
+            measures = json.loads(fedpeft("evaluate", model, "--json", path))
+            assert measures["test_rows"] == count
+            said = "so only the rows that the run set aside for its test are measured\n"
+            assert capsys.readouterr().err.endswith(said) == (count == 24)
+            if count == 24:
+                assert measures["test_accuracy"] == pytest.approx(final["test_accuracy"])
+
+
 def test_evaluate_measures_in_the_precision_of_the_run(
     finished: Finished, fedpeft: Command
 ) -> None:

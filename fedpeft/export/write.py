@@ -83,6 +83,7 @@ def _written(run: FinishedRun, draft: Path, form: str | None) -> Written:
         run.tree,
         setting=run.setting if chosen == "fedpeft" else "",
         labels=labels,
+        rows_sha256=run.summary["data"]["sha256"],
         id2label=None if labels is None else dict(enumerate(labels)),
         label2id=None if labels is None else {name: i for i, name in enumerate(labels)},
     )
