@@ -629,14 +629,14 @@ def test_the_file_that_a_run_was_trained_on_is_measured_on_its_test_rows(
     given = [f"data.path={tmp_path / 'notes.parquet'}", "num_rounds=1", f"run_dir={run}"]
     final = launch.run([*base, *given], quiet())["final"]
     fedpeft("export", run, "--to", "out")
-    capsys.readouterr()
     for model in (run, "out"):
         for name, count in {"notes": 24, "copy": 24, "other": 239, "one": 1}.items():
             path = f"data.path={tmp_path / name}.parquet"
-            measures = json.loads(fedpeft("evaluate", model, "--json", path))
-            assert measures["test_rows"] == count
+            commands.evaluate([model, "--json", path])
+            out, err = capsys.readouterr()
+            assert (measures := json.loads(out))["test_rows"] == count
             said = "so only the rows that the run set aside for its test are measured\n"
-            assert capsys.readouterr().err.endswith(said) == (count == 24)
+            assert err.endswith(said) == (count == 24)
             if count == 24:
                 assert measures["test_accuracy"] == pytest.approx(final["test_accuracy"])
 
