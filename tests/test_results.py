@@ -154,6 +154,7 @@ def test_a_terminal_has_room_for_every_line(
         (["lora", 0.1, None], ["lora", "0.1", "None"]),
         ([f"/a/{'b' * 40}/train.csv", "c.csv"], ["…/train.csv", "c.csv"]),
         ([f"/{'b' * 40}/x/1/r.csv", f"/{'b' * 40}/y/1/r.csv"], ["…/x/1/r.csv", "…/y/1/r.csv"]),
+        ([f"/a/{x}/{'b' * 40}.csv" for x in "xy"], ["…/x/…", "…/y/…"]),
         ([f"x{'y' * 40}z"], [f"x{'y' * 14}…{'y' * 15}z"]),
         (
             [f"x{'y' * 40}{c}{'y' * 40}z" for c in "aba"],

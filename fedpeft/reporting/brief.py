@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import PurePath
 
 MOST = 32  # characters of a cell, or of a value in a name
@@ -45,11 +46,21 @@ def _last_parts(texts: Sequence[str], most: int) -> dict[str, str]:
     for count in range(1, max(map(len, paths.values()), default=0)):
         ends = {text: parts[-count:] for text, parts in paths.items()}
         if len(set(ends.values())) == len(ends):
-            long = {text: end for text, end in ends.items() if len(text) > most}
-            return forms | {
-                t: f"…/{'/'.join(e)}" for t, e in long.items() if len(e) < len(paths[t])
-            }
+            same = _same_at_the_end(list(ends.values()))
+            return forms | {t: _inside(e, same, most) for t, e in ends.items() if len(t) > most}
     return forms
+
+
+def _same_at_the_end(ends: Sequence[Sequence[str]]) -> int:
+    """Return the number of last parts that several paths share."""
+    columns = zip(*(reversed(end) for end in ends), strict=False)
+    return 0 if len(ends) < 2 else sum(1 for _ in takewhile(lambda c: len({*c}) == 1, columns))
+
+
+def _inside(end: Sequence[str], same: int, most: int) -> str:
+    """Return the last parts of a path; if they are long, without those that others share."""
+    whole = f"…/{'/'.join(end)}"
+    return whole if len(whole) <= most or not same else f"…/{'/'.join(end[:-same])}/…"
 
 
 def _cut(text: str, most: int) -> str:

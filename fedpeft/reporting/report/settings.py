@@ -202,7 +202,7 @@ def _parts(
         keys: those that the names have.
         facts: of all methods, of whose keys a short form must be none.
     """
-    columns = {_short(key, facts): brief([fact.get(key) for fact in same], 30) for key in keys}
+    columns = {_short(key, facts): brief([fact.get(key) for fact in same], 24) for key in keys}
     return [[f"{key}={column[i]}" for key, column in columns.items()] for i in range(len(same))]
 
 
