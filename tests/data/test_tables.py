@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from fedpeft.data.rows.tables import load_tables, subsample, values
 from fedpeft.data.tasks.text import TextClassification
+from fedpeft.errors import named_row
 from tests.data.files import image, write, write_file
 from tests.data.shortcuts import error_of
 
@@ -248,3 +249,9 @@ def test_rows_of_several_files_are_counted_from_1(tmp_path: Path) -> None:
         (tmp_path / f"train-0000{shard}-of-00002.csv").write_text(text)
     error = error_of(lambda: TextClassification(path=str(tmp_path)).train_rows)
     assert error.startswith("row 3 of train (counted from 1) has no text")
+
+
+def test_words_for_a_row_count_from_1() -> None:
+    assert named_row(17) == "row 18 (counted from 1)"
+    assert named_row(17, "test") == "row 18 of test (counted from 1)"
+    assert named_row(17, "test", 20) == "row 18 of test (line 20)"
