@@ -410,10 +410,14 @@ def partition(arguments: list[str]) -> None:
 def check(arguments: list[str]) -> None:
     """Open model and data and print versions, hashes, counts and memory; problems give status 2."""
     from fedpeft.config import load as configuration
-    from fedpeft.server.check import check
-    from fedpeft.simulation.grid import InProcessGrid
 
     as_json, arguments = _flag(arguments, "--json")
+    configuration.settings(arguments)
+    configuration.check_fields(arguments)
+
+    from fedpeft.server.check import check  # takes seconds to import
+    from fedpeft.simulation.grid import InProcessGrid
+
     grid = InProcessGrid(configuration.settings(arguments).num_clients)
     log = logging.getLogger("fedpeft.client")
     level = log.level

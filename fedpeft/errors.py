@@ -28,6 +28,18 @@ class PartlyPublic(ValueError):
         self.public = public
 
 
+def named_row(position: int, split: str = "", line: int | None = None) -> str:
+    """Return the words for a row in a message; people count rows and lines from 1.
+
+    Args:
+        position: of the row, from 0.
+        split: that the position counts in; empty if the message says it elsewhere.
+        line: of the file of the split, from 1; null if it is not known.
+    """
+    of = f" of {split}" if split else ""
+    return f"row {position + 1}{of} ({'counted from 1' if line is None else f'line {line}'})"
+
+
 def public_text(error: Exception) -> str:
     """Return the text of an error that may leave this machine, cut to 500 characters.
 

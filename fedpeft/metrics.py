@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft import evaluate_metrics
+from fedpeft.errors import named_row
 from fedpeft.words import AnyScript, beyond_latin, spaced
 
 Rows = Sequence[Any] | np.ndarray
@@ -228,7 +229,9 @@ def _texts(name: str, predictions: Rows, references: Rows) -> tuple[Texts, Refer
     """Return texts and lists of references, checked to be str."""
     rows = [[row] if isinstance(row, str) else list(row) for row in references]
     if [] in rows:
-        raise ValueError(f"{name} needs at least 1 reference a row, got 0 in row {rows.index([])}")
+        raise ValueError(
+            f"{name} needs at least 1 reference a row, got 0 in {named_row(rows.index([]))}"
+        )
     for text in chain(predictions, *rows):
         if not isinstance(text, str):
             raise ValueError(f"texts of {name} must be str, got {type(text).__name__}")

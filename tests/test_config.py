@@ -1,6 +1,7 @@
 """A configuration is right, or one sentence says which key is wrong and what it must be."""
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from hydra.utils import get_class
 
+from fedpeft.config import load
 from fedpeft.config.load import (
     CONF,
     GROUPS,
@@ -28,6 +30,7 @@ from fedpeft.data.partitions.base import IID, Dirichlet
 from fedpeft.engine.engine import Engine
 from fedpeft.methods.lora import FedSALoRA, LoRA
 from fedpeft.models.pretrained import Pretrained
+from fedpeft.simulation import launch
 from tests.conftest import Runner
 
 
@@ -70,6 +73,20 @@ CASES = [
     (
         "runtime.thread=2",
         "unknown key runtime.thread: Runtime has no such field: did you mean runtime.threads?",
+    ),
+    # several values, of which a run takes one
+    (
+        "method=lora,scl",
+        "method=lora,scl has several values: fedpeft run -m method=lora,scl makes a run of each",
+    ),
+    (
+        "lr=range(1,3)",
+        "lr=range(1,3) has several values: fedpeft run -m 'lr=range(1,3)' makes a run of each",
+    ),
+    (
+        "data.text=a,b",
+        "data.text=a,b has several values: fedpeft run -m data.text=a,b makes a run of each; a "
+        "list is data.text=[a,b], and a text with a comma \"data.text='a,b'\"",
     ),
     ("+extra=1", "unknown key extra: Settings has no such field"),
     # unknown names of groups
@@ -295,6 +312,36 @@ def test_errors_come_before_anything_is_built(run: Runner, monkeypatch: pytest.M
     with pytest.raises(ConfigError, match=r"method\.rank must be >= 1"):
         run("method.rank=0")
     assert not run.run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("method.rank=0", "method.rank must be >= 1, got 0"),
+        ("strategy.nosuch=1", "unknown key strategy.nosuch"),
+        ("partition.alpha=0", "partition.alpha must be > 0, got 0.0"),
+        ("compression.nosuch=1", "unknown key compression.nosuch"),
+        ("data.max_length=0", "data.max_length must be >= 2, got 0"),
+    ],
+)
+def test_impossible_fields_are_refused_before_workers_start(
+    monkeypatch: pytest.MonkeyPatch, override: str, says: str
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("workers were started")
+
+    monkeypatch.setattr(launch, "local_grid", never)
+    with pytest.raises(ConfigError, match=f"^{re.escape(says)}"):
+        launch.run([override, "runtime=ray"])
+
+
+def test_only_groups_whose_fields_are_set_are_loaded_the_fastest_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(load, "_group", lambda node, name, base: loaded.append(name))
+    load.check_fields(["method=scl", "method.rank=4", "lr=0.1", "++partition.alpha=2", "data=sst2"])
+    assert loaded == ["partition", "method"]
 
 
 # --- values of a configuration -------------------------------------------------------------------

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -30,7 +31,7 @@ from fedpeft.export import folder as files
 from fedpeft.export.card import _named
 from fedpeft.export.load import opened
 from fedpeft.export.run import FinishedRun, open_run
-from fedpeft.export.write import export
+from fedpeft.export.write import _processor, export
 from fedpeft.methods.base import Method
 from fedpeft.methods.exported import INNER
 from fedpeft.methods.ia3 import IA3
@@ -369,6 +370,21 @@ def test_tokenizer_labels_and_card_go_along(
         assert f"| test_accuracy | {summary['final']['test_accuracy']:.4f} |" in card
         assert f"| uplink_bytes | {summary['bytes']['uplink_bytes']:,} |" in card
         assert "after round 2, the last of a run of 2 rounds with 3 clients" in card
+        assert not re.search("_(unweighted|worst|p10) ", card)
+        assert not list((tmp_path / form).glob("chat_template*"))
+        assert "chat_template" not in (tmp_path / form / "tokenizer_config.json").read_text()
+
+
+def test_a_model_that_writes_keeps_its_chat_template() -> None:
+    tokenizer = SimpleNamespace(chat_template="{{ messages }}")
+    data = SimpleNamespace(auto_class="AutoModelForCausalLM", needs="tokenizer")
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(data=data), replica=SimpleNamespace(processor=tokenizer)
+    )
+    assert _processor(run) is tokenizer
+    data.auto_class = "AutoModelForSequenceClassification"
+    assert _processor(run).chat_template is None
+    assert tokenizer.chat_template == "{{ messages }}"  # the run may go on to answer with it
 
 
 def test_the_card_names_no_file_of_this_machine() -> None:
@@ -595,6 +611,34 @@ def test_a_new_table_without_a_test_split_is_measured_whole(
     assert new["test_rows"] == 40
     apart = json.loads(fedpeft("evaluate", path, "--json", *same[:1], "data.test_split=null"))
     assert apart["test_rows"] == 4  # a tenth is set aside, as in training
+
+
+def test_the_file_that_a_run_was_trained_on_is_measured_on_its_test_rows(
+    base: list[str],
+    fedpeft: Command,
+    table: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = pq.read_table(table / "train.parquet")
+    pq.write_table(rows, tmp_path / "notes.parquet")
+    pq.write_table(rows, tmp_path / "copy.parquet")
+    pq.write_table(rows.slice(1), tmp_path / "other.parquet")
+    pq.write_table(rows.slice(0, 1), tmp_path / "one.parquet")
+    run = str(tmp_path / "run")
+    given = [f"data.path={tmp_path / 'notes.parquet'}", "num_rounds=1", f"run_dir={run}"]
+    final = launch.run([*base, *given], quiet())["final"]
+    fedpeft("export", run, "--to", "out")
+    for model in (run, "out"):
+        for name, count in {"notes": 24, "copy": 24, "other": 239, "one": 1}.items():
+            path = f"data.path={tmp_path / name}.parquet"
+            commands.evaluate([model, "--json", path])
+            out, err = capsys.readouterr()
+            assert (measures := json.loads(out))["test_rows"] == count
+            said = "so only the rows that the run set aside for its test are measured\n"
+            assert err.endswith(said) == (count == 24)
+            if count == 24:
+                assert measures["test_accuracy"] == pytest.approx(final["test_accuracy"])
 
 
 def test_evaluate_measures_in_the_precision_of_the_run(

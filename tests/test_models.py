@@ -1090,6 +1090,6 @@ def test_a_tokenizer_s_broken_chat_template_is_named(checkpoint: Path) -> None:
         model.tokenizer()
     tokenizer = Pretrained(path=str(checkpoint)).tokenizer()
     tokenizer.chat_template = broken
-    said = r"^the tokenizer's chat template fails in row 0 with .* \(model\.chat_template sets"
+    said = r"^the tokenizer's chat template fails in row 1 \(counted .* \(model\.chat_template sets"
     with pytest.raises(ValueError, match=said):
         chat_prompts([[{"role": "user", "content": "What?"}]], tokenizer)

@@ -23,7 +23,7 @@ from fedpeft.reporting.report.published import published_table
 from fedpeft.reporting.report.series import Curve, in_lines, megabytes
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.report.table import Table
-from fedpeft.reporting.report.tables import cost_table, pairs_table
+from fedpeft.reporting.report.tables import cost_table, differences_table, pairs_table, runs_table
 from fedpeft.reporting.report.write import write_report
 from fedpeft.reporting.run_directory import RunDirectory
 from fedpeft.reporting.saved_runs import SavedRun, saved_runs
@@ -317,7 +317,7 @@ def test_values_do_not_become_markup(report: Path) -> None:
     forms = re.search(r'id="forms">(.*?)</script>', text, re.DOTALL)
     assert forms
     heat = json.loads(forms[1])["held_0"]["data"][0]
-    assert heat["x"] == ["&lt;script&gt;alert(1)&lt;/scrip…", "a"]  # plotly reads HTML in texts
+    assert heat["x"] == ["&lt;script&gt;ale…(1)&lt;/script&gt;", "a"]  # plotly reads HTML in texts
 
 
 def test_plotly_knows_every_key_of_the_charts(report: Path) -> None:
@@ -441,6 +441,55 @@ def test_settings_of_one_method_are_named_by_what_differs(tmp_path: Path) -> Non
     _save(tmp_path / "scl", "scl", 0, 0.5, lr=0.7)
     runs = Runs.of(saved_runs([tmp_path]))
     assert [setting.name for setting in runs.settings] == ["lora lr=0.1", "lora lr=0.2", "scl"]
+
+
+def _mixed(folder: Path) -> Runs:
+    """Return runs whose data and models have long paths, and whose prompts differ too."""
+    for place, data in enumerate(("news", "mail")):
+        tree = {
+            "path": f"/archive/of/all/our/texts/{data}/the_whole_table_of_rows.csv",
+            "prompt": f"{data}: read the text and say which label fits it best",
+        }
+        model = {"path": f"/models/{'with-a-long-name' * 2}-{place}"}
+        _save(folder / data / "0", "lora", 0, 0.5, data=tree, model=model)
+        _save(folder / data / "1", "lora", 1, 0.6, data=tree, model=model)
+    return Runs.of(saved_runs([folder]))
+
+
+def test_names_of_settings_with_long_values_are_short(tmp_path: Path) -> None:
+    assert [setting.name for setting in _mixed(tmp_path).settings] == [
+        "lora data.path=…/mail/…",
+        "lora data.path=…/news/…",
+    ]
+    several = tmp_path / "several"
+    for lr, rows in ((0.1, "news"), (0.2, "news"), (0.1, "mail")):
+        data = {"path": f"/archive/of/all/our/texts/{rows}/the_whole_table_of_rows.csv"}
+        _save(several / f"{lr} {rows}", "lora", 0, 0.5, lr=lr, data=data, note=rows * 9)
+    assert {setting.name for setting in Runs.of(saved_runs([several])).settings} == {
+        "lora lr=0.1 note=newsnewsnew…newsnewsnews",
+        "lora lr=0.2 note=newsnewsnew…newsnewsnews",
+        "lora lr=0.1 note=mailmailmai…mailmailmail",
+    }
+
+
+def test_tables_say_the_folder_once_and_shorten_long_values(tmp_path: Path) -> None:
+    runs = _mixed(tmp_path)
+    table = runs_table(runs)
+    assert [row[2] for row in table.cells] == ["mail/0", "mail/1", "news/0", "news/1"]
+    assert table.notes[0] == f"Directories are below {tmp_path}."
+    assert table.rows[0]["directory"] == str(tmp_path / "mail" / "0")  # whole in the CSV
+    differ = differences_table(runs)
+    assert differ is not None and differ.cells[0] == ["data.path", "…/mail/…", "…/news/…"]
+    assert differ.rows[0]["lora data.path=…/mail/…"].endswith("/mail/the_whole_table_of_rows.csv")
+    assert max(len(cell) for row in differ.cells for cell in row) <= 32
+    assert differ.notes[1] == "Long values are shortened (…); differences.csv has them whole."
+
+
+def test_values_that_are_short_stay_as_they_are(tmp_path: Path) -> None:
+    for lr in (0.1, 0.2):
+        _save(tmp_path / str(lr), "lora", 0, 0.5, lr=lr)
+    table = differences_table(Runs.of(saved_runs([tmp_path])))
+    assert table is not None and table.cells == [["lr", "0.1", "0.2"]] and len(table.notes) == 1
 
 
 def test_a_command_is_the_saved_one_or_composes_the_same(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 
 from fedpeft.config.choices import choices
 from fedpeft.config.load import composed, leaves
+from fedpeft.reporting.brief import below, brief
 from fedpeft.reporting.conditions import Condition
+from fedpeft.reporting.listing import Listing, narrow_page
 from tests.conftest import ROOT
 
 Command = Callable[..., str]
@@ -44,6 +46,7 @@ def _summary(quality: float) -> dict[str, Any]:
         "selected_by": "validation_accuracy",
         "final": {"round": 1, "validation_accuracy": 0.1, "test_accuracy": 0.25, **measures},
         "best": {"round": 0},
+        "baseline": {"client_test_baseline": 0.9 * quality, "test_baseline": 0.125},
         "bytes": {"uplink_bytes": 3_000_000, "downlink_bytes": 1_000_000},
         "parameters": {"trained": [10, 10]},
         "seconds": 1.5,
@@ -53,10 +56,13 @@ def _summary(quality: float) -> dict[str, Any]:
 def test_a_run_is_a_row(fedpeft: Command, folder: Path) -> None:
     rows = json.loads(fedpeft("results", str(folder), "--json"))
     assert [row["path"] for row in rows] == [str(folder / name) for name in RUNS]
-    whole = "path status lr seed rounds quality quality_unweighted quality_worst global_test"
-    assert list(rows[0]) == [*whole.split(), "selection", "best_round", "bytes", "seconds"]
+    whole = "path status lr seed rounds quality baseline quality_unweighted quality_worst"
+    assert list(rows[0]) == [
+        *whole.split(),
+        *("global_test", "selection", "best_round", "bytes", "seconds"),
+    ]
     assert list(rows[0].values())[1:] == pytest.approx(
-        ["completed", 0.1, 0, 1, 0.5, 0.4, 0.3, 0.25, 0.1, 0, 4_000_000, 1.5]
+        ["completed", 0.1, 0, 1, 0.5, 0.45, 0.4, 0.3, 0.25, 0.1, 0, 4_000_000, 1.5]
     )
     unfinished = {"path": str(folder / "d"), "status": "unfinished", "lr": 0.01, "seed": 1}
     assert rows[3] == unfinished | {"rounds": 1}
@@ -72,7 +78,99 @@ def test_seeds_are_one_row_with_their_mean_and_deviation(fedpeft: Command, folde
     assert (other["quality"], other["quality_sd"], other["seeds"]) == (0.9, None, "1 of 2")
     assert "path" not in one and "seed" not in one
     text = fedpeft("results", str(folder), "--over-seeds")
-    assert "0.600 ± 0.141" in text and "4.00 ± 0.00" in text and "1 of 2" in text
+    assert "0.600 ± 0.141" in text and "1 of 2" in text
+    assert "commonest label" in text and "0.540 ± 0.127" in text  # nine tenths of the quality
+
+
+def test_the_commonest_label_is_that_of_the_rows_which_were_measured(
+    fedpeft: Command, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "a", tmp_path / "a")
+    summary = _summary(0.5)
+    del summary["final"]["client_test_accuracy"]
+    (tmp_path / "a" / "summary.json").write_text(json.dumps(summary))
+    (row,) = json.loads(fedpeft("results", str(tmp_path), "--json"))
+    assert row["baseline"] == 0.125 and "quality" not in row
+
+
+# --- narrow tables -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one learning rate whose data have long paths and long prompts."""
+    mixed = tmp_path_factory.mktemp("mixed") / ("deep" * 20)
+    for name, data in {"a": "news", "b": "mail"}.items():
+        shutil.copytree(folder / name, mixed / name)
+        file = mixed / name / "config.yaml"
+        config = json.loads(file.read_text())
+        prompt = f"{data} is the kind of text that follows, and here it is: {{{{ text }}}}"
+        config["data"] = {"path": f"/archive/of/all/our/texts/{data}/rows.csv", "prompt": prompt}
+        file.write_text(json.dumps(config))
+    return mixed
+
+
+def test_what_all_runs_share_stands_once_above_the_table(fedpeft: Command, mixed: Path) -> None:
+    head, _, table = fedpeft("results", str(mixed)).partition("2 rows")
+    assert f"runs below {mixed}\n" in head
+    assert "all of them: method lora, status completed, rounds 1, " in head
+    assert "status" not in table and "deep" not in table and "│ a " in table
+    assert "…/news/rows.csv" in table and "archive" not in table
+
+
+def test_named_columns_have_whole_values(fedpeft: Command, mixed: Path) -> None:
+    text = fedpeft("results", str(mixed), "--columns", "path,status,data.path")
+    assert str(mixed / "a") in text and "/archive/of/all/our/texts/news/rows.csv" in text
+    assert text.count("completed") == 2 and "all of them" not in text
+
+
+@pytest.mark.parametrize(
+    ("room", "seeds", "out"),
+    [
+        (80, False, "quality_unweighted, quality_worst, data.prompt"),
+        (60, False, "quality_unweighted, quality_worst, data.prompt"),
+        (80, True, "quality_unweighted, quality_worst"),
+        (100, True, ""),
+        (None, False, ""),
+    ],
+)
+def test_a_terminal_has_room_for_every_line(
+    mixed: Path, room: int | None, seeds: bool, out: str
+) -> None:
+    listing = Listing.of([mixed])
+    rows = listing.over_seeds() if seeds else listing.whole
+    page = narrow_page(rows, [c for c in listing.shown if c in rows[0]], [], room)
+    said = f"No room for: {out} (--columns A,B shows what it names)."
+    assert page.notes == ([said] if out else [])
+    cells = zip(page.header, *page.cells, strict=True)
+    widths = [3 + max(map(len, [*head.split(), *rest])) for head, *rest in cells]
+    assert room is None or sum(widths) + 1 <= room
+    assert "quality" in page.header and "commonest label" in page.header
+
+
+@pytest.mark.parametrize(
+    ("values", "forms"),
+    [
+        (["lora", 0.1, None], ["lora", "0.1", "None"]),
+        ([f"/a/{'b' * 40}/train.csv", "c.csv"], ["…/train.csv", "c.csv"]),
+        ([f"/{'b' * 40}/x/1/r.csv", f"/{'b' * 40}/y/1/r.csv"], ["…/x/1/r.csv", "…/y/1/r.csv"]),
+        ([f"/a/{x}/{'b' * 40}.csv" for x in "xy"], ["…/x/…", "…/y/…"]),
+        ([f"x{'y' * 40}z"], [f"x{'y' * 14}…{'y' * 15}z"]),
+        (
+            [f"x{'y' * 40}{c}{'y' * 40}z" for c in "aba"],
+            [f"x{'y' * 14}…{'y' * 15}z ({i})" for i in (1, 2, 1)],
+        ),
+        (["two\n lines"], ["two lines"]),
+    ],
+)
+def test_long_values_have_short_forms_that_differ(values: list[Any], forms: list[str]) -> None:
+    assert brief(values) == forms
+
+
+def test_paths_stand_below_their_common_folder() -> None:
+    assert below(["/x/runs/a/1", "/x/runs/b"]) == ("/x/runs", ["a/1", "b"])
+    assert below(["runs/a"]) == ("runs", ["a"])
+    assert below(["/x/a", "b"]) == ("", ["/x/a", "b"])
 
 
 def test_seeds_have_means_of_the_data_s_own_metrics(

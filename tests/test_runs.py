@@ -11,6 +11,7 @@ import pytest
 import torch
 from flwr.app import Context, Message, MessageType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from fedpeft.client.app import app as client_app
@@ -18,7 +19,9 @@ from fedpeft.client.client import Client
 from fedpeft.config.load import CONF
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.engine.plan import Job
+from fedpeft.reporting.run_directory import RunDirectory
 from fedpeft.server.app import serve
+from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.simulation.grid import InProcessGrid, one_by_one
 from fedpeft.simulation.launch import run as run_here
 from fedpeft.state import State, snapshot
@@ -337,6 +340,39 @@ def test_a_directory_holds_one_run(run: Runner, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run_dir=.*/mine already holds a run"):
         run(f"run_dir={tmp_path / 'mine'}", "seed=5")
     assert files() == before
+
+
+def test_a_refused_run_leaves_no_directory_of_its_own(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="has no split nosuch"):
+        run_here([*base, "data.test_split=nosuch"], quiet())
+    assert not list(Path("runs").iterdir())
+
+    def refuse(*_: object) -> None:
+        raise ValueError("no such strategy")
+
+    monkeypatch.setattr(FederatedPEFT, "__init__", refuse)
+    for path in ("new", "empty"):
+        Path("empty").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match="no such strategy"):
+            run_here([*base, f"run_dir={path}"], quiet())
+    with pytest.raises(ValueError, match="no such strategy"):
+        run_here(base, quiet())
+    assert not Path("new").exists() and not list(Path("empty").iterdir())
+    assert not list(Path("runs").iterdir())
+
+
+def test_a_refused_run_leaves_what_others_wrote(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    RunDirectory(str(tmp_path), OmegaConf.create({"seed": 1})).discard()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    begun = RunDirectory(str(tmp_path / "run"), OmegaConf.create({"seed": 1}))
+    begun.append({"round": 0})
+    begun.discard()
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.yaml", "metrics.jsonl"} <= names
 
 
 def test_evaluation_every(run: Runner) -> None:

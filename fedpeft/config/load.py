@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedpeft.config.overrides import quoted, readable
 from fedpeft.config.schema import Config, ConfigError, Settings
-from fedpeft.config.sentences import hydra_sentence, omegaconf_sentence
+from fedpeft.config.sentences import hydra_sentence, omegaconf_sentence, several_values
 
 _PACKAGE = Path(__file__).parent.parent
 _packaged = _PACKAGE / "conf"  # in a wheel; in a checkout or bundle it stands beside the package
@@ -37,6 +37,7 @@ GROUPS = {  # base classes by name, because torch is imported only when a group 
     "strategy": "fedpeft.algorithms.base.FedAvg",
     "compression": "fedpeft.compression.base.Compression",
 }
+FAST_GROUPS = ("partition", "data")  # whose classes import neither transformers nor peft
 TRACKER = "fedpeft.reporting.trackers.base.Tracker"
 _FIELD = re.compile(
     rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation|checkpoint|early_stopping|study|logger)"
@@ -46,6 +47,7 @@ INTERPOLATION = "${"
 MOST_CHARACTERS = 1 << 16  # of a message's overrides, because Hydra takes a minute for a megabyte
 _KEY = re.compile(r"[\w./@:$-]+", re.ASCII)
 _VALUE = re.compile(r"(\+\+)?(?!hydra\.)[\w.]+=", re.ASCII)
+_SEVERAL = re.compile(r"[,(]")  # characters, one of which several values have
 _MARKS = re.compile(r"[\\'\"]")  # characters that splitting or parsing an override takes away
 # Beginnings of overrides that clients need not know.
 OF_SERVER = (
@@ -228,7 +230,11 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 @lru_cache(maxsize=64)
 def _from_files(overrides: tuple[str, ...]) -> DictConfig:
     try:
-        return _from_hydra([_override(o) for o in overrides])
+        listed = [_override(o) for o in overrides]
+        for override in _parsed([o for o in listed if _SEVERAL.search(o)]):
+            if override.is_sweep_override():
+                raise ConfigError(several_values(override, _groups()))
+        return _from_hydra(listed)
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -272,6 +278,24 @@ def typed(tree: DictConfig) -> Config:
     with _config_errors():
         groups = {name: _group(tree[name], name, base) for name, base in GROUPS.items()}
         return Config(**_numbers(tree), **groups)
+
+
+def check_fields(overrides: str | Sequence[str]) -> None:
+    """Check the groups of which overrides set fields; those that import least come first.
+
+    Files of ``conf/`` hold no impossible value, so other groups need no check before a run loads
+    what takes seconds.
+
+    Raises:
+        ConfigError: a value of the wrong type or outside its rule.
+    """
+    listed = split(overrides)
+    named = {key_of(o).partition(".")[0] for o in listed if "." in key_of(o)}
+    tree = _composed(tuple(listed))
+    with _config_errors():
+        for name in (*FAST_GROUPS, *(group for group in GROUPS if group not in FAST_GROUPS)):
+            if name in named:
+                _group(tree[name], name, GROUPS[name])
 
 
 def trackers(overrides: str | Sequence[str]) -> list[Any]:

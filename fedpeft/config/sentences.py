@@ -4,12 +4,14 @@ Their own English stays only where it needs no change; the tests in ``tests/test
 each error and say which sentence an upgrade changed.
 """
 
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from types import NoneType
 from typing import Any, get_args, get_origin
 
+from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -51,6 +53,21 @@ def hydra_sentence(error: Exception, overrides: Sequence[str], known: Sequence[s
     if isinstance(error, OverrideParseException) and error.override not in text:
         return f"{error.override}: {text}"
     return text
+
+
+def several_values(override: Override, groups: Collection[str]) -> str:
+    """Return the sentence for an override of several values where one run wants one.
+
+    Args:
+        override: parsed.
+        groups: names of the groups, whose choices are no lists and no texts.
+    """
+    key, _, value = str(override.input_line).lstrip("+").partition("=")
+    sweep = shlex.join(["fedpeft", "run", "-m", f"{key}={value}"])
+    sentence = f"{key}={value} has several values: {sweep} makes a run of each"
+    if key in groups or not override.is_choice_sweep():
+        return sentence
+    return f"{sentence}; a list is {key}=[{value}], and a text with a comma \"{key}='{value}'\""
 
 
 def meaning(names: Iterable[str]) -> str:

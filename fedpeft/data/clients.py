@@ -12,6 +12,7 @@ from fedpeft.config.schema import Config
 from fedpeft.data.batching import Examples
 from fedpeft.data.partitions.base import own_splits
 from fedpeft.data.rows.source import SPLITS
+from fedpeft.errors import named_row
 
 
 class ClientRows:
@@ -43,7 +44,7 @@ class ClientRows:
         row, tokens = self.task.longest(examples)
         if self.limit is not None and tokens > self.limit:
             raise ValueError(
-                f"row {row} of {split} needs {tokens} positions, those of generated tokens "
+                f"{named_row(row, split)} needs {tokens} positions, those of generated tokens "
                 f"included, and the model has {max(self.limit, 0)} for them: set data.max_length "
                 f"to at most {max(self.limit, 0)}"
             )

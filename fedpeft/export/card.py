@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from fedpeft.export.run import FinishedRun
+from fedpeft.reporting.observer import SPREAD
 
 LOADS = {
     "peft": """from peft import PeftModel
@@ -44,7 +45,7 @@ def card(run: FinishedRun, form: str, difference: float) -> str:
         f"# {name} by federated fine-tuning\n\n{_sentence(run)}",
         f"```python\n{_loading(run, form)}\n```",
         _table("Made of", _facts(run)),
-        _table("Measures", _numbers(run.measures)),
+        _table("Measures", _numbers(_main(run.measures))),
         _table("Bytes of all rounds", _numbers(summary["bytes"])),
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(run, difference)),
     ]
@@ -125,6 +126,11 @@ def _named(part: Any) -> str:
     shown = [f.name for f in fields(part) if f.name != "file"]
     values = ", ".join(f"{name}={getattr(part, name)}" for name in shown)
     return f"{type(part).__name__}({values})"
+
+
+def _main(measures: dict[str, Any]) -> dict[str, Any]:
+    """Return the measures without their spread over the clients, which the run's summary has."""
+    return {name: value for name, value in measures.items() if not name.endswith(SPREAD)}
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,13 +11,15 @@ from itertools import islice
 from pathlib import Path
 
 from fedpeft.data.rows.source import SPLITS
+from fedpeft.data.tasks.base import Task
 from fedpeft.engine.evaluate import scored
 from fedpeft.export.answers import answers
-from fedpeft.export.folder import FORMS, is_exported
+from fedpeft.export.folder import FORMS, is_exported, read
 from fedpeft.export.load import Opened, opened
 from fedpeft.export.run import open_run
 from fedpeft.export.write import HOW
 from fedpeft.export.write import export as write
+from fedpeft.reporting.run_directory import SUMMARY
 
 AT_ONCE = 64  # lines that are answered together
 
@@ -67,13 +69,9 @@ def evaluate(arguments: Sequence[str]) -> None:
     model = _open(given)
     keys = {override.partition("=")[0].lstrip("+") for override in given.overrides}
     if keys & {"data", "data.path"} and "data.test_split" not in keys:
-        task = model.config.data.all_as_test()
-        if task is not model.config.data:
-            print(
-                f"note: {task.folder()} has no split test, so all rows are measured, with any that "
-                "the model was trained on",
-                file=sys.stderr,
-            )
+        task, note = _tested(model.config.data, _rows_of(given.path))
+        if note:
+            print(f"note: {note}", file=sys.stderr)
         model = model._replace(config=replace(model.config, data=task))
     measures = measured(model)
     if given.json:
@@ -81,6 +79,42 @@ def evaluate(arguments: Sequence[str]) -> None:
         return
     for name, value in measures.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def _tested(task: Task, rows_of_run: str | None) -> tuple[Task, str]:
+    """Return a task with the test rows of a new set, and a sentence on which they are.
+
+    Args:
+        task: reads the new set.
+        rows_of_run: hash of the rows that the run had, see ``Source.fingerprint``; null if unknown.
+    """
+    whole = task.all_as_test()
+    if whole is task:
+        return task, ""
+    if rows_of_run is not None and _hash_of(task) == rows_of_run:
+        return task, (
+            f"{task.folder()} holds the rows of the run, so only the rows that the run set aside "
+            "for its test are measured"
+        )
+    return whole, (
+        f"{task.folder()} has no split test, so all rows are measured, with any that the model was "
+        "trained on"
+    )
+
+
+def _hash_of(task: Task) -> str | None:
+    """Return the hash of a set's rows; null if they cannot be divided as a run divides them."""
+    try:
+        return task.fingerprint()["sha256"]
+    except ValueError:  # such as too few rows to set some aside
+        return None
+
+
+def _rows_of(path: Path) -> str | None:
+    """Return the hash of the rows that a run or an exported folder had; null if it has none."""
+    if is_exported(path):
+        return read(path).get("rows_sha256")
+    return json.loads((path / SUMMARY).read_text()).get("data", {}).get("sha256")
 
 
 def measured(model: Opened) -> dict[str, float | int]:

@@ -76,19 +76,30 @@ def _written(run: FinishedRun, draft: Path, form: str | None) -> Written:
     chosen, save_weights = _plan(run, form)
     labels: Any = getattr(run.config.data, "label_names", None)
     save_weights(draft)
-    run.replica.processor.save_pretrained(draft)
+    _processor(run).save_pretrained(draft)
     files.write(
         draft,
         chosen,
         run.tree,
         setting=run.setting if chosen == "fedpeft" else "",
         labels=labels,
+        rows_sha256=run.summary["data"]["sha256"],
         id2label=None if labels is None else dict(enumerate(labels)),
         label2id=None if labels is None else {name: i for i, name in enumerate(labels)},
     )
     largest = difference(logits(opened(draft).model, inputs, precision), expected, run)
     (draft / "README.md").write_text(card(run, chosen, largest))
     return Written(draft, chosen, largest)
+
+
+def _processor(run: FinishedRun) -> Any:
+    """Return the tokenizer or image processor; only a model that writes has a chat template."""
+    processor = run.replica.processor
+    if run.config.data.auto_class == "AutoModelForCausalLM" or run.config.data.needs != "tokenizer":
+        return processor
+    processor = deepcopy(processor)
+    processor.chat_template = None
+    return processor
 
 
 def _plan(run: FinishedRun, form: str | None) -> tuple[str, Writer]:

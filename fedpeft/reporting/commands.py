@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.reporting.conditions import check_known
-from fedpeft.reporting.listing import SD, Listing, check_export, export, ordered, page
-from fedpeft.reporting.tables import Rows
+from fedpeft.reporting.listing import (
+    SD,
+    Listing,
+    check_export,
+    export,
+    narrow_page,
+    ordered,
+    page,
+)
+from fedpeft.reporting.tables import Rows, room
 
 
 def results(arguments: Sequence[str]) -> None:
@@ -35,8 +43,10 @@ def results(arguments: Sequence[str]) -> None:
         export(listing.rounds() if given.rounds else rows, given.to)
     if given.json:
         print(_json(rows, columns))
-    else:
+    elif given.columns:
         page(rows, columns, listing.notes).show()
+    else:
+        narrow_page(rows, columns, listing.notes, room()).show()
     if given.to:
         print(f"saved {given.to}", file=sys.stderr if given.json else sys.stdout)
 
@@ -63,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "measure of the last round (client_test_accuracy).",
     )
     options: dict[str, dict[str, Any]] = {
-        "--columns": {"metavar": "A,B", "help": "show these, in this order"},
+        "--columns": {"metavar": "A,B", "help": "show these, in this order, with whole values"},
         "--sort": {"metavar": "COLUMN", "help": "from the least; without it, by path"},
         "--to": {
             "type": Path,

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from fedpeft.reporting.brief import brief
+
 Rows = list[dict[str, Any]]
 # Readable on a white page and on a dark one.
 COLOURS = (
@@ -137,7 +139,7 @@ def _name_cells(
     clients, classes = counts.shape
     roomy, columns = wide / classes > 0.4, _ticks(classes, wide)
     slant = {"rotation": 45, "ha": "right"} if roomy else {"rotation": 90, "fontsize": 7}
-    names = [_short(labels[i]) for i in columns]
+    names = shortened([labels[i] for i in columns])
     axis.set_xticks(columns, names, parse_math=False, **slant)
     axis.set_yticks(_ticks(clients, high))
     axis.tick_params(axis="y", labelsize=9 if high / clients > 0.2 else 7)
@@ -153,17 +155,9 @@ def _ticks(count: int, inches: float) -> range:
     return range(0, count, next(step for step in steps if step * inches >= 0.12 * count))
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else name[:23] + "…"
-
-
 def shortened(names: Sequence[str]) -> list[str]:
-    """Return names of at most 24 characters; equal ones are numbered."""
-    short = [_short(name) for name in names]
-    return [
-        name if short.count(name) == 1 else f"{name} ({short[: place + 1].count(name)})"
-        for place, name in enumerate(short)
-    ]
+    """Return names of at most 24 characters; different ones stay different."""
+    return brief(names, 24)
 
 
 def pyplot() -> Any:

@@ -9,14 +9,16 @@ from typing import Any
 
 from fedpeft.config.choices import choices
 from fedpeft.config.load import GROUPS
+from fedpeft.reporting.brief import MOST, below, brief
 from fedpeft.reporting.conditions import Condition, check_known
-from fedpeft.reporting.results import Measures, headline, mean_and_sd, run_values
+from fedpeft.reporting.results import Measures, common_label, headline, mean_and_sd, run_values
 from fedpeft.reporting.saved_runs import SavedRun, by_setting, differing, one_a_seed, saved_runs
-from fedpeft.reporting.tables import Page, Rows, write_csv
+from fedpeft.reporting.tables import Page, Rows, width_of, write_csv
 
 SD = "_sd"  # ends the column of a sample standard deviation
 NUMBERS = (  # columns of a run's numbers, and their titles
     ("quality", "quality"),
+    ("baseline", "commonest label"),
     ("quality_unweighted", "unweighted"),
     ("quality_worst", "worst"),
     ("global_test", "global test"),
@@ -28,6 +30,14 @@ NUMBERS = (  # columns of a run's numbers, and their titles
 )
 TITLES = dict(NUMBERS)
 MOST_SETTINGS = 8  # columns of settings that are shown if none are named
+MOST_NAMED = 12  # of the other settings that a note names
+# Columns in the order in which they are left out if a terminal has no room; settings come after
+# them, the last one first.
+LEFT_OUT = (
+    *("seconds", "selection", "best_round", "quality_unweighted", "quality_worst", "validation"),
+    *("bytes", "global_test", "status", "rounds"),
+)
+ALWAYS = ("path", "method", "quality", "baseline", "seeds")  # columns that stay
 
 
 @dataclass(frozen=True)
@@ -97,11 +107,20 @@ class Listing:
         return all(len(of_choice) == 1 for of_choice in values.values())
 
     @property
+    def _by_length(self) -> list[str]:
+        """``apart`` with the settings last that have a long value, such as a prompt."""
+
+        def long(key: str) -> bool:
+            return max(len(str(row.get(key))) for row in self.whole) > MOST
+
+        return sorted(self.apart, key=long)
+
+    @property
     def shown(self) -> list[str]:
         """The columns that are shown if none are named."""
         held = [key for key, _ in NUMBERS if any(row.get(key) is not None for row in self.whole)]
         measures = {row["measure"] for row in self.whole} - {None}
-        few = self.apart[:MOST_SETTINGS]
+        few = self._by_length[:MOST_SETTINGS]
         return ["path", "status", *few, "rounds", *["measure"] * (len(measures) > 1), *held]
 
     @property
@@ -116,8 +135,12 @@ class Listing:
         ]
         if any(row["status"] == "completed" and row["quality"] is None for row in self.whole):
             notes.append("Quality is -: clients were not measured, evaluation.clients=always does.")
-        if more := self.apart[MOST_SETTINGS:]:
-            notes.append(f"These settings differ too (--columns shows them): {', '.join(more)}.")
+        if any(row.get("baseline") is not None for row in self.whole):
+            notes.append("Commonest label: the score of always answering a client's commonest.")
+        if more := self._by_length[MOST_SETTINGS:]:
+            names = ", ".join(more[:MOST_NAMED])
+            names += f" and {len(more) - MOST_NAMED} more" if len(more) > MOST_NAMED else ""
+            notes.append(f"These settings differ too (--columns shows them): {names}.")
         return notes if measures else notes[1:]
 
     def over_seeds(self) -> Rows:
@@ -151,6 +174,7 @@ def _row(run: SavedRun) -> dict[str, Any]:
     values = run_values(summary, Measures(measure, measure, 1))
     values |= {
         "measure": measure or None,
+        "baseline": common_label(summary, values["quality"]),
         "global_test": final.get(f"test_{measure}"),
         "selected_by": summary["selected_by"],
         "selection": final.get(summary["selected_by"]),
@@ -188,7 +212,7 @@ def ordered(rows: Rows, column: str, reverse: bool) -> Rows:
 
 
 def page(rows: Rows, columns: Sequence[str], notes: Sequence[str]) -> Page:
-    """Return a table of rows.
+    """Return a table of rows, with whole values.
 
     Args:
         rows: one a run, or one a setting.
@@ -198,6 +222,62 @@ def page(rows: Rows, columns: Sequence[str], notes: Sequence[str]) -> Page:
     cells = [[_text(row, column) for column in columns] for row in rows]
     header = [TITLES.get(column, column) for column in columns]
     return Page(f"{len(rows)} row{'s' * (len(rows) > 1)}", header, cells, notes)
+
+
+def narrow_page(rows: Rows, columns: Sequence[str], notes: Sequence[str], room: int | None) -> Page:
+    """Return a table that a terminal has room for.
+
+    Values that all rows share stand once above the table, and so does the folder of all runs. Long
+    values are shortened, and columns for which there is no room are left out and named.
+
+    Args:
+        rows: one a run, or one a setting.
+        columns: the names of the columns to show.
+        notes: sentences below the table.
+        room: columns of the terminal; null for any number.
+    """
+    texts = {column: brief([_text(row, column) for row in rows]) for column in columns}
+    shared, above = _shared(rows, texts), []
+    if "path" in columns:
+        folder, texts["path"] = below([row["path"] for row in rows])
+        above += [f"runs below {folder}"] if folder else []
+    if alike := [f"{TITLES.get(name, name)} {text}" for name, text in shared.items()]:
+        above.append(f"all of them: {', '.join(alike)}")
+    kept = {column: cells for column, cells in texts.items() if column not in shared}
+    out = _without_room(kept, room)
+    cells = [list(row) for row in zip(*(v for k, v in kept.items() if k not in out), strict=True)]
+    header = [TITLES.get(column, column) for column in kept if column not in out]
+    if out:
+        notes = [*notes, f"No room for: {', '.join(out)} (--columns A,B shows what it names)."]
+    return Page(f"{len(rows)} row{'s' * (len(rows) > 1)}", header, cells, notes, above)
+
+
+def _shared(rows: Rows, texts: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return the groups' choices and the columns that are the same in all of several rows."""
+    if len(rows) < 2:
+        return {}
+    chosen = {group: [row.get(group) for row in rows] for group in GROUPS}
+    shared = {g: str(v[0]) for g, v in chosen.items() if len(set(v)) == 1 and v[0] is not None}
+    kept = ("path", "quality", "baseline")
+    alike = {c: t[0] for c, t in texts.items() if c not in kept and len(set(t)) == 1}
+    return shared | alike
+
+
+def _without_room(texts: Mapping[str, Sequence[str]], room: int | None) -> list[str]:
+    """Return the columns to leave out, so that those that stay fit into a terminal.
+
+    Args:
+        texts: the cells by column.
+        room: columns of the terminal; null for any number.
+    """
+    widths = {c: width_of(TITLES.get(c, c), cells) for c, cells in texts.items()}
+    settings = [c for c in reversed(texts) if c not in (*LEFT_OUT, *ALWAYS)]
+    waiting = [c for c in (*LEFT_OUT, *settings) if c in texts]
+    out: list[str] = []
+    while room is not None and waiting and sum(widths.values()) + 1 > room:
+        out.append(waiting.pop(0))
+        del widths[out[-1]]
+    return out
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:

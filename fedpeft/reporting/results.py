@@ -75,6 +75,17 @@ def run_values(summary: Mapping[str, Any], measures: Measures) -> dict[str, Any]
     }
 
 
+def common_label(summary: Mapping[str, Any], quality: float | None) -> float | None:
+    """Return the score of always answering the commonest label; null if the task has none.
+
+    Args:
+        summary: of a run.
+        quality: of the run; null if its clients were not tested, then the server's rows count.
+    """
+    key = "test_baseline" if quality is None else "client_test_baseline"
+    return summary.get("baseline", {}).get(key)
+
+
 def headline(summary: Mapping[str, Any]) -> str:
     """Return the measure by which a run is compared; empty if an older run does not say it.
 

@@ -3,8 +3,8 @@
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -22,6 +22,7 @@ CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 FAILED = "failed.txt"  # the reason why training diverged, which a study notes
 CLIENTS, PACKED = "clients.jsonl", "clients.parquet"  # while the run lasts, and after it
 OVERRIDES = "overrides.yaml"  # the command's, as a list
+LOCK = ".lock"  # is locked while a process has the directory
 STOPPED = "stopped.txt"  # the reason why a run ended before its end
 HELD = "partition.parquet"  # rows by client and label, where the server knows them
 PACKAGES = ("fedpeft", "flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy")
@@ -86,16 +87,18 @@ class RunDirectory:
         # Not resolved, so that shared files do not name folders of this machine.
         self.path = Path(path)
         _check_makeable(self.path)
+        self._made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / ".lock")
+        self._lock = FileLock(self.path / LOCK)
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise ValueError(f"run_dir={self.path}: another run writes into it now") from error
+        self._before = {path.name for path in self.path.iterdir()} - {LOCK}
         try:
             self._claim(config, resume, overrides)
         except BaseException:
-            self.close()
+            self.discard()
             raise
 
     def _claim(self, config: DictConfig, resume: bool, overrides: Sequence[str] | None) -> None:
@@ -114,6 +117,17 @@ class RunDirectory:
     def close(self) -> None:
         """Let others have the directory."""
         self._lock.release()
+
+    def discard(self) -> None:
+        """Close the directory, as this start found it if no file but the configuration's is new."""
+        new = {path.name for path in self.path.iterdir()} - {LOCK}
+        begun = {CONFIG, OVERRIDES} if not self._before else set()
+        self.close()
+        if new <= begun:
+            for name in (*begun, LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            if self._made:
+                self.path.rmdir()
 
     def keep_lines(self, last: int) -> list[dict[str, Any]]:
         """Drop the lines of rounds after ``last`` and return the others."""
@@ -233,6 +247,28 @@ def new_path(label: str) -> str:
             path.mkdir(parents=True)
             return str(path)
     raise AssertionError
+
+
+@contextmanager
+def run_path(run_dir: str | None, label: str) -> Iterator[str]:
+    """Yield the path of a run's directory, which is made if the run names none.
+
+    Args:
+        run_dir: that the run names; null for a new one.
+        label: ends a new one's name.
+
+    An error that leaves a new directory empty removes it.
+    """
+    if run_dir:
+        yield run_dir
+        return
+    path = new_path(label)
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):  # it holds something
+            Path(path).rmdir()
+        raise
 
 
 def finished(config: DictConfig) -> dict[str, Any] | None:

@@ -29,8 +29,20 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_row(*row)
     console = Console()
     if not console.is_terminal:  # a file or pipe has no width to fold to
-        console = Console(width=200)
+        wide = Console(width=10_000)
+        console = Console(width=max(200, wide.measure(table).maximum))
     console.print(table)
+
+
+def room() -> int | None:
+    """Return the terminal's columns; null for a file or a pipe, which has no width."""
+    console = Console()
+    return console.width if console.is_terminal else None
+
+
+def width_of(header: str, cells: Sequence[str]) -> int:
+    """Return the characters that a column of a printed table takes without folding a word."""
+    return max(map(len, [*header.split(), *cells])) + 3  # two of padding, and a border
 
 
 def span(pair: Sequence[int]) -> str:
@@ -54,15 +66,19 @@ class Page:
         header: the columns' names.
         cells: the rows as text.
         notes: sentences below the table, a line each.
+        above: lines above the printed table.
     """
 
     title: str
     header: Sequence[str]
     cells: Sequence[Sequence[str]]
     notes: Sequence[str]
+    above: Sequence[str] = ()
 
     def show(self) -> None:
         """Print the page."""
+        for line in self.above:
+            print(line)
         cells = [[escape(text) for text in row] for row in self.cells]
         print_table(self.title, self.header, cells)
         print("\n".join(self.notes))

@@ -12,7 +12,7 @@ from fedpeft.reporting.json_log import JsonLog
 from fedpeft.reporting.observer import Observer, Observers
 from fedpeft.reporting.progress import Display
 from fedpeft.reporting.prometheus import Metrics
-from fedpeft.reporting.run_directory import RunDirectory, finished, new_path
+from fedpeft.reporting.run_directory import RunDirectory, finished, run_path
 from fedpeft.reporting.trackers.base import Tracking
 from fedpeft.server.check import check
 from fedpeft.server.run import Run
@@ -65,17 +65,21 @@ def serve(
     engine = open_engine(sent, None)  # in one process, the clients' engine too
     engine.rows.read_all()
     label = type(engine.config.method).__name__
-    path = settings.run_dir or new_path(label)
-    observer = _observer(overrides, path, display)
-    directory = RunDirectory(path, tree, settings.resume, overrides)
-    try:
-        strategy = FederatedPEFT(overrides, engine)
-        run = Run(strategy, directory, settings.checkpoint, observer, command)
-        if settings.resume:
-            run.resume()
-        return _run(run, grid, label)
-    finally:
-        directory.close()
+    with run_path(settings.run_dir, label) as path:
+        observer = _observer(overrides, path, display)
+        directory = RunDirectory(path, tree, settings.resume, overrides)
+        try:
+            strategy = FederatedPEFT(overrides, engine)
+            run = Run(strategy, directory, settings.checkpoint, observer, command)
+            if settings.resume:
+                run.resume()
+        except BaseException:
+            directory.discard()
+            raise
+        try:
+            return _run(run, grid, label)
+        finally:
+            directory.close()
 
 
 def _observer(overrides: list[str], path: str, display: Display | None) -> Observer:
@@ -99,7 +103,7 @@ def _run(run: Run, grid: Grid, label: str) -> dict[str, Any]:
     ended = "completed", ""
     try:
         run.observer.start(f"{label}{weights}: {run.directory.path}", engine.config.num_rounds)
-        for note in engine.task.notes():
+        for note in run.notes():
             run.observer.note(note)
         return run.serve(grid)
     except KeyboardInterrupt as stopped:

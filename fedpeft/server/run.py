@@ -231,6 +231,19 @@ class Run(Observer):
             by_split |= {split: counts} if counts else {}
         return by_split
 
+    def notes(self) -> list[str]:
+        """Return sentences on the rows that somebody should know before round 0."""
+        parts: list[str] = []
+        for split, counts in self._cut().items():
+            rows = len(self.engine.rows.examples(split).rows)
+            parts += [
+                f"{count} of {rows} {key.removeprefix('cut_')}s in {split} ({count / rows:.1%})"
+                for key, count in counts.items()
+                if count
+            ]
+        cut = f"cut, because they are longer than data.max_length allows: {', '.join(parts)}"
+        return [*self.engine.task.notes(), *([cut] if parts else [])]
+
     def _weights_hash(self) -> str | None:
         model = self.engine.config.model
         return None if model.random else weights_sha256(model.source())

@@ -15,7 +15,7 @@ from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Config, Runtime
 from fedpeft.files import check_path
 from fedpeft.reporting.progress import Display, Tally
-from fedpeft.reporting.run_directory import check_run_dir, finished, new_path
+from fedpeft.reporting.run_directory import check_run_dir, finished, run_path
 from fedpeft.simulation.stop import sigterm_kept
 
 if TYPE_CHECKING:
@@ -79,11 +79,11 @@ def simulate(grid: "LocalGrid", overrides: Sequence[str], display: Display) -> d
     engine = open_engine(sent, None)
     engine.rows.by_client  # noqa: B018  # an impossible partition ends the run here
     label = type(engine.config.method).__name__
-    path = settings.run_dir or new_path(label)
-    grid.num_clients = engine.config.num_clients
-    grid.state_folder, grid.passes = Path(path).resolve() / "clients", engine.passes
-    given = [o for o in configuration.split(overrides) if not o.startswith("run_dir=")]
-    return serve(grid, [*given, f"run_dir={quoted(path)}"], display)
+    with run_path(settings.run_dir, label) as path:
+        grid.num_clients = engine.config.num_clients
+        grid.state_folder, grid.passes = Path(path).resolve() / "clients", engine.passes
+        given = [o for o in configuration.split(overrides) if not o.startswith("run_dir=")]
+        return serve(grid, [*given, f"run_dir={quoted(path)}"], display)
 
 
 # Keys of paths that are checked before anything is loaded.
@@ -159,7 +159,7 @@ def run(overrides: str | Sequence[str], display: Display | None = None) -> dict[
 
 
 def _check_early(overrides: Sequence[str]) -> None:
-    """Find mistakes in numbers and paths before Ray and torch load, which takes seconds."""
+    """Find mistakes in values and paths before Ray starts and data load, which takes seconds."""
     settings = configuration.settings(overrides)
     check_run_dir(Path(settings.run_dir or "runs"), settings.resume)
     configuration.trackers(overrides)
@@ -168,6 +168,7 @@ def _check_early(overrides: Sequence[str]) -> None:
         path = OmegaConf.select(tree, key, throw_on_resolution_failure=False)
         if isinstance(path, str):
             check_path(key, path)
+    configuration.check_fields(overrides)
 
 
 def _check(runs: Sequence[Sequence[str]]) -> None:

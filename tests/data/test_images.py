@@ -178,7 +178,7 @@ def test_a_broken_image(tmp_path: Path, case: str) -> None:
     path = parquet(tmp_path, train=rows, test=[row(image(4))])
     with pytest.raises(ValueError) as error:
         _ = task_of(path).train_rows
-    assert str(error.value) == f"row 2 of train has a broken image: {NO_ROW}"
+    assert str(error.value) == f"row 3 of train (counted from 1) has a broken image: {NO_ROW}"
     skipping = task_of(path, bad_rows="skip")
     assert len(skipping.train_rows) == 3
     assert skipping.fingerprint()["skipped"] == {"has a broken image": 1}
@@ -189,7 +189,7 @@ def test_a_broken_file_of_a_folder(layouts: dict[str, str]) -> None:
     (Path(layouts["folder"]) / "train" / "dog" / "3.png").write_bytes(WHOLE[:40])
     with pytest.raises(ValueError) as error:
         _ = ImageClassification(path=layouts["folder"], validation_split="test").train_rows
-    assert str(error.value) == f"row 3 of train has a broken image: {NO_ROW}"
+    assert str(error.value) == f"row 4 of train (counted from 1) has a broken image: {NO_ROW}"
 
 
 def test_other_errors(tmp_path: Path) -> None:
@@ -198,7 +198,10 @@ def test_other_errors(tmp_path: Path) -> None:
     def error(**fields: Any) -> str:
         return error_of(lambda: task_of(path, **fields).train_rows)
 
-    unknown = "row 1 of train has a whole number in label, must be one of the 2 labels of "
+    unknown = (
+        "row 2 of train (counted from 1) "
+        "has a whole number in label, must be one of the 2 labels of "
+    )
     unknown += "data.labels"
     assert error() == f"{unknown}: {NO_ROW}"
     assert error(image="picture") == (

@@ -120,17 +120,19 @@ def test_all_rows_of_a_client_s_own_folder_train(base: list[str], tmp_path: Path
 BROKEN: dict[str, tuple[Rows, str]] = {
     "a label that only test has": (
         [{"text": "x", "label": "chess"}],
-        f"row 0 of test has text in label, must be one of the 4 labels of train: {MEND}",
+        f"row 1 of test (counted from 1) "
+        f"has text in label, must be one of the 4 labels of train: {MEND}",
     ),
     "a label that is one but for a blank": (
         [{"text": "x", "label": "Music "}],
-        "row 0 of test has text in label, must be one of the 4 labels of train, and is one but for "
+        "row 1 of test (counted from 1) "
+        "has text in label, must be one of the 4 labels of train, and is one but for "
         f"blanks or case: {MEND}",
     ),
     "no label": ([{"text": "x"}], "data set {} has no column label in test, only text"),
     "an empty text": (
         [{"text": " ", "label": "food"}],
-        f"row 0 of test has an empty text: {MEND}",
+        f"row 1 of test (counted from 1) has an empty text: {MEND}",
     ),
 }
 
@@ -267,10 +269,37 @@ def test_latin_1(tmp_path: Path, content: str) -> None:
     file.write_bytes(content.encode("latin-1"))
     line = 1 if content.startswith("té") else 2
     error = error_of(lambda: TextClassification(path=str(file)).num_labels)
-    assert error.startswith(
+    assert error == (
         f"data.path={file} cannot be read as parquet, CSV, JSON lines or images, because line "
-        f"{line} of a file is no UTF-8: save it as UTF-8, or name its encoding, such as "
-        "data.encoding=cp1252 (notes.csv): "
+        f"{line} of a file is no UTF-8: it looks like cp1252, so give data.encoding=cp1252, or "
+        "save it as UTF-8 (notes.csv)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("encoded", "given", "advice"),
+    [
+        ("utf-8", "ascii", "is no ascii: it looks like utf-8, so give data.encoding=utf-8"),
+        ("latin-1", "ascii", "is no ascii: it looks like cp1252, so give data.encoding=cp1252"),
+        ("utf-8", "utf-16", "is no utf-16: it looks like utf-8, so give data.encoding=utf-8"),
+    ],
+)
+def test_the_encoding_that_a_file_looks_like(
+    tmp_path: Path, encoded: str, given: str, advice: str
+) -> None:
+    file = tmp_path / "notes.csv"
+    file.write_bytes("text,label\nmany words and then é,a\n".encode(encoded))
+    error = error_of(lambda: TextClassification(path=str(file), encoding=given).num_labels)
+    assert advice in error and "codec" not in error and "BOM" not in error
+
+
+def test_a_text_mostly_beyond_ascii_looks_like_no_encoding(tmp_path: Path) -> None:
+    file = tmp_path / "notes.csv"
+    file.write_bytes("text,label\nдождь и снег,a\nсолнце,b\n".encode("cp1251"))
+    error = error_of(lambda: TextClassification(path=str(file)).num_labels)
+    assert error.endswith(
+        "because line 2 of a file is no UTF-8: save it as UTF-8, or name its encoding, such as "
+        "data.encoding=cp1252 (notes.csv)"
     )
 
 
@@ -353,7 +382,8 @@ def test_an_answer_that_is_a_list(tmp_path: Path) -> None:
     path = write_file(tmp_path / "chat.jsonl", [{"q": "x", "chat": turns("a", "b")}] * 3)
     task = InstructionTuning(path=path, label=None, prompt="{{ q }}", answer="chat")
     assert error_of(lambda: task.train_rows) == (
-        "row 0 of train has a list in chat, must be a text; data.messages=chat reads conversations "
+        "row 1 of train (counted from 1) "
+        "has a list in chat, must be a text; data.messages=chat reads conversations "
         f"(and 2 rows more): {MEND}"
     )
 
@@ -362,7 +392,8 @@ def test_a_prompt_that_prints_a_list(tmp_path: Path) -> None:
     path = write_file(tmp_path / "chat.jsonl", [{"a": "x", "chat": turns("a", "b")}] * 3)
     task = InstructionTuning(path=path, label=None, prompt="{{ chat }}", answer="a")
     assert error_of(lambda: task.train_rows) == (
-        "the template '{{ chat }}' fails in row 0 with TypeError: it prints a list or a nested "
+        "the template '{{ chat }}' fails in row 1 (counted from 1) "
+        "with TypeError: it prints a list or a nested "
         "value: join it, or name a text in it"
     )
 
@@ -388,7 +419,9 @@ def test_conversations_that_cannot_be_learnt(tmp_path: Path, case: str) -> None:
     chat, reason = BAD_CHATS[case]
     path = write_file(tmp_path / "chat.jsonl", [{"chat": chat}])
     task = InstructionTuning(path=path, label=None, messages="chat")
-    assert error_of(lambda: task._table("train")) == f"row 0 of train {reason} in chat: {MEND}"
+    assert error_of(lambda: task._table("train")) == (
+        f"row 1 of train (counted from 1) {reason} in chat: {MEND}"
+    )
 
 
 def test_messages_stand_in_place_of_prompt_and_answer() -> None:

@@ -153,7 +153,10 @@ def ask(messages: Callable[[str, str], Sent]) -> Ask:
 
 
 def known(label: str) -> str:
-    return f"row 12 of train has {label} in label, must be one of the 4 labels of data.labels"
+    return (
+        f"row 13 of train (counted from 1) "
+        f"has {label} in label, must be one of the 4 labels of data.labels"
+    )
 
 
 def bad(task: str, **cells: Any) -> Rows:
@@ -163,9 +166,10 @@ def bad(task: str, **cells: Any) -> Rows:
 
 TWO = '{"text": "SECRET-471193", "label": "food"}\n'
 BROKEN_LINE = "because line 2 of a file is broken (this node's log"
-NO_UTF_8 = "because line 2 of a file is no UTF-8: save it as UTF-8, or name its encoding, such as"
+NO_UTF_8 = "because line 2 of a file is no UTF-8: it looks like cp1252, so give data.encoding="
 LONG_ROW = "because line 3 of a file is broken (this node's log"
-SEVERAL = "row 0 of train has text in label, must be"  # a column of several kinds is read as JSON
+# a column of several kinds is read as JSON
+SEVERAL = "row 1 of train (counted from 1) has text in label, must be"
 ROWS: dict[str, tuple[str, str, Rows | bytes, str]] = {
     **{
         f"a label of {end}": ("text", end, bad("text", label=SECRET), known("text"))
@@ -174,8 +178,18 @@ ROWS: dict[str, tuple[str, str, Rows | bytes, str]] = {
     "a number for a label": ("text", "jsonl", bad("text", label=NUMBER), SEVERAL),
     "no label": ("text", "csv", bad("text", label=None), known("nothing")),
     "a nested label": ("text", "jsonl", bad("text", label={SECRET: SECRET}), SEVERAL),
-    "no text": ("text", "csv", bad("text", text=None), "row 12 of train has no text"),
-    "a blank text": ("text", "jsonl", bad("text", text=" "), "row 12 of train has an empty text"),
+    "no text": (
+        "text",
+        "csv",
+        bad("text", text=None),
+        "row 13 of train (counted from 1) has no text",
+    ),
+    "a blank text": (
+        "text",
+        "jsonl",
+        bad("text", text=" "),
+        "row 13 of train (counted from 1) has an empty text",
+    ),
     "no header": (
         *("text", "csv"),
         b"SECRET-471193,food\nSECRET-471193 a,food\n",
@@ -208,7 +222,7 @@ ROWS: dict[str, tuple[str, str, Rows | bytes, str]] = {
         "text",
         "jsonl",
         TWO.encode() + b'{"text": "SECRET\xe9"}',
-        "row 1 of column text is no UTF-8",
+        "column text is no UTF-8 in row 2 (counted from 1)",
     ),
     "a line cut off": ("text", "jsonl", (TWO + TWO[:20]).encode(), BROKEN_LINE),
     "JSON cut off": ("text", "json", b'[{"text": "SECRET-471193", "lab', "images (this node's log"),
@@ -218,33 +232,37 @@ ROWS: dict[str, tuple[str, str, Rows | bytes, str]] = {
     "a text for a number": (
         *("number", "jsonl"),
         [{"text": SECRET, "label": SECRET}] * 12,
-        "row 0 of train has text in label, must be a finite number (and 11 rows more)",
+        "row 1 of train (counted from 1) "
+        "has text in label, must be a finite number (and 11 rows more)",
     ),
     "no number": (
         *("number", "parquet"),
         bad("number", label=float("inf")),
-        "row 12 of train has a number that is not finite in label, must be a finite number",
+        "row 13 of train (counted from 1) "
+        "has a number that is not finite in label, must be a finite number",
     ),
     "a choice out of range": (
         *("choice", "parquet"),
         bad("choice", label=NUMBER),
-        "row 12 of train has a whole number in label, must be the number of a candidate",
+        "row 13 of train (counted from 1) "
+        "has a whole number in label, must be the number of a candidate",
     ),
     "an empty choice": (
         *("choice", "csv"),
         bad("choice", choice1=""),
-        "row 12 of train has no choice1",
+        "row 13 of train (counted from 1) has no choice1",
     ),
     "no answer": ("answer", "jsonl", bad("answer", response=""), "has an empty response"),
     "an image that is none": (
         *("image", "parquet"),
         bad("image", image=SECRET.encode()),
-        "row 12 of train has a broken image",
+        "row 13 of train (counted from 1) has a broken image",
     ),
     "a class out of range": (
         *("image", "parquet"),
         bad("image", image=image(13), label=NUMBER),
-        "row 12 of train has a whole number in label, must be one of the 2 labels of data.labels",
+        "row 13 of train (counted from 1) "
+        "has a whole number in label, must be one of the 2 labels of data.labels",
     ),
 }
 
@@ -277,22 +295,22 @@ ASKED: dict[str, tuple[str, str, str]] = {
     "a key": (
         "answer",
         "data.prompt='{{ {}[instruction] }}'",
-        "fails in row 0 with UndefinedError",
+        "fails in row 1 (counted from 1) with UndefinedError",
     ),
     "a filter": (
         "answer",
         "data.prompt='{{ [1] | map(instruction) | list }}'",
-        "fails in row 0 with TemplateRuntimeError",
+        "fails in row 1 (counted from 1) with TemplateRuntimeError",
     ),
     "a candidate": (
         "choice",
         "data.candidate='{{ {}[choice] }}'",
-        "fails in row 0 with UndefinedError",
+        "fails in row 1 (counted from 1) with UndefinedError",
     ),
     "a chat": (
         "answer",
         f"model.chat_template={json.dumps(CHAT)}",
-        "the tokenizer's chat template fails in row 0 with TemplateError",
+        "the tokenizer's chat template fails in row 1 (counted from 1) with TemplateError",
     ),
     "a column": ("answer", "data.prompt='{{ nothing }}'", "has no column nothing in train"),
 }

@@ -296,11 +296,14 @@ def rows_of(*clients: list[int]) -> Rows:
         ),
         (
             rows_of([0, 1, 2], [3, 20, 5]),
-            "gives client 1 row 20, but rows go from 0 to 19",
+            "gives client 1 row number 20, but these numbers go from 0 to 19",
         ),
-        (rows_of([0, -1, 2], [3, 4, 5]), "gives client 0 row -1, but rows go from 0 to 19"),
-        (rows_of([0, 1, 2], [3, 4, 1]), "gives row 1 to clients 0 and 1"),
-        (rows_of([0, 1, 1], [3, 4, 5]), "gives row 1 to clients 0 and 0"),
+        (
+            rows_of([0, -1, 2], [3, 4, 5]),
+            "gives client 0 row number -1, but these numbers go from 0 to 19",
+        ),
+        (rows_of([0, 1, 2], [3, 4, 1]), "gives row number 1 (counted from 0) to clients 0 and 1"),
+        (rows_of([0, 1, 1], [3, 4, 5]), "gives row number 1 (counted from 0) to clients 0 and 0"),
         ([np.arange(3), np.arange(3, 6.0)], "gives client 1 float64 numbers, not int64"),
     ],
 )

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from fedpeft.data.rows.tables import load_tables, subsample, values
 from fedpeft.data.tasks.text import TextClassification
+from fedpeft.errors import named_row
 from tests.data.files import image, write, write_file
 from tests.data.shortcuts import error_of
 
@@ -212,3 +213,45 @@ def test_splits_may_differ_in_their_columns(tmp_path: Path) -> None:
     assert str(error.value) == (
         f"data set {tmp_path} has no column label in test, only text, other"
     )
+
+
+CSV = 'text,label\n"rain\nand snow",a\n\nsun,b\n,a\n'  # a cell of two lines, and an empty line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("notes.csv", CSV, "row 3 of train (line 6) has no text"),
+        ("notes.tsv", CSV.replace(",", "\t"), "row 3 of train (line 6) has no text"),
+        (
+            "notes.jsonl",
+            '{"text": "a", "label": "a"}\n\n{"text": "", "label": "b"}\n',
+            "row 2 of train (line 3) has an empty text",
+        ),
+        (
+            "train.json",
+            '[{"text": "a", "label": "a"}, {"text": "", "label": "b"}]',
+            "row 2 of train (counted from 1) has an empty text",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named_by_the_line_of_its_file(
+    tmp_path: Path, name: str, content: str, says: str
+) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    assert error_of(lambda: TextClassification(path=str(file)).train_rows).startswith(says)
+
+
+def test_rows_of_several_files_are_counted_from_1(tmp_path: Path) -> None:
+    for shard in range(2):
+        text = "text,label\nrain,a\nsun,b\n" if not shard else "text,label\n,a\n"
+        (tmp_path / f"train-0000{shard}-of-00002.csv").write_text(text)
+    error = error_of(lambda: TextClassification(path=str(tmp_path)).train_rows)
+    assert error.startswith("row 3 of train (counted from 1) has no text")
+
+
+def test_words_for_a_row_count_from_1() -> None:
+    assert named_row(17) == "row 18 (counted from 1)"
+    assert named_row(17, "test") == "row 18 of test (counted from 1)"
+    assert named_row(17, "test", 20) == "row 18 of test (line 20)"

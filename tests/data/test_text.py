@@ -1,6 +1,7 @@
 """Classification, regression and language modelling of texts: labels, encoding and metrics."""
 
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from rich.console import Console
 from torch import Tensor
 
 from fedpeft.config.load import load_config
 from fedpeft.data.tasks.language import LanguageModelling
 from fedpeft.data.tasks.text import Regression, TextClassification
 from fedpeft.engine.engine import Engine
+from fedpeft.reporting.progress import Display
+from fedpeft.simulation import launch
 from tests.conftest import Runner
 from tests.data.files import Rows, write
 from tests.data.shortcuts import error_of
@@ -192,6 +196,22 @@ def test_a_summary_counts_the_texts_that_were_cut(run: Runner) -> None:
     assert run("num_rounds=1")["data"]["cut"] == {}
     cut = run("num_rounds=1", "data.max_length=6")["data"]["cut"]
     assert cut.keys() == {"train", "validation", "test"} and cut["test"]["cut_text"] > 20
+
+
+def test_texts_that_are_cut_are_counted_before_round_0(base: list[str], tmp_path: Path) -> None:
+    def shown(*overrides: str) -> tuple[Any, list[str]]:
+        text = StringIO()
+        display = Display(Console(file=text, soft_wrap=True))
+        run_dir = f"run_dir={tmp_path / str(len(overrides))}"
+        summary = launch.run([*base, "num_rounds=1", run_dir, *overrides], display)
+        return summary["data"]["cut"], text.getvalue().splitlines()
+
+    assert not [line for line in shown()[1] if "max_length" in line]
+    cut, lines = shown("data.max_length=6")
+    count = cut["train"]["cut_text"]
+    assert lines[1].startswith("note: cut, because they are longer than data.max_length allows: ")
+    assert f" {count} of 240 texts in train ({count / 2.4:.1f}%), " in lines[1]
+    assert lines[2].startswith("round 0/1")
 
 
 def test_encode_a_pair(base: list[str], tmp_path: Path) -> None:

@@ -117,13 +117,16 @@ def check_rows(origin: str, clients: Rows, rows: int, num_clients: int, min_size
         if held.min() < 0 or held.max() >= rows:
             wrong = held[(held < 0) | (held >= rows)][0]
             raise ValueError(
-                f"{origin} gives client {client} row {wrong}, but rows go from 0 to {rows - 1}"
+                f"{origin} gives client {client} row number {wrong}, but these numbers go from 0 "
+                f"to {rows - 1}"
             )
     counts = np.bincount(np.concatenate(clients), minlength=rows)
     if counts.max() > 1:
         row = int(counts.argmax())
         holders = [str(client) for client, held in enumerate(clients) for _ in held[held == row]]
-        raise ValueError(f"{origin} gives row {row} to clients {' and '.join(holders)}")
+        raise ValueError(
+            f"{origin} gives row number {row} (counted from 0) to clients {' and '.join(holders)}"
+        )
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import numpy as np
 
 from fedpeft.cache import cache_folder, cached, explained, remembered
 from fedpeft.data.rows.cache import content_sha256, datasets_cached
-from fedpeft.data.rows.tables import kind, load_tables, marks, subsample, values
+from fedpeft.data.rows.tables import kind, line_of, load_tables, marks, subsample, values
 from fedpeft.data.rows.text_files import TextFormat
-from fedpeft.errors import PartlyPublic
+from fedpeft.errors import PartlyPublic, named_row
 from fedpeft.seeding import generator
 
 if TYPE_CHECKING:
@@ -172,9 +172,10 @@ class Source(ABC):
         problems = self.problems(rows)
         if problems and self.bad_rows == "error":
             row = min(problems)
+            name = named_row(row, split, self._line(split, row, len(rows)))
             more = f" (and {len(problems) - 1} rows more)" if len(problems) > 1 else ""
             raise ValueError(
-                f"row {row} of {split} {problems[row]}{more}: mend it, or leave such rows out with "
+                f"{name} {problems[row]}{more}: mend it, or leave such rows out with "
                 "data.bad_rows=skip"
             )
         for reason in problems.values():
@@ -184,6 +185,11 @@ class Source(ABC):
         if len(rows) == 0:
             raise ValueError(f"split {split} of data set {self.folder()} has no rows")
         return rows
+
+    def _line(self, split: str, row: int, rows: int) -> int | None:
+        """Return the line of the file at which a row of a split begins; null if nobody knows."""
+        text = TextFormat(self.separator, self.encoding)
+        return line_of(self.folder(), split, row, rows, text)
 
     def check_columns(self, split: str, rows: "Dataset") -> None:
         """Raise ValueError if a column that the task reads is missing in a split."""
@@ -303,11 +309,12 @@ class Source(ABC):
             if isinstance(value, float):
                 entries[i] = round(value) if math.isfinite(value) else None
         if None in entries:
-            raise ValueError(f"row {entries.index(None)} of train has no {column} to partition by")
+            row = named_row(entries.index(None), "train")
+            raise ValueError(f"{row} has no {column} to partition by")
         if isinstance(entries[0], list | dict):
             raise ValueError(
                 f"partition.column={column} must hold texts or numbers, got {kind(entries[0])} in "
-                "row 0"
+                f"{named_row(0)}"
             )
         distinct = sorted(set(entries))
         index = {value: i for i, value in enumerate(distinct)}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedpeft.data.rows.text_files import PLAIN, RECODE, TextFormat
-from fedpeft.errors import PartlyPublic
+from fedpeft.errors import PartlyPublic, named_row
 from fedpeft.files import check_path
 from fedpeft.models.hub import reachable
 from fedpeft.seeding import generator
@@ -75,6 +75,29 @@ def marks(path: str) -> list[tuple[str, int, int]] | None:
     return [(str(f), (stat := f.stat()).st_size, stat.st_mtime_ns) for f in files]
 
 
+def line_of(path: str, split: str, row: int, rows: int, text: TextFormat = PLAIN) -> int | None:
+    """Return the line of a CSV file or of JSON lines at which a row begins, from 1.
+
+    Args:
+        path: of the data set.
+        split: whose row it is.
+        row: its position in the split, from 0.
+        rows: number of rows of the split.
+        text: the format of the files.
+
+    Returns:
+        Null if the split is no single file of text, or its lines are not these rows.
+    """
+    local = Path(path).expanduser()
+    files = [local] if local.is_file() else []
+    if local.is_dir():
+        files = _split_files(local).get(split, [])
+    if len(files) != 1:
+        return None
+    lines = text.first_lines(files[0])
+    return lines[row] if len(lines) == rows else None
+
+
 def _split_files(folder: Path) -> dict[str, list[Path]]:
     """Return the files of each split, or none if a file's name cannot be a split's."""
     tables: dict[str, list[Path]] = {}
@@ -107,8 +130,8 @@ def _read(path: str, files: dict[str, list[Path]], text: TextFormat) -> "dict[st
         if "corresponds to no data" in first:
             raise ValueError(f"data.path={path}: a file has no rows") from error
         what = f"data.path={path} cannot be read as parquet, CSV, JSON lines or images"
-        line, where = text.broken_line(file for parts in files.values() for file in parts)
-        raise PartlyPublic(f"{what}{line}", f"{where}: {first}") from error
+        line, where = text.broken_line((f for parts in files.values() for f in parts), first)
+        raise PartlyPublic(f"{what}{line}", where) from error
 
 
 def _from_hub(path: str, subset: str | None, revision: str | None) -> "dict[str, Dataset]":
@@ -157,8 +180,8 @@ def values(rows: "Dataset", column: str) -> list[Any]:
     try:
         return cells.to_pylist()
     except UnicodeDecodeError as error:
-        row = _undecodable(cells)
-        raise ValueError(f"row {row} of column {column} is no UTF-8: {RECODE}") from error
+        row = named_row(_undecodable(cells))
+        raise ValueError(f"column {column} is no UTF-8 in {row}: {RECODE}") from error
 
 
 def _undecodable(cells: Any) -> int:

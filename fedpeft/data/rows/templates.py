@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.data.rows.conversations import Conversation
 from fedpeft.data.rows.tables import values
-from fedpeft.errors import PartlyPublic
+from fedpeft.errors import PartlyPublic, named_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,7 +51,7 @@ def rendered(text: str, rows: "Dataset", **more: Sequence[Any]) -> list[str]:
 
 def _failing(template: str, row: int, error: Exception, advice: str = "") -> PartlyPublic:
     kind = type(error).__name__
-    return PartlyPublic(f"{template} fails in row {row} with {kind}{advice}", f": {error}")
+    return PartlyPublic(f"{template} fails in {named_row(row)} with {kind}{advice}", f": {error}")
 
 
 def check_prompt(prompt: str) -> None:

@@ -22,6 +22,7 @@ GAPS = [
     *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
     *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
 ]
+MOST_LOOKED_AT = 1 << 20  # bytes of a file in which those beyond ASCII are counted
 RECODE = "save it as UTF-8, or name its encoding, such as data.encoding=cp1252"
 
 
@@ -116,30 +117,62 @@ class TextFormat:
                 return "has a header and no rows"
         return ""
 
-    def broken_line(self, files: Iterable[Path]) -> tuple[str, str]:
-        """Return what is wrong with which line, and of which file; empty if nothing is found.
+    def broken_line(self, files: Iterable[Path], reason: str) -> tuple[str, str]:
+        """Return what is wrong with which line; and, for the owner's eyes, the file and the reason.
 
         A line is broken if it is not in the encoding, in JSON lines no JSON, and in CSV longer
         than the header.
+
+        Args:
+            files: of the data set.
+            reason: of the library that read them. Where the encoding is wrong, ours says more.
         """
         for file in files:
             search = {".csv": self._in_csv, ".tsv": self._in_csv, ".jsonl": self._in_jsonl}
             if file.suffix in search and (number := self._undecodable(file)):
                 name = "UTF-8" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding
-                return f", because line {number} of a file is no {name}: {RECODE}", _named(file)
+                advice = self._recode(file)
+                return f", because line {number} of a file is no {name}: {advice}", _named(file)
             if file.suffix in search and (number := search[file.suffix](file)):
-                return f", because line {number} of a file is broken", _named(file)
-        return "", ""
+                return f", because line {number} of a file is broken", f"{_named(file)}: {reason}"
+        return "", f": {reason}"
+
+    def first_lines(self, file: Path) -> list[int]:
+        """Return the line at which each row of a file begins, from 1; none if it has no lines."""
+        with file.open(newline="", encoding=self.encoding) as text, suppress(ValueError, csv.Error):
+            if file.suffix == ".jsonl":
+                return [number for number, line in enumerate(text, 1) if line.strip()]
+            if file.suffix in (".csv", ".tsv"):
+                return self._first_lines(csv.reader(text, delimiter=self.between(file)))
+        return []
+
+    def _first_lines(self, cells: Any) -> list[int]:
+        """Return the first line of each row below the header; a cell may have several lines."""
+        starts, end = [], 0
+        for row in cells:
+            if row:
+                starts.append(end + 1)
+            end = cells.line_num
+        return starts[1:]
 
     def _undecodable(self, file: Path) -> int | None:
-        decoder = codecs.getincrementaldecoder(self.encoding)()
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    decoder.decode(line)
-                except UnicodeDecodeError:
-                    return number
-        return None
+        return _first_undecodable(file, self.encoding)
+
+    def _recode(self, file: Path) -> str:
+        """Return what to do about a file in another encoding, with the likeliest one's name.
+
+        Where many bytes are beyond ASCII, no encoding is likelier than others.
+        """
+        with file.open("rb") as opened:
+            content = opened.read(MOST_LOOKED_AT)
+        beyond = sum(byte > 127 for byte in content)
+        likely = () if beyond * 5 > len(content) else ("cp1252", "latin-1")
+        for name in ("utf-8", *likely):
+            same = codecs.lookup(name) == codecs.lookup(self.encoding)
+            if not same and _first_undecodable(file, name) is None:
+                save = "" if name == "utf-8" else ", or save it as UTF-8"
+                return f"it looks like {name}, so give data.encoding={name}{save}"
+        return RECODE
 
     def _in_jsonl(self, file: Path) -> int | None:
         with file.open(encoding=self.encoding) as lines:
@@ -163,6 +196,21 @@ PLAIN = TextFormat()
 
 def _named(file: Path) -> str:
     return f" ({file.name})"
+
+
+def _first_undecodable(file: Path, encoding: str) -> int | None:
+    """Return the first line, from 1, that is not in an encoding; null if all are."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    read = 0
+    with file.open("rb") as lines:
+        try:
+            for line in lines:
+                read += 1
+                decoder.decode(line)
+            decoder.decode(b"", final=True)
+        except UnicodeError:
+            return read
+    return None
 
 
 def _cells(line: str, separator: str) -> list[str]:

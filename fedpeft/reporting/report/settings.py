@@ -6,9 +6,19 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fedpeft.config.choices import choices
-from fedpeft.reporting.results import Measures, headline, mean_and_sd, run_values, unmeasured
+from fedpeft.reporting.brief import brief
+from fedpeft.reporting.results import (
+    Measures,
+    common_label,
+    headline,
+    mean_and_sd,
+    run_values,
+    unmeasured,
+)
 from fedpeft.reporting.saved_runs import SavedRun, by_setting, one_a_seed
 from fedpeft.reporting.tables import Rows
+
+LONG_NAME = 40  # characters of a setting's name, above which it says less
 
 
 @dataclass(frozen=True)
@@ -128,9 +138,7 @@ def _row(run: SavedRun, measures: Measures) -> dict[str, Any]:
     values = run_values(summary, measures)
     return values | {
         "global_test": summary["final"].get(f"test_{measures.quality}"),
-        "baseline": summary["baseline"].get(
-            "client_test_baseline" if values["quality"] is not None else "test_baseline"
-        ),
+        "baseline": common_label(summary, values["quality"]),
     }
 
 
@@ -159,25 +167,54 @@ def _measure(runs: Sequence[SavedRun]) -> str:
 
 
 def _names(runs: Sequence[SavedRun]) -> list[str]:
-    """Return a name for each setting: its method and, where others have it, what differs."""
+    """Return a name for each setting: its method and, where others have it, what differs.
+
+    Of names that would be long, only as many values stay as tell the settings apart; the table of
+    keys that differ has all.
+    """
     facts = [_facts(run) for run in runs]
-    names = [fact["method"] for fact in facts]
-    shown: list[str] = []
-    for fact, name in zip(facts, names, strict=True):
-        same = [other for other, n in zip(facts, names, strict=True) if n == name]
-        parts = [f"{_short(key, facts)}={_cut(fact.get(key))}" for key in _apart(same)]
-        shown.append(" ".join([name, *parts]))
-    twice = {name for name, count in Counter(shown).items() if count > 1}
+    by_method: dict[str, list[int]] = {}
+    for place, fact in enumerate(facts):
+        by_method.setdefault(fact["method"], []).append(place)
+    names = [""] * len(facts)
+    for method, places in by_method.items():
+        same = [facts[place] for place in places]
+        keys = _apart(same)
+        parts = _parts(same, keys, facts)
+        if max(len(" ".join([method, *part])) for part in parts) > LONG_NAME:
+            parts = _parts(same, _needed(same, keys), facts)
+        for place, part in zip(places, parts, strict=True):
+            names[place] = " ".join([method, *part])
+    twice = {name for name, count in Counter(names).items() if count > 1}
     return [
         f"{name} {run.hash_but_seed}" if name in twice else name
-        for name, run in zip(shown, runs, strict=True)
+        for name, run in zip(names, runs, strict=True)
     ]
 
 
-def _cut(value: Any) -> str:
-    """Return a value as a part of a name: a line of at most 30 characters."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 30 else f"{text[:29]}…"
+def _parts(
+    same: Sequence[Mapping[str, Any]], keys: Sequence[str], facts: Sequence[Mapping[str, Any]]
+) -> list[list[str]]:
+    """Return the parts of the names of one method's settings, such as ``lr=0.1``.
+
+    Args:
+        same: the settings' values by key.
+        keys: those that the names have.
+        facts: of all methods, of whose keys a short form must be none.
+    """
+    columns = {_short(key, facts): brief([fact.get(key) for fact in same], 24) for key in keys}
+    return [[f"{key}={column[i]}" for key, column in columns.items()] for i in range(len(same))]
+
+
+def _needed(same: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+    """Return the first keys that tell settings apart, without those that tell nothing more."""
+    chosen: list[str] = []
+    apart = 1
+    for key in keys:
+        told = len({repr([fact.get(k) for k in (*chosen, key)]) for fact in same})
+        if told > apart:
+            chosen, apart = [*chosen, key], told
+    return chosen
 
 
 def _facts(run: SavedRun) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedpeft.reporting.brief import below, brief
 from fedpeft.reporting.report.commands import command
 from fedpeft.reporting.report.pairs import FEWEST, LEVEL, paired_tests, unsaved_partitions
 from fedpeft.reporting.report.settings import Runs
@@ -215,12 +216,20 @@ def differences_table(runs: Runs) -> Table | None:
     if not keys:
         return None
     names = [setting.name for setting in runs.settings]
-    rows: Rows = [
-        {"key": key} | {n: _value(r.settings, key) for n, r in zip(names, firsts, strict=True)}
-        for key in keys
-    ]
-    columns: dict[str, Text] = {"key": _plain("key")} | {name: _plain(name) for name in names}
+    rows: Rows = []
+    short: dict[str, list[str]] = {}
+    for key in keys:
+        values = [_value(run.settings, key) for run in firsts]
+        rows.append({"key": key} | dict(zip(names, values, strict=True)))
+        short[key] = brief(values)
+    columns: dict[str, Text] = {"key": _plain("key")}
+    for place, name in enumerate(names):
+        columns[name] = lambda row, place=place: short[row["key"]][place]
     notes = ["All other keys that can change a result are the same. A dash: there is no such key."]
+    if any(
+        values != list(row.values())[1:] for values, row in zip(short.values(), rows, strict=True)
+    ):
+        notes.append("Long values are shortened (…); differences.csv has them whole.")
     return Table("differences", "Keys that differ", columns, rows, notes, texts=len(columns))
 
 
@@ -245,15 +254,19 @@ def runs_table(runs: Runs) -> Table:
         for setting in runs.settings
         for run, values in zip(setting.runs, setting.rows, strict=True)
     ]
+    folder, inside = _below(rows)
     columns: dict[str, Text] = {
         "setting": _plain("setting"),
         "seed": _plain("seed"),
-        "directory": _plain("directory"),
+        "directory": inside,
         "command": _plain("command"),
         runs.title: lambda row: "-" if row["quality"] is None else f"{row['quality']:.3f}",
         "s": lambda row: f"{row['seconds']:.0f}",
     }
-    notes = ["The command is without run_dir. The CSV has the SHA-256 of the shared state, too."]
+    notes = [
+        *folder,
+        "The command is without run_dir. The CSV has the SHA-256 of the shared state, too.",
+    ]
     long = ("directory", "command")
     return Table("runs", "Runs and their commands", columns, rows, notes, texts=4, long=long)
 
@@ -266,5 +279,16 @@ def left_out_table(runs: Runs) -> Table | None:
         {"directory": str(run.path), "state": status, "reason": reason}
         for run, status, reason in runs.left_out
     ]
-    columns = {key: _plain(key) for key in rows[0]}
-    return Table("left_out", "Runs that are not counted", columns, rows, texts=3)
+    notes, inside = _below(rows)
+    columns = {"directory": inside, "state": _plain("state"), "reason": _plain("reason")}
+    return Table("left_out", "Runs that are not counted", columns, rows, notes, texts=3)
+
+
+def _below(rows: Rows) -> tuple[list[str], Text]:
+    """Return a note on the folder of all directories, and the text of one of them inside it."""
+    paths = [row["directory"] for row in rows]
+    folder, inside = below(paths)
+    short = dict(zip(paths, inside, strict=True))
+    return [f"Directories are below {folder}."] if folder else [], lambda row: short[
+        row["directory"]
+    ]
