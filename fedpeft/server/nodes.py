@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from fedpeft.server.pull import Pull
 from fedpeft.server.replies import reason
 
 POLL_SECONDS = 0.02  # the shortest and the longest pause between two questions
@@ -33,7 +34,9 @@ class Nodes:
         self.of: dict[int, int] = {}
         self.own_rows: set[int] = set()
         self.left_out: dict[int, str] = {}
+        self._silent: set[int] = set()  # of ``left_out``, those that have not said what they hold
         self._asked: dict[str, int] = {}  # nodes by the query that they have not answered
+        self._pull: tuple[Grid, Pull] | None = None
         self.goes_on = self._begun = False
 
     def join(self, grid: Grid, cohort: Collection[int] = (), fewest: int = 0) -> None:
@@ -74,16 +77,33 @@ class Nodes:
         if gone := {client for client, node in self.of.items() if node not in here}:
             self.of = {client: node for client, node in self.of.items() if client not in gone}
             self.left_out.clear()  # one of them may hold such a client
-        known = {*self.of.values(), *self.left_out, *self._asked.values()}
+        # A node that returns with its id is asked again, because its answer may be lost.
+        self._asked = {query: node for query, node in self._asked.items() if node in here}
+        self.left_out = {node: why for node, why in self.left_out.items() if node in here}
+        known = {*self.of.values(), *self.left_out, *self._asked.values()} - self._silent
         if new := sorted(here - known):
             queries = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
             self._asked |= zip(grid.push_messages(queries), new, strict=True)
-        for reply in grid.pull_messages(list(self._asked)) if self._asked else ():
-            node = self._asked.pop(reply.metadata.reply_to_message_id)
-            try:
-                self._register(node, reply)
-            except ValueError as error:
-                self.left_out[node] = str(error)
+        if self._pull is None or self._pull[0] is not grid:
+            self._pull = grid, Pull(grid)
+        for query, reply in self._pull[1](list(self._asked)) if self._asked else ():
+            node = self._asked.pop(query, None)
+            if node is not None:
+                self._answered(node, reply)
+
+    def _answered(self, node: int, reply: Message | Exception) -> None:
+        """Note which client a node is, or why it is none."""
+        if isinstance(reply, Exception) or reply.has_error():
+            why = unreadable(reply) if isinstance(reply, Exception) else reason(reply)
+            self.left_out[node] = f"node {node} could not be asked: {why}"
+            self._silent.add(node)
+            return
+        self._silent.discard(node)
+        self.left_out.pop(node, None)
+        try:
+            self._register(node, reply)
+        except ValueError as error:
+            self.left_out[node] = str(error)
 
     def _register(self, node: int, reply: Message) -> None:
         """Note which client a node is.
@@ -91,8 +111,6 @@ class Nodes:
         Raises:
             ValueError: it holds no partition of this run, or one that another node holds.
         """
-        if reply.has_error():
-            raise ValueError(f"node {node} could not be asked: {reason(reply)}")
         record = reply.content.metric_records.get("metrics", {})
         partition = record.get("partition-id")
         if not isinstance(partition, int) or not 0 <= partition < self.num_clients:
@@ -148,20 +166,29 @@ def exchange(
     ids = list(grid.push_messages(messages.values()))
     if len(ids) != len(messages):
         raise RuntimeError(f"only {len(ids)} of {len(messages)} messages could be sent")
-    waiting = dict(zip(ids, messages, strict=True))
-    while waiting and time.monotonic() < deadline:
-        asked = time.monotonic()
-        arrived = list(grid.pull_messages(waiting))
+    waiting, pull = dict(zip(ids, messages, strict=True)), Pull(grid)
+    while waiting and (asked := time.monotonic()) < deadline:
+        arrived = [
+            answer for answer in pull(list(waiting), deadline - asked) if answer[0] in waiting
+        ]
         if arrived:
             on_reply(len(arrived))
         some = bool(arrived)
         while arrived:  # a reply that was read is not kept
-            reply = arrived.pop(0)
-            yield waiting.pop(reply.metadata.reply_to_message_id), reply
+            message_id, reply = arrived.pop(0)
+            client = waiting.pop(message_id)
+            if isinstance(reply, Exception):
+                reply = Message(Error(0, unreadable(reply)), reply_to=messages[client])
+            yield client, reply
         if wait is not None and len(messages) - len(waiting) >= enough:
             deadline, wait = min(deadline, time.monotonic() + wait), None
         if not some:
             pause(begun, asked)
+
+
+def unreadable(error: Exception) -> str:
+    """Return the words for a reply that could not be read, without a text of the client's."""
+    return f"its reply could not be read ({type(error).__name__})"
 
 
 def pause(begun: float, asked: float) -> None:

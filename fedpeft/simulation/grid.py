@@ -88,6 +88,8 @@ class LocalGrid(Grid):
             return context
         return self._contexts.setdefault(node, context)
 
+    answers_here = True  # what it replies was made by this process or its own workers
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Queue messages in passes and return their ids; drop messages whose time is up."""
         self._forget()
