@@ -15,7 +15,7 @@ from fedpeft.reporting.clients import ClientTable, read_clients, read_columns
 from fedpeft.reporting.observer import SPREAD
 from fedpeft.reporting.progress import Display, line_text
 from fedpeft.reporting.run_directory import read_metrics
-from fedpeft.server.evaluation import measured, over_clients
+from fedpeft.server.evaluation import client_measures, measured, over_clients
 from fedpeft.server.replies import seconds
 from fedpeft.server.seen import Asked, Seen
 from fedpeft.simulation.launch import run as run_here
@@ -326,3 +326,25 @@ def test_a_new_run_does_not_go_on_with_the_rows_of_a_killed_one(run: Runner) -> 
     run("method.rank=4", "num_rounds=1", f"run_dir={folder}")
     assert [row["round"] for row in read_clients(folder)] == [1, 1, 1]
     assert [line["round"] for line in read_metrics(folder)] == [0, 1]
+
+
+def test_no_client_of_rows_of_its_own_weighs_more_than_a_share() -> None:
+    """It says how many rows it has, and the mean chooses the best round."""
+    said = {
+        client: {"test-num-examples": rows, "test_accuracy": accuracy}
+        for client, rows, accuracy in ((0, 10, 0.5), (1, 10, 0.7), (2, 10**9, 1.0))
+    }
+    sums = over_clients(said, _sign, most=0.5)
+    assert sums["client_test_accuracy"] == pytest.approx(0.5 * 1.0 + 0.25 * 0.5 + 0.25 * 0.7)
+    assert over_clients(said, _sign)["client_test_accuracy"] == pytest.approx(1, abs=1e-6)
+
+
+def test_a_client_of_rows_of_its_own_says_no_more_than_anybody_has() -> None:
+    identify()
+    message = Message(RecordDict(), 1, "evaluate")
+    metrics = {"validation-num-examples": 5, "test-num-examples": 10**18, "test_accuracy": 1.0}
+    record = MetricRecord(metrics)
+    replies = {0: Message(RecordDict({"metrics": record}), reply_to=message)}
+    measures, refused = client_measures(replies, {"accuracy": (-1.0, 1.0)}, lambda client: None)
+    assert measures == {}
+    assert refused[0].endswith("000, but the client has 1000000000 rows")

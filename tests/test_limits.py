@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedpeft.server.limits import capped, too_far, update_norms
+from fedpeft.server.limits import a_step, capped, lower_median, too_far, update_norms
 
 
 def test_norms_are_of_updates_and_of_blocks() -> None:
@@ -39,6 +39,35 @@ def test_the_reason_names_norm_rule_and_median() -> None:
         "its update's norm a step is 1e+30, more than strategy.max_norm_ratio=100 times the "
         "round's median 2"
     )
+
+
+@pytest.mark.parametrize(
+    ("norms", "left_out"),
+    [
+        ({0: 0.5, 1: 1e-9}, []),  # the second hardly moves, which leaves the first one in
+        ({0: 0.5, 1: 1e-9, 2: 0.6, 3: 1e-9}, []),
+        ({0: 0.0, 1: 0.0, 2: 1e30}, [2]),
+        ({0: 0.5, 1: 51.0}, [1]),
+        ({0: 90.0, 1: 80.0, 2: 70.0}, []),  # the round's median is larger
+    ],
+)
+def test_the_last_good_round_is_a_measure_too(norms: dict[int, float], left_out: list[int]) -> None:
+    assert sorted(too_far(norms, 100.0, before=0.5)) == left_out
+
+
+def test_the_reason_names_the_last_good_round() -> None:
+    (reason,) = too_far({0: 0.0, 1: 1e30}, 100.0, before=2.0).values()
+    assert reason.endswith("times the last good round's median 2")
+
+
+def test_steps_that_a_client_says_divide_its_norm_to_a_bound() -> None:
+    steps = {0: 4, 1: 5, 2: 6 * 10**16}
+    assert a_step({0: 8.0, 1: 5.0, 2: 1e6}, steps) == {0: 2.0, 1: 1.0, 2: 1e6 / 500}
+
+
+def test_the_lower_median() -> None:
+    assert lower_median([]) == 0
+    assert lower_median([3.0, 1.0]) == 1 and lower_median([5.0, 1.0, 3.0]) == 3
 
 
 @pytest.mark.parametrize(

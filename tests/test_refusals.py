@@ -17,6 +17,7 @@ from fedpeft.config.load import split
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.plan import Job
 from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.server.limits import FRAME
 from fedpeft.server.seen import RoundFailed
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import State
@@ -354,6 +355,42 @@ def test_a_client_s_measures_are_bounded(
     assert summary["refused"].keys() == {"0", "1"}
     assert f"evaluation: {reason}" in summary["refused"]["1"]["1"]
     assert summary["final"]["client_test_loss"] != plain["final"]["client_test_loss"]
+
+
+def measuring(clients: set[int], change: Callable[[Message], Message]) -> Answer:
+    """Answer as the client app does, but change the replies of some clients' evaluations."""
+
+    def answer(message: Message, context: Context) -> Message:
+        reply = client_app(message=message, context=context)
+        is_one = context.node_config["partition-id"] in clients
+        return change(reply) if is_one and message.metadata.message_type == "evaluate" else reply
+
+    return answer
+
+
+def test_a_large_evaluation_is_refused_as_it_arrives(run: Runner) -> None:
+    def large(reply: Message) -> Message:
+        reply.content["more"] = ConfigRecord({"bytes": bytes(FRAME)})
+        return reply
+
+    summary = run("num_rounds=1", "method=fedsa_lora", answer=measuring({1}, large))
+    assert re.search(r"^evaluation: the reply has \d+ bytes, but", summary["refused"]["1"]["1"])
+    assert summary["refused"]["1"].keys() == {"1"}
+
+
+def test_too_few_measures_choose_no_round(run: Runner) -> None:
+    """One of three clients alone could choose the best round."""
+
+    def failing(reply: Message) -> Message:
+        raise RuntimeError("no power")
+
+    summary = run("num_rounds=1", "method=fedsa_lora", answer=measuring({0, 2}, failing))
+    for line in run.lines():
+        assert line["unmeasured"] == (
+            "only 1 of 3 clients measured, and runtime.min_replies=0.5 asks for 2"
+        )
+        assert not any(key.startswith("client_") for key in line)
+    assert sorted(summary["refused"]["1"]) == ["0", "2"]
 
 
 def test_a_refused_client_takes_part_again(run: Runner) -> None:

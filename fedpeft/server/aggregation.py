@@ -10,7 +10,16 @@ from fedpeft.engine.server_model import EngineModel
 from fedpeft.methods.base import At, Memory, Round
 from fedpeft.server.broadcast import Broadcaster
 from fedpeft.server.diagnostics import drift, interference
-from fedpeft.server.limits import capped, too_far, update_norms
+from fedpeft.server.limits import (
+    FRAME,
+    MOST_ROWS,
+    a_step,
+    capped,
+    check_size,
+    lower_median,
+    too_far,
+    update_norms,
+)
 from fedpeft.server.nodes import Nodes
 from fedpeft.server.replies import Reply, printable, read
 from fedpeft.server.seen import RoundFailed, Seen
@@ -27,7 +36,7 @@ from fedpeft.state import (
 )
 from fedpeft.wire import sentence, wire_bytes
 
-FRAME = 1 << 20  # bytes of a reply beside its arrays, at most
+MEDIAN = "update_norm_median"  # of a step, in a round's line
 
 
 class Aggregator:
@@ -42,6 +51,7 @@ class Aggregator:
         self.down, self.engine, self.nodes = down, down.engine, nodes
         self.config, self.replica, self.roles = down.config, down.replica, down.roles
         self.folder: Path | None = None  # takes replies for which the memory has no room
+        self.median = 0.0  # norm of an update a step in the last good round
         self._said: dict[int, int] = {}  # rows of their own, as clients first said
 
     def aggregate(
@@ -58,7 +68,7 @@ class Aggregator:
         Raises:
             RoundFailed: fewer replies can be used than ``runtime.min_replies`` asks for.
         """
-        usable = self._usable(number, replies, seen, late)
+        usable, median = self._usable(number, replies, seen, late)
         before, algorithm = self.down.broadcast(number).received, self.config.strategy
         memory, method_memory = _copy(self.down.memory), _copy(self.down.method_memory)
         weights = algorithm.weigh([reply.num_examples for reply in usable.values()])
@@ -66,7 +76,7 @@ class Aggregator:
             number=number,
             ats=[self.down.at(number, client) for client in usable],
             states=[filled(reply.state, before) for reply in usable.values()],
-            weights=capped(weights, self._most_weight(usable)),
+            weights=capped(weights, self.most_weight(usable)),
             before=before,
             steps=[reply.steps for reply in usable.values()],
             extras=[reply.extras for reply in usable.values()],
@@ -78,6 +88,7 @@ class Aggregator:
         mean = self.config.method.aggregate(round)
         after = algorithm.server(mean, round, memory)
         seen.metrics = self._train_metrics(round, [r.loss for r in usable.values()], mean)
+        seen.metrics[MEDIAN] = median
         if mean and not after:
             seen.metrics["unchanged"] = 1.0  # the strategy had too few replies to go by
         if not self.config.compression.down.exact:
@@ -85,6 +96,7 @@ class Aggregator:
         if broken := [name for name, value in after.items() if not is_finite(value)]:
             self._drop(broken[0], usable, before, seen)
             return
+        self.median = median or self.median
         self.down.update(after)
         self.down.memory, self.down.method_memory = memory, method_memory
         self.down.generations.accept(number, [c for c, reply in usable.items() if reply.kept])
@@ -101,11 +113,11 @@ class Aggregator:
             "client's update has the largest norm",
         )
 
-    def _most_weight(self, usable: Iterable[int]) -> float:
-        """Return the share of the round beyond which no client weighs."""
+    def most_weight(self, clients: Iterable[int]) -> float:
+        """Return the share of a mean over clients beyond which none of them weighs."""
         if self.config.strategy.max_weight is not None:
             return self.config.strategy.max_weight
-        return 0.5 if self.nodes.own_rows & set(usable) else 1.0
+        return 0.5 if self.nodes.own_rows & set(clients) else 1.0
 
     def _train_metrics(
         self, round: Round, losses: Sequence[float], mean: State
@@ -132,9 +144,48 @@ class Aggregator:
 
     def _usable(
         self, round: int, replies: Iterable[tuple[int, Message]], seen: Seen, late: str
-    ) -> dict[int, Reply]:
-        """Read replies as they arrive, while others still train; sort them by client."""
+    ) -> tuple[dict[int, Reply], float]:
+        """Return the replies that can be used, by client, and their updates' median norm a step."""
         before = self.down.broadcast(round).received
+        usable = self._read_all(round, replies, before, seen, late)
+        norms = update_norms(before, [reply.state for reply in usable.values()])
+        by_client = dict(zip(usable, norms, strict=True))
+        for client, reply in usable.items():
+            seen.note(
+                client,
+                train_rows=reply.num_examples,
+                steps=reply.steps,
+                train_loss=reply.loss,
+                update_norm=by_client[client],
+                train_seconds=reply.seconds,
+            )
+        by_step = a_step(by_client, {client: reply.steps for client, reply in usable.items()})
+        far = too_far(by_step, self.config.strategy.max_norm_ratio, self.median)
+        for client, reason in far.items():
+            del usable[client]
+            seen.refuse(client, reason)
+        seen.refused = dict(sorted(seen.refused.items()))
+        self._require_enough(usable, seen)
+        median = lower_median([by_step[client] for client in usable])
+        return {client: usable[client] for client in sorted(usable)}, median
+
+    def _read_all(
+        self,
+        round: int,
+        replies: Iterable[tuple[int, Message]],
+        before: State,
+        seen: Seen,
+        late: str,
+    ) -> dict[int, Reply]:
+        """Read replies as they arrive, while others still train.
+
+        Args:
+            round: its number.
+            replies: client and reply.
+            before: what the clients received, full.
+            seen: takes bytes and refusals.
+            late: reason for clients that do not reply.
+        """
         shared = {name: before[name] for name in self.roles.shared(round)}
         usable: dict[int, Reply] = {}
         shelf = Shelf(self.folder)
@@ -152,34 +203,21 @@ class Aggregator:
                 seen.refuse(client, printable(sentence(error)))
         for client, reason in silent.items():
             seen.refuse(client, reason)
-        norms = update_norms(before, [reply.state for reply in usable.values()])
-        # A client of many rows may take a hundred times the steps of another.
-        for (client, reply), norm in zip(usable.items(), norms, strict=True):
-            seen.note(
-                client,
-                train_rows=reply.num_examples,
-                steps=reply.steps,
-                train_loss=reply.loss,
-                update_norm=norm,
-                train_seconds=reply.seconds,
-            )
-        a_step = {c: norm / usable[c].steps for c, norm in zip(usable, norms, strict=True)}
-        far = too_far(a_step, self.config.strategy.max_norm_ratio)
-        for client, reason in far.items():
-            del usable[client]
-            seen.refuse(client, reason)
-        seen.refused = dict(sorted(seen.refused.items()))
+        return usable
+
+    def _require_enough(self, usable: Mapping[int, Reply], seen: Seen) -> None:
+        """Raise RoundFailed if fewer replies can be used than ``runtime.min_replies`` asks for."""
         least = self.config.fewest_replies(len(seen.cohort))
-        if len(usable) < least:
-            client, reason = next(iter(seen.refused.items()))
-            few = "no client's reply was usable"
-            if usable:
-                few = (
-                    f"only {len(usable)} of {len(seen.cohort)} replies were usable, and "
-                    f"runtime.min_replies={self.config.runtime.min_replies} asks for {least}"
-                )
-            raise RoundFailed(f"{few}; client {client}: {reason}")
-        return {client: usable[client] for client in sorted(usable)}
+        if len(usable) >= least:
+            return
+        client, reason = next(iter(seen.refused.items()))
+        few = "no client's reply was usable"
+        if usable:
+            few = (
+                f"only {len(usable)} of {len(seen.cohort)} replies were usable, and "
+                f"runtime.min_replies={self.config.runtime.min_replies} asks for {least}"
+            )
+        raise RoundFailed(f"{few}; client {client}: {reason}")
 
     def _read(self, client: int, reply: Message, shared: State, round: int, seen: Seen) -> Reply:
         """Count a reply's bytes and check it against the client's blocks."""
@@ -188,8 +226,7 @@ class Aggregator:
         if not reply.has_error():
             size = wire_bytes(reply.content)
             seen.count("uplink_bytes", size, client)
-            if size > (most := 2 * payload_bytes(start | extras) + FRAME):
-                raise ValueError(f"the reply has {size} bytes, but at most {most} may come")
+            check_size(size, 2 * payload_bytes(start | extras) + FRAME)
         usable = read(reply, start | extras, self.config.compression.up)
         self._check_counts(self.down.at(round, client), usable)
         seen.count("uplink_payload_bytes", usable.payload_bytes, client)
@@ -214,7 +251,7 @@ class Aggregator:
         assert client is not None
         most = self.known_rows(client)
         if most is None:
-            most = self._said.setdefault(client, reply.num_examples)
+            most = self._said.setdefault(client, min(reply.num_examples, MOST_ROWS))
         if reply.num_examples > most:
             raise ValueError(f"num-examples is {reply.num_examples}, but the client has {most}")
         steps = self.engine.shared_steps(at, reply.num_examples)

@@ -13,6 +13,7 @@ from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.engine import Engine
 from fedpeft.reporting.observer import P10, UNWEIGHTED, WORST
 from fedpeft.seeding import generator
+from fedpeft.server.limits import MOST_ROWS, capped
 from fedpeft.server.replies import reason
 from fedpeft.state import State
 
@@ -101,7 +102,7 @@ def noted(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def over_clients(
-    measures: Mapping[int, Mapping[str, float]], sign: Callable[[str], int]
+    measures: Mapping[int, Mapping[str, float]], sign: Callable[[str], int], most: float = 1.0
 ) -> dict[str, float]:
     """Sum up what clients measured, four numbers for each metric.
 
@@ -114,6 +115,8 @@ def over_clients(
     Args:
         measures: by client, with the rows of each split.
         sign: 1 if more of a metric is better, -1 if less, by its name.
+        most: share of the weighted mean beyond which no client weighs, because clients with rows of
+            their own may say any number of rows.
     """
     result: dict[str, float] = {}
     keys = {key for metrics in measures.values() for key in metrics}
@@ -124,12 +127,17 @@ def over_clients(
         if name == "baseline" and len(having) < len(measures):
             continue
         values = [metrics[key] for metrics in having]
+        weights = [metrics[rows] for metrics in having]
+        if most < 1 and (whole := sum(weights)):
+            weights = capped([weight / whole for weight in weights], most)
         weighted = 0.0
-        for metrics in having:  # sum() would add in another way from Python 3.12 on
-            weighted += metrics[rows] * metrics[key]
+        for weight, value in zip(
+            weights, values, strict=True
+        ):  # Python 3.12's sum() adds otherwise
+            weighted += weight * value
         less_is_better = sign(name) < 0
         result |= {
-            f"client_{key}": weighted / sum(metrics[rows] for metrics in having),
+            f"client_{key}": weighted / sum(weights),
             f"client_{key}{UNWEIGHTED}": fmean(values),
             f"client_{key}{WORST}": max(values) if less_is_better else min(values),
             f"client_{key}{P10}": float(np.percentile(values, 90 if less_is_better else 10)),
@@ -139,6 +147,6 @@ def over_clients(
 
 def _check_rows(metrics: Mapping[str, float], most: int | None) -> None:
     for split in OWN_SPLITS:
-        number = metrics[f"{split}-num-examples"]
-        if most is not None and number > most:
-            raise ValueError(f"{split}-num-examples is {number}, but the client has {most} rows")
+        number, bound = metrics[f"{split}-num-examples"], MOST_ROWS if most is None else most
+        if number > bound:
+            raise ValueError(f"{split}-num-examples is {number}, but the client has {bound} rows")

@@ -5,11 +5,15 @@ checked for each reply. Norms are compared within a round, because nobody knows 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from fedpeft.state import State
+
+FRAME = 1 << 20  # bytes of a reply beside its arrays, at most
+MOST_STEPS = 100  # times the median of a round's clients, that count in a norm a step
+MOST_ROWS = 10**9  # that a client with rows of its own may say
 
 
 def update_norms(before: State, states: Sequence[State]) -> list[float]:
@@ -30,26 +34,54 @@ def _square(before: torch.Tensor, after: torch.Tensor) -> float:
     return float((after.double() - start.double()).square().sum())
 
 
-def too_far(norms: Mapping[int, float], ratio: float) -> dict[int, str]:
+def a_step(norms: Mapping[int, float], steps: Mapping[int, int]) -> dict[int, float]:
+    """Divide norms by steps, because a client of many rows takes many steps.
+
+    A client with rows of its own says how many steps it took. So more than ``MOST_STEPS`` times the
+    median do not count.
+
+    Args:
+        norms: of the updates, by client.
+        steps: likewise, at least one each.
+    """
+    most = MOST_STEPS * lower_median(steps.values())
+    return {client: norm / min(steps[client], most) for client, norm in norms.items()}
+
+
+def lower_median(values: Collection[float]) -> float:
+    """Return the median; of an even number the smaller of the two in the middle, 0 of none.
+
+    So one of two clients cannot raise it.
+    """
+    return sorted(values)[(len(values) - 1) // 2] if values else 0.0
+
+
+def too_far(norms: Mapping[int, float], ratio: float, before: float = 0.0) -> dict[int, str]:
     """Return the clients whose update is far longer than the others', with the reason.
 
     Args:
         norms: of the updates, each divided by the client's steps, by client.
-        ratio: multiple of the median that a norm may have. Of an even number, the smaller of the
-            two in the middle counts, so that one of two clients cannot set it.
+        ratio: multiple of the round's lower median, or of ``before`` if that is larger, that a norm
+            may have.
+        before: the lower median of the last good round, so that clients which hardly move cannot
+            have the others left out; 0 if there is none.
     """
-    if not norms:
-        return {}
-    ordered = sorted(norms.values())
-    median = ordered[(len(ordered) - 1) // 2]
-    if median == 0:
+    median = lower_median(norms.values())
+    most, whose = (before, "last good round's") if before > median else (median, "round's")
+    if most == 0:
         return {}
     return {
         client: f"its update's norm a step is {norm:.3g}, more than "
-        f"strategy.max_norm_ratio={ratio:g} times the round's median {median:.3g}"
+        f"strategy.max_norm_ratio={ratio:g} times the {whose} median {most:.3g}"
         for client, norm in norms.items()
-        if norm > ratio * median
+        if norm > ratio * most
     }
+
+
+def check_size(size: int, most: int) -> None:
+    """Raise ValueError if a reply has more than ``most`` bytes."""
+    if size > most:
+        raise ValueError(f"the reply has {size} bytes, but at most {most} may come")
 
 
 def capped(weights: Sequence[float], most: float) -> list[float]:

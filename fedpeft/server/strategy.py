@@ -20,6 +20,7 @@ from fedpeft.seeding import generator
 from fedpeft.server.aggregation import Aggregator
 from fedpeft.server.broadcast import Broadcaster
 from fedpeft.server.evaluation import client_measures, measure, noted, over_clients
+from fedpeft.server.limits import FRAME, check_size
 from fedpeft.server.nodes import Nodes, exchange
 from fedpeft.server.replies import restarted, seconds
 from fedpeft.server.seen import Asked, RoundFailed, Seen
@@ -329,7 +330,7 @@ class FederatedPEFT(Strategy):
             line |= self._evaluate_clients(grid, round)
         return line
 
-    def _evaluate_clients(self, grid: Grid, round: int, last: bool = False) -> dict[str, float]:
+    def _evaluate_clients(self, grid: Grid, round: int, last: bool = False) -> Line:
         messages = self._evaluate_messages(round, last)
         self.observer.phase("evaluate", len(messages))
         measures = self._measures(self._exchange(grid, messages))
@@ -344,22 +345,37 @@ class FederatedPEFT(Strategy):
         clients = range(self.config.num_clients)
         return self._messages(MessageType.EVALUATE, round + 1, clients, last)
 
-    def _measures(self, replies: Iterable[tuple[int, Message]]) -> dict[str, float]:
-        """Sum up the clients' measures, note each client's, and who measured nothing."""
-        by_client = dict(replies)
-        for client, reply in by_client.items():
+    def _measures(self, replies: Iterable[tuple[int, Message]]) -> Line:
+        """Sum up the clients' measures, note each client's, and who measured nothing.
+
+        Too few clients give no measure, because the measure chooses the best round.
+        """
+        by_client: dict[int, Message] = {}
+        large: dict[int, str] = {}
+        for client, reply in replies:
             if not reply.has_error():
-                self.seen.count("evaluation_uplink_bytes", wire_bytes(reply.content), client)
+                size = wire_bytes(reply.content)
+                self.seen.count("evaluation_uplink_bytes", size, client)
+                try:
+                    check_size(size, FRAME)
+                except ValueError as error:
+                    large[client] = str(error)
+                    continue
                 if restarted(reply):
                     self.seen.restarted.add(client)
-        late = {client: self._late() for client in self._sent if client not in by_client}
+            by_client[client] = reply
+        late = {c: self._late() for c in self._sent if c not in by_client and c not in large}
         ranges, known_rows = self.engine.task.ranges, self.up.known_rows
         measures, refused = client_measures(by_client, ranges, known_rows)
         for client, metrics in measures.items():
             self.seen.note(client, **noted(metrics), evaluation_seconds=seconds(by_client[client]))
-        for client, reason in (refused | late).items():
+        for client, reason in (refused | large | late).items():
             self.seen.refuse(client, f"evaluation: {reason}")
-        return over_clients(measures, self.engine.task.sign)
+        least, count = self.config.fewest_replies(len(self._sent)), len(measures)
+        if count < least:
+            why = f"runtime.min_replies={self.config.runtime.min_replies} asks for {least}"
+            return {"unmeasured": f"only {count} of {len(self._sent)} clients measured, and {why}"}
+        return dict(over_clients(measures, self.engine.task.sign, self.up.most_weight(measures)))
 
 
 def _record(metrics: Mapping[str, float | None]) -> MetricRecord:
