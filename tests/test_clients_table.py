@@ -326,3 +326,29 @@ def test_a_new_run_does_not_go_on_with_the_rows_of_a_killed_one(run: Runner) -> 
     run("method.rank=4", "num_rounds=1", f"run_dir={folder}")
     assert [row["round"] for row in read_clients(folder)] == [1, 1, 1]
     assert [line["round"] for line in read_metrics(folder)] == [0, 1]
+
+
+# --- lines ---------------------------------------------------------------------------------------
+
+
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"round": 0}\n{"round": 1}\n{"rou')
+    assert read_metrics(tmp_path) == [{"round": 0}, {"round": 1}]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (b'{"rou\x00\x00', "is damaged: Invalid control character"),
+        (b"", "is damaged: Expecting value"),
+        (b"\xff\xfe", "is damaged: 'utf-8' codec can't decode"),
+        (b"[" * 100_000, "is damaged: maximum recursion depth"),
+        (b"3", "must be an object, got 3"),
+    ],
+)
+def test_a_damaged_line_is_named(line: bytes, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"round": 0}\n' + line + b'\n{"round": 2}\n')
+    with pytest.raises(ValueError, match=f"^{file} line 2 {sentence}"):
+        read_metrics(tmp_path)
