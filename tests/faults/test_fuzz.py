@@ -554,11 +554,11 @@ class Site:
     Args:
         base: overrides of a tiny run.
         folder: takes rows, secrets and kept states; empty.
-        decoder: of a tiny causal language model.
+        llama: of a tiny causal language model.
     """
 
-    def __init__(self, base: list[str], folder: Path, decoder: Path) -> None:
-        self.decoder = decoder
+    def __init__(self, base: list[str], folder: Path, llama: Path) -> None:
+        self.llama = llama
         self.folder, self.rows, self.state = folder, folder / "rows", folder / "state"
         self.rows.mkdir()
         for split, count in (("train", 60), ("validation", 12), ("test", 12)):
@@ -790,7 +790,7 @@ def spoiled(site: Site, kind: str, change: str, value: Any) -> RecordDict:
     content = copied(site.right[kind])
     config: Any = content.config_records["config"]
     if change in ("add", "all"):
-        text = value.replace("PLANTED", str(site.folder)).replace("DECODER", str(site.decoder))
+        text = value.replace("PLANTED", str(site.folder)).replace("DECODER", str(site.llama))
         start = NO_MODEL if change == "all" else config["overrides"]
         config["overrides"] = f"{start} {text}"
     else:
