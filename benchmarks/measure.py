@@ -98,6 +98,24 @@ def proportional_mebibytes(pid: int | None = None) -> float:
     return total / 2**20
 
 
+def anonymous_mebibytes(pid: int | None = None) -> float:
+    """Return the part of ``proportional_mebibytes`` that no file backs, so that it must stay.
+
+    The kernel drops the pages of mapped files when it needs their room.
+    """
+    import psutil
+
+    root = psutil.Process(pid)
+    total = 0
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it has ended
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
+    return total / 2**10
+
+
 # Environment of every measured process: no telemetry, no tokenizer threads beside the workers, and
 # Ray's workers at the priority of a process without Ray.
 QUIET = {
@@ -116,6 +134,7 @@ def process(
     arguments: Sequence[str],
     environment: Mapping[str, str] | None = None,
     every: float | None = None,
+    size: Callable[[int], float] = proportional_mebibytes,
 ) -> tuple[str, list[tuple[float, float]]]:
     """Run a Python process to its end, and sample its memory.
 
@@ -124,6 +143,7 @@ def process(
         environment: variables added to this process's and ``QUIET``.
         every: seconds between two samples of the memory of the process and its descendants; null
             for none.
+        size: returns the memory of a process and its descendants in MiB, by its id.
 
     Returns:
         What it printed, and pairs of ``time.time`` and MiB.
@@ -139,7 +159,7 @@ def process(
         stderr=subprocess.PIPE,
         text=True,
     )
-    watcher = Thread(target=_watch, args=(child.pid, every, ended, samples))
+    watcher = Thread(target=_watch, args=(child.pid, every, ended, samples, size))
     watcher.start()
     output, errors = child.communicate()
     ended.set()
@@ -149,11 +169,17 @@ def process(
     return output, samples
 
 
-def _watch(pid: int, every: float | None, ended: Event, samples: list[tuple[float, float]]) -> None:
+def _watch(
+    pid: int,
+    every: float | None,
+    ended: Event,
+    samples: list[tuple[float, float]],
+    size: Callable[[int], float],
+) -> None:
     import psutil
 
     while every is not None and not ended.wait(every):
         try:
-            samples.append((time.time(), proportional_mebibytes(pid)))
+            samples.append((time.time(), size(pid)))
         except psutil.NoSuchProcess:
             return

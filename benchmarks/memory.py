@@ -7,13 +7,25 @@ processes that stay, each a script with torch, transformers and PEFT that takes 
 steps. The sides take turns:
 
     python -m benchmarks.memory ../shared/data/sst2 [--repeats 5] [--steps 5]
+
+With ``--full`` it measures full fine-tuning instead, of which a reply is 87 MiB, with 2 and with 20
+clients in one process. That process is the server, and trains one client after another.
 """
 
 import argparse
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import REPEATS, medians, ratio, save, spread
+from benchmarks.measure import (
+    REPEATS,
+    anonymous_mebibytes,
+    medians,
+    proportional_mebibytes,
+    ratio,
+    save,
+    spread,
+)
 from benchmarks.sides import memory, run
 
 
@@ -24,7 +36,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds of each process")
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--full", action="store_true", help="measure full fine-tuning instead")
     args = parser.parse_args()
+    if args.full:
+        measure_full(args)
+        return
     runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(args.repeats):
         for name, (side, settings) in _sides(args).items():
@@ -32,6 +48,24 @@ def main() -> None:
             runs.setdefault(name, []).append(memory(samples, rounds))
     result = {key: getattr(args, key) for key in ("repeats", "rounds", "clients", "steps")}
     save("memory", result | {"batch_size": 16} | table(runs))
+
+
+def measure_full(args: Any) -> None:
+    """Measure whether the server's memory grows with the number of clients."""
+    sizes = {"peak": proportional_mebibytes, "peak_without_mapped_files": anonymous_mebibytes}
+    runs: dict[str, dict[str, list[float]]] = {name: {} for name in sizes}
+    for _ in range(args.repeats):
+        for clients, (name, size) in product((2, 20), sizes.items()):
+            overrides = ["method=full", f"num_clients={clients}", "local_steps=1"]
+            overrides += ["runtime=inprocess", "runtime.clients_per_pass=1"]
+            job = {"data": str(args.data.resolve()), "rounds": args.rounds, "overrides": overrides}
+            rounds, samples = run("fedpeft", job, every=0.1, size=size)
+            runs[name].setdefault(str(clients), []).append(memory(samples, rounds)["peak"])
+    result: dict[str, Any] = {"repeats": args.repeats, "rounds": args.rounds, "steps": 1}
+    for name, by_clients in runs.items():
+        result[f"{name}_mebibytes_by_clients"] = medians(by_clients)
+        result[f"{name}_range"] = {clients: spread(v) for clients, v in by_clients.items()}
+    save("memory_full", result)
 
 
 def _sides(args: Any) -> dict[str, tuple[str, dict[str, Any]]]:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.measure import process, proportional_mebibytes
+
 WARMUPS = 1  # rounds before those that count
 MARK = "SIDE "  # begins the line of output that holds the rounds
 
@@ -223,6 +225,7 @@ def run(
     environment: Mapping[str, str] | None = None,
     every: float | None = None,
     launcher: Sequence[str] = ("-m",),
+    size: Callable[[int], float] = proportional_mebibytes,
 ) -> tuple[Rounds, list[tuple[float, float]]]:
     """Run a side in a process of its own, and sample its memory.
 
@@ -232,14 +235,13 @@ def run(
         environment: see ``measure.process``.
         every: see ``measure.process``.
         launcher: stands before the module's name on the command line.
+        size: see ``measure.process``.
 
     Returns:
         The rounds that count, and pairs of ``time.time`` and MiB.
     """
-    from benchmarks.measure import process
-
     arguments = [*launcher, "benchmarks.sides", name, json.dumps(settings)]
-    output, samples = process(arguments, environment, every)
+    output, samples = process(arguments, environment, every, size)
     return Rounds(**parsed(output)), samples
 
 

@@ -1,7 +1,8 @@
 """States as Flower records, and the byte counts of messages.
 
-The private names of Flower that fedpeft needs stand in this file, and those by which a node takes
-its messages in ``deployment/tasks.py``; ``tests/test_wire.py`` says which one an upgrade removed.
+The private names of Flower that fedpeft needs stand in this file, those by which a node takes its
+messages in ``deployment/tasks.py``, and the request that the server's door reads in
+``deployment/gateway.py``; ``tests/test_wire.py`` says which one an upgrade removed.
 """
 
 import json

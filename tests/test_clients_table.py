@@ -348,3 +348,29 @@ def test_a_client_of_rows_of_its_own_says_no_more_than_anybody_has() -> None:
     measures, refused = client_measures(replies, {"accuracy": (-1.0, 1.0)}, lambda client: None)
     assert measures == {}
     assert refused[0].endswith("000, but the client has 1000000000 rows")
+
+
+# --- lines ---------------------------------------------------------------------------------------
+
+
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"round": 0}\n{"round": 1}\n{"rou')
+    assert read_metrics(tmp_path) == [{"round": 0}, {"round": 1}]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (b'{"rou\x00\x00', "is damaged: Invalid control character"),
+        (b"", "is damaged: Expecting value"),
+        (b"\xff\xfe", "is damaged: 'utf-8' codec can't decode"),
+        (b"[" * 100_000, "is damaged: maximum recursion depth"),
+        (b"3", "must be an object, got 3"),
+    ],
+)
+def test_a_damaged_line_is_named(line: bytes, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"round": 0}\n' + line + b'\n{"round": 2}\n')
+    with pytest.raises(ValueError, match=f"^{file} line 2 {sentence}"):
+        read_metrics(tmp_path)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config.load import composed
+from fedpeft.config.load import composed, join
 from fedpeft.deployment.policy import LIMITS, Policy
+from fedpeft.errors import public_text
 from tests.conftest import ROOT
 
 SITE = ("model=minilm", "data=table", "data.path=/notes", "data.text=note", "data.label=ward")
@@ -36,6 +37,41 @@ def test_method_and_steps_are_the_server_s_and_the_data_the_site_s() -> None:
 def test_a_key_that_the_policy_does_not_name(asked: str, key: str) -> None:
     with pytest.raises(ValueError, match=f"this site's policy does not let a server set {key}"):
         Policy(SITE).merged(asked)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *("data.labels.x=1", "data.labels.0.x=1", "+data.labels.0=9", "++data.labels.0=9"),
+        *("data.labels@foo=1", "~data.labels.0", "data.path.x=1", "data.label=a data.label.x=2"),
+    ],
+)
+def test_nothing_below_a_key_of_the_site_is_the_server_s(asked: str) -> None:
+    """Hydra's error would quote the site's value."""
+    site = (*SITE, "data.labels=[hiv,none]")
+    assert Policy(site).merged(f"{asked} lr=0.5") == join(["lr=0.5", *site])
+
+
+def test_keys_of_a_group_that_the_site_chooses_are_the_server_s() -> None:
+    tree = composed(Policy(SITE).merged("data.max_length=17"))
+    assert (tree.data.max_length, tree.data.path) == (17, "/notes")
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (
+            "method=hetlora method.ranks=[4]",  # the site sets a key where the server has a list
+            "this site's configuration cannot be composed with what the server sets: method, "
+            "method.ranks (this node's log says more)",
+        ),
+        ("methd.rank=3", "unknown key methd.rank: did you mean method.rank?"),
+    ],
+)
+def test_an_error_names_what_the_server_sets_alone(asked: str, sentence: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        Policy(["method.ranks.ward=hiv"]).merged(asked)
+    assert public_text(raised.value) == sentence
 
 
 @pytest.mark.parametrize(

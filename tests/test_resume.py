@@ -18,8 +18,9 @@ from fedpeft.client.app import app as client_app
 from fedpeft.config.load import load_config
 from fedpeft.data.partitions.saved import Saved, write_partition
 from fedpeft.engine.engine import Engine, open_engine
-from fedpeft.reporting.run_directory import check_same, read_metrics
+from fedpeft.reporting.run_directory import RunDirectory, check_same, read_metrics
 from fedpeft.server.checkpoint import NOTES
+from fedpeft.server.run import Run
 from fedpeft.server.seen import RoundFailed
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.simulation.launch import run as run_here
@@ -59,7 +60,7 @@ CASES = {
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
 def test_the_same_bits(overrides: list[str], launched: Launched, tmp_path: Path) -> None:
     whole = launched("whole", *overrides)
-    for stop in (2, 4):
+    for stop in (2, 4, 5):
         with pytest.raises(KeyboardInterrupt, match=r"stopped after round \d: the same command"):
             launched("broken", *overrides, "resume=true", stop=stop)
     resumed = launched("broken", *overrides, "resume=true")
@@ -105,6 +106,105 @@ def test_no_checkpoint_that_can_be_read_is_said(launched: Launched, tmp_path: Pa
         spoil(path)
     with pytest.raises(ValueError, match="no checkpoint can be read: .*round_00002.*is broken"):
         launched("broken", "resume=true")
+
+
+def best_round(folder: Path) -> int:
+    """Return the round whose state lies beside the checkpoints as the best."""
+    (path,) = (folder / "checkpoints").glob("best*")
+    return int(path.stem.removeprefix("best_"))
+
+
+def test_a_lost_best_state_changes_no_later_round(
+    launched: Launched, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The best of three rounds is the first one, because the others learn nothing."""
+    given = ["lr=1e-30", "num_rounds=4"]
+    whole = launched("whole", *given)
+    with pytest.raises(KeyboardInterrupt):
+        launched("broken", *given, stop=4)
+    assert whole["best"]["round"] == best_round(tmp_path / "broken") == 0
+    spoil(tmp_path / "broken" / "checkpoints" / "best_00000.safetensors")
+    resumed = launched("broken", *given, "resume=true")
+    assert resumed["shared_state_sha256"] == whole["shared_state_sha256"]
+    assert resumed["best"]["round"] == 3
+    for key in ("validation_accuracy", "test_accuracy"):
+        assert resumed["best"][key] == whole["best"][key]
+    said = "round 0 was the best so far, but its state is lost: from now on the best one is chosen "
+    assert f"{said}from round 3 on" in caplog.messages
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "one"])
+def test_a_run_does_not_go_on_without_its_lines(
+    damage: str, launched: Launched, tmp_path: Path
+) -> None:
+    """The summary would take round 3 for the initial one."""
+    with pytest.raises(KeyboardInterrupt):
+        launched("run", stop=3)
+    file = tmp_path / "run" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.unlink()
+    if damage != "gone":
+        file.write_text("".join(lines[:1] if damage == "one" else []))
+    for overrides, rule in (
+        ((), "already holds a run: give another, or resume=true to go on"),
+        (("resume=true", "lr=0.5"), "holds a run with lr=0.003, and now it is 0.5"),
+        (("resume=true",), "metrics.jsonl must have a line for each round from 0 to 2, the "),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            launched("run", *overrides)
+
+
+# --- the end of a run ----------------------------------------------------------------------------
+
+ENDS = ("pack_clients", "save_partition", "finish", "_initial_error", "drop_clients")
+FILES = ("clients.parquet", "partition.parquet", "summary.json")
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_run_that_is_killed_after_its_last_round(
+    end: str, launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No node is asked any more, and yet all files are written."""
+    whole = launched("whole", "num_rounds=2")
+    owner = Run if end == "_initial_error" else RunDirectory
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, end, killed)
+        launched("broken", "num_rounds=2")
+    resumed = launched("broken", "num_rounds=2", "resume=true")
+    assert without_time(resumed) == without_time(whole) and resumed["initial_error"]
+    folders = tmp_path / "whole", tmp_path / "broken"
+    clients, held = (
+        [untimed(folder / name) for folder in folders]
+        for name in ("clients.parquet", "partition.parquet")
+    )
+    assert clients[0] == clients[1] and {row["round"] for row in clients[1]} == {1, 2}
+    assert held[0] == held[1] and {row["client"] for row in held[1]} == {0, 1, 2}
+
+
+def untimed(file: Path) -> list[dict[str, Any]]:
+    """Return a table's rows without their times."""
+    rows = parquet.read_table(file).to_pylist()
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+
+def test_all_files_are_there_before_the_base_model_is_built(
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory may lack for it; the summary then has all but how far the modules start from it."""
+
+    def no_memory(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Run, "_initial_error", no_memory)
+    with pytest.raises(MemoryError):
+        launched("run", "num_rounds=1")
+    assert all((tmp_path / "run" / name).exists() for name in FILES)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["final"]["round"] == 1 and "initial_error" not in summary
 
 
 def test_a_finished_run_is_not_run_again(launched: Launched, tmp_path: Path) -> None:

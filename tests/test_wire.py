@@ -230,3 +230,14 @@ def test_flower_keeps_a_message_s_id() -> None:
 def test_flower_has_what_a_node_takes_its_tasks_by(path: str, names: list[str]) -> None:
     missing = [name for name in names if not hasattr(flower(path), name)]
     assert not missing, f"{path} has no {missing} any more: see fedpeft/deployment/tasks.py"
+
+
+def test_flower_names_the_ends_of_a_reply() -> None:
+    request = getattr(flower("flwr.proto.fleet_pb2"), "PushMessagesRequest", None)
+    advice = ": see fedpeft/deployment/gateway.py"
+    assert request is not None, f"flwr.proto.fleet_pb2 has no PushMessagesRequest{advice}"
+    names = request.DESCRIPTOR.fields_by_name
+    assert {"node", "messages_list"} <= {*names}, f"PushMessagesRequest differs{advice}"
+    metadata = names["messages_list"].message_type.fields_by_name["metadata"].message_type
+    fields = {"src_node_id", "dst_node_id", "reply_to_message_id"}
+    assert fields <= {*metadata.fields_by_name}, f"a message's metadata differs{advice}"

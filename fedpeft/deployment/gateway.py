@@ -2,7 +2,7 @@
 
 A SuperLink serves sites, operators and apps at one address, and Flower's free edition asks nobody
 who submits a run for an account. So the SuperLink listens on the server's own machine alone, where
-operators work, and sites reach it through this gateway.
+operators work, and sites reach it through this gateway. It also lets no site speak to another one.
 """
 
 import argparse
@@ -14,8 +14,11 @@ from pathlib import Path
 
 import httpx
 import uvicorn
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from google.protobuf.message import DecodeError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -28,7 +31,10 @@ SMALL = (
     *("send-node-heartbeat", "pull-messages", "push-messages", "pull-object"),
     *("confirm-message-received",),
 )
+REPLIES = "push-messages"
+SUPERLINK = 1  # the server's node id in every message
 MOST_BYTES = {**dict.fromkeys(LARGE, 64 << 20), **dict.fromkeys(SMALL, 16 << 20)}  # of a body
+MOST_HELD = 1 << 30  # bytes of all bodies that are here at once
 BODY_SECONDS = 60  # for a request's body
 MOST_REQUESTS = 512  # at once
 OF_THE_HOP = {"connection", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
@@ -51,29 +57,27 @@ def gateway(superlink: str, certificate: str) -> Starlette:
         limits=httpx.Limits(max_connections=None),
         trust_env=False,  # no proxy stands between two programs of one machine
     )
+    bodies = Bodies()
+
+    async def passed_on(request: Request, name: str, body: bytes) -> Response:
+        """Hand a request on, and its answer back in parts."""
+        headers = _end_to_end(request.headers)
+        asked = client.build_request("POST", SITES + name, headers=headers, content=body)
+        try:
+            answer = await client.send(asked, stream=True)
+        except httpx.TransportError:  # it starts again; a SuperNode asks again after a 503
+            return Response("the SuperLink does not answer", status_code=503)
+        headers = _end_to_end(answer.headers)
+        done = BackgroundTask(answer.aclose)
+        parts = answer.aiter_raw()
+        return StreamingResponse(parts, answer.status_code, headers, background=done)
 
     def route(name: str) -> Route:
         async def forward(request: Request) -> Response:
-            """Hand a request on when it is here as a whole, and its answer back in parts.
-
-            The SuperLink reads a body before it knows the sender, so a body has a bound.
-            """
-            try:
-                body = await asyncio.wait_for(_body(request, MOST_BYTES[name]), BODY_SECONDS)
-            except (TimeoutError, ClientDisconnect):
-                return Response("the request did not come in time", status_code=408)
-            except ValueError as error:
-                return Response(str(error), status_code=413)
-            headers = _end_to_end(request.headers)
-            asked = client.build_request("POST", SITES + name, headers=headers, content=body)
-            try:
-                answer = await client.send(asked, stream=True)
-            except httpx.TransportError:  # it starts again; a SuperNode asks again after a 503
-                return Response("the SuperLink does not answer", status_code=503)
-            headers = _end_to_end(answer.headers)
-            done = BackgroundTask(answer.aclose)
-            parts = answer.aiter_raw()
-            return StreamingResponse(parts, answer.status_code, headers, background=done)
+            async with bodies.read(request, MOST_BYTES[name]) as body:
+                if name == REPLIES:
+                    check_replies(body)
+                return await passed_on(request, name, body)
 
         return Route(SITES + name, forward, methods=["POST"])
 
@@ -85,19 +89,73 @@ def gateway(superlink: str, certificate: str) -> Starlette:
     return Starlette(routes=[route(name) for name in MOST_BYTES], lifespan=life)
 
 
-async def _body(request: Request, most: int) -> bytes:
-    """Read a request's body.
+class Bodies:
+    """Reads requests' bodies, and counts the bytes of all that are here.
+
+    The SuperLink reads a body before it knows the sender, so it gets whole ones alone, and each
+    has a bound, as all together have.
+    """
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    @asynccontextmanager
+    async def read(self, request: Request, most: int) -> AsyncIterator[bytes]:
+        """Yield a request's body, which counts until the block ends.
+
+        Args:
+            request: its stream is read.
+            most: bytes that it may have.
+
+        Raises:
+            HTTPException: it is too long, does not come in time, or there is no room for it now.
+        """
+        body = bytearray()
+        try:
+            await self._fill(body, request, most)
+            yield bytes(body)
+        finally:
+            self.held -= len(body)
+
+    async def _fill(self, body: bytearray, request: Request, most: int) -> None:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    body += part
+                    self.held += len(part)
+                    self._check(len(body), most)
+        except (TimeoutError, ClientDisconnect) as error:
+            raise HTTPException(408, "the request did not come in time") from error
+
+    def _check(self, size: int, most: int) -> None:
+        if size > most:
+            raise HTTPException(413, f"a body has at most {most} bytes here")
+        if self.held > MOST_HELD:  # a SuperNode asks again after a 503
+            raise HTTPException(503, "too many bytes come at once")
+
+
+def check_replies(body: bytes) -> None:
+    """Let a site send replies of its own to the server, and nothing else.
+
+    The SuperLink makes sure that a request comes from the node that it names. It then stores every
+    message in it, also one that reads as if the server had sent it to another site.
+
+    Args:
+        body: of a request to push messages.
 
     Raises:
-        ValueError: it is too long.
-        ClientDisconnect: it does not end.
+        HTTPException: a message is no reply, has another sender or goes to another site.
     """
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > most:
-            raise ValueError(f"a body has at most {most} bytes here")
-    return bytes(body)
+    try:
+        request = PushMessagesRequest.FromString(body)
+    except DecodeError as error:
+        raise HTTPException(400, "this is no request to push messages") from error
+    node = request.node.node_id
+    for message in request.messages_list:
+        says = message.metadata
+        ends = says.src_node_id, says.dst_node_id
+        if node == SUPERLINK or ends != (node, SUPERLINK) or not says.reply_to_message_id:
+            raise HTTPException(403, f"node {node} may only reply to the server")
 
 
 def _end_to_end(headers: object) -> dict[str, str]:

@@ -14,7 +14,9 @@ from typing import Any
 
 import yaml
 
-from fedpeft.config.load import INTERPOLATION, composed, join, key_of, leaves, of_message
+from fedpeft.config.load import CONF, INTERPOLATION, composed, join, key_of, leaves, of_message
+from fedpeft.config.schema import ConfigError
+from fedpeft.errors import PartlyPublic
 
 # Neither model nor data, because these name paths, columns, templates and labels of the site.
 ALLOW = (
@@ -99,9 +101,9 @@ class Policy:
             ValueError: the server sets what the policy does not name, or too large a value.
         """
         own = tuple(self.configuration)
-        mine = {key_of(override) for override in own}
-        whole = (*(o for o in of_message(overrides) if key_of(o) not in mine), *own)
-        before, after = _values(own), _values(whole)
+        asked = tuple(o for o in of_message(overrides) if not self._is_own(key_of(o)))
+        whole = (*asked, *own)
+        before, after = _values(own), _with_own(asked, own)
         for key in sorted(before.keys() | after.keys()):
             if key in before and key in after and before[key] == after[key]:
                 continue
@@ -109,6 +111,16 @@ class Policy:
                 raise ValueError(f"this site's policy does not let a server set {key}")
             self._check(key, after.get(key))
         return join(whole)
+
+    def _is_own(self, key: str) -> bool:
+        """Tell whether the site sets a key, or one above it, or chooses the group of this name.
+
+        What a server sets below a value of the site would take its place, or fail with it.
+        """
+        own = {key_of(override) for override in self.configuration}
+        values = {name for name in own if not (CONF / name).is_dir()}
+        name = key.partition("@")[0]
+        return key in own or name in own or any(name.startswith(f"{v}.") for v in values)
 
     def _check(self, key: str, value: Any) -> None:
         """Refuse a number that is too large, also one in a list or in quotes."""
@@ -127,6 +139,24 @@ def _number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         return -math.inf
+
+
+def _with_own(asked: tuple[str, ...], own: tuple[str, ...]) -> dict[str, Any]:
+    """Return the values of a server's overrides with the site's on top.
+
+    Raises:
+        ConfigError: the server's alone cannot be composed; the text names none of the site's.
+        PartlyPublic: they cannot be composed with the site's.
+    """
+    try:
+        return _values((*asked, *own))
+    except ConfigError as error:
+        _values(asked)
+        keys = ", ".join(sorted({key_of(override) for override in asked}))
+        raise PartlyPublic(
+            f"this site's configuration cannot be composed with what the server sets: {keys}",
+            f": {error}",
+        ) from error
 
 
 @lru_cache(maxsize=8)

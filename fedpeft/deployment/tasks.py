@@ -103,12 +103,18 @@ class Task:
     def answer(self, app: App) -> None:
         """Answer the message by an app; its error becomes the reply.
 
+        A message that cannot be fetched or read has no reply; its task fails at the SuperNode.
+
         Raises:
             KeyboardInterrupt: the server no longer waits for the reply.
         """
         context, status, details = None, SubStatus.FAILED, "the message could not be read"
         try:
-            message, context, *_ = self._input.result()
+            try:
+                message, context, *_ = self._input.result()
+            except Exception as error:
+                log.error(details, exc_info=error)
+                return
             try:
                 reply, status, details = app(message, context), SubStatus.COMPLETED, ""
             except Exception as error:

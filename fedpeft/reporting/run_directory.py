@@ -24,6 +24,8 @@ CLIENTS, PACKED = "clients.jsonl", "clients.parquet"  # while the run lasts, and
 OVERRIDES = "overrides.yaml"  # the command's, as a list
 LOCK = ".lock"  # is locked while a process has the directory
 STOPPED = "stopped.txt"  # the reason why a run ended before its end
+CHECKPOINTS = "checkpoints"  # folder of states from which a run goes on
+LAST_ENTRY = "initial_error"  # of a summary; without it the run was killed before its end
 HELD = "partition.parquet"  # rows by client and label, where the server knows them
 PACKAGES = ("fedpeft", "flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy")
 
@@ -54,8 +56,13 @@ def _check_makeable(path: Path) -> None:
         ) from error
 
 
+def _holds_run(path: Path) -> bool:
+    """Tell whether a run has lines or checkpoints in a directory; either alone may be lost."""
+    return (path / METRICS).exists() or any((path / CHECKPOINTS).glob("*"))
+
+
 def _check_empty(path: Path, resume: bool) -> None:
-    if (path / METRICS).exists() and not resume:
+    if _holds_run(path) and not resume:
         raise ValueError(
             f"run_dir={path} already holds a run: give another, or resume=true to go on"
         )
@@ -103,7 +110,7 @@ class RunDirectory:
 
     def _claim(self, config: DictConfig, resume: bool, overrides: Sequence[str] | None) -> None:
         _check_empty(self.path, resume)
-        held = (self.path / METRICS).exists()
+        held = _holds_run(self.path)
         if not held:  # of a run that was killed before its first line
             (self.path / CLIENTS).unlink(missing_ok=True)
         written = self.path / CONFIG
@@ -151,11 +158,14 @@ class RunDirectory:
         append(self.path / name, "".join(texts))
 
     def pack_clients(self) -> None:
-        """Turn the rows of all rounds into ``clients.parquet``, at the end of the run."""
+        """Write the rows of all rounds into ``clients.parquet``, at the end of the run."""
         from pyarrow import parquet  # takes a quarter of a second
 
         with replacing(self.path / PACKED) as draft:
             parquet.write_table(in_columns(read_lines(self.path / CLIENTS)), draft)
+
+    def drop_clients(self) -> None:
+        """Delete the lines that ``clients.parquet`` has; a run that may yet go on needs them."""
         (self.path / CLIENTS).unlink()
 
     def save_partition(self, table: Mapping[str, Sequence[Any]]) -> None:
@@ -282,8 +292,11 @@ def finished(config: DictConfig) -> dict[str, Any] | None:
     folder = Path(config.run_dir)
     if not (folder / SUMMARY).exists():
         return None
+    summary = json.loads((folder / SUMMARY).read_text())
+    if LAST_ENTRY not in summary:
+        return None
     check_same(OmegaConf.load(folder / CONFIG), config, folder)
-    return json.loads((folder / SUMMARY).read_text())
+    return summary
 
 
 def versions() -> dict[str, str]:
@@ -309,5 +322,29 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file, one a line, without a last one that was cut off."""
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+    """Return the objects of a file, one a line, without a last one that was cut off.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    lines = file.read_bytes().split(b"\n")[:-1]
+    return [_object(line, f"{file} line {n}") for n, line in enumerate(lines, start=1)]
+
+
+def _object(line: bytes, place: str) -> dict[str, Any]:
+    """Return the object that a line writes.
+
+    Args:
+        line: as it lies in the file.
+        place: file and line, for the error.
+
+    Raises:
+        ValueError: it is no JSON, or JSON of something else.
+    """
+    try:
+        value = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} must be an object, got {value!r:.40}")
+    return value

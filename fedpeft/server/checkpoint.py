@@ -7,7 +7,7 @@ with the bits of one that was never broken.
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from fedpeft.methods.base import Memory
 from fedpeft.server.generations import Accepted
 from fedpeft.state import State, read, read_with_notes, save
+from fedpeft.wire import sentence
 
 log = logging.getLogger(__name__)
 NOTES = "checkpoint"
@@ -32,13 +33,15 @@ class Checkpoint:
         accepted: each client's generation.
         best_accepted: each client's generation after the best round.
         state: every parameter that the server has set, full.
-        best_state: the same after the best round.
+        best_state: the same after the best round; null if its file is broken or gone.
         memory: the strategy's.
         method_memory: the method's.
         data: hash of the server's rows; null in the checkpoints of earlier versions.
         partition: hash of who holds which rows; null where clients have rows of their own, which
             their nodes check themselves.
         own_rows: clients that have rows of their own, sorted.
+        shared_rows: clients that said that they train on the server's rows, sorted; empty in the
+            checkpoints of earlier versions.
     """
 
     round: int
@@ -48,12 +51,13 @@ class Checkpoint:
     accepted: Accepted
     best_accepted: Accepted
     state: State
-    best_state: State
+    best_state: State | None
     memory: Memory
     method_memory: Memory
     data: str | None = None
     partition: str | None = None
     own_rows: Sequence[int] = ()
+    shared_rows: Sequence[int] = ()
 
 
 class Checkpoints:
@@ -67,11 +71,14 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
         self._bests: dict[int, int | None] = {}  # the best round, by checkpoint
+        self._right: set[int] = set()  # best rounds whose files are here, and of this run
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, and then delete what it replaces."""
-        if checkpoint.best is not None and not self._best(checkpoint.best).exists():
+        if checkpoint.best is not None and checkpoint.best not in self._right:
+            assert checkpoint.best_state is not None
             save(self._best(checkpoint.best), checkpoint.best_state)
+            self._right.add(checkpoint.best)
         tensors = _named("state", {"": checkpoint.state})
         tensors |= _named("memory", checkpoint.memory)
         tensors |= _named("method_memory", checkpoint.method_memory)
@@ -85,6 +92,7 @@ class Checkpoints:
             "data": checkpoint.data,
             "partition": checkpoint.partition,
             "own_rows": list(checkpoint.own_rows),
+            "shared_rows": list(checkpoint.shared_rows),
         }
         save(self._file(checkpoint.round), tensors, {NOTES: json.dumps(notes)})
         self._bests[checkpoint.round] = checkpoint.best
@@ -96,10 +104,11 @@ class Checkpoints:
         Raises:
             ValueError: there are some, but all are broken.
         """
-        checkpoints, broken = [], []
+        checkpoints: list[Checkpoint] = []
+        broken: list[str] = []
         for round in self._rounds("round"):
             try:
-                checkpoints.append(self._read(self._file(round)))
+                checkpoints.append(self._read(round, {c.round: c.state for c in checkpoints}))
                 self._bests[round] = checkpoints[-1].best
             except (ValueError, OSError) as error:
                 broken.append(str(error))
@@ -108,23 +117,55 @@ class Checkpoints:
             raise ValueError(f"no checkpoint can be read: {broken[-1]}")
         return checkpoints
 
-    def _read(self, path: Path) -> Checkpoint:
-        tensors, text = read_with_notes(path)
-        notes: dict[str, Any] = json.loads(text[NOTES])
-        parts: dict[str, Memory] = {"state": {}, "memory": {}, "method_memory": {}}
-        for key, value in tensors.items():
-            part, memory, name = json.loads(key)
-            parts[part].setdefault(memory, {})[name] = value
-        for key in ("accepted", "best_accepted"):
-            notes[key] = {client: round for client, round in notes[key]}
-        best = {} if notes["best"] is None else read(self._best(notes["best"]))
-        return Checkpoint(
-            **notes,
-            state=parts["state"].get("", {}),
-            best_state=best,
-            memory=parts["memory"],
-            method_memory=parts["method_memory"],
-        )
+    def _read(self, round: int, states: Mapping[int, State]) -> Checkpoint:
+        """Return a checkpoint.
+
+        Args:
+            round: its round.
+            states: of older checkpoints, by round.
+
+        Raises:
+            ValueError: it is broken, or not in this version's form.
+        """
+        tensors, text = read_with_notes(self._file(round))
+        try:
+            notes: dict[str, Any] = json.loads(text[NOTES])
+            parts: dict[str, Memory] = {"state": {}, "memory": {}, "method_memory": {}}
+            for key, value in tensors.items():
+                part, memory, name = json.loads(key)
+                parts[part].setdefault(memory, {})[name] = value
+            for key in ("accepted", "best_accepted"):
+                notes[key] = {client: round for client, round in notes[key]}
+            state = parts["state"].get("", {})
+            return Checkpoint(
+                **notes,
+                state=state,
+                best_state=self._best_state(notes["best"], {**states, round: state}),
+                memory=parts["memory"],
+                method_memory=parts["method_memory"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            file = self._file(round)
+            raise ValueError(
+                f"{file} is no checkpoint of this version: {sentence(error)}"
+            ) from error
+
+    def _best_state(self, best: int | None, states: Mapping[int, State]) -> State | None:
+        """Return the state after the best round; null if it is lost.
+
+        Args:
+            best: the round; null if there is none.
+            states: of the checkpoints that can be read, by round.
+        """
+        if best is None:
+            return {}
+        try:
+            state = read(self._best(best))
+        except (ValueError, OSError) as error:
+            log.warning("the state of the best round: %s", error)
+            return states.get(best)
+        self._right.add(best)
+        return state
 
     def _prune(self) -> None:
         """Delete what no kept checkpoint needs, also drafts of a run that was killed."""
@@ -134,6 +175,7 @@ class Checkpoints:
         unused += [self._best(r) for r in self._rounds("best") if r not in self._bests.values()]
         for path in [*unused, *self.folder.glob(".*.part")]:
             path.unlink()
+        self._right.intersection_update(self._bests.values())
 
     def _rounds(self, kind: str) -> list[int]:
         names = [path.name for path in self.folder.glob(f"{kind}_*.safetensors")]

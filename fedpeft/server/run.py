@@ -1,5 +1,6 @@
 """One run from its first round to its summary: selects the best round, writes the directory."""
 
+import logging
 import time
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +17,20 @@ from fedpeft.engine.parameters import parameter_counts
 from fedpeft.engine.passes import autocast
 from fedpeft.models.hub import weights_sha256
 from fedpeft.reporting.observer import Line, Observer
-from fedpeft.reporting.run_directory import RunDirectory, versions
+from fedpeft.reporting.run_directory import (
+    CHECKPOINTS,
+    LAST_ENTRY,
+    METRICS,
+    RunDirectory,
+    versions,
+)
 from fedpeft.server.checkpoint import Checkpoint, Checkpoints
 from fedpeft.server.diagnostics import initial_error
 from fedpeft.server.evaluation import measure
 from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.state import State, save, sha256
+
+log = logging.getLogger(__name__)
 
 
 class Run(Observer):
@@ -52,7 +61,8 @@ class Run(Observer):
         self.selection = strategy.selection
         self.best_state: State = {}
         self.every = checkpoint.every
-        self.checkpoints = Checkpoints(directory.path / "checkpoints", checkpoint.keep)
+        self.checkpoints = Checkpoints(directory.path / CHECKPOINTS, checkpoint.keep)
+        self._shared_rows: set[int] = set()  # clients with the server's rows, also before a resume
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -76,15 +86,46 @@ class Run(Observer):
             return
         last = checkpoints[-1]
         self._check_rows(last)
-        self.lines = self.directory.keep_lines(last.round)
-        for line in self.lines:
-            self.selection.add(line)
-        self.best_state = last.best_state
+        self._take_lines(last.round)
         self.started -= last.seconds
         self.strategy.down.restore(checkpoints)
+        self._take_best(last)
         self.strategy.next_round = last.round + 1
         self.strategy.nodes.goes_on = True
         self.strategy.nodes.own_rows.update(last.own_rows)  # they may come back later
+        self._shared_rows.update(last.shared_rows)
+
+    def _take_lines(self, last: int) -> None:
+        """Read the rounds' lines.
+
+        Raises:
+            ValueError: a round's line is missing, so the summary would be wrong.
+        """
+        self.lines = self.directory.keep_lines(last)
+        rounds = [line["round"] for line in self.lines]
+        if rounds != list(range(last + 1)):
+            raise ValueError(
+                f"{self.directory.path / METRICS} must have a line for each round from 0 to "
+                f"{last}, the checkpoint's, but has {len(rounds)}: bring it back, or give another "
+                "run_dir"
+            )
+        for line in self.lines:
+            self.selection.add(line)
+
+    def _take_best(self, last: Checkpoint) -> None:
+        """Take over the best round; if its state is lost, choose from the last round on."""
+        if last.best_state is not None:
+            self.best_state = last.best_state
+            return
+        log.warning(
+            "round %s was the best so far, but its state is lost: from now on the best one is "
+            "chosen from round %s on",
+            *(last.best, last.round),
+        )
+        line, self.selection.best = self.lines[-1], {}
+        if self.selection.better(line):
+            self.selection.best, self.best_state = line, last.state
+            self.strategy.down.generations.best = last.accepted
 
     def _check_rows(self, last: Checkpoint) -> None:
         """Refuse to go on with other rows, because their results would mix with the old ones'."""
@@ -138,6 +179,8 @@ class Run(Observer):
         """Save what the next round depends on."""
         down = self.strategy.down
         generations = down.generations
+        nodes = self.strategy.nodes
+        self._shared_rows |= nodes.of.keys() - nodes.own_rows
         self.checkpoints.save(
             Checkpoint(
                 round=round,
@@ -152,7 +195,8 @@ class Run(Observer):
                 method_memory=down.method_memory,
                 data=self.data["sha256"],
                 partition=self.partition,
-                own_rows=sorted(self.strategy.nodes.own_rows),
+                own_rows=sorted(nodes.own_rows),
+                shared_rows=sorted(self._shared_rows),
             )
         )
         kept = [*generations.checkpoints, generations.accepted]
@@ -199,16 +243,18 @@ class Run(Observer):
             "run_dir": str(self.directory.path),
             "working_directory": str(Path.cwd()),  # relative paths of the configuration start there
         }
-        self.directory.finish(summary)  # before the base model is built, for which memory may lack
         self.directory.pack_clients()
         self._save_partition()
-        summary["initial_error"] = self._initial_error()
+        self.directory.finish(summary)  # before the base model is built, for which memory may lack
+        summary[LAST_ENTRY] = self._initial_error()
         self.directory.finish(summary)
+        self.directory.drop_clients()
         return summary
 
     def _save_partition(self) -> None:
         """Write who holds what, of the clients that said that they train on the server's rows."""
-        clients = sorted(self.strategy.nodes.of.keys() - self.strategy.nodes.own_rows)
+        nodes = self.strategy.nodes
+        clients = sorted((self._shared_rows | nodes.of.keys()) - nodes.own_rows)
         if clients:
             self.directory.save_partition(self.engine.rows.held(clients))
 

@@ -154,7 +154,9 @@ def test_a_file_without_its_seed_is_read(file: Path) -> None:
     assert len(replay(file)) == 3
 
 
-@pytest.mark.parametrize("content", [b"", b'{"format": 1, "num_rows": 40, "cli', b"\xff\xfe\x00"])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"format": 1, "num_rows": 40, "cli', b"\xff\xfe\x00", b"[" * 100_000]
+)
 def test_a_file_that_is_cut_off_or_no_json(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     with pytest.raises(ValueError, match=f"^partition.file={file} is no JSON, or cut off: .+$"):

@@ -43,6 +43,7 @@ from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import sha256
 from fedpeft.wire import number
 from tests.conftest import TOPICS
+from tests.data.conftest import decoder  # noqa: F401
 from tests.data.files import write_file
 
 pytestmark = pytest.mark.slow
@@ -546,14 +547,18 @@ VARIABLE = "FEDPEFT_TEST_PASSWORD"
 
 
 class Site:
-    """A node with secrets in its environment, in files and in each of its rows.
+    """A node with secrets in its environment, in files, in each of its rows and in its policy.
+
+    Of five labels no row has the last one. Its name is a secret where the site has its own list.
 
     Args:
         base: overrides of a tiny run.
         folder: takes rows, secrets and kept states; empty.
+        llama: of a tiny causal language model.
     """
 
-    def __init__(self, base: list[str], folder: Path) -> None:
+    def __init__(self, base: list[str], folder: Path, llama: Path) -> None:
+        self.llama = llama
         self.folder, self.rows, self.state = folder, folder / "rows", folder / "state"
         self.rows.mkdir()
         for split, count in (("train", 60), ("validation", 12), ("test", 12)):
@@ -562,9 +567,10 @@ class Site:
             write_file(self.rows / f"{split}.parquet", rows)
         for end, text in FILES.items():
             (folder / f"password{end}").write_text(text)
-        table = [f"data.path={self.rows}", f"data.labels=[{','.join(TOPICS)}]"]
-        self.overrides = [*base, "method=fedsa_lora", *table]
-        self.policy = Policy([*(o for o in base if o.startswith(("model", "data"))), *table])
+        path, labels = f"data.path={self.rows}", ",".join(TOPICS)
+        self.overrides = [*base, "method=fedsa_lora", path, f"data.labels=[{labels},other]"]
+        own = [*(o for o in base if o.startswith(("model", "data"))), path]
+        self.policy = Policy([*own, f"data.labels=[{labels},{SECRET}label]"])
         self.count = 0
         self.right = self._right()
         self.files = self._files()
@@ -589,7 +595,9 @@ class Site:
         """Return the reply to a message, which comes through one of the doors."""
         message = Message(content, 1, kind)
         number(message, "1")
-        node = {"partition-id": 0, "state-folder": str(self.state)}
+        node = {"partition-id": 0, "state-folder": str(self.state / door)}
+        if door == "own rows":
+            node["data-path"] = str(self.rows)
         context = Context(1, 1, {**node}, RecordDict(), {})
         if door == "policy":
             return _answer(self.policy, message, context)
@@ -620,7 +628,7 @@ class Site:
         return self._files() == self.files
 
 
-DOORS = ("app", "policy")
+DOORS = ("app", "policy", "own rows")
 FILES = {
     "": f"{SECRET}file\n",
     ".txt": f"{SECRET}file\n" * 9,
@@ -646,12 +654,16 @@ def sent_bytes(reply: Message) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def site(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(
+    base: list[str],
+    decoder: Path,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Site]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, f"{SECRET}environment")
         patch.chdir(tmp_path_factory.mktemp("cwd"))
         open_engine.cache_clear()
-        yield Site(base, tmp_path_factory.mktemp("site"))
+        yield Site(base, tmp_path_factory.mktemp("site"), decoder)
         open_engine.cache_clear()
 
 
@@ -667,6 +679,8 @@ KEYS = st.sampled_from(
     + ["optimizer.warmup", "optimizer", "model", "data", "partition", "strategy", "compression"]
     + ["method", "experiment", "checkpoint", "run_dir", "nothing", "method._target_"]
     + ["data._target_", "model._target_", "partition._target_", "strategy._target_"]
+    + ["data.prompt", "data.answer", "model.chat_template", "data.labels.x", "data.labels.0"]
+    + ["data.path.x", "data.text.0", "model.path.x"]
 )
 HOSTILE = st.sampled_from(
     [str(10**30), str(10**18), "-1", "0", "1e999", "-1e308", "nan", "inf", "null", "true", "''"]
@@ -735,6 +749,22 @@ def override(draw: st.DrawFn) -> str:
     return draw(st.sampled_from(QUOTES))(f"{sign}{key}{package}={value}")
 
 
+# An instruction task on the site's rows, which a decoder of its own learns.
+TEMPLATED = (
+    "model.path=DECODER data=instructions data.path=PLANTED/rows data.answer=label "
+    "'data.prompt={{ text }}' num_clients=1 partition=iid"
+)
+RENDERED = st.sampled_from(
+    ["{{ text }}", "{{ text }}{{ 1 / 0 }}", "{{ text.x.y }}", "{{ text | int / 0 }}", "{{ other }}"]
+    + ["{{ text[99999] + 1 }}", "{{ text.__class__.__mro__ }}", "{{ raise_exception(text) }}"]
+    + ["{{ [][text] }}", "{{ text.format(x=1) }}", "{{ text % text }}", "{% include text %}"]
+    + ["{{ messages[0].content }}{{ {}[messages[0].content] }}", "{{ text", "{% for %}"]
+)
+TEMPLATES = st.builds(
+    lambda key, template: f"{TEMPLATED} {shlex.quote(f'{key}={template}')}",
+    st.sampled_from(["data.prompt", "data.prompt", "data.answer", "model.chat_template"]),
+    RENDERED,
+)
 NO_MODEL = "model=local model.path=/nowhere"  # because the default's is large
 FIELDS = ("round", "generation", "oldest", "best", "run", "index", "overrides")
 VALUES = st.one_of(
@@ -750,7 +780,7 @@ SENT = st.one_of(
     st.tuples(st.just("add"), ADDED),
     st.tuples(st.just("add"), ADDED),
     st.tuples(st.just("add"), ADDED),
-    st.tuples(st.just("all"), ADDED),
+    st.tuples(st.just("all"), ADDED | TEMPLATES),
     st.tuples(st.sampled_from(FIELDS), VALUES),
 )
 
@@ -760,7 +790,7 @@ def spoiled(site: Site, kind: str, change: str, value: Any) -> RecordDict:
     content = copied(site.right[kind])
     config: Any = content.config_records["config"]
     if change in ("add", "all"):
-        text = value.replace("PLANTED", str(site.folder))
+        text = value.replace("PLANTED", str(site.folder)).replace("DECODER", str(site.llama))
         start = NO_MODEL if change == "all" else config["overrides"]
         config["overrides"] = f"{start} {text}"
     else:
@@ -777,6 +807,13 @@ def spoiled(site: Site, kind: str, change: str, value: Any) -> RecordDict:
 @example("app", "evaluate", ("add", "model=" + "../" * 12 + "PLANTED/password"))
 @example("app", "train", ("add", "+experiment@_global_=" + "../" * 12 + "PLANTED/password"))
 @example("policy", "train", ("add", "+experiment@_global_=" + "../" * 12 + "PLANTED/password"))
+@example("policy", "train", ("add", "data.labels.x=1"))
+@example("policy", "evaluate", ("add", "+data.labels.0=9"))
+@example("policy", "query", ("add", "data.path.x=1 ~data"))
+@example("own rows", "query", ("all", TEMPLATED))
+@example("own rows", "query", ("all", f"{TEMPLATED} 'data.prompt={{{{ text | int / 0 }}}}'"))
+@example("own rows", "query", ("all", f"{TEMPLATED} 'model.chat_template={{{{ [][text] }}}}'"))
+@example("policy", "query", ("all", TEMPLATED))
 @example("app", "train", ("add", "lr='" + "x" * 10**6 + "'"))
 @example("app", "train", ("round", 10**9))
 @example("app", "evaluate", ("round", 10**9))
@@ -786,7 +823,7 @@ def test_a_hostile_configuration(site: Site, door: str, kind: str, sent: tuple[s
         leaves = sent_bytes(site.ask(door, kind, spoiled(site, kind, *sent)))
     except Exception as error:  # as the worker of a site does, or as Flower does with the app's
         assert door == "policy" or error.__cause__ is None
-        shown = traceback.format_exception_only(error) if door == "app" else [public_text(error)]
+        shown = [public_text(error)] if door == "policy" else traceback.format_exception_only(error)
         leaves = "".join(shown).encode(errors="replace")
     assert SECRET.lower().encode() not in leaves.lower()
     assert site.left_nothing()

@@ -89,7 +89,7 @@ class Saved(Partition):
             saved = json.loads(Path(self.file).expanduser().read_text())
         except OSError as error:
             raise ValueError(f"{self.origin} cannot be read: {error.strerror}") from error
-        except ValueError as error:  # no UTF-8 or no JSON
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or lists without end
             raise PartlyPublic(f"{self.origin} is no JSON, or cut off", f": {error}") from error
         missing = [key for key in KEYS if key not in saved] if isinstance(saved, dict) else KEYS
         if missing:
