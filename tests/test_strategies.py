@@ -134,8 +134,7 @@ def pair(engine_of: Callable[[str], Engine]) -> Iterator[Paired]:
             "optimizer": optimizer_of(strategy),
         }
         engine = changed(engine_of(method), **options | fields)
-        for part in (engine.config.strategy, engine.config.compression):
-            part.check(engine.replica.setting())
+        engine.replica.roles.check()
         return Pair(engine, rounds)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -14,14 +14,16 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from hydra import compose
 
+from fedpeft.config.load import composing
 from fedpeft.config.schema import ConfigError
-from fedpeft.config.sweeps import plan
+from fedpeft.config.sweeps import BASIC, plan
 from fedpeft.reporting.progress import Display, Tally, duration
 from fedpeft.reporting.saved_runs import SavedRun, hash_of, saved_runs
 from fedpeft.simulation import job
 from fedpeft.simulation.job import Job
-from fedpeft.simulation.sweep import _notes, sweep
+from fedpeft.simulation.sweep import NO_TRIAL, _notes, sweep
 from tests.conftest import quiet
 
 Command = Callable[..., str]
@@ -68,6 +70,25 @@ def test_a_plan_knows_all_jobs_and_what_sets_them_apart() -> None:
 def test_plans_that_are_refused(arguments: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         plan(arguments)
+
+
+# --- what an upgrade of Hydra or Optuna may change ------------------------------------------------
+
+
+def test_hydra_s_basic_sweeper_has_its_private_name() -> None:
+    with composing():
+        sweeper = compose("config", return_hydra_config=True).hydra.sweeper._target_
+    assert sweeper == BASIC, f"Hydra's basic sweeper is {sweeper} now: see fedpeft/config/sweeps.py"
+
+
+@pytest.mark.filterwarnings("ignore:The ``declarative_base:DeprecationWarning")  # Optuna 2's
+def test_optuna_s_sentence_for_no_trial_is_known() -> None:
+    optuna = pytest.importorskip("optuna")
+    with pytest.raises(ValueError) as raised:
+        _ = optuna.create_study().best_trial
+    assert str(raised.value) == NO_TRIAL, (
+        f"Optuna says {raised.value} now: see NO_TRIAL in fedpeft/simulation/sweep.py"
+    )
 
 
 # --- counting -------------------------------------------------------------------------------------
@@ -216,7 +237,7 @@ def test_the_error_of_a_launcher_is_told_although_a_job_failed(
     error = "the queue is gone"
     with pytest.raises(RuntimeError, match="the queue is gone"):
         sweep(planned, "", as_json=False)
-    error = "No trials are completed yet."  # of Optuna, and no news
+    error = NO_TRIAL  # no news
     assert not sweep(planned, "", as_json=False)
     assert capsys.readouterr().err.count("lr=1 failed: the job's reason") == 2
 

@@ -18,7 +18,8 @@ from fedpeft.config.overrides import quoted, readable
 from fedpeft.config.schema import ConfigError
 from fedpeft.config.sentences import hydra_sentence
 
-BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # runs the product of all values
+# A private name of Hydra; this sweeper runs the product of all values.
+BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 FOLDER, SUBDIR = "hydra.sweep.dir", "hydra.sweep.subdir"
 
 

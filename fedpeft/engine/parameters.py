@@ -62,12 +62,7 @@ def check_on_meta(config: Config) -> None:
     """
     config.method.check(config.num_rounds)
     config.model.check_precision(config.precision)
-    model = _injected_on_meta(config, _on_meta(config))
-    roles = Roles(config, model)
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
-    setting = roles.setting(shapes)
-    config.strategy.check(setting)
-    config.compression.check(setting)
+    Roles(config, _injected_on_meta(config, _on_meta(config))).check()
 
 
 def _on_meta(config: Config) -> nn.Module:

@@ -5,7 +5,6 @@ import logging
 import torch
 from torch import nn
 
-from fedpeft.algorithms.base import Setting
 from fedpeft.config.schema import Config
 from fedpeft.engine.cpu import checkpoint_blocks
 from fedpeft.engine.roles import Roles
@@ -45,10 +44,8 @@ class Replica:
         self.model: nn.Module = model.to(_device(config.runtime.device))
         self.device = next(self.model.parameters()).device
         self.roles = Roles(config, self.model)
+        self.roles.check()
         self.initial = snapshot(self.model, self.roles.names)
-        setting = self.setting()
-        config.strategy.check(setting)
-        config.compression.check(setting)
 
     def base_model(self) -> nn.Module:
         """Return the model before the method touches it."""
@@ -60,11 +57,6 @@ class Replica:
         if self.task.needs == "tokenizer":
             model.config.pad_token_id = self.processor.pad_token_id
         return model
-
-    def setting(self) -> Setting:
-        """Return the facts by which a strategy or a compression may refuse this run."""
-        shapes = {name: tuple(value.shape) for name, value in self.initial.items()}
-        return self.roles.setting(shapes)
 
     def shared(self, round: int) -> State:
         """Return initial values of what is shared in a round: the names, shapes and dtypes."""

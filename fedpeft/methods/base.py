@@ -167,6 +167,14 @@ class Method(ABC):
         """
         return shape
 
+    def trains_blocks(self, num_clients: int) -> bool:
+        """Return true if any of so many clients may train less than whole parameters in a round.
+
+        A method with a ``block`` of its own does, unless it knows better, because ranks may differ
+        by client and shrink from round to round.
+        """
+        return type(self).block is not Method.block
+
     def phases(self, at: At) -> Sequence[Phase]:
         """Return the parts of a client's training, in order; the base has one for everything.
 

@@ -26,7 +26,7 @@ from fedpeft.simulation.launch import check_all
 
 SHOWN = 10  # of the skipped runs, by name
 NOTES, LOCK = ".jobs-", ".lock"  # begin the name of a folder for notes; the file that is locked
-NO_TRIAL = "No trials are completed yet."  # of Optuna
+NO_TRIAL = "No trials are completed yet."  # Optuna's sentence
 
 
 def sweep(plan: Plan, command: str, as_json: bool) -> bool:

@@ -20,6 +20,9 @@ from fedpeft.reporting.observer import Line, Observer
 from fedpeft.reporting.saved_runs import SavedRun
 
 Numbers = dict[str, float]
+# Writes the model of a run's directory, the first argument, into a new folder, the second. It is
+# handed in, because the modules that export stand above this package and import torch.
+Export = Callable[[Path, Path], object]
 STATE = "tracked.json"  # in a tracker's folder: its run's id and the last round that it has
 
 
@@ -44,13 +47,16 @@ class Session(ABC):
         """
 
     @abstractmethod
-    def end(self, status: str, reason: str, summary: Mapping[str, Any] | None) -> str:
+    def end(
+        self, status: str, reason: str, summary: Mapping[str, Any] | None, export: Export
+    ) -> str:
         """Write how the run ended.
 
         Args:
             status: ``completed``, ``stopped`` or ``failed``.
             reason: one sentence, unless it is completed.
             summary: null if the run has none.
+            export: writes the model of a completed run.
 
         Returns:
             A note for whoever reads the run's output, or nothing.
@@ -109,10 +115,13 @@ class Tracking(Observer):
         tracker: the settings.
         run_dir: of the run; it holds the configuration when the run begins.
         note: is told the first failure.
+        export: writes the model of a run that is completed.
     """
 
-    def __init__(self, tracker: Tracker, run_dir: str, note: Callable[[str], None]) -> None:
-        self.tracker, self._tell = tracker, note
+    def __init__(
+        self, tracker: Tracker, run_dir: str, note: Callable[[str], None], export: Export
+    ) -> None:
+        self.tracker, self._tell, self._export = tracker, note, export
         self.path = Path(run_dir)
         self.folder = self.path / tracker.name
         self.session: Session | None = None
@@ -131,7 +140,7 @@ class Tracking(Observer):
             reason = f"logger={self.tracker.name} cannot begin: {_text(error)}"
             if self.session is not None:
                 with suppress(Exception):
-                    self.session.end("failed", reason, None)
+                    self.session.end("failed", reason, None, self._export)
             self._close()
             raise ValueError(reason) from error
         self.begun = True
@@ -158,7 +167,7 @@ class Tracking(Observer):
         self._write_missing()
         assert self.session is not None
         summary = SavedRun(self.path).summary if status == "completed" else None
-        if text := self.session.end(status, reason, summary):
+        if text := self.session.end(status, reason, summary, self._export):
             self._tell(text)
 
     def _safely(self, act: Callable[[], None]) -> None:
