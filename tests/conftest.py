@@ -38,9 +38,9 @@ from tests.expected.methods import TINY
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
+SHARED = Path(os.environ.get("FEDPEFT_TEST_DATA") or ROOT.parent / "shared")
 needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the folder shared/ with real data is not beside the project"
+    not SHARED.is_dir(), reason=f"{SHARED} with real data is not there (FEDPEFT_TEST_DATA names it)"
 )
 TOPICS = {
     "food": "bread cheese apple soup salt oven plate spoon",

@@ -133,7 +133,7 @@ def test_another_configuration_does_not_go_on(launched: Launched, stop: int) -> 
     ],
 )
 def test_keys_that_change_no_result_may_change(launched: Launched, override: str) -> None:
-    """For example to go on after a round had too few replies."""
+    """A user may change them, for example to go on after a round had too few replies."""
     with pytest.raises(KeyboardInterrupt):
         launched("run", stop=2)
     assert launched("run", "resume=true", override)["shared_state_sha256"]

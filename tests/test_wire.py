@@ -152,7 +152,7 @@ def test_wire_bytes_count_every_record() -> None:
     assert wire_bytes(content) < wire_bytes(with_metrics)
 
 
-# --- Flower's private names and its sentences ------------------------------------------------------
+# --- Flower's private names and its sentences -----------------------------------------------------
 
 INFLATABLE = "flwr.supercore.inflatable.inflatable_object"
 IDENTITY, RUN = "flwr.supercore.task_identity", "flwr.supercore.run"

@@ -138,6 +138,11 @@ def store_of(context: Context, config: ConfigRecord, client: int) -> Store:
     It lies in the node's ``state-folder``. Where no one names one, it lies in the folder
     $FEDPEFT_STATE, or else in the user's own for states, such as ~/.local/state/fedpeft.
 
+    Args:
+        context: of the node.
+        config: the message's, which names the run.
+        client: number of the client.
+
     Raises:
         ValueError: the message names no run.
     """

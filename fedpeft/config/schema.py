@@ -179,7 +179,7 @@ class Checkpointing:
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """When a run ends before its last round.
+    """Settings of early stopping, which ends a run before its last round.
 
     Args:
         patience: evaluations in a row without a better measure on validation rows, by the measure

@@ -83,7 +83,7 @@ def attention(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """Compute ``F.scaled_dot_product_attention``, which documents the arguments.
+    """Compute attention, see ``F.scaled_dot_product_attention``, which documents the arguments.
 
     On a CPU it runs step by step if it drops, and in float32 under autocast if it drops or is a
     training step over at most ``SHORT`` tokens.

@@ -46,7 +46,13 @@ class ServerModel(Protocol):
         ...
 
     def batches(self, size: int, purpose: str, *path: int) -> Iterator[Any]:
-        """Yield batches of the server's validation rows without end, in a seeded order."""
+        """Yield batches of the server's validation rows without end, in a seeded order.
+
+        Args:
+            size: rows of a batch.
+            purpose: sets this order apart from those for other purposes.
+            path: further numbers that do, such as the round's.
+        """
         ...
 
     def gradients(self, names: Sequence[str], batch: Any) -> tuple[float, State]:

@@ -180,7 +180,13 @@ def _averaged(rows: Rows, measures: Sequence[str]) -> dict[str, Any]:
 
 
 def ordered(rows: Rows, column: str, reverse: bool) -> Rows:
-    """Return rows sorted by a column; those that have no value come last."""
+    """Return rows sorted by a column; those that have no value come last.
+
+    Args:
+        rows: one a run, or one a setting.
+        column: its name; its values are sorted as texts unless all are numbers.
+        reverse: the largest first.
+    """
     have = [row for row in rows if row.get(column) is not None]
     numbers = all(isinstance(row[column], int | float) for row in have)
     have.sort(key=lambda row: row[column] if numbers else str(row[column]), reverse=reverse)

@@ -207,7 +207,7 @@ class Run(Observer):
         return summary
 
     def _save_partition(self) -> None:
-        """Write who holds what, of the clients that said that they train on the server's rows."""
+        """Write the rows, by label, of each client that said that it trains on the server's rows."""
         clients = sorted(self.strategy.nodes.of.keys() - self.strategy.nodes.own_rows)
         if clients:
             self.directory.save_partition(self.engine.rows.held(clients))
