@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def explained(folder: Path) -> Iterator[None]:
+def naming_the_cache(folder: Path) -> Iterator[None]:
     """Turn an error that comes from a cache's folder into one sentence that says what to set.
 
     Args:
@@ -105,7 +105,7 @@ def cached_folder(key: Iterable[Any], write: Callable[[Path], None]) -> Path:
         ValueError: the cache cannot be written.
     """
     folder = cache_folder() / "folders" / _name(key)
-    with explained(folder):
+    with naming_the_cache(folder):
         if not _is_whole(folder):
             with _locked(folder):
                 if not _is_whole(folder):  # another process may have been first

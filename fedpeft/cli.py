@@ -169,7 +169,7 @@ def study(arguments: list[str]) -> None:
         RuntimeError: no run of a table came to its end; the other tables are there.
     """
     from fedpeft.reporting.pages import save_study
-    from fedpeft.reporting.study_plan import Plan
+    from fedpeft.reporting.study_plan import StudyPlan
 
     as_json, rest = _flag(arguments, "--json")
     only_estimate, rest = _flag(rest, "--estimate")
@@ -178,7 +178,7 @@ def study(arguments: list[str]) -> None:
     for name in names:
         given[name], rest = _option(rest, name, "")
     folder, base = _folder_and_base(rest, "runs/study")
-    plan = Plan.of(folder, base, given, METHODS)
+    plan = StudyPlan.of(folder, base, given, METHODS)
     command = ["study", *(a for a in arguments if a != "--json")]
     if only_estimate or (plan.settings.estimate and not as_json):
         from fedpeft.simulation.estimate import show_estimate

@@ -29,10 +29,11 @@ from fedpeft.engine.plan import Job
 from fedpeft.reporting.progress import Display
 from fedpeft.reporting.run_directory import read_metrics
 from fedpeft.server.app import serve
-from fedpeft.simulation.grid import InProcessGrid, one_by_one
+from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import State
 from fedpeft.wire import unpack
 from tests.expected.methods import TINY
+from tests.grids import one_by_one
 
 # A shell that starts the tests in the background lets them, and their programs, ignore SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -21,9 +21,10 @@ from fedpeft.config.schema import Config
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.roles import Roles
 from fedpeft.server.strategy import FederatedPEFT
-from fedpeft.simulation.grid import InProcessGrid, one_by_one
+from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import STRATEGY, State, prefixed, split_prefixed, zeros
 from tests.conftest import Recorder, Sent
+from tests.grids import one_by_one
 
 CLIENTS, COHORT, LR = 3, 2, 0.01
 SMALL = [

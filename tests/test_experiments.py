@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from fedpeft.config.load import CONF, composed, load_config
 from fedpeft.engine.parameters import check_on_meta, count_on_meta
-from fedpeft.reporting.study_plan import Plan
+from fedpeft.reporting.study_plan import StudyPlan
 from fedpeft.simulation.estimate import estimate
 
 TABLES = (
@@ -34,9 +34,9 @@ OF_FEDTT = {
 
 
 @cache
-def plan(table: str, scale: str) -> Plan:
+def plan(table: str, scale: str) -> StudyPlan:
     """Return the plan of ``fedpeft study experiment=TABLE scale=SCALE``."""
-    return Plan.of(Path("x"), [f"experiment={table}", f"scale={scale}"], OPTIONS, "lora")
+    return StudyPlan.of(Path("x"), [f"experiment={table}", f"scale={scale}"], OPTIONS, "lora")
 
 
 def first(table: str, scale: str, cell: int = 0, entry: int = 0) -> DictConfig:

@@ -19,11 +19,12 @@ from fedpeft.config.load import CONF
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.engine.plan import Job
 from fedpeft.server.app import serve
-from fedpeft.simulation.grid import InProcessGrid, one_by_one
+from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.simulation.launch import run as run_here
 from fedpeft.state import State, snapshot
 from tests.conftest import Recorder, Runner, Sent, quiet
 from tests.expected.methods import EXPECTED, PERSONAL, Expected, names_of
+from tests.grids import one_by_one
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 SUMMARY = {

@@ -22,7 +22,7 @@ from fedpeft.config.sweeps import BASIC, plan
 from fedpeft.reporting.progress import Display, Tally, duration
 from fedpeft.reporting.saved_runs import SavedRun, hash_of, saved_runs
 from fedpeft.simulation import job
-from fedpeft.simulation.job import Job
+from fedpeft.simulation.job import SweepJob
 from fedpeft.simulation.sweep import NO_TRIAL, _notes, sweep
 from tests.conftest import quiet
 
@@ -228,7 +228,7 @@ def test_of_equal_jobs_at_once_one_runs_and_the_other_takes_its_result(
 def test_the_error_of_a_launcher_is_told_although_a_job_failed(
     base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def launcher(_: Sequence[str], one: Job) -> None:
+    def launcher(_: Sequence[str], one: SweepJob) -> None:
         (one.notes / "0.json").write_text(json.dumps(["lr=1", "failed", "", "the job's reason"]))
         raise RuntimeError(error)
 
@@ -254,7 +254,7 @@ def test_notes_of_a_killed_sweep_are_removed_and_those_of_one_that_goes_on_stay(
 
 
 def test_each_note_is_read_once(tmp_path: Path) -> None:
-    one = Job(plan(["seed=1"]), tmp_path, 0.0, 1, 0, as_json=False)
+    one = SweepJob(plan(["seed=1"]), tmp_path, 0.0, 1, 0, as_json=False)
     for number, kind in enumerate(("done", "failed", "failed")):
         note = ["x", kind, "", "", 0, number == 2]
         (tmp_path / f"{number}.json").write_text(json.dumps(note))

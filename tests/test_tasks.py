@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fedpeft.deployment import tasks as module
-from fedpeft.deployment.tasks import Task, Tasks
+from fedpeft.deployment.tasks import NodeTask, Tasks
 
 
 class Quiet:
@@ -41,7 +41,7 @@ def test_a_message_that_never_comes_stops_no_later_one(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "pull_task_input", pull)
     monkeypatch.setattr(module, "push_message", lambda client, reply, context: pushed.append(reply))
     monkeypatch.setattr(module, "push_task_output", lambda *a: finished.append(a[2]))
-    waiting: list[Any] = [Task("", "lost"), None, Task("", "here")]
+    waiting: list[Any] = [NodeTask("", "lost"), None, NodeTask("", "here")]
     tasks = Tasks("", b"secret")
     monkeypatch.setattr(tasks, "_next", lambda: waiting.pop(0) if waiting else None)
     answers = [tasks.answer(echo) for _ in range(2)]

@@ -37,6 +37,7 @@ GROUPS = {  # base classes by name, because torch is imported only when a group 
     "strategy": "fedpeft.algorithms.base.FedAvg",
     "compression": "fedpeft.compression.base.Compression",
 }
+PATHS = ("data.path", "model.path", "model.tokenizer_path")  # keys of files and folders
 TRACKER = "fedpeft.reporting.trackers.base.Tracker"
 _FIELD = re.compile(
     rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation|checkpoint|early_stopping|study|logger)"

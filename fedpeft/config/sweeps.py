@@ -24,7 +24,7 @@ FOLDER, SUBDIR = "hydra.sweep.dir", "hydra.sweep.subdir"
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """A sweep before it begins.
 
     Args:
@@ -54,7 +54,7 @@ class Plan:
         return " ".join(own or overrides)
 
 
-def plan(arguments: Sequence[str]) -> Plan:
+def plan(arguments: Sequence[str]) -> SweepPlan:
     """Plan a sweep.
 
     Args:
@@ -80,7 +80,7 @@ def plan(arguments: Sequence[str]) -> Plan:
         raise ConfigError(hydra_sentence(error, overrides, known)) from error
 
 
-def _plan(overrides: list[str]) -> Plan:
+def _plan(overrides: list[str]) -> SweepPlan:
     with composing():
         loader = GlobalHydra.instance().config_loader()
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
@@ -93,7 +93,9 @@ def _plan(overrides: list[str]) -> Plan:
         jobs = _jobs([*search, *(o for o in parsed if not _of_hydra(o))], known)
     swept = tuple(o.key_or_group for o in [*search, *parsed] if o.is_sweep_override())
     of_folder = [o for o in overrides if key_of(o) != FOLDER]
-    return Plan([*of_folder, f"{FOLDER}={quoted(folder)}"], folder, swept, jobs, sweeper, known)
+    return SweepPlan(
+        [*of_folder, f"{FOLDER}={quoted(folder)}"], folder, swept, jobs, sweeper, known
+    )
 
 
 def _as_text(value: str) -> str:

@@ -12,9 +12,9 @@ from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.engine import Engine
 from fedpeft.models.hub import weights_sha256
 from fedpeft.models.pretrained import Pretrained
+from fedpeft.versions import SHOWN
 
-PACKAGES = ("fedpeft", "flwr", "torch", "transformers")
-TEXTS = ("python", *PACKAGES, "weights")
+TEXTS = ("python", *SHOWN, "weights")
 NUMBERS = ("cpus", "used_bytes", "free_bytes", "gpu_free_bytes", "gpu_bytes")
 
 _hashes: WeakKeyDictionary[Engine, str] = WeakKeyDictionary()  # virtual clients share an engine
@@ -33,7 +33,7 @@ def facts(engine: Engine) -> dict[str, str | int]:
         _hashes[engine] = _weights(engine.config.model)
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: version(name) for name in SHOWN},
         "weights": _hashes[engine],
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cores(),
         "used_bytes": _kilobytes("/proc/self/status", "VmRSS") * 1024,

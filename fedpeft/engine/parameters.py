@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedpeft.config.schema import Config
-from fedpeft.engine.replica import injected
+from fedpeft.engine.replica import check_choices, injected
 from fedpeft.engine.roles import Roles
 from fedpeft.models.precision import train_in_float32
 
@@ -60,8 +60,7 @@ def check_on_meta(config: Config) -> None:
     Raises:
         ValueError: it does not.
     """
-    config.method.check(config.num_rounds)
-    config.model.check_precision(config.precision)
+    check_choices(config)
     Roles(config, _injected_on_meta(config, _on_meta(config))).check()
 
 

@@ -32,8 +32,7 @@ class Replica:
 
     def __init__(self, config: Config) -> None:
         torch.set_num_threads(config.runtime.threads)
-        config.method.check(config.num_rounds)
-        config.model.check_precision(config.precision)
+        check_choices(config)
         self.config, self.task = config, config.data
         self.processor = getattr(config.model, self.task.needs)()
         with torch_seed(config.seed, "method"):
@@ -94,6 +93,16 @@ class Replica:
         """Let exactly these parameters require gradients."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in names)
+
+
+def check_choices(config: Config) -> None:
+    """Check, before a model is built, that the number of rounds and the precision are possible.
+
+    Raises:
+        ValueError: one is not.
+    """
+    config.method.check(config.num_rounds)
+    config.model.check_precision(config.precision)
 
 
 def injected(config: Config, model: nn.Module) -> nn.Module:

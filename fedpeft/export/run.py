@@ -10,17 +10,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fedpeft.client.store import Store
-from fedpeft.config.load import changed, typed
+from fedpeft.compression.base import as_received
+from fedpeft.config.load import PATHS, changed, typed
 from fedpeft.config.schema import Config
 from fedpeft.engine.replica import Replica
 from fedpeft.export.folder import with_labels
 from fedpeft.methods.base import At
 from fedpeft.reporting.run_directory import CONFIG, SUMMARY
-from fedpeft.seeding import generator
 from fedpeft.server.checkpoint import Checkpoint, Checkpoints
 from fedpeft.state import Role, State, read
-
-PATHS = ("model.path", "model.tokenizer_path", "data.path")
 
 
 class OneModel(Replica):
@@ -109,9 +107,8 @@ def open_run(
     tree: Any = changed(saved, overrides)
     config = typed(with_labels(tree, summary.get("labels")))
     replica = OneModel(_whole(config) if whole else config)
-    state = _as_received(
-        config, read(folder / f"{'best_' if best else ''}shared_state.safetensors")
-    )
+    saved_state = read(folder / f"{'best_' if best else ''}shared_state.safetensors")
+    state = as_received(config.compression, saved_state, config.seed)
     setting = ""
     if client is None:
         setting = _common(replica)
@@ -144,12 +141,6 @@ def _whole(config: Config) -> Config:
     model = replace(config.model, gradient_checkpointing=False, load_in=None)
     runtime = replace(config.runtime, device="cpu")
     return replace(config, precision=precision, model=model, runtime=runtime)
-
-
-def _as_received(config: Config, state: State) -> State:
-    """Return the server's values as clients get them, by which the summary measures too."""
-    codec, draws = config.compression.down, generator(config.seed, "compression down", 0)
-    return codec.decode(codec.encode(state, state, draws), state)
 
 
 def _common(replica: Replica) -> str:

@@ -14,7 +14,7 @@ from fedpeft.export.card import card
 from fedpeft.export.load import opened
 from fedpeft.export.run import FinishedRun
 from fedpeft.export.verify import difference, logits, made_up
-from fedpeft.methods.exported import INNER, PeftForm
+from fedpeft.methods.parts.exported import INNER, PeftForm
 from fedpeft.models.sites import head_names
 from fedpeft.state import save
 

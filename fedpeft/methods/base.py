@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from fedpeft.methods.exported import PeftForm, folded, of_peft_layers
+from fedpeft.methods.parts.exported import PeftForm, folded, of_peft_layers
 from fedpeft.state import Role, State, weighted_mean
 
 Memory = dict[str, State]  # what the server keeps for a method or strategy from round to round

@@ -13,7 +13,7 @@ from fedpeft.reporting.study import Study, listed, numbers
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """All tables of a study, as the configuration and the command's options say.
 
     Args:
@@ -32,7 +32,7 @@ class Plan:
     @classmethod
     def of(
         cls, folder: Path, base: Sequence[str], options: Mapping[str, str], methods: str
-    ) -> "Plan":
+    ) -> "StudyPlan":
         """Return the plan of a command.
 
         Args:

@@ -1,6 +1,5 @@
 """``fedpeft check``: opens model and data, asks each node for its facts, trains nothing."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +10,12 @@ from fedpeft.config import load as configuration
 from fedpeft.config.schema import Config
 from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.engine import open_engine
-from fedpeft.engine.facts import NUMBERS, PACKAGES, TEXTS, facts
+from fedpeft.engine.facts import NUMBERS, TEXTS, facts
 from fedpeft.engine.parameters import parameter_counts
 from fedpeft.reporting.check import Report, named
 from fedpeft.server.nodes import Nodes, exchange
 from fedpeft.server.replies import printable, reason
+from fedpeft.versions import SHOWN
 from fedpeft.wire import sentence
 
 MOST_CHARACTERS = 100  # of a version or a hash
@@ -116,7 +116,7 @@ def differences(server: Facts, clients: Mapping[int, Facts]) -> tuple[list[str],
     """
     found: dict[str, dict[str, list[int]]] = {}
     for client, answer in clients.items():
-        for name in ("weights", "python", *PACKAGES):
+        for name in ("weights", "python", *SHOWN):
             if answer[name] != server[name]:
                 found.setdefault(name, {}).setdefault(answer[name], []).append(client)
     problems, notes = [], []
@@ -161,6 +161,4 @@ def _workers(config: Config, own: Facts) -> list[str]:
 
 def _ray_is_here(config: Config) -> bool:
     """Tell whether a run would start a Ray of this machine alone."""
-    runtime = config.runtime
-    address = runtime.address or os.environ.get("RAY_ADDRESS") or "local"
-    return runtime.kind == "ray" and address == "local"
+    return config.runtime.kind == "ray" and config.runtime.cluster()[1] == "local"

@@ -16,12 +16,13 @@ from fedpeft.engine.parameters import parameter_counts
 from fedpeft.engine.passes import autocast
 from fedpeft.models.hub import weights_sha256
 from fedpeft.reporting.observer import Line, Observer
-from fedpeft.reporting.run_directory import RunDirectory, versions
+from fedpeft.reporting.run_directory import RunDirectory
 from fedpeft.server.checkpoint import Checkpoint, Checkpoints
 from fedpeft.server.diagnostics import initial_error
 from fedpeft.server.evaluation import measure
 from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.state import State, save, sha256
+from fedpeft.versions import installed
 
 
 class Run(Observer):
@@ -194,7 +195,7 @@ class Run(Observer):
             "partition_sha256": self.partition,
             "notes": engine.task.notes(),
             "seed": engine.config.seed,
-            "versions": versions(),
+            "versions": installed(),
             "command": self.command,
             "run_dir": str(self.directory.path),
             "working_directory": str(Path.cwd()),  # relative paths of the configuration start there
@@ -207,7 +208,7 @@ class Run(Observer):
         return summary
 
     def _save_partition(self) -> None:
-        """Write the rows, by label, of each client that said that it trains on the server's rows."""
+        """Write the rows by label of each client that says that it trains on the server's rows."""
         clients = sorted(self.strategy.nodes.of.keys() - self.strategy.nodes.own_rows)
         if clients:
             self.directory.save_partition(self.engine.rows.held(clients))

@@ -21,6 +21,7 @@ from fedpeft.engine.engine import Engine
 from fedpeft.seeding import generator
 from fedpeft.state import State
 from tests.conftest import job_of
+from tests.rows import labelled
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, size=53)
 
@@ -131,7 +132,7 @@ def test_by_length_is_stable() -> None:
 
 
 def test_batch_pads_right_and_masks() -> None:
-    rows = Examples.from_lists([[7, 8], [9], [1, 2, 3], [4, 5, 6, 6]], np.array([1, 0, 2, 3]), 99)
+    rows = labelled([[7, 8], [9], [1, 2, 3], [4, 5, 6, 6]], [1, 0, 2, 3], 99)
     assert len(rows) == 4 and rows.lengths.tolist() == [2, 1, 3, 4]
     batch = rows.batch(np.array([2, 1, 0]))
     assert batch["input_ids"].tolist() == [[1, 2, 3], [9, 99, 99], [7, 8, 99]]
@@ -143,7 +144,7 @@ def test_batch_pads_right_and_masks() -> None:
 
 
 def test_a_padding_token_in_the_text_is_not_masked() -> None:
-    batch = Examples.from_lists([[0, 5, 0], [5]], np.array([0, 0]), 0).batch(np.array([0, 1]))
+    batch = labelled([[0, 5, 0], [5]], [0, 0], 0).batch(np.array([0, 1]))
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
