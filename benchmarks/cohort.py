@@ -147,7 +147,7 @@ def turn(engine: Engine, size: int) -> Callable[[], float]:
             clients = range(first, first + size)
             start = dict(engine.replica.initial)
             jobs = [Job(engine.replica.roles.at(round, client), start) for client in clients]
-            for result in engine.train(jobs, round):
+            for result in engine.train(jobs):
                 if isinstance(result, Exception):
                     raise result
         return time.perf_counter() - begun

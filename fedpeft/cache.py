@@ -287,10 +287,10 @@ def _check(path: Path, size: int, crc: int) -> None:
         there = path.stat().st_size
         if there != size:
             raise _Broken(f"{path} of the cache has {there} of {size} bytes")
-        found = _size_and_crc(path)[1]
+        crc_now = _size_and_crc(path)[1]
     except OSError as error:
         raise _Broken(f"{path} of the cache cannot be read ({error.strerror})") from error
-    if found != crc:
+    if crc_now != crc:
         raise _Broken(f"{path} of the cache has changed since it was written")
 
 

@@ -174,11 +174,11 @@ def study(arguments: list[str]) -> None:
     as_json, rest = _flag(arguments, "--json")
     only_estimate, rest = _flag(rest, "--estimate")
     names = ("--methods", "--lrs", "--seeds", "--extend", "--data")
-    given: dict[str, str] = {}
+    options: dict[str, str] = {}
     for name in names:
-        given[name], rest = _option(rest, name, "")
+        options[name], rest = _option(rest, name, "")
     folder, base = _folder_and_base(rest, "runs/study")
-    plan = StudyPlan.of(folder, base, given, METHODS)
+    plan = StudyPlan.of(folder, base, options, METHODS)
     command = ["study", *(a for a in arguments if a != "--json")]
     if only_estimate or (plan.settings.estimate and not as_json):
         from fedpeft.simulation.estimate import show_estimate

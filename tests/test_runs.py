@@ -392,11 +392,11 @@ def test_each_client_keeps_its_own_personal_tensors(
             assert torch.equal(value, expected[name]), (run.recorder.client, name)
         checked.append((run.recorder.kind, run.recorder.round, run.recorder.client))
 
-    def train_and_check(engine: Engine, job: Job, round: int) -> Any:
+    def train_and_check(engine: Engine, job: Job) -> Any:
         assert job.client == run.recorder.client
         engine.replica.load(job.start)
         check(engine)
-        result = train_client(engine, job, round)
+        result = train_client(engine, job)
         last[job.client] = personal(engine)
         return result
 

@@ -38,8 +38,8 @@ class Store:
     @property
     def generations(self) -> list[int]:
         """The generations that are here, sorted."""
-        found = [re.fullmatch(r"(\d+)\.safetensors", path.name) for path in self._files()]
-        return sorted(int(match[1]) for match in found if match)
+        matches = [re.fullmatch(r"(\d+)\.safetensors", path.name) for path in self._files()]
+        return sorted(int(match[1]) for match in matches if match)
 
     def load(self, generation: int) -> State:
         """Return what was kept in a round; empty for generation 0.

@@ -286,10 +286,10 @@ def trackers(overrides: str | Sequence[str]) -> list[Any]:
         for name, node in chosen.items():
             if not OmegaConf.is_dict(node) or "_target_" not in node:
                 raise ConfigError(f"logger.{name} is set, but not chosen: add logger={name}")
-        found = [_group(node, f"logger.{name}", TRACKER) for name, node in chosen.items()]
-        for tracker in found:
+        listed = [_group(node, f"logger.{name}", TRACKER) for name, node in chosen.items()]
+        for tracker in listed:
             tracker.check()
-    return found
+    return listed
 
 
 def changed(tree: DictConfig, overrides: Sequence[str]) -> DictConfig:

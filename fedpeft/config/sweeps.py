@@ -50,8 +50,8 @@ class SweepPlan:
 
     def label(self, overrides: Sequence[str]) -> str:
         """Return what sets a job apart from the others."""
-        own = [o.lstrip("+") for o in overrides if key_of(o) in self.swept]
-        return " ".join(own or overrides)
+        of_sweep = [o.lstrip("+") for o in overrides if key_of(o) in self.swept]
+        return " ".join(of_sweep or overrides)
 
 
 def plan(arguments: Sequence[str]) -> SweepPlan:
@@ -87,8 +87,8 @@ def _plan(overrides: list[str]) -> SweepPlan:
         single = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
         hydra = compose("config", single, return_hydra_config=True).hydra
         folder, sweeper = str(hydra.sweep.dir), hydra.sweeper
-        own = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-        search = OverridesParser.create(config_loader=loader).parse_overrides(own)
+        params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+        search = OverridesParser.create(config_loader=loader).parse_overrides(params)
         known = sweeper._target_ == BASIC
         jobs = _jobs([*search, *(o for o in parsed if not _of_hydra(o))], known)
     swept = tuple(o.key_or_group for o in [*search, *parsed] if o.is_sweep_override())

@@ -98,10 +98,10 @@ class Policy:
         Raises:
             ValueError: the server sets what the policy does not name, or too large a value.
         """
-        own = tuple(self.configuration)
-        mine = {key_of(override) for override in own}
-        whole = (*(o for o in of_message(overrides) if key_of(o) not in mine), *own)
-        before, after = _values(own), _values(whole)
+        site = tuple(self.configuration)
+        mine = {key_of(override) for override in site}
+        whole = (*(o for o in of_message(overrides) if key_of(o) not in mine), *site)
+        before, after = _values(site), _values(whole)
         for key in sorted(before.keys() | after.keys()):
             if key in before and key in after and before[key] == after[key]:
                 continue

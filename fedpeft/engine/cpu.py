@@ -37,7 +37,7 @@ class OnCPU(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def kept(shape: torch.Size | tuple[int, ...], p: float) -> tuple[Tensor, float]:
+def dropout_mask(shape: torch.Size | tuple[int, ...], p: float) -> tuple[Tensor, float]:
     """Draw a mask of the entries that dropout keeps.
 
     PyTorch draws a Bernoulli number in 7 ns, this function in .7: one number of torch's generator
@@ -71,7 +71,7 @@ def scaled(x: Tensor, mask: Tensor, factor: float) -> Tensor:
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     if not (training and 0 < p < 1 and x.is_cpu and not inplace):
         return F.dropout(x, p, training, inplace)
-    return scaled(x, *kept(x.shape, p))
+    return scaled(x, *dropout_mask(x.shape, p))
 
 
 def attention(
@@ -128,7 +128,7 @@ def _wide(
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros(attn_mask.shape).masked_fill_(~attn_mask, least)
         scores = scores + attn_mask.clamp(min=least)
-    mask, factor = kept(scores.shape, dropout_p)
+    mask, factor = dropout_mask(scores.shape, dropout_p)
     return (scores.softmax(-1) * mask.to(scores.dtype)) @ (value * factor)
 
 

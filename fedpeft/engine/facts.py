@@ -84,8 +84,8 @@ def _cores() -> int:
 def _kilobytes(file: str, name: str) -> int:
     """Return a number of one of Linux's tables; 0 on other systems."""
     lines = Path(file).read_text().splitlines() if Path(file).exists() else []
-    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
-    return int(found[0]) if found else 0
+    numbers = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(numbers[0]) if numbers else 0
 
 
 def _number(file: str) -> int | None:

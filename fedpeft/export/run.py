@@ -153,13 +153,14 @@ def _common(replica: Replica) -> str:
     if not roles.has_personal:
         return ""
     rounds = range(1, roles.rounds + 1)
-    own = {n for r in rounds for n, role in roles.by_name(r).items() if role is Role.PERSONAL}
+    left = {n for r in rounds for n, role in roles.by_name(r).items() if role is Role.PERSONAL}
     if method.common is not None:
-        own -= {n for r in rounds for n in own if method.role(n, roles.at(r)) is Role.PERSONAL}
-    if own:
+        left -= {n for r in rounds for n in left if method.role(n, roles.at(r)) is Role.PERSONAL}
+    if left:
+        last = replica.config.num_clients - 1
         raise ValueError(
-            f"{len(own)} parameters stay on the clients in this run, such as {min(own)}, so there "
-            f"is no model of all: choose one with --client, 0 to {replica.config.num_clients - 1}"
+            f"{len(left)} parameters stay on the clients in this run, such as {min(left)}, so "
+            f"there is no model of all: choose one with --client, 0 to {last}"
         )
     return method.common or ""
 

@@ -144,7 +144,7 @@ def saved_runs(folders: Sequence[Path]) -> list[SavedRun]:
     Raises:
         ValueError: a folder is not there, or holds no run.
     """
-    found: dict[Path, SavedRun] = {}
+    by_path: dict[Path, SavedRun] = {}
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder: give the directory of a run, or one above it")
@@ -152,8 +152,10 @@ def saved_runs(folders: Sequence[Path]) -> list[SavedRun]:
         runs = [path for path in paths if (path / CONFIG).exists()]
         if not runs:
             raise ValueError(f"{folder} holds no run: none of its folders has {METRICS}")
-        found |= {path.resolve(): SavedRun(path) for path in runs if path.resolve() not in found}
-    return sorted(found.values(), key=lambda run: run.path)
+        by_path |= {
+            path.resolve(): SavedRun(path) for path in runs if path.resolve() not in by_path
+        }
+    return sorted(by_path.values(), key=lambda run: run.path)
 
 
 def differing(runs: Sequence[SavedRun]) -> list[str]:

@@ -46,15 +46,15 @@ class StudyPlan:
             ValueError: an option's value is none.
         """
         chosen = settings_of(base).study
-        given = {
+        changes = {
             "methods": listed(options["--methods"]) if options["--methods"] else chosen.methods,
             "lrs": numbers("--lrs", options["--lrs"], float) or chosen.lrs,
             "seeds": numbers("--seeds", options["--seeds"], int) or chosen.seeds,
             "extend": (numbers("--extend", options["--extend"], int) or [chosen.extend])[0],
         }
-        given["methods"] = given["methods"] or listed(methods)
+        changes["methods"] = changes["methods"] or listed(methods)
         data = Path(options["--data"]) if options["--data"] else None
-        return cls(folder, [*chosen.common, *base], replace(chosen, **given), data)
+        return cls(folder, [*chosen.common, *base], replace(chosen, **changes), data)
 
     def passes(self) -> Iterator[tuple[bool, Study]]:
         """Yield every table with the first seed, then with the first two, and so on.

@@ -82,8 +82,8 @@ def simulate(grid: "LocalGrid", overrides: Sequence[str], display: Display) -> d
     path = settings.run_dir or new_path(label)
     grid.num_clients = engine.config.num_clients
     grid.state_folder, grid.groups = Path(path).resolve() / "clients", engine.groups
-    given = [o for o in configuration.split(overrides) if not o.startswith("run_dir=")]
-    return serve(grid, [*given, f"run_dir={quoted(path)}"], display)
+    rest = [o for o in configuration.split(overrides) if not o.startswith("run_dir=")]
+    return serve(grid, [*rest, f"run_dir={quoted(path)}"], display)
 
 
 # A run may fail in these ways and leave other runs alone.

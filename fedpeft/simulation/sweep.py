@@ -151,9 +151,9 @@ def _of_sweeper(plan: SweepPlan) -> list[str]:
         wanted["max_failure_rate"] = 1.0
     if "seed" in (plan.sweeper.get("sampler") or {}):
         wanted["sampler.seed"] = 0
-    given = {key_of(argument) for argument in plan.arguments}
+    keys = {key_of(argument) for argument in plan.arguments}
     settings = {f"hydra.sweeper.{key}": value for key, value in wanted.items()}
-    return [f"{key}={value}" for key, value in settings.items() if key not in given]
+    return [f"{key}={value}" for key, value in settings.items() if key not in keys]
 
 
 def _by_hydra(overrides: Sequence[str], job: SweepJob) -> None:

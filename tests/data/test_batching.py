@@ -257,20 +257,20 @@ def test_a_client_s_batches_by_round(opened: Callable[..., Engine], seen: list[B
     batches: dict[tuple[int, int], list[list[list[int]]]] = {}
     for client in (0, 1):
         for round in (1, 2):
-            trained = engine.train_client(job_of(engine, client, round), round).trained
+            trained = engine.train_client(job_of(engine, client, round)).trained
             batches[client, round] = tokens(seen)
             assert trained.num_examples == len(engine.rows.client_examples(client)["train"])
             assert [len(batch) for batch in batches[client, round]] == [8, 8, 8]
     assert all(batches[a] != batches[b] for a in batches for b in batches if a != b)
-    engine.train_client(job_of(engine, 0, 1), 1)
+    engine.train_client(job_of(engine, 0, 1))
     assert tokens(seen) == batches[0, 1]
-    other_seed.train_client(job_of(other_seed, 0, 1), 1)
+    other_seed.train_client(job_of(other_seed, 0, 1))
     assert tokens(seen) != batches[0, 1]
 
 
 def test_local_epochs(opened: Callable[..., Engine], seen: list[Batch]) -> None:
     engine = opened("local_steps=null", "local_epochs=2")
-    number = engine.train_client(job_of(engine, 1, 1), 1).trained.num_examples
+    number = engine.train_client(job_of(engine, 1, 1)).trained.num_examples
     examples = engine.rows.client_examples(1)["train"]
     assert number == len(examples)
     assert sum(len(batch["labels"]) for batch in seen) == 2 * number
@@ -280,7 +280,7 @@ def test_local_epochs(opened: Callable[..., Engine], seen: list[Batch]) -> None:
 def test_batches_are_a_client_s_own_rows(opened: Callable[..., Engine], seen: list[Batch]) -> None:
     engine = opened("local_steps=null", "local_epochs=1")
     for client in range(3):
-        engine.train_client(job_of(engine, client, 1), 1)
+        engine.train_client(job_of(engine, client, 1))
         examples = engine.rows.client_examples(client)["train"]
         tokens, offsets = examples.arrays["tokens"], examples.arrays["offsets"]
         expected = sorted(tokens[offsets[row] : offsets[row + 1]].tolist() for row in examples.rows)

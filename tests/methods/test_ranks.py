@@ -78,9 +78,9 @@ def tails(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool, bool]]:
         outside = torch.cat(tail(engine.config.method, state, client))
         seen.append((client, len(outside) > 0, not outside.any()))
 
-    def watch(engine: Engine, job: Job, round: int) -> Result:
+    def watch(engine: Engine, job: Job) -> Result:
         look(engine, job.client, job.start)
-        result = train_client(engine, job, round)
+        result = train_client(engine, job)
         assert result.after.keys() == job.start.keys() == set(engine.replica.roles.names)
         after = snapshot(engine.replica.model, engine.replica.roles.names)
         look(engine, job.client, after)

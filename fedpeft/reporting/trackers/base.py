@@ -235,15 +235,15 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     What single clients were refused for is left out too, because their sentences are not for
     others, and would make a key a client and round.
     """
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in values.items():
         if key == "refused":
             continue
         if isinstance(value, Mapping):
-            found |= flat(value, f"{before}{key}.")
+            result |= flat(value, f"{before}{key}.")
         elif value is not None and not isinstance(value, list):
-            found[before + key] = value
-    return found
+            result[before + key] = value
+    return result
 
 
 def settings(run: SavedRun) -> dict[str, Any]:

@@ -82,14 +82,14 @@ class _Run(Session):
             self._client.update_run(id, "RUNNING")
 
     def _experiment(self, name: str, place: str | None) -> str:
-        if found := self._client.get_experiment_by_name(name):
-            return found.experiment_id
+        if experiment := self._client.get_experiment_by_name(name):
+            return experiment.experiment_id
         try:
             return self._client.create_experiment(name, place)
         except Exception:  # another run, which began at the same time, may have made it
-            if (found := self._client.get_experiment_by_name(name)) is None:
+            if (experiment := self._client.get_experiment_by_name(name)) is None:
                 raise
-            return found.experiment_id
+            return experiment.experiment_id
 
     def _begin(self, experiment: str) -> str:
         run = self._saved
