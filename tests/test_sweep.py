@@ -23,7 +23,7 @@ from fedpeft.reporting.progress import Display, Tally, duration
 from fedpeft.reporting.saved_runs import SavedRun, hash_of, saved_runs
 from fedpeft.simulation import job
 from fedpeft.simulation.job import SweepJob
-from fedpeft.simulation.sweep import NO_TRIAL, _notes, sweep
+from fedpeft.simulation.sweep import NO_TRIAL, folder_of_notes, sweep
 from tests.conftest import quiet
 
 Command = Callable[..., str]
@@ -215,7 +215,7 @@ def test_of_equal_jobs_at_once_one_runs_and_the_other_takes_its_result(
 
     def run_one(_: int) -> tuple[str, Any]:
         both.wait()
-        ended, outcome = job._run(base, "same", tmp_path, tmp_path, quiet())
+        ended, outcome = job.run_once(base, "same", tmp_path, tmp_path, quiet())
         return ended.kind, outcome
 
     monkeypatch.setattr(job, "run", slow)
@@ -228,11 +228,15 @@ def test_of_equal_jobs_at_once_one_runs_and_the_other_takes_its_result(
 def test_the_error_of_a_launcher_is_told_although_a_job_failed(
     base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def launcher(_: Sequence[str], one: SweepJob) -> None:
-        (one.notes / "0.json").write_text(json.dumps(["lr=1", "failed", "", "the job's reason"]))
-        raise RuntimeError(error)
+    def hydra(one: SweepJob) -> Callable[[], None]:
+        def launch() -> None:
+            note = json.dumps(["lr=1", "failed", "", "the job's reason"])
+            (one.notes / "0.json").write_text(note)
+            raise RuntimeError(error)
 
-    monkeypatch.setattr("fedpeft.simulation.sweep._by_hydra", launcher)
+        return launch
+
+    monkeypatch.setattr("fedpeft.simulation.sweep.main", lambda **_: hydra)
     planned = plan([*base, "lr=1", f"run_dir={tmp_path}"])
     error = "the queue is gone"
     with pytest.raises(RuntimeError, match="the queue is gone"):
@@ -247,7 +251,7 @@ def test_notes_of_a_killed_sweep_are_removed_and_those_of_one_that_goes_on_stay(
 ) -> None:
     (tmp_path / ".jobs-killed").mkdir()
     (tmp_path / ".jobs-killed" / "0.json").write_text("[]")
-    with _notes(tmp_path) as one, _notes(tmp_path) as other:
+    with folder_of_notes(tmp_path) as one, folder_of_notes(tmp_path) as other:
         assert {path.name for path in tmp_path.glob(".jobs-*/")} == {one.name, other.name}
         assert one != other and one.is_dir()
     assert list(tmp_path.glob(".jobs-*/")) == []

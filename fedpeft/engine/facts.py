@@ -15,6 +15,7 @@ from fedpeft.models.pretrained import Pretrained
 from fedpeft.versions import SHOWN
 
 TEXTS = ("python", *SHOWN, "weights")
+CGROUP = Path("/sys/fs/cgroup")
 NUMBERS = ("cpus", "used_bytes", "free_bytes", "gpu_free_bytes", "gpu_bytes")
 
 _hashes: WeakKeyDictionary[Engine, str] = WeakKeyDictionary()  # virtual clients share an engine
@@ -65,10 +66,14 @@ def _weights(model: Pretrained) -> str:
     return (source and weights_sha256(source)) or "unknown"
 
 
-def free_memory() -> int:
-    """Return the bytes that processes may still take: the machine's, or fewer in a container."""
+def free_memory(cgroup: Path = CGROUP) -> int:
+    """Return the bytes that processes may still take: the machine's, or fewer in a container.
+
+    Args:
+        cgroup: folder in which Linux says what this container may take.
+    """
     machine = _kilobytes("/proc/meminfo", "MemAvailable") * 1024
-    most, used = (_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    most, used = (_number(cgroup / f"memory.{name}") for name in ("max", "current"))
     return machine if most is None or used is None else min(machine, max(0, most - used))
 
 
@@ -88,7 +93,7 @@ def _kilobytes(file: str, name: str) -> int:
     return int(numbers[0]) if numbers else 0
 
 
-def _number(file: str) -> int | None:
+def _number(file: Path) -> int | None:
     """Return the number in a file; null if there is no file, or a word such as ``max``."""
-    text = Path(file).read_text().strip() if Path(file).exists() else ""
+    text = file.read_text().strip() if file.exists() else ""
     return int(text) if text.isdigit() else None

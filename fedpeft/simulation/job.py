@@ -85,7 +85,7 @@ class SweepJob:
         # Nobody could tell apart the lines of runs in several processes, so they show none.
         shown = Console(highlight=False, soft_wrap=True, stderr=self.as_json, quiet=not here)
         folder = Path(hydra.runtime.output_dir)
-        ended, outcome = _run(overrides, name, folder, self.notes, Display(shown))
+        ended, outcome = run_once(overrides, name, folder, self.notes, Display(shown))
         with replacing(self.notes / f"{hydra.job.num:09}.json") as draft:
             draft.write_text(json.dumps(ended))
         if here:
@@ -129,13 +129,20 @@ def continuing(overrides: Sequence[str], path: Path) -> list[str]:
     return [*overrides, f"run_dir={quoted(path)}", "resume=true"]
 
 
-def _run(
+def run_once(
     overrides: Sequence[str], name: str, folder: Path, notes: Path, display: Display
 ) -> tuple[JobEnded, Outcome]:
-    """Return how a job ended, now or in an earlier sweep.
+    """Run a job, unless its result is there, and return how it ended, now or in an earlier sweep.
 
     A sweeper that draws values may draw the same ones for several jobs at once. The first of them
     runs, and the others wait for its result.
+
+    Args:
+        overrides: the job's configuration.
+        name: sets it apart from the other jobs.
+        folder: the sweep's, which holds the runs' directories.
+        notes: folder of the sweep's notes, for the lock.
+        display: shows the run.
     """
     path, earlier = "", False
     try:

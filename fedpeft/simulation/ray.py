@@ -118,6 +118,14 @@ class RayGrid(LocalGrid):
         for worker in self._workers:
             ray.kill(worker)
 
+    def workers(self) -> list[Any]:
+        """Return Ray's handles of the workers, also of those that are still starting."""
+        return list(self._workers)
+
+    def started(self) -> list[Any]:
+        """Return Ray's handles of the workers that run."""
+        return list(self._machines)
+
     def prepare(self, overrides: str) -> None:
         for worker in self._workers:
             worker.prepare.remote(overrides)

@@ -95,7 +95,7 @@ def _run(
     plan: SweepPlan, folder: Path, skipped: int, command: str, as_json: bool
 ) -> list[JobEnded]:
     """Run a sweep's jobs, and return how each ended."""
-    with _notes(folder) as notes:
+    with folder_of_notes(folder) as notes:
         job = SweepJob(plan, notes, time.time(), os.getpid(), skipped, as_json)
         try:
             with watched(job):
@@ -111,7 +111,7 @@ def _run(
 
 
 @contextmanager
-def _notes(folder: Path) -> Iterator[Path]:
+def folder_of_notes(folder: Path) -> Iterator[Path]:
     """Yield a folder for the notes of a sweep's jobs, and remove those of sweeps that were killed.
 
     A sweep holds a lock in its folder, so another one can tell that it goes on.
