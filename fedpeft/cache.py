@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock
 
 from fedpeft.files import replacing
 
@@ -184,8 +185,6 @@ def _warn_unwritable(folder: Path, reason: str) -> None:
 
 def _locked(folder: Path) -> Any:
     """Return the entry's lock, acquired: one process builds it and the others wait."""
-    from filelock import FileLock
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(f"{folder}.lock").acquire()
 

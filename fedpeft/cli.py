@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from fedpeft.errors import explained
 from fedpeft.simulation.stop import Terminated, stop_on_sigterm
 
+# Each command imports what it needs, because torch and the like take seconds, and a wrong word or
+# --help should not wait for them.
 if TYPE_CHECKING:
     from fedpeft.reporting.progress import Display
 

@@ -38,6 +38,14 @@ LATE = (
 )
 
 
+# Take a part of a second or more, or are extras, so functions import them.
+HEAVY = {
+    *("torch", "transformers", "datasets", "flwr_datasets", "evaluate", "ray"),
+    *("rich", "pyarrow", "matplotlib", "scipy", "sklearn", "sacrebleu", "rouge_score"),
+    *("mlflow", "wandb", "tensorboard", "prometheus_client"),
+}
+
+
 def files() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
 
@@ -106,6 +114,20 @@ def test_no_arrow_up(name: str) -> None:
 def test_own_modules_are_imported_at_the_top(name: str) -> None:
     late = [module for module in imports(ROOT / name, True) if module.startswith("fedpeft.")]
     assert not late
+
+
+@pytest.mark.parametrize("name", files())
+def test_functions_import_what_is_heavy_and_the_file_says_so(name: str) -> None:
+    """A comment beside an import, or a sentence on the library with "because"."""
+    text = (ROOT / name).read_text()
+    late = {module.split(".")[0] for module in imports(ROOT / name, True)}
+    assert late <= HEAVY | {"fedpeft"}
+    for library in late:
+        words = "import" if library == "fedpeft" else library
+        beside = rf"^ +(from|import) {library}\b.*  # (?!noqa)"
+        assert re.search(beside, text, re.MULTILINE) or re.search(
+            rf"\b{words}[^.]*\bbecause\b", text, re.IGNORECASE
+        ), f"{name} imports {library} in a function and does not say why"
 
 
 def test_loading_an_exported_folder_imports_no_federation() -> None:

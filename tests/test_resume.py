@@ -166,7 +166,7 @@ def test_the_checkpoint_before_stays_until_the_next_is_complete(
     """The disk is full while round 3's is written."""
     whole = launched("whole")
     with monkeypatch.context() as patch:
-        import safetensors.torch as files
+        from fedpeft import state as files
 
         save_file = files.save_file
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+# Functions import transformers, because it takes seconds.
+
 SHORT = 256
 """Longest sequence, in tokens, for which attention trains in float32 under bfloat16 autocast.
 

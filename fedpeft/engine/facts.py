@@ -7,6 +7,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.engine import Engine
@@ -59,8 +60,6 @@ def _weights(model: Pretrained) -> str:
         return "random"
     source = model.source()
     if not Path(source).is_dir():
-        from huggingface_hub import try_to_load_from_cache  # not needed for a folder
-
         cached = try_to_load_from_cache(source, "config.json", revision=model.revision)
         source = str(Path(cached).parent) if isinstance(cached, str) else ""
     return (source and weights_sha256(source)) or "unknown"

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import PromptLearningConfig, TaskType
+from safetensors.torch import save_file
 
 from fedpeft.engine.replica import injected
 from fedpeft.export import folder as files
@@ -133,9 +135,6 @@ def _peft(run: FinishedRun) -> Writer:
 
 
 def _save_peft(run: FinishedRun, form: PeftForm, folder: Path) -> None:
-    from peft import PromptLearningConfig, TaskType
-    from safetensors.torch import save_file
-
     model: Any = run.replica.model
     inner = getattr(model, "inner", model)
     config: Any = deepcopy(form.config)

@@ -10,6 +10,8 @@ import torch
 from fedpeft.cache import cache_folder, cached_folder
 from fedpeft.models.hub import sha256_of
 
+# Functions import transformers, because it takes seconds.
+
 FORMAT = 1  # part of the cache's key: raise it when a conversion writes other files
 GGUF = ".gguf"
 

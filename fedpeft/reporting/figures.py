@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+# Functions import matplotlib, because it takes a second and most commands draw nothing.
+
 Rows = list[dict[str, Any]]
 # Readable on a white page and on a dark one.
 COLOURS = (

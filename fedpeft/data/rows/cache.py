@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedpeft.cache import cache_folder, naming_the_cache
 from fedpeft.data.rows.tables import values
 
+# Functions import datasets, because it takes seconds and cached rows do without it.
 if TYPE_CHECKING:
     from datasets import Dataset
 

@@ -20,6 +20,8 @@ from importlib import metadata
 from itertools import chain
 from pathlib import Path
 
+# A function imports pyarrow and datasets, because built rows are read without them.
+
 # Import name by distribution, in alphabetical order; the position is the label. The standard
 # library is left out, because its docstrings depend on Python's patch version.
 PACKAGES = {

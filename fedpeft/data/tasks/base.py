@@ -17,6 +17,7 @@ from fedpeft.data.rows.source import Source
 from fedpeft.evaluate_metrics import title
 from fedpeft.metrics import MEASURES, MODULES, measure
 
+# Functions import datasets, because it takes seconds and cached rows do without it.
 if TYPE_CHECKING:
     from datasets import Dataset
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.Image
 from torch import Tensor, nn
 
 from fedpeft.cache import cached
@@ -14,6 +15,7 @@ from fedpeft.data.rows.cache import content_sha256
 from fedpeft.data.rows.tables import values
 from fedpeft.data.tasks.classification import Classification
 
+# Functions import datasets, because it takes seconds and cached rows do without it.
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -132,10 +134,8 @@ def _resized(values: list[dict[str, Any]], processor: Any) -> np.ndarray:
 
 def _decoded(value: dict[str, Any]) -> Any:
     """Return an image that ``datasets`` stores as a PIL image in RGB."""
-    from PIL import Image
-
     source = io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]
-    with Image.open(source) as image:
+    with PIL.Image.open(source) as image:
         return image.convert("RGB")
 
 

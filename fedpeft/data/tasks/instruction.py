@@ -34,6 +34,7 @@ from fedpeft.evaluate_metrics import title
 from fedpeft.metrics import TEXTS
 from fedpeft.words import beyond_latin
 
+# Functions import transformers, because it takes seconds.
 if TYPE_CHECKING:
     from datasets import Dataset
 

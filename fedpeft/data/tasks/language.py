@@ -14,6 +14,7 @@ from fedpeft.data.rows.templates import prompt_tokens
 from fedpeft.data.tasks.base import Outputs
 from fedpeft.data.tasks.text import DocstringsRows, Texts
 
+# Functions import transformers, because it takes seconds.
 if TYPE_CHECKING:
     from datasets import Dataset
 
