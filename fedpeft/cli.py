@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from fedpeft.errors import explained
 from fedpeft.simulation.stop import Terminated, stop_on_sigterm
 
-# Each command imports what it needs, because torch and the like take seconds, and a wrong word or
-# --help should not wait for them.
+# Each command imports what it needs, rich too, because torch takes seconds, and a wrong word or
+# --help should not wait.
 if TYPE_CHECKING:
     from fedpeft.reporting.progress import Display
 
