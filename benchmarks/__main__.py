@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-ALONE = ("layers", "cohort", "exchange", "deployment", "soak", "kills")
+ALONE = ("layers", "clients_per_pass", "exchange", "deployment", "soak", "kills")
 ON_SST2 = ("arithmetic", "round", "example_app", "against_pfl", "population", "startup", "memory")
 
 

@@ -5,7 +5,7 @@ clients; both with float32 and with bfloat16 autocast. On two cores both run as 
 threads and as two processes of one thread (pfl's by torchrun, fedpeft's Ray workers). The sides
 take turns. In its turn a side runs some rounds in a process of its own; start-up does not count:
 
-    python -m benchmarks.against_pfl ../shared/data/sst2 [--repeats 5] [--clients 10] [--steps 20]
+    python -m benchmarks.against_pfl FOLDER_OF_SST2 [--repeats 5] [--clients 10] [--steps 20]
 
 pfl is no dependency of fedpeft, so install it first: pip install pfl==0.6.0.
 """

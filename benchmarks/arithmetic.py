@@ -1,6 +1,6 @@
 """Time a client's steps on a CPU in one thread, with and without what makes them cheaper.
 
-    python -m benchmarks.arithmetic ../shared/data/sst2 [--steps 20] [--compiled]
+    python -m benchmarks.arithmetic FOLDER_OF_SST2 [--steps 20] [--compiled]
 
 MiniLM with LoRA of rank 8 takes forward and backward passes over batches of sixteen rows of SST-2,
 without dropout, so that all sides compute the same losses:

@@ -4,7 +4,7 @@ One step a client and round (SST-2, MiniLM, LoRA of rank 8 on query and value, b
 clients in each round, on two one-core Ray workers and in one process. The sides take turns. In its
 turn a side runs some rounds in a process of its own; start-up does not count:
 
-    python -m benchmarks.example_app ../shared/data/sst2 [--clients 10 100] [--repeats 5]
+    python -m benchmarks.example_app FOLDER_OF_SST2 [--clients 10 100] [--repeats 5]
 
 The Flower app is ``example_run.py``. The bare loop takes fedpeft's steps over fedpeft's batches
 without federation, on one core, as fedpeft in process, and on two, as its Ray workers.

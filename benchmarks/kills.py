@@ -62,7 +62,16 @@ def main() -> None:
 
 
 def survive(trial: Trial, overrides: Sequence[str], kills: int) -> dict[str, Any]:
-    """Run to the end, with kills on the way; return who was killed and how often the run failed."""
+    """Run to the end, and kill programs on the way.
+
+    Args:
+        trial: a running SuperLink with its nodes.
+        overrides: of the run.
+        kills: number of programs to kill, at most.
+
+    Returns:
+        Kills by program, their number, and how often the run was submitted.
+    """
     draws, killed, submitted = random.Random(11), Counter[str](), 0
     due, run = time.monotonic() + 30, ""
     while True:

@@ -88,7 +88,7 @@ def _engine(args: argparse.Namespace, precision: str) -> Engine:
 
 def _client(engine: Engine) -> Result:
     """Train the client through a round."""
-    return engine.train_client(Job(engine.replica.roles.at(1, 0), engine.replica.initial), 1)
+    return engine.train_client(Job(engine.replica.roles.at(1, 0), engine.replica.initial))
 
 
 def _loss(engine: Engine, state: State) -> float:

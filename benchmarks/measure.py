@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from fedpeft.reporting.run_directory import versions
+from fedpeft.versions import installed
 
 FOLDER = Path(__file__).parent.parent / "results" / "benchmarks"
 REPEATS = 5
@@ -64,7 +64,7 @@ def machine() -> dict[str, Any]:
     description: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
         description["gpu"] = torch.cuda.get_device_name()
-    return description | {"versions": versions()}
+    return description | {"versions": installed()}
 
 
 def _processor() -> str:

@@ -6,7 +6,7 @@ median over the rounds that count. The Flower app is ``example_run.py``. The bar
 processes that stay, each a script with torch, transformers and PEFT that takes half of the clients'
 steps. The sides take turns:
 
-    python -m benchmarks.memory ../shared/data/sst2 [--repeats 5] [--steps 5]
+    python -m benchmarks.memory FOLDER_OF_SST2 [--repeats 5] [--steps 5]
 
 With ``--full`` it measures full fine-tuning instead, of which a reply is 87 MiB, with 2 and with 20
 clients in one process. That process is the server, and trains one client after another.

@@ -6,7 +6,7 @@ which is the same work whatever the number of clients. Each run is a process of 
 numbers of clients take turns. Memory is the proportional set size of the whole process tree,
 sampled twice a second:
 
-    python -m benchmarks.population ../shared/data/sst2 [--clients 10 100 1000 10000] [--repeats 5]
+    python -m benchmarks.population FOLDER_OF_SST2 [--clients 10 100 1000 10000] [--repeats 5]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Time a round against a bare PyTorch loop: with equal steps, and as a user would run both.
 
-    python -m benchmarks.round ../shared/data/sst2 [--repeats 5] [--clients 10] [--steps 20]
+    python -m benchmarks.round FOLDER_OF_SST2 [--repeats 5] [--clients 10] [--steps 20]
 
 Ten clients take twenty steps of sixteen rows (SST-2, MiniLM, LoRA of rank 8 on query and value).
 

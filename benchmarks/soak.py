@@ -117,7 +117,13 @@ def drive(folder: Path, rounds: int) -> None:
 
 
 def soak(folder: Path, rounds: int, kills: int) -> dict[str, Any]:
-    """Run once unbroken and once with kills, and compare."""
+    """Run once unbroken and once with kills, and compare.
+
+    Args:
+        folder: takes both runs' directories.
+        rounds: of a run.
+        kills: number of kills, each after another round.
+    """
     whole, rss = begun(folder / "whole", rounds), dict[str, int]()
     while whole.poll() is None:
         if number_of_lines(folder / "whole") in (rounds // 10, rounds):

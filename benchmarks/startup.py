@@ -10,7 +10,7 @@ The sides take turns, with warm caches (SST-2, MiniLM, LoRA of rank 8, ten clien
 The first start of fedpeft is measured apart, with empty caches of its own and of ``datasets``, and
 so is each import:
 
-    python -m benchmarks.startup ../shared/data/sst2 [--repeats 5]
+    python -m benchmarks.startup FOLDER_OF_SST2 [--repeats 5]
 
 The commands are those of a user. A module that every Python process imports at its start lets torch
 write the time after a step, also in Ray's workers.

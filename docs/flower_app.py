@@ -21,7 +21,13 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def count(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Count this client's messages in its context, and add the number to the reply."""
+    """Count this client's messages in its context, and add the number to the reply.
+
+    Args:
+        message: to the client.
+        context: of its node, which lasts as long as the node.
+        call_next: answers the message.
+    """
     before: Any = context.state.metric_records.get("seen", {"messages": 0})
     context.state["seen"] = MetricRecord({"messages": before["messages"] + 1})
     reply = call_next(message, context)

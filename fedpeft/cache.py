@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock
 
 from fedpeft.files import replacing
 
@@ -37,7 +38,7 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def explained(folder: Path) -> Iterator[None]:
+def naming_the_cache(folder: Path) -> Iterator[None]:
     """Turn an error that comes from a cache's folder into one sentence that says what to set.
 
     Args:
@@ -105,7 +106,7 @@ def cached_folder(key: Iterable[Any], write: Callable[[Path], None]) -> Path:
         ValueError: the cache cannot be written.
     """
     folder = cache_folder() / "folders" / _name(key)
-    with explained(folder):
+    with naming_the_cache(folder):
         if not _is_whole(folder):
             with _locked(folder):
                 if not _is_whole(folder):  # another process may have been first
@@ -184,8 +185,6 @@ def _warn_unwritable(folder: Path, reason: str) -> None:
 
 def _locked(folder: Path) -> Any:
     """Return the entry's lock, acquired: one process builds it and the others wait."""
-    from filelock import FileLock
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(f"{folder}.lock").acquire()
 
@@ -287,10 +286,10 @@ def _check(path: Path, size: int, crc: int) -> None:
         there = path.stat().st_size
         if there != size:
             raise _Broken(f"{path} of the cache has {there} of {size} bytes")
-        found = _size_and_crc(path)[1]
+        crc_now = _size_and_crc(path)[1]
     except OSError as error:
         raise _Broken(f"{path} of the cache cannot be read ({error.strerror})") from error
-    if found != crc:
+    if crc_now != crc:
         raise _Broken(f"{path} of the cache has changed since it was written")
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from fedpeft.errors import explained
 from fedpeft.simulation.stop import Terminated, stop_on_sigterm
 
+# Each command imports what it needs, rich too, because torch takes seconds, and a wrong word or
+# --help should not wait.
 if TYPE_CHECKING:
     from fedpeft.reporting.progress import Display
 
@@ -187,16 +189,16 @@ def study(arguments: list[str]) -> None:
         RuntimeError: no run of a table came to its end; the other tables are there.
     """
     from fedpeft.reporting.pages import save_study
-    from fedpeft.reporting.study_plan import Plan
+    from fedpeft.reporting.study_plan import StudyPlan
 
     as_json, rest = _flag(arguments, "--json")
     only_estimate, rest = _flag(rest, "--estimate")
     names = ("--methods", "--lrs", "--seeds", "--extend", "--data")
-    given: dict[str, str] = {}
+    options: dict[str, str] = {}
     for name in names:
-        given[name], rest = _option(rest, name, "")
+        options[name], rest = _option(rest, name, "")
     folder, base = _folder_and_base(rest, "runs/study")
-    plan = Plan.of(folder, base, given, METHODS)
+    plan = StudyPlan.of(folder, base, options, METHODS)
     command = ["study", *(a for a in arguments if a != "--json")]
     if only_estimate or (plan.settings.estimate and not as_json):
         from fedpeft.simulation.estimate import show_estimate

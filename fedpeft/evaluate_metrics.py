@@ -21,6 +21,7 @@ import numpy as np
 from fedpeft.errors import PartlyPublic
 from fedpeft.models.hub import reachable
 
+# Functions import evaluate and datasets, because they take seconds and few runs use them.
 if TYPE_CHECKING:  # imported late, because it takes seconds
     import evaluate
 

@@ -23,6 +23,9 @@ from fedpeft import evaluate_metrics
 from fedpeft.errors import named_row
 from fedpeft.words import AnyScript, beyond_latin, spaced
 
+# Each metric imports sklearn, scipy, sacrebleu or rouge_score itself, because each takes up to a
+# second and a run uses one or two.
+
 Rows = Sequence[Any] | np.ndarray
 Texts = list[str]
 References = list[list[str]]

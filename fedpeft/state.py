@@ -18,6 +18,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedpeft.files import replacing
@@ -184,10 +186,8 @@ def save(path: Path, state: State, notes: Mapping[str, str] = MappingProxyType({
     Args:
         path: of the file; its folder is made.
         state: of any kind.
-        notes: text that ``read_notes`` gives back.
+        notes: text that ``read_with_notes`` gives back.
     """
-    from safetensors.torch import save_file  # takes long to import
-
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in state.items()}
     metadata = {**notes, ORDER: json.dumps(list(state)), CHECKSUM: _checksum(state, notes)}
@@ -206,8 +206,6 @@ def read_with_notes(path: Path) -> tuple[State, dict[str, str]]:
     Raises:
         ValueError: the file was cut or changed.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, "pt") as file:
             notes = dict(file.metadata() or {})

@@ -7,6 +7,7 @@ messages in ``deployment/tasks.py``, and the request that the server's door read
 
 import json
 import math
+import re
 import zlib
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedpeft.state import State, bits, bits_dtype
 
 MOST_DIMENSIONS = 64  # of a tensor of torch
 MOST_INDEX = 1 << 26
+WRAPPED = re.compile(r"Message: (.*?)(?:'>)?$", re.DOTALL)  # in Flower's reason of an error
 
 
 def pack(state: State) -> tuple[ArrayRecord, bytes]:
@@ -112,7 +114,13 @@ def sentence(error: Exception) -> str:
     return str(error) if alone else repr(error)
 
 
-# --- Flower's private names ----------------------------------------------------------------------
+# --- Flower's private names and its sentences ----------------------------------------------------
+
+
+def raised(reason: str) -> str:
+    """Return the text of what a client raised, out of the sentence that Flower puts around it."""
+    wrapped = WRAPPED.search(reason)
+    return wrapped.group(1) if wrapped else reason
 
 
 def identify() -> None:

@@ -29,18 +29,19 @@ from fedpeft.engine.plan import Job
 from fedpeft.reporting.progress import Display
 from fedpeft.reporting.run_directory import read_metrics
 from fedpeft.server.app import serve
-from fedpeft.simulation.grid import InProcessGrid, one_by_one
+from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import State
 from fedpeft.wire import unpack
 from tests.expected.methods import TINY
+from tests.grids import one_by_one
 
 # A shell that starts the tests in the background lets them, and their programs, ignore SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
+SHARED = Path(os.environ.get("FEDPEFT_TEST_DATA") or ROOT.parent / "shared")
 needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the folder shared/ with real data is not beside the project"
+    not SHARED.is_dir(), reason=f"{SHARED} with real data is not there (FEDPEFT_TEST_DATA names it)"
 )
 TOPICS = {
     "food": "bread cheese apple soup salt oven plate spoon",

@@ -21,9 +21,10 @@ from fedpeft.config.schema import Config
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.roles import Roles
 from fedpeft.server.strategy import FederatedPEFT
-from fedpeft.simulation.grid import InProcessGrid, one_by_one
+from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import STRATEGY, State, prefixed, split_prefixed, zeros
 from tests.conftest import Recorder, Sent
+from tests.grids import one_by_one
 
 CLIENTS, COHORT, LR = 3, 2, 0.01
 SMALL = [
@@ -53,7 +54,13 @@ def made(group: str, name: str) -> Any:
 
 
 def with_method(config: Config, name: str, fields: Sequence[str] = ()) -> Config:
-    """With a file of conf/method, such ``fields`` as ``method.rank=4``, and its compression."""
+    """Return a configuration with the method of a file in conf/method, and its compression.
+
+    Args:
+        config: is copied.
+        name: of the file.
+        fields: changes of the method, such as ``method.rank=4``.
+    """
     tree: Any = OmegaConf.load(CONF / "method" / f"{name}.yaml")
     tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(fields)))
     chosen = {k: v for entry in tree.get("defaults", []) for k, v in entry.items()}
@@ -138,7 +145,7 @@ class Pair:
         return reply
 
     def _round(self, round: int) -> None:
-        """As a run's, without its measures."""
+        """Run a round as a run does, without its measures."""
         server = self.server
         messages = server.configure_train(round, server.arrays(), ConfigRecord(), self.grid)
         server.aggregate_train(round, self.grid.send_and_receive(messages))

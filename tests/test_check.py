@@ -141,14 +141,14 @@ def test_ray_needs_room_here(base: list[str], monkeypatch: Patch) -> None:
     assert problems("runtime.address=10.0.0.1:6379") == []
 
 
-def test_free_memory_is_the_container_s(monkeypatch: Patch) -> None:
-    numbers: dict[str, int | None] = {"max": None, "current": 5 << 20}
-    monkeypatch.setattr(facts_module, "_number", lambda file: numbers[file.rpartition(".")[2]])
-    whole = free_memory()
-    numbers["max"] = 7 << 20
-    assert free_memory() == 2 << 20 < whole
-    numbers["max"] = 1 << 60
-    assert 2 << 20 < free_memory() < 1 << 50
+def test_free_memory_is_the_container_s(tmp_path: Path) -> None:
+    (tmp_path / "memory.current").write_text(f"{5 << 20}\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    whole = free_memory(tmp_path)
+    (tmp_path / "memory.max").write_text(f"{7 << 20}\n")
+    assert free_memory(tmp_path) == 2 << 20 < whole
+    (tmp_path / "memory.max").write_text(f"{1 << 60}\n")
+    assert 2 << 20 < free_memory(tmp_path) < 1 << 50
 
 
 def test_ranges_of_clients() -> None:

@@ -692,8 +692,8 @@ def test_clients_send_up_the_top_of_their_update(
     seen: list[np.ndarray] = []
     train_client = Engine.train_client
 
-    def watch(engine: Engine, job: Job, round: int) -> Any:
-        result = train_client(engine, job, round)
+    def watch(engine: Engine, job: Job) -> Any:
+        result = train_client(engine, job)
         seen.append(vector(job.start))
         seen.append(vector({n: value - job.start[n] for n, value in result.after.items()}))
         return result
@@ -744,14 +744,14 @@ def test_personal_and_frozen_parameters_are_whole(
     last: dict[int, State] = {}
     train_client = Engine.train_client
 
-    def watch(engine: Engine, job: Job, round: int) -> Any:
+    def watch(engine: Engine, job: Job) -> Any:
         model, initial = engine.replica.model, engine.replica.initial
         frozen = [name for name, _ in model.named_parameters() if name not in initial]
         before = snapshot(model, frozen) | {n: v for n, v in job.start.items() if n not in shared}
         for name, value in before.items():
             expected = last.get(job.client, initial)
             assert name not in expected or torch.equal(value, expected[name])
-        result = train_client(engine, job, round)
+        result = train_client(engine, job)
         last[job.client] = snapshot(model, frozen) | result.after
         assert all(torch.equal(last[job.client][name], before[name]) for name in frozen)
         return result

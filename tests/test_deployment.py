@@ -150,7 +150,7 @@ print(json.dumps(found))
 
 
 def test_an_outsider_reaches_only_what_sites_use(trial: Trial) -> None:
-    """Who has the address and the public certificate can neither submit a run nor take a task."""
+    """The address and the public certificate are not enough to submit a run or to take a task."""
     statuses = {
         "/v1/fleet/pull-messages": 401,  # the SuperLink's own answer to one without a key
         "/v1/fleet/register-node": 401,

@@ -34,8 +34,8 @@ def test_an_engine_that_nobody_holds_goes(opened: Callable[..., Engine]) -> None
     """An engine's roles, passes and stacks do not keep it after a run."""
     engine = opened("num_clients=2", "batch_size=1")
     jobs = [Job(engine.replica.roles.at(1, i), engine.replica.initial) for i in range(2)]
-    assert not any(isinstance(result, Exception) for result in engine.train(jobs, 1))
-    assert not any(isinstance(result, Exception) for result in engine.train(jobs[:1], 1))
+    assert not any(isinstance(result, Exception) for result in engine.train(jobs))
+    assert not any(isinstance(result, Exception) for result in engine.train(jobs[:1]))
     engine.replica.roles.down(2)
     gone = [weakref.ref(part) for part in (engine, engine.replica, engine.replica.roles)]
     del engine

@@ -33,9 +33,9 @@ from fedpeft.export.load import opened
 from fedpeft.export.run import FinishedRun, open_run
 from fedpeft.export.write import _processor, export
 from fedpeft.methods.base import Method
-from fedpeft.methods.exported import INNER
 from fedpeft.methods.ia3 import IA3
 from fedpeft.methods.lora import LoRA
+from fedpeft.methods.parts.exported import INNER
 from fedpeft.methods.prompt import Prompt
 from fedpeft.methods.ravan import Ravan
 from fedpeft.methods.scl import SCL

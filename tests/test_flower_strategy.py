@@ -12,10 +12,11 @@ from flwr.serverapp.strategy import Strategy
 from fedpeft.config.load import join
 from fedpeft.engine.engine import open_engine
 from fedpeft.server.strategy import FederatedPEFT
-from fedpeft.simulation.grid import InProcessGrid, one_by_one
+from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import sha256
 from tests.conftest import ROOT, Runner, command
 from tests.expected.methods import TINY
+from tests.grids import one_by_one
 
 EXAMPLE = ROOT / "docs" / "flower_app.py"
 # The example on Flower's simulation engine, with Flower's own start. It prints a hash of the

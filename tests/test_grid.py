@@ -14,6 +14,7 @@ from fedpeft.config.load import load_config
 from fedpeft.config.schema import Runtime
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.engine.plan import Job
+from fedpeft.engine.probing import Vectorised
 from fedpeft.server.nodes import Nodes, exchange
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.simulation.launch import local_grid, simulate
@@ -131,13 +132,13 @@ def test_one_clients_failure_is_its_own(
 ) -> None:
     train_client = Engine.train_client
 
-    def broken(engine: Engine, job: Job, round: int) -> Any:
+    def broken(engine: Engine, job: Job) -> Any:
         if job.client == 1:
             raise ValueError("the disk of client 1 is full")
-        return train_client(engine, job, round)
+        return train_client(engine, job)
 
     monkeypatch.setattr(Engine, "train_client", broken)
-    monkeypatch.setattr(Engine, "vectorised", None)
+    monkeypatch.setattr(Engine, "vectorised", Vectorised.NO)
     one_pass = ("num_clients=3", "num_rounds=1", "runtime.clients_per_pass=3")
     summary = simulated("method=lora", *one_pass)
     assert summary["refused"] == {"1": {"1": "the disk of client 1 is full"}}
@@ -187,7 +188,7 @@ def test_messages_that_are_answered_in_one_call() -> None:
     grid = InProcessGrid(130, noted)  # type: ignore[arg-type]
     assert list(grid.get_node_ids()) == list(range(1, 131))
     assert calls_of(grid, sent("train", [4, 2], "a"), calls) == [[4], [2]]
-    grid.passes = lambda clients: [clients[i : i + 2] for i in range(0, len(clients), 2)]
+    grid.groups = lambda clients: [clients[i : i + 2] for i in range(0, len(clients), 2)]
     both = sent("train", [0, 1, 2], "a") + sent("train", [7, 6, 5, 4], "b")
     assert calls_of(grid, both, calls) == [[0, 1], [2], [7, 6], [5, 4]]
     assert calls_of(grid, sent("train", [0, 1, 2], ""), calls) == [[0], [1], [2]]
@@ -245,7 +246,7 @@ def at_once(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Me
 def test_replies_are_pulled_in_the_order_in_which_they_came() -> None:
     """In the order of a set, a hash of ids would decide which client an error names first."""
     grid = InProcessGrid(30, at_once)  # type: ignore[arg-type]
-    grid.passes = lambda clients: [sorted(clients, key=lambda client: (client % 7, -client))]
+    grid.groups = lambda clients: [sorted(clients, key=lambda client: (client % 7, -client))]
     ids = grid.push_messages(
         Message(RecordDict(), node, "train", group_id="all") for node in grid.get_node_ids()
     )

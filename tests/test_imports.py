@@ -1,6 +1,7 @@
 """Imports run one way: every package may import those below it, and there is no circle."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,13 +10,19 @@ import pytest
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent / "fedpeft"
 SYSTEMS = {"engine", "client", "server", "simulation", "deployment", "export"}
+# Make runs: they stand above the other packages, and count as one of their own.
+APP = "server/app.py"
+# Names of the classes that ``_target_`` may name, which Hydra imports when it makes one.
+TARGETS = "config/load.py"
+NAME = re.compile(r"fedpeft(\.\w+)+")
 # By package: the packages and modules of fedpeft that it must not import.
 FORBIDDEN = {
     **dict.fromkeys(("data", "models", "methods", "algorithms", "compression"), SYSTEMS),
     "config": SYSTEMS | {"reporting"},
     "engine": {"client", "server", "simulation", "deployment", "export", "reporting"},
     "client": {"server", "simulation", "deployment", "export", "reporting"},
-    "server": {"client", "simulation", "deployment", "export"},
+    "server": {"client", "simulation", "deployment", "export", APP},
+    APP: {"client", "simulation", "deployment"},
     "simulation": {"deployment", "export"},
     "deployment": {"engine", "server", "simulation", "export", "reporting"},
     "export": {"simulation", "deployment"},
@@ -31,13 +38,21 @@ LATE = (
 )
 
 
+# Take a part of a second or more, or are extras, so functions import them.
+HEAVY = {
+    *("torch", "transformers", "datasets", "flwr_datasets", "evaluate", "ray"),
+    *("rich", "pyarrow", "matplotlib", "scipy", "sklearn", "sacrebleu", "rouge_score"),
+    *("mlflow", "wandb", "tensorboard", "prometheus_client"),
+}
+
+
 def files() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
 
 
 def package(name: str) -> str:
     """Return the package of a file below fedpeft, or the module at the top level."""
-    return name.split("/")[0].removesuffix(".py")
+    return APP if name == APP else name.split("/")[0].removesuffix(".py")
 
 
 def imports(path: Path, inner: bool = False) -> Iterator[str]:
@@ -59,10 +74,29 @@ def _for_types(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
 
 
+def named(path: Path) -> Iterator[str]:
+    """Yield the modules and members of fedpeft that a file names in strings, as imports do."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        text = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and NAME.fullmatch(text) and _is_there(text.split(".")[1]):
+            yield text
+
+
+def _is_there(module: str) -> bool:
+    return (ROOT / module).is_dir() or (ROOT / f"{module}.py").is_file()
+
+
 def ours(name: str) -> set[str]:
-    """Return the packages of fedpeft that a file imports."""
-    packages = {m.split(".")[1] for m in imports(ROOT / name) if m.startswith("fedpeft.")}
+    """Return the packages of fedpeft that a file imports, also by a name in a string."""
+    names = {*imports(ROOT / name), *(() if name == TARGETS else named(ROOT / name))}
+    parts = [n.split(".") for n in names if n.startswith("fedpeft.")]
+    packages = {APP if p[1:3] == ["server", "app"] else p[1] for p in parts}
     return packages - {package(name)}
+
+
+def test_a_module_named_in_a_string_counts_as_imported(tmp_path: Path) -> None:
+    (tmp_path / "hidden.py").write_text('get_method("fedpeft.export.run.open_run")\n"fedpeft.json"')
+    assert list(named(tmp_path / "hidden.py")) == ["fedpeft.export.run.open_run"]
 
 
 @pytest.mark.parametrize("name", files())
@@ -80,6 +114,20 @@ def test_no_arrow_up(name: str) -> None:
 def test_own_modules_are_imported_at_the_top(name: str) -> None:
     late = [module for module in imports(ROOT / name, True) if module.startswith("fedpeft.")]
     assert not late
+
+
+@pytest.mark.parametrize("name", files())
+def test_functions_import_what_is_heavy_and_the_file_says_so(name: str) -> None:
+    """A comment beside an import, or a sentence on the library with "because"."""
+    text = (ROOT / name).read_text()
+    late = {module.split(".")[0] for module in imports(ROOT / name, True)}
+    assert late <= HEAVY | {"fedpeft"}
+    for library in late:
+        words = "import" if library == "fedpeft" else library
+        beside = rf"^ +(from|import) {library}\b.*  # (?!noqa)"
+        assert re.search(beside, text, re.MULTILINE) or re.search(
+            rf"\b{words}[^.]*\bbecause\b", text, re.IGNORECASE
+        ), f"{name} imports {library} in a function and does not say why"
 
 
 def test_loading_an_exported_folder_imports_no_federation() -> None:

@@ -1,5 +1,8 @@
 """Freed pages go back to the system."""
 
+import time
+from itertools import count
+
 import psutil
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch
 from fedpeft.engine import cpu
 
 MIB = 2**20
+TESTS = count(1)
 
 
 def resident() -> float:
@@ -14,13 +18,21 @@ def resident() -> float:
 
 
 def test_freed_pages_go_back_but_not_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(cpu.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(cpu, "_given_back", 100.0 - cpu.GIVE_BACK_EVERY)
+    clock = after_the_pause(monkeypatch)
     assert freed_by_a_call() > 60
     assert freed_by_a_call() < 20
     clock[0] += cpu.GIVE_BACK_EVERY
     assert freed_by_a_call() > 60
+
+
+def after_the_pause(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Set the clock, which the list holds, to a time at which a call gives pages back.
+
+    It is later than that of the test before, because the module remembers its last call.
+    """
+    clock = [time.monotonic() + 3 * cpu.GIVE_BACK_EVERY * next(TESTS)]
+    monkeypatch.setattr(cpu.time, "monotonic", lambda: clock[0])
+    return clock
 
 
 def freed_by_a_call() -> float:
@@ -36,8 +48,12 @@ def freed_by_a_call() -> float:
 
 
 def test_other_platforms_call_no_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str | None] = []
+    after_the_pause(monkeypatch)
+    monkeypatch.setattr(cpu.ctypes, "CDLL", loaded.append)
     monkeypatch.setattr(cpu.sys, "platform", "win32")
-    monkeypatch.setattr(cpu, "_given_back", -cpu.GIVE_BACK_EVERY)
-    monkeypatch.delattr(cpu.ctypes, "CDLL")
     cpu.give_back()
-    assert cpu._given_back == -cpu.GIVE_BACK_EVERY
+    assert loaded == []
+    monkeypatch.setattr(cpu.sys, "platform", "linux")
+    cpu.give_back()
+    assert loaded == [None]

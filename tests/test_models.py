@@ -293,11 +293,11 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[str]]]:
     seen: list[tuple[int, set[str]]] = []
     train_client = Engine.train_client
 
-    def watch(engine: Engine, job: Job, round: int) -> Any:
+    def watch(engine: Engine, job: Job) -> Any:
         engine.replica.load(job.start)
         before = tensors(engine.replica.model)
-        result = train_client(engine, job, round)
-        seen.append((round, changed(before, tensors(engine.replica.model))))
+        result = train_client(engine, job)
+        seen.append((job.at.round, changed(before, tensors(engine.replica.model))))
         return result
 
     monkeypatch.setattr(Engine, "train_client", watch)

@@ -140,7 +140,7 @@ def test_a_gguf_file_gives_its_tokenizer(model: Pretrained) -> None:
 def test_a_gguf_file_is_converted_once(model: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(model.source())
     monkeypatch.setattr(packages, "from_gguf", None)  # a second conversion would call it
-    packages._converted.cache_clear()  # as in another process
+    packages.converted.cache_clear()  # as in another process
     assert Path(model.source()) == folder
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         f.name for f in folder.iterdir()

@@ -155,7 +155,7 @@ class OnEngine:
         if message.metadata.message_type == MessageType.EVALUATE:
             return Message(client.evaluate(), reply_to=message)
         begun = client.begin()
-        result = self.engine.train_client(begun.job, client.round)
+        result = self.engine.train_client(begun.job)
         assert isinstance(result, Result)
         content = client.finish(begun, result)
         at = client.round, client.number
@@ -218,7 +218,7 @@ def test_a_frozen_head_never_changes_and_is_not_sent(
     assert summary["parameters"]["sent_up"] == [2 * 2 * 4 * (32 + 32)] * 2
     # it does not change on a client either, though the loss has a gradient there
     engine.replica.load(run.saved())
-    after = engine.train_client(job_of(engine, 0), 1).after
+    after = engine.train_client(job_of(engine, 0)).after
     assert equal({name: after[name] for name in HEAD}, initial)
     assert not equal(after, engine.replica.initial)
     # without the pattern it changes

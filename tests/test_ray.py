@@ -42,16 +42,16 @@ def message_to(node: int, kind: str = MessageType.TRAIN) -> Message:
 
 
 def wait_for_workers(grid: RayGrid) -> list[Any]:
-    while grid._starting:
-        grid._work()
-    return list(grid._machines)
+    while len(grid.started()) < len(grid.workers()):
+        grid.pull_messages([])  # no reply is asked for, but the grid looks at its workers
+    return grid.started()
 
 
 def test_every_client_is_a_node_and_as_many_workers_start_as_have_room() -> None:
     for clients, num_cpus, total, expected in ((1, 1, None, 1), (9, 2, None, 1), (9, 0.5, 1, 2)):
         with RayGrid(clients, num_cpus, 0, total) as grid:
             assert list(grid.get_node_ids()) == list(range(1, clients + 1))
-            assert len(grid._workers) == expected
+            assert len(grid.workers()) == expected
     assert ray.get(list(grid._starting)) == [this_machine()] * 2  # they ran before they were killed
     reason = "^Ray has no machine with runtime.num_cpus=3 cores and runtime.num_gpus=0 GPUs$"
     with pytest.raises(ValueError, match=reason):
@@ -94,15 +94,17 @@ def test_late_messages_are_neither_begun_nor_kept() -> None:
         late = [message_to(1) for _ in range(5)]
         for message in late:
             message.metadata.ttl = 0.01
-        grid.push_messages(late)  # the worker imports, and two of them are with it
+        begun, with_it, *queued = grid.push_messages(
+            late
+        )  # the worker imports, and two are with it
         time.sleep(0.02)
         (new,) = grid.push_messages([message_to(1)])
-        assert [group[0].metadata.message_id for group in grid._queue] == [new]
         while not list(grid.pull_messages([new])):
             pass
-        assert len(grid._replies) == 2
+        assert len(grid.pull_messages([begun])) == 1
+        assert grid.pull_messages(queued) == []  # else they had come before the new one's
         grid.push_messages([])
-        assert not grid._replies
+        assert grid.pull_messages([with_it]) == []
 
 
 def test_a_worker_gets_nothing_before_it_runs_and_one_that_cannot_start_is_given_up(
@@ -111,14 +113,14 @@ def test_a_worker_gets_nothing_before_it_runs_and_one_that_cannot_start_is_given
     others: Any = ray.remote(Holder).options(num_cpus=1).remote()
     ray.get(others.__ray_ready__.remote())
     with RayGrid(2, 1, 0) as grid:  # Ray has room for two, but one core is not free
-        while not grid._machines:
-            grid._work()
+        while not grid.started():
+            grid.pull_messages([])
         replies = grid.send_and_receive([message_to(1 + i % 2) for i in range(6)])
         assert len(replies) == 6
-        assert (len(grid._machines), len(grid._starting)) == (1, 1)
+        assert (len(grid.started()), len(grid.workers())) == (1, 2)
         ray.kill(others)
         wait_for_workers(grid)
-        assert len(grid._machines) == 2
+        assert len(grid.started()) == 2
     monkeypatch.setattr("fedpeft.simulation.ray.Worker", Faulty)
     with RayGrid(2, 1, 0) as grid:
         (reply,) = grid.send_and_receive([message_to(1)])

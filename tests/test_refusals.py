@@ -427,12 +427,12 @@ def test_a_line_that_was_cut_off_is_not_read(run: Runner) -> None:
 def test_a_client_whose_loss_is_not_finite(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     train_client = Engine.train_client
 
-    def with_nan(engine: Engine, job: Job, round: int) -> Any:
+    def with_nan(engine: Engine, job: Job) -> Any:
         if job.client == 2:
             weight = job.start["classifier.weight"].clone()
             weight[0, 0] = float("nan")
             job = job._replace(start=job.start | {"classifier.weight": weight})
-        return train_client(engine, job, round)
+        return train_client(engine, job)
 
     monkeypatch.setattr(Engine, "train_client", with_nan)
     summary = run("num_rounds=1")

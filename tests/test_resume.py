@@ -233,7 +233,7 @@ def test_another_configuration_does_not_go_on(launched: Launched, stop: int) -> 
     ],
 )
 def test_keys_that_change_no_result_may_change(launched: Launched, override: str) -> None:
-    """For example to go on after a round had too few replies."""
+    """A user may change them, for example to go on after a round had too few replies."""
     with pytest.raises(KeyboardInterrupt):
         launched("run", stop=2)
     assert launched("run", "resume=true", override)["shared_state_sha256"]
@@ -266,7 +266,7 @@ def test_the_checkpoint_before_stays_until_the_next_is_complete(
     """The disk is full while round 3's is written."""
     whole = launched("whole")
     with monkeypatch.context() as patch:
-        import safetensors.torch as files
+        from fedpeft import state as files
 
         save_file = files.save_file
 

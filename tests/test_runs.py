@@ -22,11 +22,12 @@ from fedpeft.engine.plan import Job
 from fedpeft.reporting.run_directory import RunDirectory
 from fedpeft.server.app import serve
 from fedpeft.server.strategy import FederatedPEFT
-from fedpeft.simulation.grid import InProcessGrid, one_by_one
+from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.simulation.launch import run as run_here
 from fedpeft.state import State, snapshot
 from tests.conftest import Recorder, Runner, Sent, quiet
 from tests.expected.methods import EXPECTED, PERSONAL, Expected, names_of
+from tests.grids import one_by_one
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 SUMMARY = {
@@ -427,11 +428,11 @@ def test_each_client_keeps_its_own_personal_tensors(
             assert torch.equal(value, expected[name]), (run.recorder.client, name)
         checked.append((run.recorder.kind, run.recorder.round, run.recorder.client))
 
-    def train_and_check(engine: Engine, job: Job, round: int) -> Any:
+    def train_and_check(engine: Engine, job: Job) -> Any:
         assert job.client == run.recorder.client
         engine.replica.load(job.start)
         check(engine)
-        result = train_client(engine, job, round)
+        result = train_client(engine, job)
         last[job.client] = personal(engine)
         return result
 

@@ -1,4 +1,4 @@
-"""Real data and weights, those in the folder shared/."""
+"""Real data and weights, of the folder that FEDPEFT_TEST_DATA names; see CONTRIBUTING.md."""
 
 import hashlib
 import io

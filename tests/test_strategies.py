@@ -88,7 +88,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 def refusal(method: str, strategy: str) -> str | None:
-    """Why a pair makes no sense."""
+    """Return the sentence by which a pair is refused; null if it makes sense."""
     if (method, strategy) == ("fed_sb", "local_only"):
         return (
             "strategy LocalOnly sends nothing, but method FedSB starts from values that the server "
@@ -134,8 +134,7 @@ def pair(engine_of: Callable[[str], Engine]) -> Iterator[Paired]:
             "optimizer": optimizer_of(strategy),
         }
         engine = changed(engine_of(method), **options | fields)
-        for part in (engine.config.strategy, engine.config.compression):
-            part.check(engine.replica.setting())
+        engine.replica.roles.check()
         return Pair(engine, rounds)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -188,7 +187,7 @@ def test_too_few_clients(strategy: str, pair: Paired) -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("method", METHODS)
 def test_fedprox_leads_back(method: str, pair: Paired) -> None:
-    """To see it takes a step, and for LoRA's A, because B is zero, two."""
+    """The pull acts from the second step on, and on LoRA's A from the third, because B is zero."""
     alone = {"local_steps": 3, "clients_per_round": 1}
     held, free = (pair(method, name, 1, **alone) for name in ("fedprox", "fedavg"))
     for client, other in free.rounds[0].items():
@@ -196,7 +195,10 @@ def test_fedprox_leads_back(method: str, pair: Paired) -> None:
 
 
 def check_messages(pair: Pair, method: str, strategy: str) -> None:
-    """Who sends what, and what comes down is what the server has; controls only with SCAFFOLD."""
+    """Check that clients send what they should, and that they get what the server has.
+
+    Control variates are sent with SCAFFOLD alone.
+    """
     config, model, alone = pair.engine.config, pair.engine.replica.model, strategy == "local_only"
     for start, trainings, patterns in zip(pair.values, pair.rounds, SENT[method], strict=False):
         up, down = ([] if alone else names_of(model, pattern) for pattern in patterns)

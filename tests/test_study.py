@@ -17,7 +17,7 @@ from fedpeft.reporting.pages import save_comparison, save_study
 from fedpeft.reporting.results import Measures, chosen_lr, edges, run_rows, study_row
 from fedpeft.reporting.run_directory import RunDirectory
 from fedpeft.reporting.study import Done, Outcome, Run, Study, listed, numbers
-from fedpeft.reporting.study_plan import Plan
+from fedpeft.reporting.study_plan import StudyPlan
 from fedpeft.reporting.tables import study_cells
 
 ACCURACY = Measures("accuracy", "accuracy", 1)
@@ -163,7 +163,7 @@ CELLS = "study.cells=['data=sst2 num_clients=3','data=mrpc num_clients=4']"
 
 def test_tables_grow_one_seed_at_a_time(tmp_path: Path) -> None:
     base = [CELLS, "study.methods=[lora]", "study.common=['num_rounds=2']", "study.extend=1"]
-    plan = Plan.of(tmp_path, base, OPTIONS | {"--seeds": "5,6", "--data": "/data"}, "scl")
+    plan = StudyPlan.of(tmp_path, base, OPTIONS | {"--seeds": "5,6", "--data": "/data"}, "scl")
     names = ["data=sst2_num_clients=3", "data=mrpc_num_clients=4"]
     passes = list(plan.passes())
     assert [(last, s.folder.name, list(s.seeds)) for last, s in passes] == [
@@ -186,11 +186,11 @@ def test_options_come_before_the_configuration_and_a_study_alone_is_one_table(
         "study.common=['num_rounds=2']",
     ]
     given = OPTIONS | {"--methods": "scl", "--lrs": "1e-3,1e-2", "--seeds": "1,2"}
-    ((last, study),) = Plan.of(tmp_path, base, given, "lora").passes()
+    ((last, study),) = StudyPlan.of(tmp_path, base, given, "lora").passes()
     assert (last, study.folder, study.entries) == (True, tmp_path, ["scl"])
     assert (study.lrs, study.seeds) == ([1e-3, 1e-2], [1, 2])
     assert composed(study.runs()[0].overrides).num_rounds == 3
-    ((_, plain),) = Plan.of(tmp_path, [], OPTIONS, "lora,scl").passes()
+    ((_, plain),) = StudyPlan.of(tmp_path, [], OPTIONS, "lora,scl").passes()
     assert (plain.entries, plain.lrs, plain.seeds) == (["lora", "scl"], [], [])
 
 

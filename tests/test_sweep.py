@@ -14,14 +14,16 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from hydra import compose
 
+from fedpeft.config.load import composing
 from fedpeft.config.schema import ConfigError
-from fedpeft.config.sweeps import plan
+from fedpeft.config.sweeps import BASIC, plan
 from fedpeft.reporting.progress import Display, Tally, duration
 from fedpeft.reporting.saved_runs import SavedRun, hash_of, saved_runs
 from fedpeft.simulation import job
-from fedpeft.simulation.job import Job
-from fedpeft.simulation.sweep import _notes, sweep
+from fedpeft.simulation.job import SweepJob
+from fedpeft.simulation.sweep import NO_TRIAL, folder_of_notes, sweep
 from tests.conftest import quiet
 
 Command = Callable[..., str]
@@ -68,6 +70,25 @@ def test_a_plan_knows_all_jobs_and_what_sets_them_apart() -> None:
 def test_plans_that_are_refused(arguments: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         plan(arguments)
+
+
+# --- what an upgrade of Hydra or Optuna may change ------------------------------------------------
+
+
+def test_hydra_s_basic_sweeper_has_its_private_name() -> None:
+    with composing():
+        sweeper = compose("config", return_hydra_config=True).hydra.sweeper._target_
+    assert sweeper == BASIC, f"Hydra's basic sweeper is {sweeper} now: see fedpeft/config/sweeps.py"
+
+
+@pytest.mark.filterwarnings("ignore:The ``declarative_base:DeprecationWarning")  # Optuna 2's
+def test_optuna_s_sentence_for_no_trial_is_known() -> None:
+    optuna = pytest.importorskip("optuna")
+    with pytest.raises(ValueError) as raised:
+        _ = optuna.create_study().best_trial
+    assert str(raised.value) == NO_TRIAL, (
+        f"Optuna says {raised.value} now: see NO_TRIAL in fedpeft/simulation/sweep.py"
+    )
 
 
 # --- counting -------------------------------------------------------------------------------------
@@ -194,7 +215,7 @@ def test_of_equal_jobs_at_once_one_runs_and_the_other_takes_its_result(
 
     def run_one(_: int) -> tuple[str, Any]:
         both.wait()
-        ended, outcome = job._run(base, "same", tmp_path, tmp_path, quiet())
+        ended, outcome = job.run_once(base, "same", tmp_path, tmp_path, quiet())
         return ended.kind, outcome
 
     monkeypatch.setattr(job, "run", slow)
@@ -207,16 +228,20 @@ def test_of_equal_jobs_at_once_one_runs_and_the_other_takes_its_result(
 def test_the_error_of_a_launcher_is_told_although_a_job_failed(
     base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def launcher(_: Sequence[str], one: Job) -> None:
-        (one.notes / "0.json").write_text(json.dumps(["lr=1", "failed", "", "the job's reason"]))
-        raise RuntimeError(error)
+    def hydra(one: SweepJob) -> Callable[[], None]:
+        def launch() -> None:
+            note = json.dumps(["lr=1", "failed", "", "the job's reason"])
+            (one.notes / "0.json").write_text(note)
+            raise RuntimeError(error)
 
-    monkeypatch.setattr("fedpeft.simulation.sweep._by_hydra", launcher)
+        return launch
+
+    monkeypatch.setattr("fedpeft.simulation.sweep.main", lambda **_: hydra)
     planned = plan([*base, "lr=1", f"run_dir={tmp_path}"])
     error = "the queue is gone"
     with pytest.raises(RuntimeError, match="the queue is gone"):
         sweep(planned, "", as_json=False)
-    error = "No trials are completed yet."  # of Optuna, and no news
+    error = NO_TRIAL  # no news
     assert not sweep(planned, "", as_json=False)
     assert capsys.readouterr().err.count("lr=1 failed: the job's reason") == 2
 
@@ -226,14 +251,14 @@ def test_notes_of_a_killed_sweep_are_removed_and_those_of_one_that_goes_on_stay(
 ) -> None:
     (tmp_path / ".jobs-killed").mkdir()
     (tmp_path / ".jobs-killed" / "0.json").write_text("[]")
-    with _notes(tmp_path) as one, _notes(tmp_path) as other:
+    with folder_of_notes(tmp_path) as one, folder_of_notes(tmp_path) as other:
         assert {path.name for path in tmp_path.glob(".jobs-*/")} == {one.name, other.name}
         assert one != other and one.is_dir()
     assert list(tmp_path.glob(".jobs-*/")) == []
 
 
 def test_each_note_is_read_once(tmp_path: Path) -> None:
-    one = Job(plan(["seed=1"]), tmp_path, 0.0, 1, 0, as_json=False)
+    one = SweepJob(plan(["seed=1"]), tmp_path, 0.0, 1, 0, as_json=False)
     for number, kind in enumerate(("done", "failed", "failed")):
         note = ["x", kind, "", "", 0, number == 2]
         (tmp_path / f"{number}.json").write_text(json.dumps(note))

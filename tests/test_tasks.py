@@ -1,83 +1,108 @@
-"""A node's worker answers each message that has come, also while another one never comes."""
+"""A node's worker answers each message that has come, whatever becomes of another one."""
 
 import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fedpeft.deployment import tasks as module
-from fedpeft.deployment.tasks import Task, Tasks
+from fedpeft.deployment.tasks import Tasks
+
+ECHO: Callable[[Any, Any], Any] = lambda message, context: message  # noqa: E731
 
 
-class Quiet:
-    """Stands in for what speaks to the SuperNode."""
+class SuperNode:
+    """Stands in for Flower's client of a SuperNode, which has these tasks by their tokens."""
 
-    def __init__(self, *arguments: Any, **_: Any) -> None:
-        self.token = arguments[-1]
+    tokens: list[str]
+
+    def __init__(self, credential: Any) -> None:
+        self.token = credential
+
+    @classmethod
+    def from_server_address(cls, *_: Any, interceptors: list[Any], **__: Any) -> "SuperNode":
+        return cls(interceptors[1])
+
+    def AcquireTask(self, _: Any) -> Any:
+        token = self.tokens.pop(0) if self.tokens else ""
+        return SimpleNamespace(HasField=lambda name: bool(token), token=token)
+
+    def close(self) -> None: ...
+
+
+class Heartbeat:
+    """Stands in for the thread that tells the SuperNode that a task goes on."""
+
+    def __init__(self, _: Any) -> None: ...
 
     def start(self) -> None: ...
 
     def stop(self) -> None: ...
 
-    def close(self) -> None: ...
-
 
 @pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Put others in the place of Flower's names; the list takes what is pushed and how it ends."""
+def said(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stand-ins for Flower's names; the list takes what is pushed and how tasks end."""
     said: list[Any] = []
-    monkeypatch.setattr(module, "_client", Quiet)
+    monkeypatch.setattr(module, "RuntimeHttpClient", SuperNode)
     monkeypatch.setattr(module, "RuntimeTokenHttpInterceptor", str)
-    monkeypatch.setattr(module, "HeartbeatSender", Quiet)
+    monkeypatch.setattr(module, "HeartbeatSender", Heartbeat)
     monkeypatch.setattr(module, "make_task_heartbeat_fn_http", lambda client: None)
     monkeypatch.setattr(module, "push_message", lambda c, reply, _: said.append(("pushed", reply)))
     monkeypatch.setattr(module, "push_task_output", lambda c, *a: said.append(("finished", *a)))
     return said
 
 
+def answered_in_time(tasks: Tasks) -> None:
+    """Answer one message, which comes within nine seconds."""
+    deadline = time.monotonic() + 9
+    while not tasks.answer(ECHO):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_message_that_never_comes_stops_no_later_one(
-    stand_ins: list[Any], monkeypatch: pytest.MonkeyPatch
+    said: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A SuperNode makes a task before it has the message, and keeps it if the run has ended."""
     never = threading.Event()
 
-    def pull(client: Quiet) -> Any:
+    def pull(client: SuperNode) -> Any:
         return never.wait() if client.token == "lost" else ("message", "context")
 
-    def echo(message: Any, context: Any) -> Any:
-        return message
-
     monkeypatch.setattr(module, "pull_task_input", pull)
-    waiting: list[Any] = [Task("", "lost"), None, Task("", "here")]
+    SuperNode.tokens = ["lost"]
     tasks = Tasks("", b"secret")
-    monkeypatch.setattr(tasks, "_next", lambda: waiting.pop(0) if waiting else None)
-    answers = [tasks.answer(echo) for _ in range(2)]
-    assert answers == [False, False] and stand_ins == []
-    waiting[0]._input.result(timeout=9)  # it has come
-    assert tasks.answer(echo)
-    assert stand_ins == [("pushed", "message"), ("finished", "context", "completed", "")]
-    assert len(tasks.waiting) == 1 and not tasks.answer(echo)
+    answers = [tasks.answer(ECHO) for _ in range(2)]
+    assert answers == [False, False] and said == []
+    SuperNode.tokens = ["here"]
+    answered_in_time(tasks)
+    assert said == [("pushed", "message"), ("finished", "context", "completed", "")]
+    assert len(tasks.waiting) == 1 and not tasks.answer(ECHO)
     never.set()
 
 
 def test_a_message_that_cannot_be_read_stops_no_later_one(
-    stand_ins: list[Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    said: list[Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever is the server can send one."""
 
-    def pull(client: Quiet) -> Any:
+    def pull(client: SuperNode) -> Any:
         if client.token == "broken":
             raise ValueError("no such object type")
         return "message", "context"
 
     monkeypatch.setattr(module, "pull_task_input", pull)
+    tasks = Tasks("", b"secret")
     for token in ("broken", "here"):
-        task = Task("", token)
-        task._input.exception(timeout=9)  # it has come
-        task.answer(lambda message, context: message)
+        SuperNode.tokens = [token]
+        answered_in_time(tasks)
     failed = ("finished", None, "failed", "the message could not be read")
     done = ("finished", "context", "completed", "")
-    assert stand_ins == [failed, ("pushed", "message"), done]
+    assert said == [failed, ("pushed", "message"), done]
     assert [(r.message, str(r.exc_info[1])) for r in caplog.records if r.exc_info] == [
         ("the message could not be read", "no such object type")
     ]

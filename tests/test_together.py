@@ -46,17 +46,17 @@ def jobs(engine: Engine, round: int = 1, mu: float = 0.0) -> list[Job]:
     return result
 
 
-def trained(engine: Engine, group: Sequence[Job], round: int = 1) -> list[Result]:
+def trained(engine: Engine, group: Sequence[Job]) -> list[Result]:
     """Train a group in one pass and check that no client fails."""
-    results = engine.train(group, round)
+    results = engine.train(group)
     assert len(results) == len(group)
     for result in results:
         assert isinstance(result, Result), result
     return list(results)  # type: ignore[arg-type]
 
 
-def alone(engine: Engine, group: Sequence[Job], round: int = 1) -> list[Result]:
-    return [result for job in group for result in trained(engine, [job], round)]
+def alone(engine: Engine, group: Sequence[Job]) -> list[Result]:
+    return [result for job in group for result in trained(engine, [job])]
 
 
 def steps_of(engine: Engine, client: int) -> list[list[Batch]]:
@@ -80,8 +80,8 @@ def assert_equal(
         loss: relative tolerance of losses.
     """
     group = jobs(engine, round, mu)
-    expected, results = alone(engine, group, round), trained(engine, group, round)
-    assert engine.vectorised  # after an error they would train one by one
+    expected, results = alone(engine, group), trained(engine, group)
+    assert engine.vectorised is not Vectorised.NO  # after an error they would train one by one
     for ours, theirs, job in zip(results, expected, group, strict=True):
         assert ours.trained.loss == pytest.approx(theirs.trained.loss, rel=loss)
         counts = ours.trained.num_examples, ours.trained.steps, ours.trained.lr
@@ -106,7 +106,7 @@ def assert_same(results: Sequence[Result], expected: Sequence[Result]) -> None:
 @pytest.mark.parametrize("method", sorted(set(names_in("method")) - ONE_BY_ONE))
 def test_together_as_alone(opened: Opened, method: str) -> None:
     engine = opened(f"method={method}", *STEPS, "optimizer.name=sgd", "lr=0.1")
-    assert engine.vectorised
+    assert engine.vectorised is not Vectorised.NO
     for round in (1, 2):  # alternating methods train something else in round 2
         assert_equal(engine, round)
 
@@ -192,7 +192,7 @@ def test_passes_as_they_are_captured(
     monkeypatch.setattr("fedpeft.engine.together.Graphs", Replayed)
     monkeypatch.setattr("fedpeft.engine.engine.Together", Capturing)
     engine = opened(f"method={method}", *STEPS, "optimizer.name=sgd", "lr=0.1", QUIET)
-    assert engine.vectorised == Vectorised(random=False)
+    assert engine.vectorised is Vectorised.WITHOUT_DRAWS
     assert_equal(engine)
     (together,) = groups
     (lane,) = together.lanes.values()
@@ -222,7 +222,7 @@ def test_a_module_that_gets_more_than_its_rows_is_not_split(
     model = (*model, f"model.tokenizer_path={checkpoint}", f"model.settings={small}")
     engine = opened("method=bitfit", *STEPS, *model)
     with caplog.at_level(logging.WARNING):
-        assert engine.vectorised is None
+        assert engine.vectorised is Vectorised.NO
     assert reason in caplog.text
 
 
@@ -261,8 +261,8 @@ def test_an_error_in_one_pass_is_no_error_alone(
 
 
 def test_a_model_that_draws_is_known(opened: Opened) -> None:
-    assert opened("method=lora").vectorised == Vectorised(random=True)
-    assert opened("method=prompt").vectorised is None
+    assert opened("method=lora").vectorised is Vectorised.WITH_DRAWS
+    assert opened("method=prompt").vectorised is Vectorised.NO
 
 
 def test_a_loss_that_is_not_finite_is_its_own_clients(opened: Opened) -> None:
@@ -270,7 +270,7 @@ def test_a_loss_that_is_not_finite_is_its_own_clients(opened: Opened) -> None:
     group = jobs(engine)
     name = next(n for n in group[1].start if "lora_A" in n)
     group[1].start[name].fill_(float("nan"))
-    good, bad, also = engine.train(group, 1)
+    good, bad, also = engine.train(group)
     assert isinstance(bad, FloatingPointError)
     for result, job in ((good, group[0]), (also, group[2])):
         assert isinstance(result, Result)

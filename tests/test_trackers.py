@@ -27,7 +27,7 @@ from fedpeft.reporting.progress import Display
 from fedpeft.reporting.run_directory import read_metrics
 from fedpeft.reporting.saved_runs import SavedRun
 from fedpeft.reporting.trackers import mlflow
-from fedpeft.reporting.trackers.base import Numbers, Session, Tracker, Tracking
+from fedpeft.reporting.trackers.base import Export, Numbers, Session, Tracker, Tracking
 from fedpeft.reporting.trackers.tensorboard import TensorBoard
 from fedpeft.simulation.launch import run as run_here
 from tests.conftest import ROOT, Stopping
@@ -95,6 +95,10 @@ def test_a_missing_package_is_found_before_torch_is_imported(tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+def no_export(run_dir: Path, to: Path) -> None:
+    pytest.fail(f"{run_dir} was exported")
+
+
 # --- what a tracker is told -------------------------------------------------------------------
 
 
@@ -132,7 +136,9 @@ class _Noted(Session):
         self.tracker.rounds.append(round)
         self.tracker.numbers = numbers
 
-    def end(self, status: str, reason: str, summary: Mapping[str, Any] | None) -> str:
+    def end(
+        self, status: str, reason: str, summary: Mapping[str, Any] | None, export: Export
+    ) -> str:
         self.tracker.ended = status, reason, summary
         return ""
 
@@ -157,7 +163,7 @@ class Book:
 
     def begin(self) -> None:
         """Begin as a new process does."""
-        self.tracking = Tracking(self.tracker, str(self.path), self.notes.append)
+        self.tracking = Tracking(self.tracker, str(self.path), self.notes.append, no_export)
 
     def round(self, number: int, **values: Any) -> None:
         line = {"round": number} | values
@@ -292,7 +298,7 @@ def test_a_run_of_mlflow_that_cannot_begin_is_not_left_running(of_mlflow: Any) -
 
 
 def test_mlflow_loads_no_quantised_base_to_keep_a_model(of_mlflow: Any) -> None:
-    assert of_mlflow._model() == (
+    assert of_mlflow._model(no_export) == (
         "logger=mlflow keeps no model, because with model.load_in=4bit its export loads the whole "
         f"base model on the CPU: fedpeft export {of_mlflow._saved.path} does"
     )
@@ -402,7 +408,7 @@ def test_tensorboard_drops_what_a_killed_process_wrote_last(tmp_path: Path) -> N
     (folder / "config.yaml").write_text(json.dumps(config))
     (folder / "metrics.jsonl").write_text('{"round": 0, "x": 1}\n{"round": 1, "x": 2}\n')
     for value in (2, 3):
-        tracking = Tracking(TensorBoard(), str(folder), lambda text: pytest.fail(text))
+        tracking = Tracking(TensorBoard(), str(folder), pytest.fail, no_export)
         tracking.start("", 9)
         tracking.stop("stopped")
         (folder / "metrics.jsonl").write_text('{"round": 0, "x": 1}\n{"round": 1, "x": 3}\n')

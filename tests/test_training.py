@@ -27,6 +27,7 @@ from fedpeft.methods.base import Phase
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import State
 from tests.conftest import Runner
+from tests.rows import labelled
 
 
 class Weights(nn.Module):
@@ -381,7 +382,7 @@ def test_a_run_that_keeps_moments_in_one_pass(run: Runner, monkeypatch: pytest.M
     class InOnePass(InProcessGrid):
         def __init__(self, num_clients: int, _: Any) -> None:
             super().__init__(num_clients)
-            self.passes = lambda clients: [clients]
+            self.groups = lambda clients: [clients]
 
     members: list[int] = []
     train_all = Together.train
@@ -464,7 +465,7 @@ def test_a_run_uses_the_rounds_rate(run: Runner) -> None:
 
 def examples(lengths: list[int]) -> Examples:
     rows = [[10 + i] * length for i, length in enumerate(lengths)]
-    return Examples.from_lists(rows, np.arange(len(lengths)), 0)
+    return labelled(rows, range(len(lengths)), 0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])

@@ -20,6 +20,7 @@ from fedpeft.wire import (
     named_arrays,
     number,
     pack,
+    raised,
     unpack,
     wire_bytes,
 )
@@ -151,7 +152,7 @@ def test_wire_bytes_count_every_record() -> None:
     assert wire_bytes(content) < wire_bytes(with_metrics)
 
 
-# --- Flower's private names ----------------------------------------------------------------------
+# --- Flower's private names and its sentences -----------------------------------------------------
 
 INFLATABLE = "flwr.supercore.inflatable.inflatable_object"
 IDENTITY, RUN = "flwr.supercore.task_identity", "flwr.supercore.run"
@@ -203,6 +204,15 @@ def test_flower_keeps_a_message_s_id() -> None:
     assert message.metadata.message_id == "17", "Metadata.message_id is not _message_id any more"
     reply = Message(RecordDict(), reply_to=message)
     assert reply.metadata.reply_to_message_id == "17", "a reply does not name its message's id"
+
+
+@pytest.mark.parametrize("form", ["{error}", "{type}:<'{error}'>"])
+def test_flower_puts_what_a_client_raised_at_the_end_of_its_reason(form: str) -> None:
+    module: Any = flower("flwr.clientapp.client_app")
+    error = module.ClientAppException("rank is 0,\nnot 1")
+    reason = form.format(error=error, type=type(error))
+    assert raised(reason) == "rank is 0,\nnot 1", f"Flower says {reason!r} now: see WRAPPED"
+    assert raised("no reason of Flower's form") == "no reason of Flower's form"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fedpeft.config.load import of_message
 from fedpeft.engine.cpu import give_back
 from fedpeft.engine.engine import Engine, Result, open_engine
 from fedpeft.engine.plan import Job
-from fedpeft.methods.base import At, Term
+from fedpeft.methods.base import At
 from fedpeft.seeding import generator
 from fedpeft.state import (
     METHOD,
@@ -74,15 +74,14 @@ class Begun(NamedTuple):
     """A client between its message and its reply.
 
     Attributes:
+        job: for the engine; its terms are the method's and the strategy's.
         kept: state of earlier rounds.
         before: shared parameters from which training starts, full.
-        terms: corrections of gradients by the method and by the strategy.
     """
 
     job: Job
     kept: Kept
     before: State
-    terms: tuple[Term, Term]
 
 
 def answer_all(
@@ -124,7 +123,7 @@ def _trained(clients: "Sequence[Client]", engine: Engine) -> list[RecordDict | E
     """Train clients; one client's failure leaves the others alone."""
     begun = [_tried(client.begin) for client in clients]
     jobs = [start.job for start in begun if isinstance(start, Begun)]
-    results = iter(engine.train(jobs, clients[0].round) if jobs else ())
+    results = iter(engine.train(jobs) if jobs else ())
     answers: list[RecordDict | Exception] = []
     for client, start in zip(clients, begun, strict=True):
         result = next(results) if isinstance(start, Begun) else start
@@ -198,7 +197,7 @@ class Client:
             self.config.method.term(at, start, kept.method),
             self.config.strategy.term(before, extras, kept.strategy),
         )
-        return Begun(Job(at, start, terms, self._moments(kept, at)), kept, before, terms)
+        return Begun(Job(at, start, terms, self._moments(kept, at)), kept, before)
 
     def _kept(self) -> Kept:
         """Load the generation that the server goes on from.
@@ -233,8 +232,9 @@ class Client:
         """Keep what is personal and return what is shared, encoded."""
         trained, replica, kept = result.trained, self.engine.replica, begun.kept
         shared = {name: result.after[name] for name in begun.before}
-        _, method = begun.terms[0].finish(shared, trained.steps, trained.lr)
-        extras, strategy = begun.terms[1].finish(shared, trained.steps, trained.lr)
+        of_method, of_strategy = begun.job.terms
+        _, method = of_method.finish(shared, trained.steps, trained.lr)
+        extras, strategy = of_strategy.finish(shared, trained.steps, trained.lr)
         at = begun.job.at
         state = replica.blocks(shared, at) | prefixed(extras, STRATEGY)
         reference = replica.blocks(begun.before, at) | prefixed(zeros(extras), STRATEGY)

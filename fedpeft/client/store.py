@@ -38,8 +38,8 @@ class Store:
     @property
     def generations(self) -> list[int]:
         """The generations that are here, sorted."""
-        found = [re.fullmatch(r"(\d+)\.safetensors", path.name) for path in self._files()]
-        return sorted(int(match[1]) for match in found if match)
+        matches = [re.fullmatch(r"(\d+)\.safetensors", path.name) for path in self._files()]
+        return sorted(int(match[1]) for match in matches if match)
 
     def load(self, generation: int) -> State:
         """Return what was kept in a round; empty for generation 0.
@@ -137,6 +137,11 @@ def store_of(context: Context, config: ConfigRecord, client: int) -> Store:
 
     It lies in the node's ``state-folder``. Where no one names one, it lies in the folder
     $FEDPEFT_STATE, or else in the user's own for states, such as ~/.local/state/fedpeft.
+
+    Args:
+        context: of the node.
+        config: the message's, which names the run.
+        client: number of the client.
 
     Raises:
         ValueError: the message names no run.

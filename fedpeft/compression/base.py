@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from fedpeft.algorithms.base import Setting
+from fedpeft.seeding import generator
 from fedpeft.state import State, check
 
 ERROR = "error:"  # prefix of a client's kept errors, the part of its updates that was not sent
@@ -142,3 +143,15 @@ class Compression:
 
     def check(self, setting: Setting) -> None:
         """Raise ValueError if the compression makes no sense in a setting."""
+
+
+def as_received(compression: Compression, state: State, seed: int) -> State:
+    """Return the server's values as clients get them, because models are measured with these.
+
+    Args:
+        compression: of the run.
+        state: the server's values, full.
+        seed: of the run. The draws of stochastic rounding are the same for every call.
+    """
+    codec, draws = compression.down, generator(seed, "compression down", 0)
+    return codec.decode(codec.encode(state, state, draws), state)

@@ -38,6 +38,7 @@ GROUPS = {  # base classes by name, because torch is imported only when a group 
     "compression": "fedpeft.compression.base.Compression",
 }
 FAST_GROUPS = ("partition", "data")  # whose classes import neither transformers nor peft
+PATHS = ("data.path", "model.path", "model.tokenizer_path")  # keys of files and folders
 TRACKER = "fedpeft.reporting.trackers.base.Tracker"
 _FIELD = re.compile(
     rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation|checkpoint|early_stopping|study|logger)"
@@ -309,10 +310,10 @@ def trackers(overrides: str | Sequence[str]) -> list[Any]:
         for name, node in chosen.items():
             if not OmegaConf.is_dict(node) or "_target_" not in node:
                 raise ConfigError(f"logger.{name} is set, but not chosen: add logger={name}")
-        found = [_group(node, f"logger.{name}", TRACKER) for name, node in chosen.items()]
-        for tracker in found:
+        listed = [_group(node, f"logger.{name}", TRACKER) for name, node in chosen.items()]
+        for tracker in listed:
             tracker.check()
-    return found
+    return listed
 
 
 def changed(tree: DictConfig, overrides: Sequence[str]) -> DictConfig:

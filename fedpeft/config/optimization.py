@@ -1,6 +1,6 @@
 """A client's optimizer, clipping and schedules.
 
-The configuration is read before torch is imported, so functions import torch themselves.
+Functions import torch, because the configuration is read before it, in processes without it.
 """
 
 import math

@@ -1,6 +1,7 @@
 """The typed configuration of a run; each value is checked where it is set."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +77,16 @@ class Runtime:
     min_replies: int | float = 0.5
     wait_after_min: float | None = None
     lost_state: str = "refuse"
+
+    def cluster(self) -> tuple[str, str]:
+        """Return the address of the Ray cluster to use, after the name of what says so.
+
+        ``runtime.address`` comes before the environment's RAY_ADDRESS, as overrides of a command
+        do.
+        """
+        if self.address is not None:
+            return "runtime.address", self.address
+        return "RAY_ADDRESS", os.environ.get("RAY_ADDRESS") or "local"
 
     def __post_init__(self) -> None:
         if self.kind not in ("ray", "inprocess"):
@@ -180,7 +191,7 @@ class Checkpointing:
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """When a run ends before its last round.
+    """Settings of early stopping, which ends a run before its last round.
 
     Args:
         patience: evaluations in a row without a better measure on validation rows, by the measure

@@ -18,12 +18,13 @@ from fedpeft.config.overrides import quoted, readable
 from fedpeft.config.schema import ConfigError
 from fedpeft.config.sentences import hydra_sentence
 
-BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # runs the product of all values
+# A private name of Hydra; this sweeper runs the product of all values.
+BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 FOLDER, SUBDIR = "hydra.sweep.dir", "hydra.sweep.subdir"
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """A sweep before it begins.
 
     Args:
@@ -49,11 +50,11 @@ class Plan:
 
     def label(self, overrides: Sequence[str]) -> str:
         """Return what sets a job apart from the others."""
-        own = [o.lstrip("+") for o in overrides if key_of(o) in self.swept]
-        return " ".join(own or overrides)
+        of_sweep = [o.lstrip("+") for o in overrides if key_of(o) in self.swept]
+        return " ".join(of_sweep or overrides)
 
 
-def plan(arguments: Sequence[str]) -> Plan:
+def plan(arguments: Sequence[str]) -> SweepPlan:
     """Plan a sweep.
 
     Args:
@@ -79,20 +80,22 @@ def plan(arguments: Sequence[str]) -> Plan:
         raise ConfigError(hydra_sentence(error, overrides, known)) from error
 
 
-def _plan(overrides: list[str]) -> Plan:
+def _plan(overrides: list[str]) -> SweepPlan:
     with composing():
         loader = GlobalHydra.instance().config_loader()
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
         single = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
         hydra = compose("config", single, return_hydra_config=True).hydra
         folder, sweeper = str(hydra.sweep.dir), hydra.sweeper
-        own = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-        search = OverridesParser.create(config_loader=loader).parse_overrides(own)
+        params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+        search = OverridesParser.create(config_loader=loader).parse_overrides(params)
         known = sweeper._target_ == BASIC
         jobs = _jobs([*search, *(o for o in parsed if not _of_hydra(o))], known)
     swept = tuple(o.key_or_group for o in [*search, *parsed] if o.is_sweep_override())
     of_folder = [o for o in overrides if key_of(o) != FOLDER]
-    return Plan([*of_folder, f"{FOLDER}={quoted(folder)}"], folder, swept, jobs, sweeper, known)
+    return SweepPlan(
+        [*of_folder, f"{FOLDER}={quoted(folder)}"], folder, swept, jobs, sweeper, known
+    )
 
 
 def _as_text(value: str) -> str:

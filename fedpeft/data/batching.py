@@ -52,20 +52,6 @@ class Examples:
         count = len(arrays["groups"]) - 1 if "groups" in arrays else len(_per_row(arrays))
         return cls(arrays, np.arange(count), split, pad_id)
 
-    @classmethod
-    def from_lists(
-        cls, rows: Sequence[Sequence[int]], labels: np.ndarray, pad_id: int
-    ) -> "Examples":
-        """Return training rows of one sequence and one label each.
-
-        Args:
-            rows: token ids of each row.
-            labels: class numbers (rows,).
-            pad_id: the tokenizer's padding token.
-        """
-        arrays = flat(rows) | {"labels": np.asarray(labels, np.int64)}
-        return cls.whole(arrays, "train", pad_id)
-
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -100,10 +100,10 @@ class Policy:
         Raises:
             ValueError: the server sets what the policy does not name, or too large a value.
         """
-        own = tuple(self.configuration)
+        site = tuple(self.configuration)
         asked = tuple(o for o in of_message(overrides) if not self._is_own(key_of(o)))
-        whole = (*asked, *own)
-        before, after = _values(own), _with_own(asked, own)
+        whole = (*asked, *site)
+        before, after = _values(site), _with_own(asked, site)
         for key in sorted(before.keys() | after.keys()):
             if key in before and key in after and before[key] == after[key]:
                 continue

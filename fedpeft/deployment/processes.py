@@ -68,6 +68,11 @@ class Processes:
     def wait(self, what: str, done: Callable[[], bool], seconds: float) -> None:
         """Wait until ``done`` is true.
 
+        Args:
+            what: is waited for; the error names it.
+            done: is asked once a second.
+            seconds: that it may take.
+
         Raises:
             TimeoutError: it was not so in time.
             RuntimeError: a program ended.

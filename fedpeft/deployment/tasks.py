@@ -48,7 +48,7 @@ class Tasks:
         protected = frozenset({"/flwr.proto.Runtime/AcquireTask"})
         signed = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=protected)
         self.client = _client(address, signed, retry=False)
-        self.waiting: list[Task] = []  # whose messages have not come yet
+        self.waiting: list[NodeTask] = []  # whose messages have not come yet
 
     def answer(self, app: App) -> bool:
         """Answer the oldest message that is here; return false if there is none."""
@@ -60,7 +60,7 @@ class Tasks:
             ready.answer(app)
         return ready is not None
 
-    def _next(self) -> "Task | None":
+    def _next(self) -> "NodeTask | None":
         """Return the oldest task that nobody has taken; null if there is none, or no SuperNode."""
         request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
         try:
@@ -68,11 +68,13 @@ class Tasks:
         except httpx.TransportError:
             return None
         return (
-            Task(self.address, answer.token) if answer.HasField("task") and answer.token else None
+            NodeTask(self.address, answer.token)
+            if answer.HasField("task") and answer.token
+            else None
         )
 
 
-class Task:
+class NodeTask:
     """One message to answer, which is fetched in the background from now on.
 
     A SuperNode makes the task before it has the message. If the run ends in between, the message

@@ -131,7 +131,7 @@ class Trial:
         options += ["--certificate", certificate, "--key", key]
         self._start("server", "server", *options)
         self._wait("the server to answer", self.answers)
-        own = [o for o in overrides if o.lstrip("+").startswith(OF_SITES)]
+        of_sites = [o for o in overrides if o.lstrip("+").startswith(OF_SITES)]
         for number in range(nodes):
             name = f"node-{number}"
             private, public = write_node_keys(self.folder, name)
@@ -141,7 +141,7 @@ class Trial:
             options += ["--state-folder", self.folder / "state"]
             if data_paths:
                 options += ["--data-path", data_paths[number % len(data_paths)]]
-            self.nodes[name] = self._start(name, "node", *options, "--", *own)
+            self.nodes[name] = self._start(name, "node", *options, "--", *of_sites)
         self._wait("all nodes to be online", lambda: self.online() == nodes)
         say(f"the server at {self.host}:{self.port} and {nodes} nodes are up")
 

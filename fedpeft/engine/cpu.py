@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+# Functions import transformers, because it takes seconds.
+
 SHORT = 256
 """Longest sequence, in tokens, for which attention trains in float32 under bfloat16 autocast.
 
@@ -37,7 +39,7 @@ class OnCPU(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def kept(shape: torch.Size | tuple[int, ...], p: float) -> tuple[Tensor, float]:
+def dropout_mask(shape: torch.Size | tuple[int, ...], p: float) -> tuple[Tensor, float]:
     """Draw a mask of the entries that dropout keeps.
 
     PyTorch draws a Bernoulli number in 7 ns, this function in .7: one number of torch's generator
@@ -71,7 +73,7 @@ def scaled(x: Tensor, mask: Tensor, factor: float) -> Tensor:
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     if not (training and 0 < p < 1 and x.is_cpu and not inplace):
         return F.dropout(x, p, training, inplace)
-    return scaled(x, *kept(x.shape, p))
+    return scaled(x, *dropout_mask(x.shape, p))
 
 
 def attention(
@@ -83,7 +85,7 @@ def attention(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """Compute ``F.scaled_dot_product_attention``, which documents the arguments.
+    """Compute attention, see ``F.scaled_dot_product_attention``, which documents the arguments.
 
     On a CPU it runs step by step if it drops, and in float32 under autocast if it drops or is a
     training step over at most ``SHORT`` tokens.
@@ -128,7 +130,7 @@ def _wide(
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros(attn_mask.shape).masked_fill_(~attn_mask, least)
         scores = scores + attn_mask.clamp(min=least)
-    mask, factor = kept(scores.shape, dropout_p)
+    mask, factor = dropout_mask(scores.shape, dropout_p)
     return (scores.softmax(-1) * mask.to(scores.dtype)) @ (value * factor)
 
 

@@ -67,46 +67,49 @@ class Engine:
 
     # --- training ------------------------------------------------------------------------------
 
-    def train(self, jobs: Sequence[Job], round: int) -> Sequence[Result | Exception]:
-        """Train several clients, all in one pass per step where the model allows it.
+    def train(self, jobs: Sequence[Job]) -> Sequence[Result | Exception]:
+        """Train several clients of a round, all in one pass per step where the model allows it.
 
         Returns:
             For each job, in order, its result or the error that ended its training.
         """
-        if len(jobs) > 1 and self.vectorised and self.config.accumulate == 1:
+        alone = self.vectorised is Vectorised.NO or self.config.accumulate > 1
+        if len(jobs) > 1 and not alone:
             try:
-                return self._train_together(jobs, round)
+                return self._train_together(jobs)
             except Exception as error:  # trained alone, only clients at fault fail
                 log.warning("clients train one by one from here on, for in one pass: %r", error)
-                self.vectorised = None
-        return [self._train_alone(job, round) for job in jobs]
+                self.vectorised = Vectorised.NO
+        return [self._train_alone(job) for job in jobs]
 
-    def _train_alone(self, job: Job, round: int) -> Result | Exception:
+    def _train_alone(self, job: Job) -> Result | Exception:
         try:
-            return self.train_client(job, round)
+            return self.train_client(job)
         except Exception as error:
             return error
 
-    def train_client(self, job: Job, round: int) -> Result:
+    def train_client(self, job: Job) -> Result:
         """Train one client through all phases of its round."""
         begun = time.perf_counter()
         values, moments, ended = job.start, job.moments, []
-        for part in self._parts(job, round):
+        for part in self._parts(job):
             plan = self._plan(job.client, part)
             passes = self._ready(part.names, part.phase.setting)
             passes.flat.load(values)
             resting = {n: v for n, v in values.items() if n not in passes.flat.named}
             load_state(self.replica.model, resting)
             with torch_seed(self.config.seed, "dropout", *part.path):
-                loss, state = train(
+                loss, last_moments = train(
                     passes, plan.steps, plan.rate, self.config.optimizer, job.terms, moments
                 )
-            values, moments = values | passes.flat.state(), moments | state
+            values, moments = values | passes.flat.state(), moments | last_moments
             ended.append(Ended(part.names, plan, loss))
-        return Result(self._trained(round, ended), values, moments, time.perf_counter() - begun)
+        trained = self._trained(job.at.round, ended)
+        return Result(trained, values, moments, time.perf_counter() - begun)
 
-    def _parts(self, job: Job, round: int) -> list[Part]:
+    def _parts(self, job: Job) -> list[Part]:
         """Return the phases in which something trains."""
+        round = job.at.round
         trained = self.replica.roles.trained(round)
         parts = []
         for number, phase in enumerate(self.config.method.phases(job.at)):
@@ -153,10 +156,10 @@ class Engine:
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.task.loss(self.task.forward(model, batch), batch)
 
-    def _train_together(self, jobs: Sequence[Job], round: int) -> list[Result | Exception]:
+    def _train_together(self, jobs: Sequence[Job]) -> list[Result | Exception]:
         begun = time.perf_counter()
         results: dict[int, Result | Exception] = {}
-        members = [Member(job, self._parts(job, round)) for job in jobs]
+        members = [Member(job, self._parts(job)) for job in jobs]
         kinds = [[(part.phase.setting, part.names) for part in m.parts] for m in members]
         if any(kind != kinds[0] for kind in kinds):
             raise ValueError("the phases of a round differ by client")
@@ -164,7 +167,8 @@ class Engine:
             self._phase_together([m for m in members if m.error is None], number)
         for i, member in enumerate(members):
             if member.error is None:
-                trained, seconds = self._trained(round, member.ended), time.perf_counter() - begun
+                trained = self._trained(member.job.at.round, member.ended)
+                seconds = time.perf_counter() - begun
                 results[i] = Result(trained, member.values, member.moments, seconds)
             else:
                 results[i] = member.error
@@ -191,8 +195,8 @@ class Engine:
         """Return the cached ``Together`` of some trained parameters."""
         key = (tuple(names), setting)
         if key not in self._together:
-            random = self.vectorised is not None and self.vectorised.random
-            self._together[key] = Together(self.replica, names, random)
+            draws = self.vectorised is Vectorised.WITH_DRAWS
+            self._together[key] = Together(self.replica, names, draws)
         return self._together[key]
 
     def _draws(self, path: Sequence[int]) -> Tensor:
@@ -206,8 +210,8 @@ class Engine:
     # --- clients in a pass ---------------------------------------------------------------------
 
     @cached_property
-    def vectorised(self) -> Vectorised | None:
-        """The way in which clients can train in one pass; null if the model does not allow it."""
+    def vectorised(self) -> Vectorised:
+        """The way in which clients can train in one pass."""
         return vectorised(self.replica, self.rows.examples("train"))
 
     def clients_per_pass(self) -> int:
@@ -221,13 +225,13 @@ class Engine:
         tokens = float((train.lengths * train.sequences).mean()) or IMAGE_TOKENS
         numbers = sum(value.numel() for value in self.replica.initial.values())
         kind = self.replica.device.type
-        if kind == "cuda" and self.vectorised is not None and self.vectorised.random:
+        if kind == "cuda" and self.vectorised is Vectorised.WITH_DRAWS:
             # With dropout, one client's step can be replayed as a CUDA graph but a group's cannot,
             # so one client per pass is faster.
             return 1
         return clients_in_a_pass(config.batch_size * tokens, numbers, kind)
 
-    def passes(self, clients: Sequence[int]) -> list[list[int]]:
+    def groups(self, clients: Sequence[int]) -> list[list[int]]:
         """Divide clients into groups that train in one pass, those with the most work first."""
         size = self.clients_per_pass()
         ordered = sorted(clients, key=self.work, reverse=True)

@@ -7,14 +7,16 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.engine import Engine
 from fedpeft.models.hub import weights_sha256
 from fedpeft.models.pretrained import Pretrained
+from fedpeft.versions import SHOWN
 
-PACKAGES = ("fedpeft", "flwr", "torch", "transformers")
-TEXTS = ("python", *PACKAGES, "weights")
+TEXTS = ("python", *SHOWN, "weights")
+CGROUP = Path("/sys/fs/cgroup")
 NUMBERS = ("cpus", "used_bytes", "free_bytes", "gpu_free_bytes", "gpu_bytes")
 
 _hashes: WeakKeyDictionary[Engine, str] = WeakKeyDictionary()  # virtual clients share an engine
@@ -33,7 +35,7 @@ def facts(engine: Engine) -> dict[str, str | int]:
         _hashes[engine] = _weights(engine.config.model)
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: version(name) for name in SHOWN},
         "weights": _hashes[engine],
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cores(),
         "used_bytes": _kilobytes("/proc/self/status", "VmRSS") * 1024,
@@ -58,17 +60,19 @@ def _weights(model: Pretrained) -> str:
         return "random"
     source = model.source()
     if not Path(source).is_dir():
-        from huggingface_hub import try_to_load_from_cache  # not needed for a folder
-
         cached = try_to_load_from_cache(source, "config.json", revision=model.revision)
         source = str(Path(cached).parent) if isinstance(cached, str) else ""
     return (source and weights_sha256(source)) or "unknown"
 
 
-def free_memory() -> int:
-    """Return the bytes that processes may still take: the machine's, or fewer in a container."""
+def free_memory(cgroup: Path = CGROUP) -> int:
+    """Return the bytes that processes may still take: the machine's, or fewer in a container.
+
+    Args:
+        cgroup: folder in which Linux says what this container may take.
+    """
     machine = _kilobytes("/proc/meminfo", "MemAvailable") * 1024
-    most, used = (_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    most, used = (_number(cgroup / f"memory.{name}") for name in ("max", "current"))
     return machine if most is None or used is None else min(machine, max(0, most - used))
 
 
@@ -84,11 +88,11 @@ def _cores() -> int:
 def _kilobytes(file: str, name: str) -> int:
     """Return a number of one of Linux's tables; 0 on other systems."""
     lines = Path(file).read_text().splitlines() if Path(file).exists() else []
-    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
-    return int(found[0]) if found else 0
+    numbers = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(numbers[0]) if numbers else 0
 
 
-def _number(file: str) -> int | None:
+def _number(file: Path) -> int | None:
     """Return the number in a file; null if there is no file, or a word such as ``max``."""
-    text = Path(file).read_text().strip() if Path(file).exists() else ""
+    text = file.read_text().strip() if file.exists() else ""
     return int(text) if text.isdigit() else None

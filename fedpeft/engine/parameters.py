@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedpeft.config.schema import Config
-from fedpeft.engine.replica import injected
+from fedpeft.engine.replica import check_choices, injected
 from fedpeft.engine.roles import Roles
 from fedpeft.models.precision import train_in_float32
 
@@ -60,14 +60,8 @@ def check_on_meta(config: Config) -> None:
     Raises:
         ValueError: it does not.
     """
-    config.method.check(config.num_rounds)
-    config.model.check_precision(config.precision)
-    model = _injected_on_meta(config, _on_meta(config))
-    roles = Roles(config, model)
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
-    setting = roles.setting(shapes)
-    config.strategy.check(setting)
-    config.compression.check(setting)
+    check_choices(config)
+    Roles(config, _injected_on_meta(config, _on_meta(config))).check()
 
 
 def _on_meta(config: Config) -> nn.Module:

@@ -122,7 +122,13 @@ def plan(
 
 
 def num_steps(config: Config, rows: int, phase: Phase) -> int:
-    """Return how many steps a client of so many training rows takes in a phase."""
+    """Return how many steps a client takes in a phase.
+
+    Args:
+        config: the run.
+        rows: training rows of the client.
+        phase: multiplies the round's steps.
+    """
     steps, epochs = _count(config, rows, config.local_steps, phase.steps)
     return steps or -(-rows // config.batch_size) * (epochs or 1)
 

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from enum import Enum
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -18,17 +19,15 @@ from fedpeft.seeding import rng_state
 log = logging.getLogger(__name__)
 
 
-class Vectorised(NamedTuple):
-    """The way in which clients can train in one pass.
+class Vectorised(Enum):
+    """Tells whether clients can train in one pass, and whether the model then draws at random."""
 
-    Attributes:
-        random: true if the model draws at random while it trains.
-    """
-
-    random: bool
+    NO = "no"
+    WITHOUT_DRAWS = "without draws"
+    WITH_DRAWS = "with draws"
 
 
-def vectorised(replica: Replica, rows: Examples) -> Vectorised | None:
+def vectorised(replica: Replica, rows: Examples) -> Vectorised:
     """Test how clients can train in one pass.
 
     Args:
@@ -36,7 +35,7 @@ def vectorised(replica: Replica, rows: Examples) -> Vectorised | None:
         rows: training rows; the model runs on the first one and the first two.
 
     Returns:
-        The way, or null if clients must train one by one; the log then says why.
+        The way; if it is ``NO``, the log says why.
     """
     config, model = replica.config, replica.model
     model.train()
@@ -46,12 +45,12 @@ def vectorised(replica: Replica, rows: Examples) -> Vectorised | None:
         batches = [rows.select(rows.rows[:count]).batch(np.arange(count)) for count in (1, 2)]
         names, precision = replica.roles.names, config.precision
         replica.set_trainable(set(names))  # a head that trains is called in another way
-        random = [probe(model, config.data, names, batch, precision) for batch in batches]
+        draws = [probe(model, config.data, names, batch, precision) for batch in batches]
     except Unsupported as reason:
         name = type(config.method).__name__
         log.warning("%s: clients train one by one, for %s", name, reason)
-        return None
-    return Vectorised(any(random))
+        return Vectorised.NO
+    return Vectorised.WITH_DRAWS if any(draws) else Vectorised.WITHOUT_DRAWS
 
 
 def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, precision: str) -> bool:

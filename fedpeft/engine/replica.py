@@ -5,7 +5,6 @@ import logging
 import torch
 from torch import nn
 
-from fedpeft.algorithms.base import Setting
 from fedpeft.config.schema import Config
 from fedpeft.engine.cpu import checkpoint_blocks
 from fedpeft.engine.roles import Roles
@@ -33,8 +32,7 @@ class Replica:
 
     def __init__(self, config: Config) -> None:
         torch.set_num_threads(config.runtime.threads)
-        config.method.check(config.num_rounds)
-        config.model.check_precision(config.precision)
+        check_choices(config)
         self.config, self.task = config, config.data
         self.processor = getattr(config.model, self.task.needs)()
         with torch_seed(config.seed, "method"):
@@ -45,10 +43,8 @@ class Replica:
         self.model: nn.Module = model.to(_device(config.runtime.device))
         self.device = next(self.model.parameters()).device
         self.roles = Roles(config, self.model)
+        self.roles.check()
         self.initial = snapshot(self.model, self.roles.names)
-        setting = self.setting()
-        config.strategy.check(setting)
-        config.compression.check(setting)
 
     def base_model(self) -> nn.Module:
         """Return the model before the method touches it."""
@@ -60,11 +56,6 @@ class Replica:
         if self.task.needs == "tokenizer":
             model.config.pad_token_id = self.processor.pad_token_id
         return model
-
-    def setting(self) -> Setting:
-        """Return the facts by which a strategy or a compression may refuse this run."""
-        shapes = {name: tuple(value.shape) for name, value in self.initial.items()}
-        return self.roles.setting(shapes)
 
     def shared(self, round: int) -> State:
         """Return initial values of what is shared in a round: the names, shapes and dtypes."""
@@ -102,6 +93,16 @@ class Replica:
         """Let exactly these parameters require gradients."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in names)
+
+
+def check_choices(config: Config) -> None:
+    """Check, before a model is built, that the number of rounds and the precision are possible.
+
+    Raises:
+        ValueError: one is not.
+    """
+    config.method.check(config.num_rounds)
+    config.model.check_precision(config.precision)
 
 
 def injected(config: Config, model: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """Roles of a model's parameters by round: the method's, changed by configuration and strategy."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from fedpeft.algorithms.base import Setting
 from fedpeft.config.schema import Config
-from fedpeft.methods.base import At, Method
+from fedpeft.methods.base import At
 from fedpeft.models.sites import head_parameters
 from fedpeft.state import TRAINED, Role, names_with
 
@@ -77,28 +77,21 @@ class Roles:
             self._changed.append(self._changed[last].union(names_with(roles, *kinds)))
         return self._changed[round]
 
-    def setting(self, shapes: Mapping[str, tuple[int, ...]]) -> Setting:
-        """Return the facts by which a strategy or a compression may refuse this run.
+    def check(self) -> None:
+        """Check that the run's strategy and its compression go with its method.
 
-        Args:
-            shapes: of the parameters that can change, by name.
+        Raises:
+            ValueError: one does not.
         """
+        setting = self._setting()
+        self.config.strategy.check(setting)
+        self.config.compression.check(setting)
+
+    def _setting(self) -> Setting:
         config = self.config
         shares = any(self.shared(round) for round in range(1, config.num_rounds + 1))
-        whole, cohort = self._whole(shapes), config.cohort_size()
+        whole, cohort = not config.method.trains_blocks(config.num_clients), config.cohort_size()
         return Setting(config.method, shares, whole, cohort, config.optimizer.name)
-
-    def _whole(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Tell whether every client trains whole parameters, in the first and the last round."""
-        config = self.config
-        if type(config.method).block is Method.block:
-            return True
-        return all(
-            tuple(config.method.block(name, shape, self.at(round, client))) == shape
-            for round in {1, config.num_rounds}
-            for client in range(config.num_clients)
-            for name, shape in shapes.items()
-        )
 
     @cached_property
     def has_personal(self) -> bool:

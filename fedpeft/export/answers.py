@@ -102,8 +102,8 @@ def answers(opened: Opened, lines: Sequence[str], first: int = 1) -> list[Any]:
     for batch in outputs:
         numbers = batch["row"].tolist()
         values = {name: value.cpu() for name, value in batch.items()}
-        found = task.answered(values, rows.select(numbers), processor)
-        answered |= dict(zip((asked[number] for number in numbers), found, strict=True))
+        answers = task.answered(values, rows.select(numbers), processor)
+        answered |= dict(zip((asked[number] for number in numbers), answers, strict=True))
     return [answered.get(number) for number in range(len(lines))]
 
 

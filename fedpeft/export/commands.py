@@ -32,12 +32,12 @@ def export(arguments: Sequence[str]) -> None:
     add("--merge", action="store_true", help="fold the change into the weights: --as transformers")
     add("--as", dest="form", choices=FORMS, help="form; by default the first that the method has")
     add("--json", action="store_true", help="print one JSON object")
-    given = parser.parse_intermixed_args(arguments)
-    if given.merge and given.form not in (None, "transformers"):
-        raise ValueError(f"--merge is --as transformers, got --as {given.form} too")
-    run = open_run(given.path, given.overrides, given.best, given.client)
-    written = write(run, given.to, "transformers" if given.merge else given.form)
-    if given.json:
+    args = parser.parse_intermixed_args(arguments)
+    if args.merge and args.form not in (None, "transformers"):
+        raise ValueError(f"--merge is --as transformers, got --as {args.form} too")
+    run = open_run(args.path, args.overrides, args.best, args.client)
+    written = write(run, args.to, "transformers" if args.merge else args.form)
+    if args.json:
         print(json.dumps(written._asdict() | {"folder": str(written.folder)}))
         return
     print(f"{written.folder} holds the form {written.form}: {HOW[written.form]}")
@@ -49,8 +49,8 @@ def predict(arguments: Sequence[str]) -> None:
     parser = _parser(
         "predict", "directory of a finished run, or an exported folder", predict.__doc__
     )
-    given = parser.parse_intermixed_args(arguments)
-    model = _open(given)
+    args = parser.parse_intermixed_args(arguments)
+    model = _open(args)
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 are found line by line
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     lines = (line.rstrip("\n") for line in sys.stdin)
@@ -65,16 +65,16 @@ def evaluate(arguments: Sequence[str]) -> None:
         "evaluate", "directory of a finished run, or an exported folder", evaluate.__doc__
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    given = parser.parse_intermixed_args(arguments)
-    model = _open(given)
-    keys = {override.partition("=")[0].lstrip("+") for override in given.overrides}
+    args = parser.parse_intermixed_args(arguments)
+    model = _open(args)
+    keys = {override.partition("=")[0].lstrip("+") for override in args.overrides}
     if keys & {"data", "data.path"} and "data.test_split" not in keys:
-        task, note = _tested(model.config.data, _rows_of(given.path))
+        task, note = _tested(model.config.data, _rows_of(args.path))
         if note:
             print(f"note: {note}", file=sys.stderr)
         model = model._replace(config=replace(model.config, data=task))
     measures = measured(model)
-    if given.json:
+    if args.json:
         print(json.dumps(measures))
         return
     for name, value in measures.items():
@@ -142,16 +142,16 @@ def _parser(command: str, path: str, text: str | None) -> argparse.ArgumentParse
     return parser
 
 
-def _open(given: argparse.Namespace) -> Opened:
+def _open(args: argparse.Namespace) -> Opened:
     """Open a run's directory or an exported folder."""
-    if is_exported(given.path):
-        if given.best or given.client is not None:
+    if is_exported(args.path):
+        if args.best or args.client is not None:
             raise ValueError(
-                f"{given.path} is an exported folder, which holds one model: --best and --client "
+                f"{args.path} is an exported folder, which holds one model: --best and --client "
                 "choose one of a run"
             )
-        return opened(given.path, given.overrides)
-    run = open_run(given.path, given.overrides, given.best, given.client, whole=False)
+        return opened(args.path, args.overrides)
+    run = open_run(args.path, args.overrides, args.best, args.client, whole=False)
     return Opened(run.replica.model, run.config, run.replica.processor)
 
 

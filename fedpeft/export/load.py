@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peft import PeftModel, PeftType
 from torch import nn
 
 from fedpeft.config.load import typed
@@ -18,6 +19,8 @@ from fedpeft.models.precision import train_in_float32
 from fedpeft.models.pretrained import DTYPES
 from fedpeft.seeding import torch_seed
 from fedpeft.state import load_state, read
+
+# Functions import transformers, because it takes seconds.
 
 
 class Opened(NamedTuple):
@@ -105,8 +108,6 @@ def _base(folder: Path, config: Config) -> Any:
 
 def _peft(folder: Path, config: Config) -> Any:
     """Return the base model with HF PEFT's adapter in it."""
-    from peft import PeftModel, PeftType
-
     with warnings.catch_warnings():  # PEFT calls what transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         model = PeftModel.from_pretrained(_base(folder, config), str(folder))

@@ -10,17 +10,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fedpeft.client.store import Store
-from fedpeft.config.load import changed, typed
+from fedpeft.compression.base import as_received
+from fedpeft.config.load import PATHS, changed, typed
 from fedpeft.config.schema import Config
 from fedpeft.engine.replica import Replica
 from fedpeft.export.folder import with_labels
 from fedpeft.methods.base import At
 from fedpeft.reporting.run_directory import CONFIG, SUMMARY
-from fedpeft.seeding import generator
 from fedpeft.server.checkpoint import Checkpoint, Checkpoints
 from fedpeft.state import Role, State, read
-
-PATHS = ("model.path", "model.tokenizer_path", "data.path")
 
 
 class OneModel(Replica):
@@ -109,9 +107,8 @@ def open_run(
     tree: Any = changed(saved, overrides)
     config = typed(with_labels(tree, summary.get("labels")))
     replica = OneModel(_whole(config) if whole else config)
-    state = _as_received(
-        config, read(folder / f"{'best_' if best else ''}shared_state.safetensors")
-    )
+    saved_state = read(folder / f"{'best_' if best else ''}shared_state.safetensors")
+    state = as_received(config.compression, saved_state, config.seed)
     setting = ""
     if client is None:
         setting = _common(replica)
@@ -146,12 +143,6 @@ def _whole(config: Config) -> Config:
     return replace(config, precision=precision, model=model, runtime=runtime)
 
 
-def _as_received(config: Config, state: State) -> State:
-    """Return the server's values as clients get them, by which the summary measures too."""
-    codec, draws = config.compression.down, generator(config.seed, "compression down", 0)
-    return codec.decode(codec.encode(state, state, draws), state)
-
-
 def _common(replica: Replica) -> str:
     """Return the setting of the model that all clients share.
 
@@ -162,13 +153,14 @@ def _common(replica: Replica) -> str:
     if not roles.has_personal:
         return ""
     rounds = range(1, roles.rounds + 1)
-    own = {n for r in rounds for n, role in roles.by_name(r).items() if role is Role.PERSONAL}
+    left = {n for r in rounds for n, role in roles.by_name(r).items() if role is Role.PERSONAL}
     if method.common is not None:
-        own -= {n for r in rounds for n in own if method.role(n, roles.at(r)) is Role.PERSONAL}
-    if own:
+        left -= {n for r in rounds for n in left if method.role(n, roles.at(r)) is Role.PERSONAL}
+    if left:
+        last = replica.config.num_clients - 1
         raise ValueError(
-            f"{len(own)} parameters stay on the clients in this run, such as {min(own)}, so there "
-            f"is no model of all: choose one with --client, 0 to {replica.config.num_clients - 1}"
+            f"{len(left)} parameters stay on the clients in this run, such as {min(left)}, so "
+            f"there is no model of all: choose one with --client, 0 to {last}"
         )
     return method.common or ""
 

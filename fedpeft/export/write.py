@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import PromptLearningConfig, TaskType
+from safetensors.torch import save_file
 
 from fedpeft.engine.replica import injected
 from fedpeft.export import folder as files
@@ -14,7 +16,7 @@ from fedpeft.export.card import card
 from fedpeft.export.load import opened
 from fedpeft.export.run import FinishedRun
 from fedpeft.export.verify import difference, logits, made_up
-from fedpeft.methods.exported import INNER, PeftForm
+from fedpeft.methods.parts.exported import INNER, PeftForm
 from fedpeft.models.sites import head_names
 from fedpeft.state import save
 
@@ -144,9 +146,6 @@ def _peft(run: FinishedRun) -> Writer:
 
 
 def _save_peft(run: FinishedRun, form: PeftForm, folder: Path) -> None:
-    from peft import PromptLearningConfig, TaskType
-    from safetensors.torch import save_file
-
     model: Any = run.replica.model
     inner = getattr(model, "inner", model)
     config: Any = deepcopy(form.config)

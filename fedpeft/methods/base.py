@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from fedpeft.methods.exported import PeftForm, folded, of_peft_layers
+from fedpeft.methods.parts.exported import PeftForm, folded, of_peft_layers
 from fedpeft.state import Role, State, weighted_mean
 
 Memory = dict[str, State]  # what the server keeps for a method or strategy from round to round
@@ -46,7 +46,13 @@ class ServerModel(Protocol):
         ...
 
     def batches(self, size: int, purpose: str, *path: int) -> Iterator[Any]:
-        """Yield batches of the server's validation rows without end, in a seeded order."""
+        """Yield batches of the server's validation rows without end, in a seeded order.
+
+        Args:
+            size: rows of a batch.
+            purpose: sets this order apart from those for other purposes.
+            path: further numbers that do, such as the round's.
+        """
         ...
 
     def gradients(self, names: Sequence[str], batch: Any) -> tuple[float, State]:
@@ -166,6 +172,14 @@ class Method(ABC):
             at: the round and the client.
         """
         return shape
+
+    def trains_blocks(self, num_clients: int) -> bool:
+        """Return true if any of so many clients may train less than whole parameters in a round.
+
+        A method with a ``block`` of its own does, unless it knows better, because ranks may differ
+        by client and shrink from round to round.
+        """
+        return type(self).block is not Method.block
 
     def phases(self, at: At) -> Sequence[Phase]:
         """Return the parts of a client's training, in order; the base has one for everything.

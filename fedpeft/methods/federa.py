@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedpeft.methods.exported import PeftForm, adapter_sum, as_lora, lora_sites
 from fedpeft.methods.lora import LoRA
+from fedpeft.methods.parts.exported import PeftForm, adapter_sum, as_lora, lora_sites
 from fedpeft.methods.parts.products import A, B
 from fedpeft.models.sites import add_by_peft, attention_projections, linear_weight
 from fedpeft.state import State

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from fedpeft.methods.base import At, Method, Round
-from fedpeft.methods.parts.ranks import Ranks, check_ranks, mean_of_holders, rank_of
+from fedpeft.methods.parts.ranks import Ranks, any_below, check_ranks, mean_of_holders, rank_of
 from fedpeft.models.sites import (
     ADD_IN_PLACE,
     ATTENTION_OUTPUT,
@@ -113,6 +113,10 @@ class FedTT(Method):
         rank = rank_of(self.tt_ranks, at, self.tt_rank)
         number, count = map(int, factor.groups())
         return (1 if number == 1 else rank, shape[1], 1 if number == count else rank)
+
+    def trains_blocks(self, num_clients: int) -> bool:
+        """See ``Method.trains_blocks``."""
+        return any_below(self.tt_ranks, self.tt_rank, num_clients)
 
     def aggregate(self, round: Round) -> State:
         mean = weighted_mean(round.states, round.weights)

@@ -58,16 +58,20 @@ class HetLoRA(RankedLoRA):
     def client_rank(self, at: At) -> int:
         return int(at.memory["rank"]) if "rank" in at.memory else super().client_rank(at)
 
-    def kept(self, rank: int) -> int:
+    def trains_blocks(self, num_clients: int) -> bool:
+        """See ``Method.trains_blocks``; pruning may shrink any client's rank after a round."""
+        return self.prune < 1 or super().trains_blocks(num_clients)
+
+    def pruned(self, rank: int) -> int:
         """Return the rank that pruning leaves, >= 1."""
         return max(1, math.floor(self.prune * rank))
 
     def term(self, at: At, start: State, kept: State) -> Term:
         """See ``Method.term``."""
         rank = self.client_rank(at)
-        if self.prune == 1 or self.kept(rank) == rank:
+        if self.prune == 1 or self.pruned(rank) == rank:
             return Term()
-        return TailPenalty(self.penalty, self.kept(rank), rank)
+        return TailPenalty(self.penalty, self.pruned(rank), rank)
 
     def _prune(self, round: Round) -> None:
         """Shrink the ranks of clients whose last components lost weight in this round."""
@@ -75,10 +79,10 @@ class HetLoRA(RankedLoRA):
         ranks = round.memory.setdefault("ranks", {})
         for at, state in zip(round.ats, round.states, strict=True):
             rank = self.client_rank(at)
-            pruned = self.kept(rank)
-            tails = [_tail(factors(s), pruned, rank) for s in (round.before, state)]
+            first = self.pruned(rank)
+            tails = [_tail(factors(s), first, rank) for s in (round.before, state)]
             if tails[1] < tails[0]:
-                ranks[str(at.client)] = torch.tensor(pruned)
+                ranks[str(at.client)] = torch.tensor(first)
 
     def aggregate(self, round: Round) -> State:
         if self.prune < 1:

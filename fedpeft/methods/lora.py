@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedpeft.methods.base import At, Method
-from fedpeft.methods.exported import PeftForm, adapter_sum, as_lora, lora_sites
+from fedpeft.methods.parts.exported import PeftForm, adapter_sum, as_lora, lora_sites
 from fedpeft.models.sites import (
     add_by_peft,
     attention_projections,

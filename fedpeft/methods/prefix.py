@@ -9,7 +9,7 @@ from peft.tuners import PrefixEncoder
 from torch import nn
 
 from fedpeft.methods.base import Method
-from fedpeft.methods.exported import PeftForm, of_virtual_tokens
+from fedpeft.methods.parts.exported import PeftForm, of_virtual_tokens
 from fedpeft.models.sites import freeze_all_but_head, reads_text
 from fedpeft.nn.virtual import Prefixed
 from fedpeft.state import State

@@ -7,7 +7,7 @@ from peft.tuners import PromptEmbedding
 from torch import nn
 
 from fedpeft.methods.base import Method
-from fedpeft.methods.exported import PeftForm
+from fedpeft.methods.parts.exported import PeftForm
 from fedpeft.methods.parts.prompts import prompt_form
 from fedpeft.models.sites import freeze_all_but_head, reads_text, word_embedding
 from fedpeft.nn.virtual import Prompted

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fedpeft.methods.base import Method
-from fedpeft.methods.exported import PeftForm, as_lora
+from fedpeft.methods.parts.exported import PeftForm, as_lora
 from fedpeft.models.sites import (
     MLP_OUTPUT,
     check_rank,

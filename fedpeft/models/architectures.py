@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+# Functions import transformers, because it takes seconds.
+
 
 def writes_text(config: Any) -> bool:
     """Tell whether an architecture is a decoder.

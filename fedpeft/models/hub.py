@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from huggingface_hub import constants, errors, utils
+
 from fedpeft.errors import PartlyPublic
 
 PATIENCE = 5.0  # seconds; transformers' retries take over 20 a file
@@ -14,13 +16,10 @@ PATIENCE = 5.0  # seconds; transformers' retries take over 20 a file
 @cache
 def reachable() -> bool:
     """Ask once a process whether the hub answers; with HF_HUB_OFFLINE=1 the answer is no."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        utils.get_session().head(constants.ENDPOINT, timeout=PATIENCE)
     except Exception:  # each HTTP library and proxy raises its own
         return False
     return True
@@ -57,8 +56,6 @@ def one_sentence(source: str, revision: str | None, key: str = "model.path") -> 
 
 
 def _in_one_sentence(source: str, revision: str | None, key: str, error: Exception) -> ValueError:
-    from huggingface_hub import errors
-
     said = f": {' '.join(str(error).split())}"  # perhaps with a part of a file that is no model's
     if Path(source).is_dir() or isinstance(error, ValueError):
         return PartlyPublic(f"{key}={source} cannot be loaded", said)

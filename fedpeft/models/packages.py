@@ -10,6 +10,8 @@ import torch
 from fedpeft.cache import cache_folder, cached_folder
 from fedpeft.models.hub import sha256_of
 
+# Functions import transformers, because it takes seconds.
+
 FORMAT = 1  # part of the cache's key: raise it when a conversion writes other files
 GGUF = ".gguf"
 
@@ -37,7 +39,7 @@ def readable(package: str, install: str | None, sha256: str | None) -> str:
     """
     if reads_as_is(package):
         return str(located(package, install))
-    return _converted(located(package, install, ("gguf",)), sha256, cache_folder())
+    return converted(located(package, install, ("gguf",)), sha256, cache_folder())
 
 
 def located(package: str, install: str | None, needed: Iterable[str] = ()) -> Path:
@@ -63,8 +65,17 @@ def located(package: str, install: str | None, needed: Iterable[str] = ()) -> Pa
 
 
 @cache  # because hashing the file and checking what is cached take half a second
-def _converted(file: Path, sha256: str | None, within: Path) -> str:
-    """Return the folder, within the cache's, with a GGUF file's model and tokenizer."""
+def converted(file: Path, sha256: str | None, within: Path) -> str:
+    """Return the folder with a GGUF file's model and tokenizer, which is made if it is not there.
+
+    Args:
+        file: the GGUF file.
+        sha256: that it must have; null does not check.
+        within: the cache's folder.
+
+    Raises:
+        ValueError: the file has another hash, or the cache cannot be written.
+    """
     actual = sha256_of([file])
     if sha256 not in (None, actual):
         raise ValueError(

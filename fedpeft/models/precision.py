@@ -9,6 +9,8 @@ from torch import nn
 
 from fedpeft.models.sites import head_names
 
+# Functions import transformers, because it takes seconds.
+
 
 def has_gpu() -> bool:
     """Tell whether torch sees a GPU in this process."""

@@ -19,6 +19,8 @@ from fedpeft.models.precision import quantisation
 from fedpeft.models.sites import head_names
 from fedpeft.seeding import torch_seed
 
+# Functions import transformers, because it takes seconds.
+
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Functions import transformers, because it takes seconds.
+
 # Ends of the names of learned positions: BERT's, GPT-2's, OPT's, the first GPT's.
 POSITIONS = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
 

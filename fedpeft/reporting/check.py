@@ -10,8 +10,9 @@ from rich.markup import escape
 
 from fedpeft.data.rows.source import SPLITS
 from fedpeft.reporting.tables import print_table, span, span_of_bytes
+from fedpeft.versions import SHOWN
 
-VERSIONS = ("fedpeft", "python", "torch", "transformers", "flwr")
+VERSIONS = ("python", *SHOWN)
 HASH = 12  # shown digits of the weights' SHA-256
 
 

@@ -26,35 +26,35 @@ def results(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: a folder holds no run, or an option names what no run has.
     """
-    given = _parser().parse_args(list(arguments))
-    if given.to:
-        check_export(given.to)
-    if given.rounds and (given.over_seeds or not given.to):
+    args = _parser().parse_args(list(arguments))
+    if args.to:
+        check_export(args.to)
+    if args.rounds and (args.over_seeds or not args.to):
         raise ValueError("--rounds writes each run's rounds: it goes with --to FILE alone")
-    listing = Listing.of(given.folders, given.where)
-    rows = listing.over_seeds() if given.over_seeds else listing.whole
+    listing = Listing.of(args.folders, args.where)
+    rows = listing.over_seeds() if args.over_seeds else listing.whole
     known = list(dict.fromkeys(key for row in rows for key in row))
-    columns = _columns(listing, given, known)
-    for name in [*columns, *([given.sort] if given.sort else [])]:
+    columns = _columns(listing, args, known)
+    for name in [*columns, *([args.sort] if args.sort else [])]:
         check_known(name, known)
-    if given.sort:
-        rows = ordered(rows, given.sort, given.reverse)
-    if given.to:
-        export(listing.rounds() if given.rounds else rows, given.to)
-    if given.json:
+    if args.sort:
+        rows = ordered(rows, args.sort, args.reverse)
+    if args.to:
+        export(listing.rounds() if args.rounds else rows, args.to)
+    if args.json:
         print(_json(rows, columns))
-    elif given.columns:
+    elif args.columns:
         page(rows, columns, listing.notes).show()
     else:
         narrow_page(rows, columns, listing.notes, room()).show()
-    if given.to:
-        print(f"saved {given.to}", file=sys.stderr if given.json else sys.stdout)
+    if args.to:
+        print(f"saved {args.to}", file=sys.stderr if args.json else sys.stdout)
 
 
-def _columns(listing: Listing, given: argparse.Namespace, known: Sequence[str]) -> list[str]:
-    if given.columns:
-        return given.columns.split(",")
-    if not given.over_seeds:
+def _columns(listing: Listing, args: argparse.Namespace, known: Sequence[str]) -> list[str]:
+    if args.columns:
+        return args.columns.split(",")
+    if not args.over_seeds:
         return listing.shown
     out = {"path", "status", "seed"}
     return [*(c for c in listing.shown if c not in out and c in known), "seeds"]

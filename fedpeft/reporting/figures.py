@@ -8,6 +8,8 @@ import numpy as np
 
 from fedpeft.reporting.brief import brief
 
+# Functions import matplotlib, because it takes a second and most commands draw nothing.
+
 Rows = list[dict[str, Any]]
 # Readable on a white page and on a dark one.
 COLOURS = (

@@ -204,7 +204,13 @@ def _averaged(rows: Rows, measures: Sequence[str]) -> dict[str, Any]:
 
 
 def ordered(rows: Rows, column: str, reverse: bool) -> Rows:
-    """Return rows sorted by a column; those that have no value come last."""
+    """Return rows sorted by a column; those that have no value come last.
+
+    Args:
+        rows: one a run, or one a setting.
+        column: its name; its values are sorted as texts unless all are numbers.
+        reverse: the largest first.
+    """
     have = [row for row in rows if row.get(column) is not None]
     numbers = all(isinstance(row[column], int | float) for row in have)
     have.sort(key=lambda row: row[column] if numbers else str(row[column]), reverse=reverse)
@@ -271,7 +277,7 @@ def _without_room(texts: Mapping[str, Sequence[str]], room: int | None) -> list[
         room: columns of the terminal; null for any number.
     """
     widths = {c: width_of(TITLES.get(c, c), cells) for c, cells in texts.items()}
-    settings = [c for c in reversed(texts) if c not in (*LEFT_OUT, *ALWAYS)]
+    settings = [c for c in reversed(list(texts)) if c not in (*LEFT_OUT, *ALWAYS)]
     waiting = [c for c in (*LEFT_OUT, *settings) if c in texts]
     out: list[str] = []
     while room is not None and waiting and sum(widths.values()) + 1 > room:

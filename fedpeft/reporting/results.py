@@ -126,8 +126,8 @@ def comparison_row(
     Returns:
         The columns of comparison.csv.
     """
-    values, final, rounds = run_values(summary, measures), summary["final"], summary["interference"]
-    sent = summary["bytes"]
+    values, final, sent = run_values(summary, measures), summary["final"], summary["bytes"]
+    client_rounds = final["round"] * cohort
     return {
         "method": name,
         **{key: values[key] for key in ("quality", "quality_unweighted", "quality_worst")},
@@ -136,8 +136,8 @@ def comparison_row(
         "best": summary["best"].get(f"client_test_{measures.quality}"),
         "best_round": summary["best"]["round"],
         "trained": values["trained"],
-        "up_bytes_per_client_round": sent["uplink_bytes"] / len(rounds) / cohort,
-        "down_bytes_per_client_round": sent["downlink_bytes"] / len(rounds) / cohort,
+        "up_bytes_per_client_round": sent["uplink_bytes"] / client_rounds,
+        "down_bytes_per_client_round": sent["downlink_bytes"] / client_rounds,
         "total_bytes": values["bytes"],
         "seconds": values["seconds"],
     }

@@ -2,11 +2,9 @@
 
 import json
 import math
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from tempfile import mkdtemp
@@ -19,7 +17,7 @@ from fedpeft.config.load import leaves
 from fedpeft.files import append, replacing
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
-FAILED = "failed.txt"  # the reason why training diverged, which a study notes
+FAILURE = "failed.txt"  # the reason why training diverged, which a study notes
 CLIENTS, PACKED = "clients.jsonl", "clients.parquet"  # while the run lasts, and after it
 OVERRIDES = "overrides.yaml"  # the command's, as a list
 LOCK = ".lock"  # is locked while a process has the directory
@@ -27,7 +25,6 @@ STOPPED = "stopped.txt"  # the reason why a run ended before its end
 CHECKPOINTS = "checkpoints"  # folder of states from which a run goes on
 LAST_ENTRY = "initial_error"  # of a summary; without it the run was killed before its end
 HELD = "partition.parquet"  # rows by client and label, where the server knows them
-PACKAGES = ("fedpeft", "flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy")
 
 
 def check_run_dir(path: Path, resume: bool) -> None:
@@ -297,15 +294,6 @@ def finished(config: DictConfig) -> dict[str, Any] | None:
         return None
     check_same(OmegaConf.load(folder / CONFIG), config, folder)
     return summary
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages that decide the numbers."""
-    installed = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):  # a run in one process does without ray
-            installed[name] = version(name)
-    return installed
 
 
 def in_columns(rows: Sequence[Mapping[str, Any]]) -> Any:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from fedpeft.config.load import leaves
 from fedpeft.reporting.run_directory import (
     CONFIG,
-    FAILED,
+    FAILURE,
     METRICS,
     OVERRIDES,
     STOPPED,
@@ -60,7 +60,7 @@ class SavedRun:
         """``completed``, ``diverged``, or ``unfinished``: it still goes on, or was ended."""
         if self.summary is not None:
             return COMPLETED
-        return DIVERGED if (self.path / FAILED).exists() else UNFINISHED
+        return DIVERGED if (self.path / FAILURE).exists() else UNFINISHED
 
     def outcome(self) -> Outcome | None:
         """Return how the run ended; null if it is to begin or to go on.
@@ -68,20 +68,20 @@ class SavedRun:
         Training that diverged is an outcome, because it would diverge again.
         """
         if self.status == DIVERGED:
-            return RuntimeError((self.path / FAILED).read_text())
+            return RuntimeError((self.path / FAILURE).read_text())
         return self.summary
 
     def note(self, outcome: Outcome) -> None:
         """Note in the directory, if there is one, that training diverged."""
         if isinstance(outcome, Exception) and _DIVERGED.search(str(outcome)) and self.path.is_dir():
-            (self.path / FAILED).write_text(str(outcome))
+            (self.path / FAILURE).write_text(str(outcome))
 
     @property
     def reason(self) -> str:
         """Say why the run has no summary; empty if it has one."""
         if self.summary is not None:
             return ""
-        for name in (FAILED, STOPPED):
+        for name in (FAILURE, STOPPED):
             if (self.path / name).exists():
                 return (self.path / name).read_text().strip()
         done = f"after round {self.lines[-1]['round']}" if self.lines else "before round 0 ended"
@@ -144,16 +144,18 @@ def saved_runs(folders: Sequence[Path]) -> list[SavedRun]:
     Raises:
         ValueError: a folder is not there, or holds no run.
     """
-    found: dict[Path, SavedRun] = {}
+    by_path: dict[Path, SavedRun] = {}
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder: give the directory of a run, or one above it")
-        paths = sorted({file.parent for name in (METRICS, FAILED) for file in folder.rglob(name)})
+        paths = sorted({file.parent for name in (METRICS, FAILURE) for file in folder.rglob(name)})
         runs = [path for path in paths if (path / CONFIG).exists()]
         if not runs:
             raise ValueError(f"{folder} holds no run: none of its folders has {METRICS}")
-        found |= {path.resolve(): SavedRun(path) for path in runs if path.resolve() not in found}
-    return sorted(found.values(), key=lambda run: run.path)
+        by_path |= {
+            path.resolve(): SavedRun(path) for path in runs if path.resolve() not in by_path
+        }
+    return sorted(by_path.values(), key=lambda run: run.path)
 
 
 def differing(runs: Sequence[SavedRun]) -> list[str]:

@@ -13,7 +13,7 @@ from fedpeft.reporting.study import Study, listed, numbers
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """All tables of a study, as the configuration and the command's options say.
 
     Args:
@@ -32,7 +32,7 @@ class Plan:
     @classmethod
     def of(
         cls, folder: Path, base: Sequence[str], options: Mapping[str, str], methods: str
-    ) -> "Plan":
+    ) -> "StudyPlan":
         """Return the plan of a command.
 
         Args:
@@ -46,15 +46,15 @@ class Plan:
             ValueError: an option's value is none.
         """
         chosen = settings_of(base).study
-        given = {
+        changes = {
             "methods": listed(options["--methods"]) if options["--methods"] else chosen.methods,
             "lrs": numbers("--lrs", options["--lrs"], float) or chosen.lrs,
             "seeds": numbers("--seeds", options["--seeds"], int) or chosen.seeds,
             "extend": (numbers("--extend", options["--extend"], int) or [chosen.extend])[0],
         }
-        given["methods"] = given["methods"] or listed(methods)
+        changes["methods"] = changes["methods"] or listed(methods)
         data = Path(options["--data"]) if options["--data"] else None
-        return cls(folder, [*chosen.common, *base], replace(chosen, **given), data)
+        return cls(folder, [*chosen.common, *base], replace(chosen, **changes), data)
 
     def passes(self) -> Iterator[tuple[bool, Study]]:
         """Yield every table with the first seed, then with the first two, and so on.

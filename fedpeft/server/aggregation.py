@@ -8,6 +8,7 @@ from flwr.app import Message
 from fedpeft.compression.base import stepped
 from fedpeft.engine.server_model import EngineModel
 from fedpeft.methods.base import At, Memory, Round
+from fedpeft.reporting.observer import Line
 from fedpeft.server.broadcast import Broadcaster
 from fedpeft.server.diagnostics import drift, interference
 from fedpeft.server.limits import (
@@ -112,6 +113,11 @@ class Aggregator:
             f"the round is dropped, because its aggregate is not finite in {name} and this "
             "client's update has the largest norm",
         )
+
+    def go_on(self, line: Line) -> None:
+        """Take over what an earlier round's line says of it, in a run that is resumed."""
+        if "unchanged" not in line:
+            self.median = line.get(MEDIAN) or self.median
 
     def most_weight(self, clients: Iterable[int]) -> float:
         """Return the share of a mean over clients beyond which none of them weighs."""

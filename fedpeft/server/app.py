@@ -1,6 +1,7 @@
 """The Flower ServerApp."""
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
@@ -8,6 +9,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.config import load as configuration
 from fedpeft.engine.engine import open_engine
+from fedpeft.export.run import open_run
+from fedpeft.export.write import export
 from fedpeft.reporting.json_log import JsonLog
 from fedpeft.reporting.observer import Observer, Observers
 from fedpeft.reporting.progress import Display
@@ -83,13 +86,19 @@ def serve(
 
 
 def _observer(overrides: list[str], path: str, display: Display | None) -> Observer:
-    """Return what the configuration wants to be told of the run."""
+    """Return the observers that the configuration chooses."""
     settings = configuration.settings(overrides)
     shown = JsonLog(path) if settings.logs == "json" else display or Display()
     port = settings.metrics_port
     metrics = [] if port is None else [Metrics(port)]
-    trackers = [Tracking(t, path, shown.note) for t in configuration.trackers(overrides)]
+    chosen = configuration.trackers(overrides)
+    trackers = [Tracking(tracker, path, shown.note, _export) for tracker in chosen]
     return Observers([shown, *metrics, *trackers])
+
+
+def _export(run_dir: Path, to: Path) -> None:
+    """Write a completed run's model, as ``fedpeft export`` does."""
+    export(open_run(run_dir), to)
 
 
 def _run(run: Run, grid: Grid, label: str) -> dict[str, Any]:

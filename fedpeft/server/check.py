@@ -1,6 +1,5 @@
 """``fedpeft check``: opens model and data, asks each node for its facts, trains nothing."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +10,12 @@ from fedpeft.config import load as configuration
 from fedpeft.config.schema import Config
 from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.engine import open_engine
-from fedpeft.engine.facts import NUMBERS, PACKAGES, TEXTS, facts
+from fedpeft.engine.facts import NUMBERS, TEXTS, facts
 from fedpeft.engine.parameters import parameter_counts
 from fedpeft.reporting.check import Report, named
 from fedpeft.server.nodes import Nodes, exchange
 from fedpeft.server.replies import printable, reason
+from fedpeft.versions import SHOWN
 from fedpeft.wire import sentence
 
 MOST_CHARACTERS = 100  # of a version or a hash
@@ -41,7 +41,7 @@ def check(grid: Grid, overrides: Sequence[str], simulated: bool = False) -> Repo
     config, replica = engine.config, engine.replica
     engine.rows.read_all()
     rows = {split: len(engine.rows.examples(split)) for split in SPLITS}
-    own = facts(engine)
+    here = facts(engine)
     nodes = Nodes(config.num_clients, config.runtime.join_timeout)
     try:
         nodes.join(grid)
@@ -49,13 +49,13 @@ def check(grid: Grid, overrides: Sequence[str], simulated: bool = False) -> Repo
     except TimeoutError as error:
         problems = [str(error)]
     clients, failed = _asked(grid, nodes.of, sent, config.runtime.round_timeout)
-    others, notes = differences(own, clients)
+    others, notes = differences(here, clients)
     if simulated:
-        others += _no_room(config, own)
-        notes += _workers(config, own)
+        others += _no_room(config, here)
+        notes += _workers(config, here)
     return Report(
         title=f"{type(config.method).__name__} on {type(replica.model).__name__}",
-        server=own,
+        server=here,
         clients=clients,
         rows=rows,
         parameters=parameter_counts(replica.roles, replica.model),
@@ -114,13 +114,13 @@ def differences(server: Facts, clients: Mapping[int, Facts]) -> tuple[list[str],
     Returns:
         Problems (another fedpeft, other weights) and notes (other versions, which may change bits).
     """
-    found: dict[str, dict[str, list[int]]] = {}
+    others: dict[str, dict[str, list[int]]] = {}
     for client, answer in clients.items():
-        for name in ("weights", "python", *PACKAGES):
+        for name in ("weights", "python", *SHOWN):
             if answer[name] != server[name]:
-                found.setdefault(name, {}).setdefault(answer[name], []).append(client)
+                others.setdefault(name, {}).setdefault(answer[name], []).append(client)
     problems, notes = [], []
-    for name, values in found.items():
+    for name, values in others.items():
         for value, who in values.items():
             here, clients_named = server[name], named(who)
             if name == "weights":
@@ -135,21 +135,21 @@ def differences(server: Facts, clients: Mapping[int, Facts]) -> tuple[list[str],
     return problems, notes
 
 
-def _no_room(config: Config, own: Facts) -> list[str]:
+def _no_room(config: Config, here: Facts) -> list[str]:
     """Return a problem if Ray could start no worker here."""
-    runtime, cores = config.runtime, own["cpus"]
+    runtime, cores = config.runtime, here["cpus"]
     if not _ray_is_here(config) or runtime.total_cpus is not None or runtime.num_cpus <= cores:
         return []
     return [f"runtime.num_cpus={runtime.num_cpus:g} is more than the {cores} cores of this machine"]
 
 
-def _workers(config: Config, own: Facts) -> list[str]:
+def _workers(config: Config, here: Facts) -> list[str]:
     """Return a note on the memory of Ray's workers, if they may not fit."""
     runtime = config.runtime
     if not _ray_is_here(config):
         return []
-    count = int((runtime.total_cpus or own["cpus"]) / runtime.num_cpus)
-    used, free = (own[name] // 2**20 for name in ("used_bytes", "free_bytes"))
+    count = int((runtime.total_cpus or here["cpus"]) / runtime.num_cpus)
+    used, free = (here[name] // 2**20 for name in ("used_bytes", "free_bytes"))
     count = min(count, config.num_clients)
     if not used or count * used <= free:
         return []
@@ -161,6 +161,4 @@ def _workers(config: Config, own: Facts) -> list[str]:
 
 def _ray_is_here(config: Config) -> bool:
     """Tell whether a run would start a Ray of this machine alone."""
-    runtime = config.runtime
-    address = runtime.address or os.environ.get("RAY_ADDRESS") or "local"
-    return runtime.kind == "ray" and address == "local"
+    return config.runtime.kind == "ray" and config.runtime.cluster()[1] == "local"

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from flwr.app import Message
 
+from fedpeft.compression.base import as_received
 from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.engine import Engine
 from fedpeft.reporting.observer import P10, UNWEIGHTED, WORST
-from fedpeft.seeding import generator
 from fedpeft.server.limits import MOST_ROWS, capped
 from fedpeft.server.replies import reason
 from fedpeft.state import State
@@ -33,9 +33,7 @@ def measure(engine: Engine, split: str, state: State, last: bool = False) -> dic
     Returns:
         Measures by name, with the split in front.
     """
-    codec = engine.config.compression.down
-    draws = generator(engine.config.seed, "compression down", 0)
-    engine.replica.load(codec.decode(codec.encode(state, state, draws), state))
+    engine.replica.load(as_received(engine.config.compression, state, engine.config.seed))
     metrics = engine.evaluate(engine.rows.examples(split), os.cpu_count() or 1, last)
     prefix = split if split in SPLITS else f"test_{split}"
     return {f"{prefix}_{key}": value for key, value in metrics.items()}

@@ -1,14 +1,13 @@
 """Reads and checks what clients send back; whatever it is, it must not end the run."""
 
 import math
-import re
 from typing import Any, NamedTuple
 
 from flwr.app import Message
 
 from fedpeft.compression.base import Codec
 from fedpeft.state import State, check, payload_bytes, split_prefixed
-from fedpeft.wire import unpack
+from fedpeft.wire import raised, unpack
 
 INDEX_ENTRY = 1 << 12  # bytes of a parameter in the index, whatever the codec makes of it, at most
 MOST_CHARACTERS = 500  # of a client's text
@@ -95,8 +94,7 @@ def restarted(reply: Message) -> bool:
 def reason(reply: Message) -> str:
     """Return a client's own sentence, without the text that Flower puts around it."""
     text = reply.error.reason or f"error code {reply.error.code}"
-    wrapped = re.search(r"Message: (.*?)(?:'>)?$", text[: 4 * MOST_CHARACTERS], re.DOTALL)
-    return printable((wrapped.group(1) if wrapped else text).strip())
+    return printable(raised(text[: 4 * MOST_CHARACTERS]).strip())
 
 
 def printable(text: str) -> str:

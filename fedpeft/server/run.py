@@ -17,18 +17,13 @@ from fedpeft.engine.parameters import parameter_counts
 from fedpeft.engine.passes import autocast
 from fedpeft.models.hub import weights_sha256
 from fedpeft.reporting.observer import Line, Observer
-from fedpeft.reporting.run_directory import (
-    CHECKPOINTS,
-    LAST_ENTRY,
-    METRICS,
-    RunDirectory,
-    versions,
-)
+from fedpeft.reporting.run_directory import CHECKPOINTS, LAST_ENTRY, METRICS, RunDirectory
 from fedpeft.server.checkpoint import Checkpoint, Checkpoints
 from fedpeft.server.diagnostics import initial_error
 from fedpeft.server.evaluation import measure
 from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.state import State, save, sha256
+from fedpeft.versions import installed
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +106,7 @@ class Run(Observer):
             )
         for line in self.lines:
             self.selection.add(line)
+            self.strategy.up.go_on(line)
 
     def _take_best(self, last: Checkpoint) -> None:
         """Take over the best round; if its state is lost, choose from the last round on."""
@@ -238,7 +234,7 @@ class Run(Observer):
             "partition_sha256": self.partition,
             "notes": engine.task.notes(),
             "seed": engine.config.seed,
-            "versions": versions(),
+            "versions": installed(),
             "command": self.command,
             "run_dir": str(self.directory.path),
             "working_directory": str(Path.cwd()),  # relative paths of the configuration start there
@@ -252,7 +248,7 @@ class Run(Observer):
         return summary
 
     def _save_partition(self) -> None:
-        """Write who holds what, of the clients that said that they train on the server's rows."""
+        """Write the rows by label of each client that says that it trains on the server's rows."""
         nodes = self.strategy.nodes
         clients = sorted((self._shared_rows | nodes.of.keys()) - nodes.own_rows)
         if clients:

@@ -1,9 +1,11 @@
-"""Replies that wait on the disk for the end of their round.
+"""Holds the replies of a round until all are there, the later ones in files.
 
-A round's sums go by client, whatever the order of arrival, so that their bits do not depend on it,
-and whose update is too large is known when all are here. Adding up what arrives would allow
-neither. So replies beyond a few hundred MiB lie in a file until the round is summed, for every
-method, and the memory of the server does not grow with the number of clients.
+The server cannot add replies up as they arrive, for two reasons. It adds them up in the order of
+clients, so that the bits of the sum do not depend on who was faster. And it leaves out a client
+whose update is far larger than the median of the round, which is known at the end.
+
+Replies beyond ``MOST_IN_MEMORY`` are held in files, so that the server's memory does not grow with
+the number of clients.
 """
 
 import logging

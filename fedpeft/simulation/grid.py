@@ -17,9 +17,8 @@ from fedpeft.client.app import app
 from fedpeft.client.client import answer_all
 from fedpeft.wire import empty_run, identify, number, sentence
 
-Answer = Callable[[Message, Context], Message]
 AnswerAll = Callable[[Sequence[Message], Sequence[Context]], Sequence[Message | Exception]]
-Passes = Callable[[Sequence[int]], Sequence[Sequence[int]]]
+Grouping = Callable[[Sequence[int]], Sequence[Sequence[int]]]
 MOST_EVALUATIONS = 64  # most calls for one evaluation, because each call costs milliseconds
 POLL_SECONDS = 0.01
 
@@ -37,8 +36,8 @@ class LocalGrid(Grid):
         num_clients: may be set anew between two runs.
         state_folder: holds the clients' kept states; a temporary one that lives as long as the
             grid if nobody sets another.
-        passes: divides clients that may train together into passes, in the order in which workers
-            take them.
+        groups: divides clients that may train together into those of a pass, in the order in which
+            workers take them.
     """
 
     def __init__(self, num_clients: int) -> None:
@@ -50,7 +49,7 @@ class LocalGrid(Grid):
         self._contexts: dict[int, Context] = {}
         self.state_folder = self._temporary = Path(mkdtemp(prefix="fedpeft-"))
         finalize(self, rmtree, self._temporary, ignore_errors=True)
-        self.passes: Passes = lambda clients: [[client] for client in clients]
+        self.groups: Grouping = lambda clients: [[client] for client in clients]
 
     def set_run(self, run: Any) -> None:
         """Set the run."""
@@ -99,7 +98,7 @@ class LocalGrid(Grid):
             number(message, str(self._sent))
             ids.append(str(self._sent))
             if message.metadata.message_type == MessageType.QUERY:
-                self._reply(message, _tried(app, message, self.context(_node(message))))
+                self._reply(message, _tried(message, self.context(_node(message))))
             else:
                 groups.setdefault(message.metadata.group_id or str(self._sent), []).append(message)
         for group in groups.values():
@@ -140,7 +139,7 @@ class LocalGrid(Grid):
             size = -(-len(group) // MOST_EVALUATIONS)
             return [group[i : i + size] for i in range(0, len(group), size)]
         by_client = {_node(message) - 1: message for message in group}
-        return [[by_client[c] for c in together] for together in self.passes(list(by_client))]
+        return [[by_client[c] for c in together] for together in self.groups(list(by_client))]
 
     def _forget(self) -> None:
         """Drop messages and replies whose time is up."""
@@ -185,17 +184,6 @@ class InProcessGrid(LocalGrid):
             self._reply(message, answer)
 
 
-def one_by_one(client_app: Answer) -> AnswerAll:
-    """Return a function that answers a pass's messages one after another by any ClientApp."""
-
-    def answer_all(
-        messages: Sequence[Message], contexts: Sequence[Context]
-    ) -> list[Message | Exception]:
-        return [_tried(client_app, m, c) for m, c in zip(messages, contexts, strict=True)]
-
-    return answer_all
-
-
 def _all_tried(
     answer_all: AnswerAll, messages: Sequence[Message], contexts: Sequence[Context]
 ) -> Sequence[Message | Exception]:
@@ -206,9 +194,10 @@ def _all_tried(
         return [error] * len(messages)
 
 
-def _tried(client_app: Answer, message: Message, context: Context) -> Message | Exception:
+def _tried(message: Message, context: Context) -> Message | Exception:
+    """Answer a message by fedpeft's ClientApp."""
     try:
-        return client_app(message, context)
+        return app(message, context)
     except Exception as error:
         return error
 

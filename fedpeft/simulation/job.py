@@ -20,7 +20,7 @@ from rich.console import Console
 
 from fedpeft.config.load import composed
 from fedpeft.config.overrides import quoted
-from fedpeft.config.sweeps import Plan
+from fedpeft.config.sweeps import SweepPlan
 from fedpeft.errors import explained
 from fedpeft.files import replacing
 from fedpeft.reporting.progress import DONE, FAILED, SKIPPED, Display, Tally, summary_text
@@ -30,7 +30,7 @@ from fedpeft.simulation.launch import run
 POLL = 0.5  # seconds between looks for jobs that ended in other processes
 
 
-class Ended(NamedTuple):
+class JobEnded(NamedTuple):
     """A job that ended.
 
     Attributes:
@@ -51,7 +51,7 @@ class Ended(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """The function that Hydra calls for each job.
 
     Args:
@@ -64,13 +64,13 @@ class Job:
         read: notes that this process has read, by their files' names.
     """
 
-    plan: Plan
+    plan: SweepPlan
     notes: Path
     started: float
     process: int
     skipped: int
     as_json: bool
-    read: dict[str, Ended] = field(default_factory=dict, compare=False)
+    read: dict[str, JobEnded] = field(default_factory=dict, compare=False)
 
     def __call__(self, _: DictConfig) -> float | None:
         """Run a job, unless its result is there.
@@ -85,7 +85,7 @@ class Job:
         # Nobody could tell apart the lines of runs in several processes, so they show none.
         shown = Console(highlight=False, soft_wrap=True, stderr=self.as_json, quiet=not here)
         folder = Path(hydra.runtime.output_dir)
-        ended, outcome = _run(overrides, name, folder, self.notes, Display(shown))
+        ended, outcome = run_once(overrides, name, folder, self.notes, Display(shown))
         with replacing(self.notes / f"{hydra.job.num:09}.json") as draft:
             draft.write_text(json.dumps(ended))
         if here:
@@ -94,11 +94,11 @@ class Job:
             self.show(ended)
         return _value(outcome)
 
-    def ended(self) -> list[Ended]:
+    def ended(self) -> list[JobEnded]:
         """Return the jobs that ended, by their numbers."""
         for file in self.notes.glob("*.json"):
             if file.name not in self.read:
-                self.read[file.name] = Ended(*json.loads(file.read_text()))
+                self.read[file.name] = JobEnded(*json.loads(file.read_text()))
         return [self.read[name] for name in sorted(self.read)]
 
     def tally(self) -> Tally:
@@ -110,7 +110,7 @@ class Job:
         earlier = sum(one.earlier for one in ended)
         return Tally(self.plan.total, *counts, earlier, started=self.started)
 
-    def show(self, ended: Ended) -> None:
+    def show(self, ended: JobEnded) -> None:
         """Show a job that ended, and how far the sweep is."""
         out = sys.stderr if self.as_json else sys.stdout
         if ended.kind == FAILED:
@@ -129,13 +129,20 @@ def continuing(overrides: Sequence[str], path: Path) -> list[str]:
     return [*overrides, f"run_dir={quoted(path)}", "resume=true"]
 
 
-def _run(
+def run_once(
     overrides: Sequence[str], name: str, folder: Path, notes: Path, display: Display
-) -> tuple[Ended, Outcome]:
-    """Return how a job ended, now or in an earlier sweep.
+) -> tuple[JobEnded, Outcome]:
+    """Run a job, unless its result is there, and return how it ended, now or in an earlier sweep.
 
     A sweeper that draws values may draw the same ones for several jobs at once. The first of them
     runs, and the others wait for its result.
+
+    Args:
+        overrides: the job's configuration.
+        name: sets it apart from the other jobs.
+        folder: the sweep's, which holds the runs' directories.
+        notes: folder of the sweep's notes, for the lock.
+        display: shows the run.
     """
     path, earlier = "", False
     try:
@@ -143,15 +150,15 @@ def _run(
         path = str(saved.path)
         with FileLock(notes / f"{saved.path.name}.lock"):
             if isinstance(outcome := saved.outcome(), dict):
-                return Ended(name, SKIPPED, path), outcome
+                return JobEnded(name, SKIPPED, path), outcome
             earlier = outcome is not None
             if outcome is None:
                 display.console.print(name, markup=False)
                 outcome = _noted(saved, overrides, display)
-                return Ended(name, DONE, path, process=os.getpid()), outcome
+                return JobEnded(name, DONE, path, process=os.getpid()), outcome
     except Exception as error:  # a job's error must leave the other jobs alone
         outcome = RuntimeError(explained(error))
-    return Ended(name, FAILED, path, str(outcome), os.getpid(), earlier), outcome
+    return JobEnded(name, FAILED, path, str(outcome), os.getpid(), earlier), outcome
 
 
 def _noted(saved: SavedRun, overrides: Sequence[str], display: Display) -> dict[str, Any]:
@@ -171,7 +178,7 @@ def _value(outcome: Outcome) -> float | None:
 
 
 @contextmanager
-def watched(job: Job) -> Iterator[None]:
+def watched(job: SweepJob) -> Iterator[None]:
     """Show the jobs that end in other processes, whose own output may go to a file."""
     over = Event()
     thread = Thread(target=_watch, args=(job, over), daemon=True)
@@ -183,8 +190,8 @@ def watched(job: Job) -> Iterator[None]:
         thread.join()
 
 
-def _watch(job: Job, over: Event) -> None:
-    shown: set[Ended] = set()
+def _watch(job: SweepJob, over: Event) -> None:
+    shown: set[JobEnded] = set()
     last = False
     while not last:
         last = over.wait(POLL)

@@ -81,13 +81,11 @@ def simulate(grid: "LocalGrid", overrides: Sequence[str], display: Display) -> d
     label = type(engine.config.method).__name__
     with run_path(settings.run_dir, label) as path:
         grid.num_clients = engine.config.num_clients
-        grid.state_folder, grid.passes = Path(path).resolve() / "clients", engine.passes
-        given = [o for o in configuration.split(overrides) if not o.startswith("run_dir=")]
-        return serve(grid, [*given, f"run_dir={quoted(path)}"], display)
+        grid.state_folder, grid.groups = Path(path).resolve() / "clients", engine.groups
+        rest = [o for o in configuration.split(overrides) if not o.startswith("run_dir=")]
+        return serve(grid, [*rest, f"run_dir={quoted(path)}"], display)
 
 
-# Keys of paths that are checked before anything is loaded.
-PATHS = ("data.path", "model.path", "model.tokenizer_path")
 # A run may fail in these ways and leave other runs alone.
 FAILURES = (ValueError, TimeoutError, RuntimeError, FloatingPointError)
 
@@ -164,7 +162,7 @@ def _check_early(overrides: Sequence[str]) -> None:
     check_run_dir(Path(settings.run_dir or "runs"), settings.resume)
     configuration.trackers(overrides)
     tree = configuration.composed(overrides)
-    for key in PATHS:
+    for key in configuration.PATHS:
         path = OmegaConf.select(tree, key, throw_on_resolution_failure=False)
         if isinstance(path, str):
             check_path(key, path)

@@ -5,10 +5,8 @@ torch and its like, which a copy of fedpeft's own files would not bring along.
 """
 
 import hashlib
-import platform
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +15,9 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedpeft.config.load import CONF
+from fedpeft.versions import installed
 
 PACKAGE = Path(__file__).parent.parent
-DECIDING = ("flwr", "torch", "transformers", "peft", "datasets", "numpy")  # they decide the bits
 ANSWER_SECONDS = 60
 
 
@@ -38,8 +36,9 @@ class Machine(NamedTuple):
 
     def differs(self, other: "Machine") -> str | None:
         """Return the sentence for code that differs from another machine's; null if none does."""
-        for name, here in self.versions.items():
-            if (there := other.versions.get(name)) != here:
+        for name in dict.fromkeys([*self.versions, *other.versions]):
+            here, there = (one.versions.get(name, "unknown") for one in (self, other))
+            if there != here:
                 return (
                     f"Ray's machine {other.address} has {name} {there}, and this one has {here}: "
                     "install the same on both"
@@ -50,18 +49,19 @@ class Machine(NamedTuple):
 def this_machine() -> Machine:
     """Return the machine on which this process runs, as Ray knows it."""
     context = ray.get_runtime_context()
-    return Machine(context.get_node_id(), ray.util.get_node_ip_address(), versions())
+    return Machine(context.get_node_id(), ray.util.get_node_ip_address(), code_versions())
 
 
 @cache
-def versions() -> dict[str, str]:
+def code_versions() -> dict[str, str]:
     """Return the versions of Python, fedpeft and the packages that decide a run's numbers.
 
-    That of fedpeft holds a hash of its files, because a checkout changes without a new number.
+    That of fedpeft holds a hash of its files, because a checkout changes without a new number. A
+    suffix such as +cpu is left out, because a build for GPUs has another.
     """
-    ours = f"{_version('fedpeft')} (code {_hash_of_code()})"
-    packages = {name: _version(name) for name in DECIDING}
-    return {"fedpeft": ours, "Python": platform.python_version(), **packages}
+    numbers = {name: number.partition("+")[0] for name, number in installed().items()}
+    ours = f"{numbers.pop('fedpeft', 'unknown')} (code {_hash_of_code()})"
+    return {"fedpeft": ours, "Python": numbers.pop("python"), **numbers}
 
 
 def check_machines(home: Machine, num_cpus: float, num_gpus: float) -> None:
@@ -106,13 +106,6 @@ def rooms_of(node: Mapping[str, Any], num_cpus: float, num_gpus: float) -> int:
     free = node["Resources"] if node["Alive"] else {}
     by_gpus = [free.get("GPU", 0) / num_gpus] if num_gpus else []
     return int(min(free.get("CPU", 0) / num_cpus, *by_gpus, float("inf")))
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name).partition("+")[0]  # a build for GPUs has a suffix
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _hash_of_code() -> str:

@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from fedpeft.simulation.grid import LocalGrid
 from fedpeft.simulation.machines import Machine, check_machines, rooms_of, this_machine
-from fedpeft.simulation.travel import Config, brought_back, context_of, sent_along, unpacked
+from fedpeft.simulation.travel import NodeConfig, brought_back, context_of, sent_along, unpacked
 from fedpeft.wire import identify, sentence
 
 WAIT_SECONDS = 1.0  # as long as the server lets pass between two questions, see server/nodes.py
@@ -42,7 +42,7 @@ class Worker:
             engine.rows.examples("train")
 
     def answer(
-        self, messages: Sequence[Message], configs: Sequence[Config], files: Files | None
+        self, messages: Sequence[Message], configs: Sequence[NodeConfig], files: Files | None
     ) -> tuple[Sequence[Answer], Files]:
         """Answer the messages of a pass.
 
@@ -60,7 +60,7 @@ class Worker:
         with unpacked(messages, configs, files) as (here, kept):
             return self._answer(messages, here), kept()
 
-    def _answer(self, messages: Sequence[Message], configs: Sequence[Config]) -> list[Answer]:
+    def _answer(self, messages: Sequence[Message], configs: Sequence[NodeConfig]) -> list[Answer]:
         from fedpeft.client.client import answer_all
 
         contexts = [context_of(m, c) for m, c in zip(messages, configs, strict=True)]
@@ -118,6 +118,14 @@ class RayGrid(LocalGrid):
         for worker in self._workers:
             ray.kill(worker)
 
+    def workers(self) -> list[Any]:
+        """Return Ray's handles of the workers, also of those that are still starting."""
+        return list(self._workers)
+
+    def started(self) -> list[Any]:
+        """Return Ray's handles of the workers that run."""
+        return list(self._machines)
+
     def prepare(self, overrides: str) -> None:
         for worker in self._workers:
             worker.prepare.remote(overrides)
@@ -148,7 +156,7 @@ class RayGrid(LocalGrid):
             return
         self._running[worker.answer.remote(group, configs, files)] = worker, group
 
-    def _config(self, message: Message) -> Config:
+    def _config(self, message: Message) -> NodeConfig:
         return self.node_config(message.metadata.dst_node_id)
 
     def _is_here(self, worker: Any) -> bool:

@@ -80,18 +80,14 @@ def _start_here(**settings: Any) -> None:
 
 
 def address_of(runtime: Runtime) -> tuple[str, str]:
-    """Return the address of the cluster to use, after the name of what says so.
-
-    ``runtime.address`` comes before the environment's RAY_ADDRESS, as overrides of a command do.
+    """Return what ``Runtime.cluster`` does, checked.
 
     Raises:
         ValueError: RAY_ADDRESS is not the address of a cluster that this machine can belong to.
     """
-    if runtime.address is not None:
-        return "runtime.address", runtime.address
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    check_address("RAY_ADDRESS", address)
-    return "RAY_ADDRESS", address
+    name, address = runtime.cluster()
+    check_address(name, address)
+    return name, address
 
 
 def check_answers(name: str, address: str) -> None:

@@ -18,18 +18,18 @@ from hydra import main
 from rich.console import Console
 
 from fedpeft.config.load import CONF, key_of, load_config
-from fedpeft.config.sweeps import Plan
+from fedpeft.config.sweeps import SweepPlan
 from fedpeft.reporting.progress import FAILED, SKIPPED, Tally
 from fedpeft.reporting.saved_runs import SavedRun
-from fedpeft.simulation.job import Ended, Job, continuing, path_of, watched
+from fedpeft.simulation.job import JobEnded, SweepJob, continuing, path_of, watched
 from fedpeft.simulation.launch import check_all
 
 SHOWN = 10  # of the skipped runs, by name
 NOTES, LOCK = ".jobs-", ".lock"  # begin the name of a folder for notes; the file that is locked
-NO_TRIAL = "No trials are completed yet."  # of Optuna
+NO_TRIAL = "No trials are completed yet."  # Optuna's sentence
 
 
-def sweep(plan: Plan, command: str, as_json: bool) -> bool:
+def sweep(plan: SweepPlan, command: str, as_json: bool) -> bool:
     """Run a sweep by Hydra's sweeper and launcher, and return true if no job failed.
 
     Args:
@@ -60,7 +60,7 @@ def sweep(plan: Plan, command: str, as_json: bool) -> bool:
     return _report(there, as_json)
 
 
-def _check_apart(plan: Plan, folder: Path) -> None:
+def _check_apart(plan: SweepPlan, folder: Path) -> None:
     """Check that no two jobs are the same run.
 
     Raises:
@@ -76,7 +76,7 @@ def _check_apart(plan: Plan, folder: Path) -> None:
             )
 
 
-def _there(plan: Plan, folder: Path) -> tuple[list[Ended], list[list[str]]]:
+def _there(plan: SweepPlan, folder: Path) -> tuple[list[JobEnded], list[list[str]]]:
     """Return the jobs that ended in an earlier sweep, and the overrides of those that did not."""
     there, left = [], []
     for overrides in plan.jobs:
@@ -85,16 +85,18 @@ def _there(plan: Plan, folder: Path) -> tuple[list[Ended], list[list[str]]]:
         if outcome is None:
             left.append(continuing(overrides, saved.path))
         elif isinstance(outcome, Exception):
-            there.append(Ended(name, FAILED, path, str(outcome)))
+            there.append(JobEnded(name, FAILED, path, str(outcome)))
         else:
-            there.append(Ended(name, SKIPPED, path))
+            there.append(JobEnded(name, SKIPPED, path))
     return there, left
 
 
-def _run(plan: Plan, folder: Path, skipped: int, command: str, as_json: bool) -> list[Ended]:
+def _run(
+    plan: SweepPlan, folder: Path, skipped: int, command: str, as_json: bool
+) -> list[JobEnded]:
     """Run a sweep's jobs, and return how each ended."""
-    with _notes(folder) as notes:
-        job = Job(plan, notes, time.time(), os.getpid(), skipped, as_json)
+    with folder_of_notes(folder) as notes:
+        job = SweepJob(plan, notes, time.time(), os.getpid(), skipped, as_json)
         try:
             with watched(job):
                 _by_hydra([*plan.arguments, *_of_sweeper(plan)], job)
@@ -109,7 +111,7 @@ def _run(plan: Plan, folder: Path, skipped: int, command: str, as_json: bool) ->
 
 
 @contextmanager
-def _notes(folder: Path) -> Iterator[Path]:
+def folder_of_notes(folder: Path) -> Iterator[Path]:
     """Yield a folder for the notes of a sweep's jobs, and remove those of sweeps that were killed.
 
     A sweep holds a lock in its folder, so another one can tell that it goes on.
@@ -125,7 +127,7 @@ def _notes(folder: Path) -> Iterator[Path]:
         yield notes
 
 
-def _report(ended: Sequence[Ended], as_json: bool) -> bool:
+def _report(ended: Sequence[JobEnded], as_json: bool) -> bool:
     """Name the jobs that failed, and return true if there is none."""
     failed = [one for one in ended if one.kind == FAILED]
     for one in ended if as_json else ():
@@ -136,7 +138,7 @@ def _report(ended: Sequence[Ended], as_json: bool) -> bool:
     return not failed
 
 
-def _of_sweeper(plan: Plan) -> list[str]:
+def _of_sweeper(plan: SweepPlan) -> list[str]:
     """Return settings for a sweeper that optimises, of those that the user does not give.
 
     Without a seed, another call would choose other values and find no results.
@@ -149,12 +151,12 @@ def _of_sweeper(plan: Plan) -> list[str]:
         wanted["max_failure_rate"] = 1.0
     if "seed" in (plan.sweeper.get("sampler") or {}):
         wanted["sampler.seed"] = 0
-    given = {key_of(argument) for argument in plan.arguments}
+    keys = {key_of(argument) for argument in plan.arguments}
     settings = {f"hydra.sweeper.{key}": value for key, value in wanted.items()}
-    return [f"{key}={value}" for key, value in settings.items() if key not in given]
+    return [f"{key}={value}" for key, value in settings.items() if key not in keys]
 
 
-def _by_hydra(overrides: Sequence[str], job: Job) -> None:
+def _by_hydra(overrides: Sequence[str], job: SweepJob) -> None:
     """Hand over to Hydra, whose launcher and sweeper the configuration may choose."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # an error arrives here, and not as a trace
     before = sys.argv

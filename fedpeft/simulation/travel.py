@@ -1,10 +1,13 @@
-"""Kept states travel with the messages to machines that do not see the run's directory.
+"""Sends clients' kept states to the other machines of a Ray cluster, and brings them back.
 
-The clients' states lie in one place, in the run's directory on the machine that started the run. A
-worker on another machine gets the file of the generation that its message goes on from, and sends
-back the file of the one that it keeps. So any worker can take any client in any round, a machine
-that is lost takes nothing with it, and a resumed run finds everything. Driver and clients of a
-simulation are one trust domain; in a deployment nothing of the kind is sent.
+What clients keep lies in the run's directory, which only the machine that started the run can read.
+A message to a worker on another machine takes along the file of the generation from which the
+client goes on. The worker's answer brings back the file of the generation that the client keeps
+now. Therefore any worker can train any client in any round, a lost machine loses no state, and a
+resumed run has all files in its directory.
+
+Only simulations do this, because their server and clients trust each other. In a deployment, what a
+client keeps never leaves its node.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +19,10 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from fedpeft.client.store import Store, store_of
 
-Config = dict[str, Any]  # a node's configuration
+NodeConfig = dict[str, Any]
 
 
-def sent_along(message: Message, config: Config) -> bytes | None:
+def sent_along(message: Message, config: NodeConfig) -> bytes | None:
     """Return the file that a message's client needs of its kept state; null if there is none.
 
     What nobody needs any more is deleted here, as the client itself would do.
@@ -31,8 +34,14 @@ def sent_along(message: Message, config: Config) -> bytes | None:
     return store.file(generation)
 
 
-def brought_back(message: Message, config: Config, file: bytes | None) -> None:
-    """Keep what a worker on another machine has kept for a message's client."""
+def brought_back(message: Message, config: NodeConfig, file: bytes | None) -> None:
+    """Keep what a worker on another machine has kept for a message's client.
+
+    Args:
+        message: to the client.
+        config: of its node.
+        file: the kept state; null if the client keeps nothing of this round.
+    """
     if file is not None:
         store, said = _store(message, config)
         store.put(_number(said, "round"), file)
@@ -40,8 +49,8 @@ def brought_back(message: Message, config: Config, file: bytes | None) -> None:
 
 @contextmanager
 def unpacked(
-    messages: Sequence[Message], configs: Sequence[Config], files: Sequence[bytes | None]
-) -> "Iterator[tuple[list[Config], Callable[[], list[bytes | None]]]]":
+    messages: Sequence[Message], configs: Sequence[NodeConfig], files: Sequence[bytes | None]
+) -> "Iterator[tuple[list[NodeConfig], Callable[[], list[bytes | None]]]]":
     """Lay the kept states that came with messages into a folder of this machine.
 
     Args:
@@ -62,12 +71,12 @@ def unpacked(
         yield here, lambda: [store.file(_number(said, "round")) for store, said in asked]
 
 
-def context_of(message: Message, config: Config) -> Context:
+def context_of(message: Message, config: NodeConfig) -> Context:
     """Return the context of a message's node."""
     return Context(1, message.metadata.dst_node_id, config, RecordDict(), {})
 
 
-def _store(message: Message, config: Config) -> tuple[Store, ConfigRecord]:
+def _store(message: Message, config: NodeConfig) -> tuple[Store, ConfigRecord]:
     said = message.content.config_records["config"]
     return store_of(context_of(message, config), said, int(config["partition-id"])), said
 

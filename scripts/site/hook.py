@@ -25,22 +25,48 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links lead to the site's pages."""
+    """Let links lead to the site's pages.
+
+    Args:
+        markdown: text of the page.
+        page: says where its links lead from.
+        config: is not used.
+        files: are not used.
+    """
     return Links.of(ROOT).rewritten(markdown, page.file.src_uri)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn formulas into MathML, which browsers draw without a script."""
+    """Turn formulas into MathML, which browsers draw without a script.
+
+    Args:
+        html: of the page's text.
+        page: is not used.
+        config: is not used.
+        files: are not used.
+    """
     return with_mathml(html)
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Take the script of a page's search from this site."""
+    """Take the script of a page's search from this site.
+
+    Args:
+        output: the whole page.
+        page: is not used.
+        config: is not used.
+    """
     return _with_our_search(output)
 
 
 def on_post_template(output: str, template_name: str, config: MkDocsConfig) -> str:
-    """Take the script of the search on the page for errors from this site."""
+    """Take the script of the search on the page for errors from this site.
+
+    Args:
+        output: the whole page.
+        template_name: is not used.
+        config: is not used.
+    """
     return _with_our_search(output)
 
 

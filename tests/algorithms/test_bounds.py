@@ -21,9 +21,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, State, Stat
     seen: list[tuple[int, int, State, State]] = []
     train_client = Engine.train_client
 
-    def watch(engine: Engine, job: Job, round: int) -> Result:
-        result = train_client(engine, job, round)
-        seen.append((job.client, round, dict(job.start), result.after))
+    def watch(engine: Engine, job: Job) -> Result:
+        result = train_client(engine, job)
+        seen.append((job.client, job.at.round, dict(job.start), result.after))
         return result
 
     monkeypatch.setattr(Engine, "train_client", watch)

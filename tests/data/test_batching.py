@@ -21,6 +21,7 @@ from fedpeft.engine.engine import Engine
 from fedpeft.seeding import generator
 from fedpeft.state import State
 from tests.conftest import job_of
+from tests.rows import labelled
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, size=53)
 
@@ -131,7 +132,7 @@ def test_by_length_is_stable() -> None:
 
 
 def test_batch_pads_right_and_masks() -> None:
-    rows = Examples.from_lists([[7, 8], [9], [1, 2, 3], [4, 5, 6, 6]], np.array([1, 0, 2, 3]), 99)
+    rows = labelled([[7, 8], [9], [1, 2, 3], [4, 5, 6, 6]], [1, 0, 2, 3], 99)
     assert len(rows) == 4 and rows.lengths.tolist() == [2, 1, 3, 4]
     batch = rows.batch(np.array([2, 1, 0]))
     assert batch["input_ids"].tolist() == [[1, 2, 3], [9, 99, 99], [7, 8, 99]]
@@ -143,7 +144,7 @@ def test_batch_pads_right_and_masks() -> None:
 
 
 def test_a_padding_token_in_the_text_is_not_masked() -> None:
-    batch = Examples.from_lists([[0, 5, 0], [5]], np.array([0, 0]), 0).batch(np.array([0, 1]))
+    batch = labelled([[0, 5, 0], [5]], [0, 0], 0).batch(np.array([0, 1]))
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
@@ -256,20 +257,20 @@ def test_a_client_s_batches_by_round(opened: Callable[..., Engine], seen: list[B
     batches: dict[tuple[int, int], list[list[list[int]]]] = {}
     for client in (0, 1):
         for round in (1, 2):
-            trained = engine.train_client(job_of(engine, client, round), round).trained
+            trained = engine.train_client(job_of(engine, client, round)).trained
             batches[client, round] = tokens(seen)
             assert trained.num_examples == len(engine.rows.client_examples(client)["train"])
             assert [len(batch) for batch in batches[client, round]] == [8, 8, 8]
     assert all(batches[a] != batches[b] for a in batches for b in batches if a != b)
-    engine.train_client(job_of(engine, 0, 1), 1)
+    engine.train_client(job_of(engine, 0, 1))
     assert tokens(seen) == batches[0, 1]
-    other_seed.train_client(job_of(other_seed, 0, 1), 1)
+    other_seed.train_client(job_of(other_seed, 0, 1))
     assert tokens(seen) != batches[0, 1]
 
 
 def test_local_epochs(opened: Callable[..., Engine], seen: list[Batch]) -> None:
     engine = opened("local_steps=null", "local_epochs=2")
-    number = engine.train_client(job_of(engine, 1, 1), 1).trained.num_examples
+    number = engine.train_client(job_of(engine, 1, 1)).trained.num_examples
     examples = engine.rows.client_examples(1)["train"]
     assert number == len(examples)
     assert sum(len(batch["labels"]) for batch in seen) == 2 * number
@@ -279,7 +280,7 @@ def test_local_epochs(opened: Callable[..., Engine], seen: list[Batch]) -> None:
 def test_batches_are_a_client_s_own_rows(opened: Callable[..., Engine], seen: list[Batch]) -> None:
     engine = opened("local_steps=null", "local_epochs=1")
     for client in range(3):
-        engine.train_client(job_of(engine, client, 1), 1)
+        engine.train_client(job_of(engine, client, 1))
         examples = engine.rows.client_examples(client)["train"]
         tokens, offsets = examples.arrays["tokens"], examples.arrays["offsets"]
         expected = sorted(tokens[offsets[row] : offsets[row + 1]].tolist() for row in examples.rows)

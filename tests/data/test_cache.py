@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from fedpeft.cache import cache_folder, cached, cached_folder, explained, remembered
+from fedpeft.cache import cache_folder, cached, cached_folder, naming_the_cache, remembered
 from fedpeft.data.partitions.base import Dirichlet
 from fedpeft.data.rows.cache import content_sha256, datasets_cached
 from fedpeft.data.tasks.base import Task
@@ -429,7 +429,7 @@ PLACE = Path("/caches/own")
     ],
 )
 def test_an_error_behind_an_error_names_the_cache(error: OSError, said: str) -> None:
-    with pytest.raises(ValueError) as raised, explained(PLACE):
+    with pytest.raises(ValueError) as raised, naming_the_cache(PLACE):
         try:
             raise error
         except OSError as cause:
@@ -444,7 +444,7 @@ def test_an_error_behind_an_error_names_the_cache(error: OSError, said: str) -> 
     "error", [PermissionError(13, "denied", "/data/train.csv"), ValueError("no column text")]
 )
 def test_an_error_of_the_data_stays(error: Exception) -> None:
-    with pytest.raises(type(error)) as raised, explained(PLACE):
+    with pytest.raises(type(error)) as raised, naming_the_cache(PLACE):
         raise error
     assert raised.value is error
 

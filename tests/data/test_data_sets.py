@@ -296,7 +296,7 @@ def test_small_tables(opened: Callable[[str], Engine], name: str) -> None:
         assert len(engine.samples) == expected[2]
     assert set(measured) == {"loss", *names}
     assert all(value == value for value in measured.values())  # no NaN
-    trained = engine.train_client(job_of(engine, 0), 1).trained
+    trained = engine.train_client(job_of(engine, 0)).trained
     assert trained.num_examples > 0 and trained.loss > 0
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from fedpeft import cli
 from fedpeft.config.load import changed, composed, load_config
-from fedpeft.config.sweeps import Plan
+from fedpeft.config.sweeps import SweepPlan
 from fedpeft.deployment import node, server, trial
 from fedpeft.export import commands as export_commands
 from fedpeft.reporting.clients import ClientTable
@@ -46,7 +46,7 @@ def loaded(overrides: list[str], *_: Any) -> NoReturn:
     raise Understood
 
 
-def swept(plan: Plan, *_: Any) -> NoReturn:
+def swept(plan: SweepPlan, *_: Any) -> NoReturn:
     for overrides in plan.jobs:
         load_config(overrides)
     raise Understood

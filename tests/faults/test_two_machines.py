@@ -179,9 +179,9 @@ def test_the_command_finds_the_cluster_by_the_environment(
 def test_a_machine_with_other_code_is_refused(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = machines.versions()
+    there = machines.code_versions()
     here = there | {"fedpeft": "0.0.9 (code 0123456789ab)"}
-    monkeypatch.setattr(machines, "versions", lambda: here)
+    monkeypatch.setattr(machines, "code_versions", lambda: here)
     with pytest.raises(ValueError) as error:
         RayGrid(2, 1, 0)
     assert str(error.value) == (

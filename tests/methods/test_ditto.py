@@ -29,7 +29,7 @@ def trained(engine: Engine, start: State, client: int = 0) -> State:
     """Train a client in round 1 and return all parameters that can change."""
     at = At(1, client, 2)
     term = engine.config.method.term(at, start, {})
-    return engine.train_client(Job(at, start, (term,)), 1).after
+    return engine.train_client(Job(at, start, (term,))).after
 
 
 def norm(state: State, other: State) -> float:

@@ -52,7 +52,7 @@ def test_a_round_is_a_local_step_and_then_a_global_step(opened: Callable[..., En
     start = random_start(engine)
     local = [name for name in start if ".own." in name]
     rest = [name for name in start if ".own." not in name]
-    result = engine.train_client(Job(At(1, 0, 2), dict(start)), 1)
+    result = engine.train_client(Job(At(1, 0, 2), dict(start)))
 
     first = gradients(engine, start, "", local)
     between = start | {name: start[name] - 0.05 * first[name] for name in local}

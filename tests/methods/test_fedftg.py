@@ -8,6 +8,7 @@ from torch import nn
 
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.plan import Job
+from fedpeft.engine.probing import Vectorised
 from fedpeft.methods.base import At
 from fedpeft.methods.fedftg import FedFTG
 
@@ -36,11 +37,11 @@ def test_in_one_pass_as_alone(opened: Callable[..., Engine], steps: int) -> None
     start, method = engine.replica.values(), engine.config.method
     ats = [At(1, client, 2) for client in range(3)]
     jobs = [Job(at, start, [method.term(at, start, {})]) for at in ats]
-    assert engine.vectorised is not None
-    together = engine.train(jobs, 1)
+    assert engine.vectorised is not Vectorised.NO
+    together = engine.train(jobs)
     for job, ours in zip(jobs, together, strict=True):
         assert not isinstance(ours, Exception)
-        alone = engine.train_client(job, 1)
+        alone = engine.train_client(job)
         assert ours.trained.loss == pytest.approx(alone.trained.loss, rel=1e-5)
         for name, value in alone.after.items():
             step = float((value - start[name]).norm())

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from fedpeft.config.load import load_config
+from fedpeft.engine.parameters import check_on_meta
 from fedpeft.methods.base import At, Memory, Round
 from fedpeft.methods.hetlora import HetLoRA, TailPenalty
 from fedpeft.state import State, sha256
@@ -40,7 +42,7 @@ def test_a_rank_shrinks_if_the_tail_lost_weight() -> None:
 
 def test_one_component_always_stays() -> None:
     method = HetLoRA(rank=4, ranks=[1], prune=0.5)
-    assert method.kept(1) == 1 and method.kept(3) == 1 and method.kept(4) == 2
+    assert method.pruned(1) == 1 and method.pruned(3) == 1 and method.pruned(4) == 2
     memory = Memory()
     method.aggregate(round_of(method, memory, {0: 0.4}))
     assert int(method.down(memory, At(2, 0))["rank"]) == 1
@@ -96,3 +98,10 @@ def test_wrong_values() -> None:
         HetLoRA(prune=0.0)
     with pytest.raises(ValueError, match="penalty must be >= 0, got -1"):
         HetLoRA(penalty=-1.0)
+
+
+def test_one_model_has_no_rank_that_shrinks() -> None:
+    base = ["strategy=centralized", "method=hetlora", "method.rank=4"]
+    check_on_meta(load_config([*base, "method.prune=1"]))
+    with pytest.raises(ValueError, match="Centralized trains one whole model, but .* HetLoRA"):
+        check_on_meta(load_config([*base, "method.prune=0.9"]))

@@ -16,6 +16,7 @@ from fedpeft.methods.fedtt import FACTOR, FedTT, FedTTPlus
 from fedpeft.methods.flexlora import FlexLoRA
 from fedpeft.methods.flora import FLoRA
 from fedpeft.methods.hetlora import HetLoRA
+from fedpeft.methods.lora import LoRA
 from fedpeft.methods.parts.ranks import mean_of_holders, rank_of
 from fedpeft.nn.tensor_train import TTLinear
 from fedpeft.state import State, filled, leading, load_state, payload_bytes, snapshot
@@ -77,9 +78,9 @@ def tails(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool, bool]]:
         outside = torch.cat(tail(engine.config.method, state, client))
         seen.append((client, len(outside) > 0, not outside.any()))
 
-    def watch(engine: Engine, job: Job, round: int) -> Result:
+    def watch(engine: Engine, job: Job) -> Result:
         look(engine, job.client, job.start)
-        result = train_client(engine, job, round)
+        result = train_client(engine, job)
         assert result.after.keys() == job.start.keys() == set(engine.replica.roles.names)
         after = snapshot(engine.replica.model, engine.replica.roles.names)
         look(engine, job.client, after)
@@ -145,6 +146,26 @@ class Held(Method):
     def block(self, name: str, shape: Sequence[int], at: At) -> Sequence[int]:
         assert at.client is not None
         return self.shapes[at.client]
+
+
+@pytest.mark.parametrize(
+    ("method", "blocks"),
+    [
+        (LoRA(), False),
+        (FlexLoRA(rank=4), False),
+        (FlexLoRA(rank=4, ranks=[4, 4]), False),
+        (FlexLoRA(rank=4, ranks=[4, 2]), True),
+        (FlexLoRA(rank=4, ranks=[4, 4, 2]), False),  # no third client
+        (HetLoRA(rank=4, ranks={1: 3}), True),
+        (HetLoRA(rank=4, prune=0.9), True),  # ranks shrink after the first round
+        (FedTT(tt_rank=3), False),
+        (FedTT(tt_rank=3, tt_ranks=[3, 1]), True),
+        (Held([(1,), (1,)]), True),  # it does not say, so the answer that refuses is the safe one
+    ],
+    ids=repr,
+)
+def test_a_method_tells_if_any_of_two_clients_trains_a_block(method: Method, blocks: bool) -> None:
+    assert method.trains_blocks(2) is blocks
 
 
 def test_the_mean_of_those_that_hold_an_entry() -> None:

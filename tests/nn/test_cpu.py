@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedpeft.engine.cpu import SHORT, OnCPU, kept
+from fedpeft.engine.cpu import SHORT, OnCPU, dropout_mask
 from fedpeft.engine.passes import autocast
 
 CPU = torch.device("cpu")
@@ -108,10 +108,10 @@ def test_float32_is_left_alone() -> None:
 
 def test_kept_entries_are_drawn_from_torchs_generator() -> None:
     torch.manual_seed(3)
-    first, factor = kept((5, 7), 0.3)
-    second, _ = kept((5, 7), 0.3)
+    first, factor = dropout_mask((5, 7), 0.3)
+    second, _ = dropout_mask((5, 7), 0.3)
     torch.manual_seed(3)
-    again, _ = kept((5, 7), 0.3)
+    again, _ = dropout_mask((5, 7), 0.3)
     assert first.shape == (5, 7)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
@@ -122,7 +122,7 @@ def test_kept_entries_are_drawn_from_torchs_generator() -> None:
 def test_each_entry_is_kept_with_its_probability(p: float) -> None:
     torch.manual_seed(0)
     count = 2**18
-    where, factor = kept((count // 4, 4), p)  # one drawn number decides on four entries
+    where, factor = dropout_mask((count // 4, 4), p)  # one drawn number decides on four entries
     error = 4 * (p * (1 - p) / (count // 4)) ** 0.5  # four standard deviations
     assert where.float().mean(0).tolist() == pytest.approx([1 - p] * 4, abs=error)
     together = (where[:, 0] & where[:, 1]).float().mean()
@@ -131,7 +131,7 @@ def test_each_entry_is_kept_with_its_probability(p: float) -> None:
 
 
 def test_nearly_everything_may_be_dropped() -> None:
-    where, factor = kept((1000,), 1 - 1e-9)
+    where, factor = dropout_mask((1000,), 1 - 1e-9)
     assert factor == 2**16
     assert where.sum() < 3
 
@@ -139,7 +139,7 @@ def test_nearly_everything_may_be_dropped() -> None:
 def test_dropout_multiplies_kept_entries_and_their_gradient() -> None:
     x = torch.ones(40, 50, requires_grad=True)
     torch.manual_seed(1)
-    where, factor = kept(x.shape, 0.2)
+    where, factor = dropout_mask(x.shape, 0.2)
     torch.manual_seed(1)
     with OnCPU():
         y = nn.Dropout(0.2)(x)
@@ -173,7 +173,7 @@ def test_attention_drops_weights(options: dict[str, Any], precision: str) -> Non
         output = attend(heads, dropout_p=0.3, **options)
     assert output.dtype == dtype
     torch.manual_seed(2)
-    where, factor = kept((2, 3, 12, 12), 0.3)
+    where, factor = dropout_mask((2, 3, 12, 12), 0.3)
     query, key, value = (part.float() for part in copies)
     identity = torch.eye(12).expand(2, 3, 12, 12)  # as values, it gives the weights
     weights = F.scaled_dot_product_attention(query, key, identity, **with_float32_mask(options))

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # imported late, because flwr-datasets takes seconds
+# Functions import datasets and flwr_datasets, because they take seconds.
+if TYPE_CHECKING:
     from datasets import Dataset
 
 INDICES = "_partition_id_to_indices"  # in every partitioner; filled by its first use

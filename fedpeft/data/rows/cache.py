@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.cache import cache_folder, explained
+from fedpeft.cache import cache_folder, naming_the_cache
 from fedpeft.data.rows.tables import values
 
+# Functions import datasets, because it takes seconds and cached rows do without it.
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -39,7 +40,7 @@ def datasets_cached() -> Iterator[None]:
             for name, path in zip(names, (folder, downloads, downloads / "extracted"), strict=True):
                 setattr(config, name, path)
         try:
-            with explained(Path(config.HF_DATASETS_CACHE)):
+            with naming_the_cache(Path(config.HF_DATASETS_CACHE)):
                 yield
         finally:
             for name, path in before.items():

@@ -21,6 +21,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+# A function imports pyarrow and datasets, because built rows are read without them.
+
 # Import name by distribution, in alphabetical order; the position is the label. The standard
 # library is left out, because its docstrings depend on Python's patch version.
 PACKAGES = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from fedpeft.cache import cache_folder, cached, explained, remembered
+from fedpeft.cache import cache_folder, cached, naming_the_cache, remembered
 from fedpeft.data.rows.cache import content_sha256, datasets_cached
 from fedpeft.data.rows.tables import kind, line_of, load_tables, marks, subsample, values
 from fedpeft.data.rows.text_files import TextFormat
@@ -113,7 +113,7 @@ class Source(ABC):
 
     def _built_folder(self) -> str:
         """Return ``folder()``, which some data sets build in the cache first."""
-        with explained(cache_folder()):
+        with naming_the_cache(cache_folder()):
             return self.folder()
 
     @property
@@ -133,7 +133,12 @@ class Source(ABC):
         folder = self._built_folder()
         with datasets_cached():
             text = TextFormat(self.separator, self.encoding)
-            return load_tables(folder, self.subset, self.revision, text)
+            tables = load_tables(folder, self.subset, self.revision, text)
+        return {split: self.as_stored(rows) for split, rows in tables.items()}
+
+    def as_stored(self, rows: "Dataset") -> "Dataset":
+        """Return a split's rows in the form in which the task reads them; the base changes none."""
+        return rows
 
     @cached_property
     def skipped(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from huggingface_hub import constants
 
 from fedpeft.data.rows.text_files import PLAIN, RECODE, TextFormat
 from fedpeft.errors import PartlyPublic, named_row
@@ -13,6 +14,7 @@ from fedpeft.files import check_path
 from fedpeft.models.hub import reachable
 from fedpeft.seeding import generator
 
+# Functions import datasets, because it takes seconds and cached rows do without it.
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -137,7 +139,6 @@ def _read(path: str, files: dict[str, list[Path]], text: TextFormat) -> "dict[st
 def _from_hub(path: str, subset: str | None, revision: str | None) -> "dict[str, Dataset]":
     import datasets.config
     from datasets.exceptions import DatasetsError
-    from huggingface_hub import constants
 
     if not reachable():  # read only the cache, without minutes of retries
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import StrictUndefined, TemplateSyntaxError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from fedpeft.data.rows.conversations import Conversation
 from fedpeft.data.rows.tables import values
 from fedpeft.errors import PartlyPublic, named_row
@@ -19,8 +22,6 @@ def template_columns(text: str) -> list[str]:
     Raises:
         ValueError: the text is no Jinja template.
     """
-    from jinja2 import TemplateSyntaxError, meta
-
     try:
         return sorted(meta.find_undeclared_variables(_environment().parse(text)))
     except TemplateSyntaxError as error:
@@ -71,9 +72,6 @@ def check_prompt(prompt: str) -> None:
 
 @lru_cache(maxsize=1)
 def _environment() -> Any:
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     # Sandboxed, because a client gets its templates from the server, with the configuration.
     return ImmutableSandboxedEnvironment(
         undefined=StrictUndefined,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.errors import PartlyPublic
 
+# Functions import datasets, because it takes seconds and cached rows do without it.
 if TYPE_CHECKING:
     from datasets import Dataset
 

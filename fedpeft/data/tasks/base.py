@@ -17,6 +17,7 @@ from fedpeft.data.rows.source import Source
 from fedpeft.evaluate_metrics import title
 from fedpeft.metrics import MEASURES, MODULES, measure
 
+# Functions import datasets, because it takes seconds and cached rows do without it.
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -187,7 +188,13 @@ class Task(Source):
         raise ValueError(f"{type(self).__name__} answers no questions")
 
     def answer_batch(self, model: nn.Module, batch: Batch, processor: Any) -> dict[str, Tensor]:
-        """Return what ``answered`` needs of each row, (B, ...)."""
+        """Return what ``answered`` needs of each row, (B, ...).
+
+        Args:
+            model: in evaluation.
+            batch: B rows, as ``arrays`` made them.
+            processor: the model's tokenizer or image processor.
+        """
         return {"outputs": self.forward(model, batch)}
 
     def answered(self, outputs: dict[str, Tensor], rows: "Dataset", processor: Any) -> list[Any]:

@@ -107,8 +107,8 @@ class MultipleChoice(Task):
             elif not right:
                 column = self.answers or self.target
                 rule = "texts of candidates" if self.answers else "the number of a candidate"
-                found = kind(rows[i][column])
-                problems.setdefault(i, f"has {found} in {column}, must be {rule}")
+                stored = kind(rows[i][column])
+                problems.setdefault(i, f"has {stored} in {column}, must be {rule}")
         return problems
 
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:

@@ -1,20 +1,21 @@
 """Image classification on folders or tables of images, without repeated images."""
 
 import hashlib
+import io
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.Image
 from torch import Tensor, nn
 
 from fedpeft.cache import cached
 from fedpeft.data.batching import Batch
 from fedpeft.data.rows.cache import content_sha256
-from fedpeft.data.rows.source import Source
 from fedpeft.data.rows.tables import values
 from fedpeft.data.tasks.classification import Classification
 
+# Functions import datasets, because it takes seconds and cached rows do without it.
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -47,17 +48,13 @@ class ImageClassification(Classification):
     def columns(self) -> list[str]:
         return [self.image]
 
-    @cached_property
-    def tables(self) -> "dict[str, Dataset]":
+    def as_stored(self, rows: "Dataset") -> "Dataset":
+        """Return rows whose images are not decoded, as bytes or a path."""
         from datasets import Image
 
-        tables = Source.tables.func(self)  # type: ignore[attr-defined]
-        return {
-            split: rows.cast_column(self.image, Image(decode=False))
-            if self.image in rows.column_names
-            else rows
-            for split, rows in tables.items()
-        }
+        if self.image not in rows.column_names:
+            return rows
+        return rows.cast_column(self.image, Image(decode=False))
 
     def _hashes(self, rows: "Dataset") -> list[str]:
         """Return the sha256 of each image's size and RGB pixels, or BROKEN."""
@@ -137,12 +134,8 @@ def _resized(values: list[dict[str, Any]], processor: Any) -> np.ndarray:
 
 def _decoded(value: dict[str, Any]) -> Any:
     """Return an image that ``datasets`` stores as a PIL image in RGB."""
-    import io
-
-    from PIL import Image
-
     source = io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]
-    with Image.open(source) as image:
+    with PIL.Image.open(source) as image:
         return image.convert("RGB")
 
 

@@ -34,6 +34,7 @@ from fedpeft.evaluate_metrics import title
 from fedpeft.metrics import TEXTS
 from fedpeft.words import beyond_latin
 
+# Functions import transformers, because it takes seconds.
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -259,8 +260,8 @@ class InstructionTuning(Task):
         if self.messages is None:
             conversations = [said_by_user(text) for text in rendered(self.prompt, rows)]
         else:
-            given = values(rows, self.messages)
-            conversations = [said_by_user(q) if isinstance(q, str) else list(q) for q in given]
+            messages = values(rows, self.messages)
+            conversations = [said_by_user(q) if isinstance(q, str) else list(q) for q in messages]
         prompts = prompt_tokens(chat_prompts(conversations, processor), processor)
         return sequences(prompts, [[] for _ in prompts], self.max_length, self.answer_room)
 

@@ -16,6 +16,7 @@ from fedpeft.data.tasks.text import DocstringsRows, Texts, model_logits
 from fedpeft.models.heads import parted
 from fedpeft.nn.token_loss import IGNORED, losses_of, token_losses
 
+# Functions import transformers, because it takes seconds.
 if TYPE_CHECKING:
     from datasets import Dataset
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fedpeft.methods.base import Method
-from fedpeft.methods.exported import PeftForm, as_lora
+from fedpeft.methods.parts.exported import PeftForm, as_lora
 from fedpeft.models.sites import (
     attention_projections,
     check_rank,

@@ -3,7 +3,7 @@
 from peft import PromptTuningConfig
 from torch import nn
 
-from fedpeft.methods.exported import PeftForm, of_virtual_tokens
+from fedpeft.methods.parts.exported import PeftForm, of_virtual_tokens
 from fedpeft.models.sites import reads_last_token
 from fedpeft.nn.virtual import Prompted
 

@@ -53,6 +53,17 @@ def rank_of(ranks: Ranks, at: At, largest: int) -> int:
     return ranks[at.client % len(ranks)]
 
 
+def any_below(ranks: Ranks, largest: int, num_clients: int) -> bool:
+    """Return true if any client's rank is below the largest.
+
+    Args:
+        ranks: of the clients.
+        largest: rank of a client that trains whole parameters.
+        num_clients: of the run, numbered from 0.
+    """
+    return any(rank_of(ranks, At(1, c), largest) < largest for c in range(num_clients))
+
+
 @dataclass(frozen=True)
 class RankedLoRA(LoRA):
     """LoRA in which client c trains and sends the first r_c rows of A and columns of B.
@@ -81,6 +92,10 @@ class RankedLoRA(LoRA):
         if ".lora_A." in name:
             return (rank, shape[1])
         return (shape[0], rank) if ".lora_B." in name else shape
+
+    def trains_blocks(self, num_clients: int) -> bool:
+        """See ``Method.trains_blocks``."""
+        return any_below(self.ranks, self.rank, num_clients)
 
 
 def mean_of_holders(method: Method, round: Round, names: Iterable[str]) -> State:

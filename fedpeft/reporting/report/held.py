@@ -1,4 +1,4 @@
-"""Who holds what: rows by client and label, where a run's server knew them."""
+"""Charts of each client's rows by label, for runs whose server knew them."""
 
 import hashlib
 from collections.abc import Iterator

@@ -12,6 +12,7 @@ from fedpeft.reporting.report.chart import Chart, dashes
 from fedpeft.reporting.report.plotly_form import form
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.report.table import Table
+from fedpeft.versions import SHOWN
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,9 @@ def _facts(runs: Runs) -> str:
     parts.append(f"data, by SHA-256: {', '.join(sorted(data)) or 'not saved'}")
     weights = {s["weights"] for s in summaries if "weights" in s}
     parts.append(f"weights: {', '.join(sorted(weights)) or 'not saved'}")
-    made = {f"{n} {v}" for s in summaries for n, v in s.get("versions", {}).items() if n in NAMED}
+    made = {f"{n} {v}" for s in summaries for n, v in s.get("versions", {}).items() if n in SHOWN}
     parts.append(f"made with {', '.join(sorted(made)) or 'versions that were not saved'}")
     return "; ".join(parts) + "."
-
-
-NAMED = ("fedpeft", "flwr", "torch", "transformers")
 
 
 def _counted(count: int, noun: str) -> str:

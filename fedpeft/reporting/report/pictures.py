@@ -17,6 +17,8 @@ from fedpeft.reporting.report.chart import (
     dashes,
 )
 
+# A function imports matplotlib, because it takes a second and most reports have no pictures.
+
 FORMATS = ("png", "svg", "pdf")
 WIDTH = 7.0  # inches
 # Names are no formulas, letters stay letters in PDF and SVG, and equal charts are equal files.

@@ -55,19 +55,19 @@ def _(chart: LineChart) -> Form:
 def _line(line: Line) -> list[Form]:
     """Return a line's traces; the edges of its band come first."""
     colour = COLOURS[line.place % len(COLOURS)]
-    own = {"type": "scatter", "meta": line.place, "name": escape(line.name), "showlegend": False}
+    common = {"type": "scatter", "meta": line.place, "name": escape(line.name), "showlegend": False}
     traces: list[Form] = []
     if line.low is not None and line.high is not None:
         x, y = [*line.x, *reversed(line.x)], [*line.high, *reversed(line.low)]
         band = {"fill": "toself", "fillcolor": faded(colour, 0.18), "hoverinfo": "skip"}
-        traces.append(own | band | {"x": x, "y": y, "mode": "lines", "line": {"width": 0}})
+        traces.append(common | band | {"x": x, "y": y, "mode": "lines", "line": {"width": 0}})
     strokes = ",".join(f"{length}px" for length in dashes(line.place))
     dash = "dash" if line.bound else strokes or "solid"
     drawn = {"x": list(line.x), "y": list(line.y), "line": {"color": colour, "dash": dash}}
     symbol = MARKERS[line.place % len(MARKERS)]
     marker = {"symbol": symbol, "size": 7, "maxdisplayed": MOST_MARKERS}
     mode = {"mode": "lines" if line.bound else "lines+markers"}
-    return [*traces, own | drawn | mode | {"marker": marker}]
+    return [*traces, common | drawn | mode | {"marker": marker}]
 
 
 @form.register

@@ -76,17 +76,17 @@ class Runs:
     left_out: Sequence[LeftOut]
 
     @classmethod
-    def of(cls, found: Sequence[SavedRun]) -> "Runs":
+    def of(cls, saved: Sequence[SavedRun]) -> "Runs":
         """Sort saved runs into settings.
 
         Raises:
             ValueError: no run came to its end, or the runs have different measures.
         """
         left = {
-            run.path: LeftOut(run, run.status, run.reason) for run in found if run.summary is None
+            run.path: LeftOut(run, run.status, run.reason) for run in saved if run.summary is None
         }
         lost = Counter(out.run.hash_but_seed for out in left.values())
-        ended = [run for run in found if run.path not in left]
+        ended = [run for run in saved if run.path not in left]
         if not ended:
             reasons = "; ".join(f"{path}: {out.reason}" for path, out in left.items())
             raise ValueError(f"no run came to its end. {reasons}")
@@ -102,7 +102,7 @@ class Runs:
         ]
         less = {name for run in ended for name in run.settings.get("data.less_is_better") or []}
         sign = -1 if measure in less or measure.endswith("loss") else 1
-        return cls(measure, sign, settings, [left[run.path] for run in found if run.path in left])
+        return cls(measure, sign, settings, [left[run.path] for run in saved if run.path in left])
 
     @property
     def compared(self) -> str:

@@ -20,6 +20,9 @@ from fedpeft.reporting.observer import Line, Observer
 from fedpeft.reporting.saved_runs import SavedRun
 
 Numbers = dict[str, float]
+# Writes the model of a run's directory, the first argument, into a new folder, the second. It is
+# handed in, because the modules that export stand above this package and import torch.
+Export = Callable[[Path, Path], object]
 STATE = "tracked.json"  # in a tracker's folder: its run's id and the last round that it has
 
 
@@ -44,13 +47,16 @@ class Session(ABC):
         """
 
     @abstractmethod
-    def end(self, status: str, reason: str, summary: Mapping[str, Any] | None) -> str:
+    def end(
+        self, status: str, reason: str, summary: Mapping[str, Any] | None, export: Export
+    ) -> str:
         """Write how the run ended.
 
         Args:
             status: ``completed``, ``stopped`` or ``failed``.
             reason: one sentence, unless it is completed.
             summary: null if the run has none.
+            export: writes the model of a completed run.
 
         Returns:
             A note for whoever reads the run's output, or nothing.
@@ -109,10 +115,13 @@ class Tracking(Observer):
         tracker: the settings.
         run_dir: of the run; it holds the configuration when the run begins.
         note: is told the first failure.
+        export: writes the model of a run that is completed.
     """
 
-    def __init__(self, tracker: Tracker, run_dir: str, note: Callable[[str], None]) -> None:
-        self.tracker, self._tell = tracker, note
+    def __init__(
+        self, tracker: Tracker, run_dir: str, note: Callable[[str], None], export: Export
+    ) -> None:
+        self.tracker, self._tell, self._export = tracker, note, export
         self.path = Path(run_dir)
         self.folder = self.path / tracker.name
         self.session: Session | None = None
@@ -131,7 +140,7 @@ class Tracking(Observer):
             reason = f"logger={self.tracker.name} cannot begin: {_text(error)}"
             if self.session is not None:
                 with suppress(Exception):
-                    self.session.end("failed", reason, None)
+                    self.session.end("failed", reason, None, self._export)
             self._close()
             raise ValueError(reason) from error
         self.begun = True
@@ -158,7 +167,7 @@ class Tracking(Observer):
         self._write_missing()
         assert self.session is not None
         summary = SavedRun(self.path).summary if status == "completed" else None
-        if text := self.session.end(status, reason, summary):
+        if text := self.session.end(status, reason, summary, self._export):
             self._tell(text)
 
     def _safely(self, act: Callable[[], None]) -> None:
@@ -226,15 +235,15 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     What single clients were refused for is left out too, because their sentences are not for
     others, and would make a key a client and round.
     """
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in values.items():
         if key == "refused":
             continue
         if isinstance(value, Mapping):
-            found |= flat(value, f"{before}{key}.")
+            result |= flat(value, f"{before}{key}.")
         elif value is not None and not isinstance(value, list):
-            found[before + key] = value
-    return found
+            result[before + key] = value
+    return result
 
 
 def settings(run: SavedRun) -> dict[str, Any]:

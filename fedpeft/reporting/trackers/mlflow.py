@@ -12,11 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hydra.utils import get_method
-
 from fedpeft.reporting.run_directory import CONFIG, SUMMARY
 from fedpeft.reporting.saved_runs import SavedRun
 from fedpeft.reporting.trackers.base import (
+    Export,
     Numbers,
     Session,
     Tracker,
@@ -34,8 +33,6 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 MOST_PARAMS, MOST_CHARACTERS = 100, 6000  # of one request, and of one value
-# By name, because these modules import torch, and the server's, which stand above this one.
-OPEN_RUN, EXPORT = "fedpeft.export.run.open_run", "fedpeft.export.write.export"
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class MLflow(Tracker):
     module = "mlflow"
 
     def open(self, run: SavedRun, folder: Path, id: str | None, done: int) -> Session:
-        """Begin a run, or go on with the one of this id."""
+        """Begin a run, or go on with the one of this id; see ``Tracker.open``."""
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         with warnings.catch_warnings():  # MLflow's tables use what SQLAlchemy no longer likes
@@ -85,14 +82,14 @@ class _Run(Session):
             self._client.update_run(id, "RUNNING")
 
     def _experiment(self, name: str, place: str | None) -> str:
-        if found := self._client.get_experiment_by_name(name):
-            return found.experiment_id
+        if experiment := self._client.get_experiment_by_name(name):
+            return experiment.experiment_id
         try:
             return self._client.create_experiment(name, place)
         except Exception:  # another run, which began at the same time, may have made it
-            if (found := self._client.get_experiment_by_name(name)) is None:
+            if (experiment := self._client.get_experiment_by_name(name)) is None:
                 raise
-            return found.experiment_id
+            return experiment.experiment_id
 
     def _begin(self, experiment: str) -> str:
         run = self._saved
@@ -122,16 +119,18 @@ class _Run(Session):
         metrics = [metric(_name(k), float(v), now, round) for k, v in numbers.items()]
         self._client.log_batch(self.id, metrics=metrics)
 
-    def end(self, status: str, reason: str, summary: Mapping[str, Any] | None) -> str:
+    def end(
+        self, status: str, reason: str, summary: Mapping[str, Any] | None, export: Export
+    ) -> str:
         self._client.set_tag(self.id, "reason", reason)
         if summary is not None:
             last = {f"summary.{k}": v for k, v in numbers(flat(summary)).items()}
             self.write(summary["final"]["round"], last)
             self._client.log_artifact(self.id, str(self._saved.path / SUMMARY))
         self._client.set_terminated(self.id, STATUSES[status])
-        return self._model() if summary is not None and self._artifact else ""
+        return self._model(export) if summary is not None and self._artifact else ""
 
-    def _model(self) -> str:
+    def _model(self, export: Export) -> str:
         """Keep the exported model; return why there is none."""
         if load_in := self._saved.config.model.get("load_in"):
             return (
@@ -141,7 +140,7 @@ class _Run(Session):
         with TemporaryDirectory() as folder:
             try:
                 to = Path(folder) / "model"
-                get_method(EXPORT)(get_method(OPEN_RUN)(self._saved.path), to)
+                export(self._saved.path, to)
             except ValueError as error:
                 return f"logger=mlflow keeps no model: {error}"
             self._client.log_artifacts(self.id, str(to), "model")

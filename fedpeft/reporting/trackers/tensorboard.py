@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.reporting.saved_runs import SavedRun
-from fedpeft.reporting.trackers.base import Numbers, Session, Tracker, settings, tags
+from fedpeft.reporting.trackers.base import Export, Numbers, Session, Tracker, settings, tags
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class TensorBoard(Tracker):
     module = "tensorboard"
 
     def open(self, run: SavedRun, folder: Path, id: str | None, done: int) -> Session:
-        """Begin a new event file, which may be the run's second."""
+        """Begin a new event file, which may be the run's second; see ``Tracker.open``."""
         return _Events(run, folder, done)
 
 
@@ -60,7 +60,9 @@ class _Events(Session):
         self._file.flush()
         self.round = round
 
-    def end(self, status: str, reason: str, summary: Mapping[str, Any] | None) -> str:
+    def end(
+        self, status: str, reason: str, summary: Mapping[str, Any] | None, export: Export
+    ) -> str:
         texts = [self._text("status", f"{status}: {reason}" if reason else status)]
         if summary is not None:
             shown = "\n".join(f"    {line}" for line in json.dumps(summary, indent=2).split("\n"))

@@ -7,7 +7,7 @@ from typing import Any
 from uuid import uuid4
 
 from fedpeft.reporting.saved_runs import SavedRun
-from fedpeft.reporting.trackers.base import Numbers, Session, Tracker, flat, settings, tags
+from fedpeft.reporting.trackers.base import Export, Numbers, Session, Tracker, flat, settings, tags
 
 EXIT_CODES = {"completed": 0, "failed": 1, "stopped": 255}  # 255 shows as killed
 MOST_CHARACTERS = 64  # of a tag
@@ -36,7 +36,7 @@ class WandB(Tracker):
             raise ValueError(f"mode must be offline or online, got {self.mode}")
 
     def open(self, run: SavedRun, folder: Path, id: str | None, done: int) -> Session:
-        """Begin a run, or a further part of the run of this id."""
+        """Begin a run, or a further part of the run of this id; see ``Tracker.open``."""
         return _Run(self, run, folder, id or uuid4().hex[:12], new=id is None)
 
 
@@ -80,7 +80,9 @@ class _Run(Session):
     def write(self, round: int, numbers: Numbers) -> None:
         self._run.log(numbers, step=round)
 
-    def end(self, status: str, reason: str, summary: Mapping[str, Any] | None) -> str:
+    def end(
+        self, status: str, reason: str, summary: Mapping[str, Any] | None, export: Export
+    ) -> str:
         about = {"status": status} | ({"reason": reason} if reason else {})
         self._run.summary.update(about | flat(summary or {}))
         self._run.finish(EXIT_CODES[status])

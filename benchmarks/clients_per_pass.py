@@ -1,7 +1,8 @@
 """Compare clients trained together in one pass with clients trained one by one.
 
-    python -m benchmarks.cohort [--sizes 1,2,4,8,16] [--batches 1,4,16] [--steps 4] [overrides]
-    python -m benchmarks.cohort --gpu TOKENIZER [overrides]
+    python -m benchmarks.clients_per_pass [--sizes 1,2,4,8,16] [--batches 1,4,16] [--steps 4]
+        [overrides]
+    python -m benchmarks.clients_per_pass --gpu TOKENIZER [overrides]
 
 Sixteen clients take the same steps with K clients per pass, for each K of --sizes and each batch
 size. The ratio is the seconds of K = 1 over those of K, so above 1 together is faster.
@@ -62,7 +63,7 @@ def main() -> None:
     result["overrides"] = args.overrides
     if args.gpu:
         result["matrix_product_tflops"] = product_tflops()
-    save("cohort_gpu" if args.gpu else "cohort", result | {"batches": rows})
+    save("clients_per_pass_gpu" if args.gpu else "clients_per_pass", result | {"batches": rows})
 
 
 def on_gpu(tokenizer: str, folder: Path) -> list[str]:
@@ -147,7 +148,7 @@ def turn(engine: Engine, size: int) -> Callable[[], float]:
             clients = range(first, first + size)
             start = dict(engine.replica.initial)
             jobs = [Job(engine.replica.roles.at(round, client), start) for client in clients]
-            for result in engine.train(jobs, round):
+            for result in engine.train(jobs):
                 if isinstance(result, Exception):
                     raise result
         return time.perf_counter() - begun
