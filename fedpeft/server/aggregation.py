@@ -97,7 +97,7 @@ class Aggregator:
         if broken := [name for name, value in after.items() if not is_finite(value)]:
             self._drop(broken[0], usable, before, seen)
             return
-        self.median = median or self.median
+        self.go_on(seen.metrics)
         self.down.update(after)
         self.down.memory, self.down.method_memory = memory, method_memory
         self.down.generations.accept(number, [c for c, reply in usable.items() if reply.kept])
@@ -115,7 +115,7 @@ class Aggregator:
         )
 
     def go_on(self, line: Line) -> None:
-        """Take over what an earlier round's line says of it, in a run that is resumed."""
+        """Take over the median norm of a good round's line, also in a run that is resumed."""
         if "unchanged" not in line:
             self.median = line.get(MEDIAN) or self.median
 
