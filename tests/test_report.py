@@ -388,6 +388,22 @@ def test_settings_of_one_colour_have_other_dashes(tmp_path: Path) -> None:
     assert len(strokes) == 30 and len(set(strokes)) == 3  # all but the first ten
 
 
+def test_a_title_beside_names_has_lines_that_fit_on_a_phone() -> None:
+    bars = BarChart("t", "title", "MB on the wire, <all> clients, both ways", ["a"], {"up": [1.0]})
+    text = form(bars)["layout"]["xaxis"]["title"]["text"]
+    assert text == "MB on the wire, &lt;all&gt;<br>clients, both ways"
+    line = LineChart("t", "title", "round", "accuracy on clients' test rows", [])
+    assert "<br>" not in form(line)["layout"]["yaxis"]["title"]["text"]
+
+
+def test_the_tables_of_the_page_scroll_and_short_cells_do_not_wrap(report: Path) -> None:
+    style = (report / "report.html").read_text().partition("<style>")[2].partition("</style>")[0]
+    rules = dict(re.findall(r"^([^{}@\n]+?) \{ ([^{}]*)\}", style, re.MULTILINE))
+    assert "overflow-x: auto" in rules[".table"] and "max-width: 100%" in rules[".table"]
+    assert "white-space: nowrap" in rules["th, td"] and "td.text" not in rules
+    assert "white-space: normal" in rules["td.long"]  # commands
+
+
 def test_a_logarithmic_axis_has_points_for_bars(tmp_path: Path) -> None:
     bars = {"up": [1.0, 1000.0], "down": [2.0, 0.0]}
     made = {log: form(BarChart("t", "title", "MB", ["a", "b"], bars, log)) for log in (True, False)}

@@ -252,7 +252,7 @@ def test_rows_that_have_no_choice(tmp_path: Path, case: str) -> None:
     strict = replace(skipping, bad_rows="error")
     with pytest.raises(ValueError) as error:
         _ = strict.train_rows
-    assert str(error.value) == f"row 2 of train (counted from 1) {reason}: {NO_ROW}"
+    assert str(error.value) == f"row 2 of train (line 2) {reason}: {NO_ROW}"
 
 
 @pytest.mark.parametrize("label", [2, -1, None])
@@ -262,7 +262,7 @@ def test_a_label_that_names_no_candidate(tmp_path: Path, label: int | None) -> N
         replace(composed("data=copa").data, path=path).split_rows("train")
     found = "nothing" if label is None else "a whole number"
     reason = f"has {found} in label, must be the number of a candidate"
-    assert str(error.value) == f"row 3 of train (counted from 1) {reason}: {NO_ROW}"
+    assert str(error.value) == f"row 3 of train (line 3) {reason}: {NO_ROW}"
 
 
 FIELDS: list[tuple[dict[str, Any], str]] = [

@@ -53,8 +53,10 @@ def test_a_template_that_is_no_jinja() -> None:
 
 # Templates may come from other people, so they get no access to Python's internals.
 FAILING = {
-    "{{ 1 // (a == 'x') }}": "1 with ZeroDivisionError: integer division or modulo by zero",
-    "{{ a.__class__.__mro__ }}": "0 with SecurityError: access to attribute '__class__' of 'str' "
+    "{{ 1 // (a == 'x') }}": "2 (counted from 1) with ZeroDivisionError: "
+    "integer division or modulo by zero",
+    "{{ a.__class__.__mro__ }}": "1 (counted from 1) with SecurityError: access to "
+    "attribute '__class__' of 'str' "
     "object is unsafe.",
 }
 
@@ -281,9 +283,7 @@ def test_rows_without_a_prompt_or_an_answer(tmp_path: Path, row: Any, reason: st
     fields: dict[str, Any] = {"prompt": "{{ q }}", "answer": "a", "label": None}
     fields |= {"path": write(tmp_path, train=[{"q": "x", "a": "y"}, row]), "test_split": "train"}
     task = InstructionTuning(**fields, validation_split="train")
-    assert error_of(lambda: task.train_rows) == (
-        f"row 2 of train (counted from 1) has {reason}: {NO_ROW}"
-    )
+    assert error_of(lambda: task.train_rows) == (f"row 2 of train (line 2) has {reason}: {NO_ROW}")
     skipping = InstructionTuning(**fields, validation_split="train", bad_rows="skip")
     assert len(skipping.train_rows) == 1 and skipping.skipped == {f"has {reason}": 1}
 
@@ -312,9 +312,7 @@ def test_questions_without_an_answer(tmp_path: Path) -> None:
     rows = [{"context": "c", "question": "q", "answers": answer} for answer in answers]
     task = QuestionAnswering(path=write(tmp_path, train=rows), label=None)
     error = error_of(lambda: task.split_rows("train"))
-    assert error == (
-        f"row 2 of train (counted from 1) has an empty answers (and 1 rows more): {NO_ROW}"
-    )
+    assert error == (f"row 2 of train (line 2) has an empty answers (and 1 rows more): {NO_ROW}")
 
 
 FIELDS: list[tuple[dict[str, Any], str]] = [

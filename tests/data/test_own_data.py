@@ -120,19 +120,18 @@ def test_all_rows_of_a_client_s_own_folder_train(base: list[str], tmp_path: Path
 BROKEN: dict[str, tuple[Rows, str]] = {
     "a label that only test has": (
         [{"text": "x", "label": "chess"}],
-        f"row 1 of test (counted from 1) "
-        f"has text in label, must be one of the 4 labels of train: {MEND}",
+        f"row 1 of test (line 1) has text in label, must be one of the 4 labels of train: {MEND}",
     ),
     "a label that is one but for a blank": (
         [{"text": "x", "label": "Music "}],
-        "row 1 of test (counted from 1) "
+        "row 1 of test (line 1) "
         "has text in label, must be one of the 4 labels of train, and is one but for "
         f"blanks or case: {MEND}",
     ),
     "no label": ([{"text": "x"}], "data set {} has no column label in test, only text"),
     "an empty text": (
         [{"text": " ", "label": "food"}],
-        f"row 1 of test (counted from 1) has an empty text: {MEND}",
+        f"row 1 of test (line 1) has an empty text: {MEND}",
     ),
 }
 
@@ -382,7 +381,7 @@ def test_an_answer_that_is_a_list(tmp_path: Path) -> None:
     path = write_file(tmp_path / "chat.jsonl", [{"q": "x", "chat": turns("a", "b")}] * 3)
     task = InstructionTuning(path=path, label=None, prompt="{{ q }}", answer="chat")
     assert error_of(lambda: task.train_rows) == (
-        "row 1 of train (counted from 1) "
+        "row 1 of train (line 1) "
         "has a list in chat, must be a text; data.messages=chat reads conversations "
         f"(and 2 rows more): {MEND}"
     )
@@ -420,7 +419,7 @@ def test_conversations_that_cannot_be_learnt(tmp_path: Path, case: str) -> None:
     path = write_file(tmp_path / "chat.jsonl", [{"chat": chat}])
     task = InstructionTuning(path=path, label=None, messages="chat")
     assert error_of(lambda: task._table("train")) == (
-        f"row 1 of train (counted from 1) {reason} in chat: {MEND}"
+        f"row 1 of train (line 1) {reason} in chat: {MEND}"
     )
 
 

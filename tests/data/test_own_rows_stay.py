@@ -152,11 +152,10 @@ def ask(messages: Callable[[str, str], Sent]) -> Ask:
     return answer
 
 
-def known(label: str) -> str:
-    return (
-        f"row 13 of train (counted from 1) "
-        f"has {label} in label, must be one of the 4 labels of data.labels"
-    )
+def known(label: str, end: str) -> str:
+    """Return the sentence on the thirteenth row of a file, whose line is known in files of text."""
+    place = {"csv": "line 14", "jsonl": "line 13"}.get(end, "counted from 1")
+    return f"row 13 of train ({place}) has {label} in label, must be one of the 4 labels of data."
 
 
 def bad(task: str, **cells: Any) -> Rows:
@@ -169,26 +168,26 @@ BROKEN_LINE = "because line 2 of a file is broken (this node's log"
 NO_UTF_8 = "because line 2 of a file is no UTF-8: it looks like cp1252, so give data.encoding="
 LONG_ROW = "because line 3 of a file is broken (this node's log"
 # a column of several kinds is read as JSON
-SEVERAL = "row 1 of train (counted from 1) has text in label, must be"
+SEVERAL = "row 1 of train (line 1) has text in label, must be"
 ROWS: dict[str, tuple[str, str, Rows | bytes, str]] = {
     **{
-        f"a label of {end}": ("text", end, bad("text", label=SECRET), known("text"))
+        f"a label of {end}": ("text", end, bad("text", label=SECRET), known("text", end))
         for end in ("csv", "json", "jsonl", "parquet")
     },
     "a number for a label": ("text", "jsonl", bad("text", label=NUMBER), SEVERAL),
-    "no label": ("text", "csv", bad("text", label=None), known("nothing")),
+    "no label": ("text", "csv", bad("text", label=None), known("nothing", "csv")),
     "a nested label": ("text", "jsonl", bad("text", label={SECRET: SECRET}), SEVERAL),
     "no text": (
         "text",
         "csv",
         bad("text", text=None),
-        "row 13 of train (counted from 1) has no text",
+        "row 13 of train (line 14) has no text",
     ),
     "a blank text": (
         "text",
         "jsonl",
         bad("text", text=" "),
-        "row 13 of train (counted from 1) has an empty text",
+        "row 13 of train (line 13) has an empty text",
     ),
     "no header": (
         *("text", "csv"),
@@ -232,8 +231,7 @@ ROWS: dict[str, tuple[str, str, Rows | bytes, str]] = {
     "a text for a number": (
         *("number", "jsonl"),
         [{"text": SECRET, "label": SECRET}] * 12,
-        "row 1 of train (counted from 1) "
-        "has text in label, must be a finite number (and 11 rows more)",
+        "row 1 of train (line 1) has text in label, must be a finite number (and 11 rows more)",
     ),
     "no number": (
         *("number", "parquet"),
@@ -250,7 +248,7 @@ ROWS: dict[str, tuple[str, str, Rows | bytes, str]] = {
     "an empty choice": (
         *("choice", "csv"),
         bad("choice", choice1=""),
-        "row 13 of train (counted from 1) has no choice1",
+        "row 13 of train (line 14) has no choice1",
     ),
     "no answer": ("answer", "jsonl", bad("answer", response=""), "has an empty response"),
     "an image that is none": (

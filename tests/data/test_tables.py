@@ -218,6 +218,7 @@ def test_splits_may_differ_in_their_columns(tmp_path: Path) -> None:
 CSV = 'text,label\n"rain\nand snow",a\n\nsun,b\n,a\n'  # a cell of two lines, and an empty line
 
 
+@leaves_files
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -243,6 +244,7 @@ def test_a_row_that_cannot_be_used_is_named_by_the_line_of_its_file(
     assert error_of(lambda: TextClassification(path=str(file)).train_rows).startswith(says)
 
 
+@leaves_files
 def test_rows_of_several_files_are_counted_from_1(tmp_path: Path) -> None:
     for shard in range(2):
         text = "text,label\nrain,a\nsun,b\n" if not shard else "text,label\n,a\n"

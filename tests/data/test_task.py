@@ -163,13 +163,13 @@ def test_a_bad_row_is_an_error(tmp_path: Path) -> None:
     task = TextClassification(path=path)
     assert len(task.train_rows) == 4  # because bad rows of other splits do not matter
     error = error_of(lambda: task.split_rows("test"))
-    assert error == f"row 2 of test (counted from 1) has an empty text (and 2 rows more): {NO_ROW}"
+    assert error == f"row 2 of test (line 2) has an empty text (and 2 rows more): {NO_ROW}"
 
 
 def test_a_row_without_a_text_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path, train=numbered(4), validation=numbered(4), test=BAD[2:3])
     error = error_of(lambda: TextClassification(path=path).split_rows("test"))
-    assert error == f"row 1 of test (counted from 1) has no text: {NO_ROW}"
+    assert error == f"row 1 of test (line 1) has no text: {NO_ROW}"
 
 
 def test_bad_rows_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_columns_that_are_not_read_may_hold_anything(tmp_path: Path) -> None:
     assert len(TextClassification(path=path).train_rows) == 4
     task = TextClassification(path=path, text_pair="note")
     error = error_of(lambda: task.train_rows)
-    assert error == f"row 1 of train (counted from 1) has an empty note (and 3 rows more): {NO_ROW}"
+    assert error == f"row 1 of train (line 1) has an empty note (and 3 rows more): {NO_ROW}"
 
 
 # --- errors -------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def test_an_unknown_label(tmp_path: Path, case: str) -> None:
     task = task_of(tmp_path, *known, test=rows(*labels), **fields)
     wrong = len(labels) - 1
     error = error_of(lambda: task.split_rows("test"))
-    assert error == f"row {wrong} of test has {reason}: {NO_ROW}"
+    assert error == f"row {wrong + 1} of test (line {wrong + 1}) has {reason}: {NO_ROW}"
     skipping = TextClassification(path=task.path, bad_rows="skip", **fields)
     if wrong:  # row 0 has a known label
         assert len(skipping.split_rows("test")) == 1
@@ -295,12 +295,14 @@ def test_a_target_that_is_no_number(tmp_path: Path, value: Any) -> None:
     labels = ["1.5", value] if isinstance(value, str) else [1.5, value]
     Dataset.from_list(rows(*labels)).to_parquet(str(tmp_path / "train.parquet"))
     if isinstance(value, str):  # a column of texts has no numbers at all
-        reason = "row 0 of train has text in label, must be a finite number (and 1 rows more)"
+        reason = "has text in label, must be a finite number (and 1 rows more)"
+        row = 1
     else:
         kind = "nothing" if value is None else "a number that is not finite"
-        reason = f"row 1 of train has {kind} in label, must be a finite number"
+        reason = f"has {kind} in label, must be a finite number"
+        row = 2
     error = error_of(lambda: Regression(path=str(tmp_path)).train_rows)
-    assert error == f"{reason}: {NO_ROW}"
+    assert error == f"row {row} of train (counted from 1) {reason}: {NO_ROW}"
 
 
 def test_a_run_of_a_regression(run: Runner, tmp_path: Path) -> None:

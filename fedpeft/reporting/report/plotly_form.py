@@ -7,6 +7,7 @@ the script that draws them. Plotly reads some HTML in texts, so names are escape
 from collections.abc import Sequence
 from functools import singledispatch
 from html import escape
+from textwrap import wrap
 from typing import Any
 
 from fedpeft.reporting.figures import COLOURS, shortened
@@ -22,6 +23,7 @@ from fedpeft.reporting.report.chart import (
 )
 
 Form = dict[str, Any]
+BESIDE_NAMES = 26  # characters of a title, for which a phone has room beside settings' names
 GREY = "rgba(128,128,128,0.35)"
 MARKERS = ("circle", "square", "diamond", "triangle-down", "triangle-up", "cross")  # as in figures
 
@@ -93,7 +95,8 @@ def _(chart: BoxChart) -> Form:
             _ticks(chart.names), chart.places, chart.values, chart.hover, strict=True
         )
     ]
-    layout = _layout(_axis(chart.x), _axis("") | {"autorange": "reversed", "type": "category"})
+    x = _axis(chart.x, width=BESIDE_NAMES)
+    layout = _layout(x, _axis("") | {"autorange": "reversed", "type": "category"})
     return {"data": data, "layout": layout | {"height": 120 + 44 * len(data)}}
 
 
@@ -115,7 +118,7 @@ def _(chart: BarChart) -> Form:
         for place, (name, values) in enumerate(chart.bars.items())
     ]
     y = _axis("") | {"autorange": "reversed", "type": "category"}
-    layout = _layout(_axis(chart.x, "log" if chart.log_x else "linear"), y)
+    layout = _layout(_axis(chart.x, "log" if chart.log_x else "linear", BESIDE_NAMES), y)
     legend = {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"}
     height = 120 + (24 + 20 * len(chart.bars)) * len(names)
     return {"data": data, "layout": layout | {"legend": legend, "height": height}}
@@ -143,9 +146,16 @@ def _(chart: HeatChart) -> Form:
     return {"data": [heat], "layout": layout | {"height": min(900, 180 + 26 * clients)}}
 
 
-def _axis(title: str, kind: str = "linear") -> Form:
+def _axis(title: str, kind: str = "linear", width: int = 99) -> Form:
+    """Return an axis.
+
+    Args:
+        title: names it.
+        kind: linear or log.
+        width: characters of a line of the title at most.
+    """
     return {
-        "title": {"text": escape(title), "standoff": 8},
+        "title": {"text": "<br>".join(map(escape, wrap(title, width))), "standoff": 8},
         "type": kind,
         "gridcolor": GREY,
         "zeroline": False,
