@@ -208,8 +208,8 @@ def test_an_estimate_by_hand(base: list[str]) -> None:
 
 def test_an_estimate_counts_the_patches_that_a_model_reads() -> None:
     """DINOv2's positions are of 37 x 37 patches, its images have 16 x 16."""
-    overrides = ["model=dinov2_small", "data=brain_tumor", "num_clients=3", "num_rounds=1"]
-    config = load_config([*overrides, "local_steps=1", "batch_size=2"])
+    chosen = ["model=dinov2_small", "data=brain_tumor", "data.labels=[a,b]", "local_steps=1"]
+    config = load_config([*chosen, "num_clients=3", "num_rounds=1", "batch_size=2"])
     total = count_on_meta(config)["total"]
     assert estimate(config).operations == 4 * total * 2 * (16 * 16 + 1) * 3
 
