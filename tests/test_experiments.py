@@ -104,6 +104,7 @@ def test_epochs_of_scl_s_papers_and_equal_steps_of_the_small_ones() -> None:
         assert first(table, "small").local_steps is not None
     assert {c["model"] for c in cells("scl_table2", "paper")} == {"tinyllama", "gemma_2b"}
     assert {c["model"] for c in cells("scl_table1", "paper")} == {"siglip"}
+    assert {c["model"] for c in cells("scl_table1", "small")} == {"dinov2_small"}
     assert {c["model"] for c in cells("scl_table2", "small")} == {"smollm2"}
 
 
@@ -212,6 +213,14 @@ def test_an_estimate_by_hand(base: list[str]) -> None:
     assert cost.sent == 6 * (counts["bytes_up"][1] + counts["bytes_down"][1])
     held = 2 * 34 * (8 * 128) * 32 * 2  # 32 bits, hidden size 32, 2 layers
     assert cost.memory == 4 * counts["total"] + 16 * counts["trained"][1] + held
+
+
+def test_an_estimate_counts_the_patches_that_a_model_reads() -> None:
+    """DINOv2's positions are of 37 x 37 patches, its images have 16 x 16."""
+    chosen = ["model=dinov2_small", "data=brain_tumor", "data.labels=[a,b]", "local_steps=1"]
+    config = load_config([*chosen, "num_clients=3", "num_rounds=1", "batch_size=2"])
+    total = count_on_meta(config)["total"]
+    assert estimate(config).operations == 4 * total * 2 * (16 * 16 + 1) * 3
 
 
 def test_the_estimate_of_a_study_counts_its_runs(

@@ -435,17 +435,25 @@ def test_a_pooled_classifier_and_a_random_base_load_by_fedpeft(
     assert torch.equal(package.load(tmp_path / "random")(**rows).logits, expected)
 
 
+SMALL = "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 8"
+OF_IMAGES = {
+    "vit_base": (f"{{model_type: vit, intermediate_size: 64, image_size: 16, {SMALL}}}", "{}"),
+    "dinov2_small": (  # its positions are of 32 pixels, and it reads images of 16
+        f"{{model_type: dinov2, mlp_ratio: 2, image_size: 32, {SMALL}}}",
+        "{size: {height: 16, width: 16}}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_a_model_of_images_on_random_weights(
-    base: list[str], fedpeft: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, base: list[str], fedpeft: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    architecture = (
-        "{model_type: vit, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
-        "intermediate_size: 64, image_size: 16, patch_size: 8, num_channels: 3}"
-    )
+    architecture, processor = OF_IMAGES[name]
     rows = [{"image": {"bytes": image(i), "path": "x.png"}, "label": i % 2} for i in range(24)]
     path = write(tmp_path / "rows", kind="parquet", train=rows, test=rows)
-    fields = ["model=vit_base", "model.path=nobody/vit", "model.random=true"]
-    fields += [f"model.architecture={architecture}"]
+    fields = [f"model={name}", "model.path=nobody/vit", "model.random=true"]
+    fields += [f"model.architecture={architecture}", f"model.images={processor}"]
     fields += ["data=images", f"data.path={path}", "data.labels=[cat,dog]", "method.rank=2"]
     fields += ["data.duplicates=keep", "partition=iid", f"run_dir={tmp_path / 'run'}"]
     summary = launch.run([*base, *fields], quiet())
@@ -454,6 +462,8 @@ def test_a_model_of_images_on_random_weights(
         fedpeft("export", str(tmp_path / "run"), "--to", out, "--as", form)
         again = json.loads(fedpeft("evaluate", out, "--json", f"data.path={path}"))
         assert again["test_loss"] == pytest.approx(summary["final"]["test_loss"], abs=1e-5)
+        size = json.loads((tmp_path / form / "preprocessor_config.json").read_text())["size"]
+        assert size == {"height": 16, "width": 16}
     (tmp_path / "x.png").write_bytes(image(3))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path / 'x.png'}\n"))
     answer = json.loads(fedpeft("predict", out))

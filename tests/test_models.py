@@ -76,6 +76,7 @@ def kind(name: str) -> str:
 def reads_images(name: str) -> bool:
     return name in (
         "vit_base",
+        "dinov2_small",
         "siglip",
         "clip",
     )  # its kind would open all
@@ -83,7 +84,7 @@ def reads_images(name: str) -> bool:
 
 @every_model
 def test_the_models_that_read_images_are_known(name: str) -> None:
-    assert reads_images(name) == (kind(name) in ("vit", "siglip", "clip"))
+    assert reads_images(name) == (kind(name) in ("vit", "dinov2", "siglip", "clip"))
 
 
 def auto_class(name: str) -> str:
@@ -153,6 +154,7 @@ SIZES = {
     "bert_base": (109_482_240, 2 * 769),
     "clip": (87_456_000, 2 * 769),  # the vision tower
     "deberta_base": (138_601_728, 768 * 769 + 2 * 769),  # the head has a pooler
+    "dinov2_small": (22_056_576, 2 * 769),  # the head reads the first token and the others' mean
     "distilbert": (66_362_880, 768 * 769 + 2 * 769),
     "gemma_2b": (2_506_172_416, 0),
     "gpt2": (124_439_808, 0),
@@ -173,6 +175,7 @@ SHAPES = {
     "bert_base": (12, 768, 3072, (768, 768)),
     "clip": (12, 768, 3072, (768, 768)),
     "deberta_base": (12, 768, 3072, (3 * 768,)),
+    "dinov2_small": (12, 384, 1536, (384, 384)),
     "distilbert": (6, 768, 3072, (768, 768)),
     "gemma_2b": (18, 2048, 16384, (8 * 256, 256)),  # one key and value for eight queries
     "gpt2": (12, 768, 3072, (3 * 768,)),
@@ -429,7 +432,16 @@ def test_the_head_is_what_is_new(name: str) -> None:
 @pytest.mark.parametrize("method", ["lora", "scl", "fedtt"])  # one a kind of layer
 @pytest.mark.parametrize(
     "name",
-    ["bert_base", "clip", "deberta_base", "distilbert", "gemma_2b", "gpt2", "minilm"]
+    [
+        "bert_base",
+        "clip",
+        "deberta_base",
+        "dinov2_small",
+        "distilbert",
+        "gemma_2b",
+        "gpt2",
+        "minilm",
+    ]
     + ["qwen2_5_0_5b", "roberta_base", "siglip", "tinyllama", "vit_base"],
 )
 def test_a_bfloat16_base_trains_float32_parameters(name: str, method: str) -> None:

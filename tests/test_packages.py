@@ -139,7 +139,8 @@ def test_a_gguf_file_gives_its_tokenizer(model: Pretrained) -> None:
 
 def test_a_gguf_file_is_converted_once(model: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(model.source())
-    monkeypatch.setattr(packages, "from_gguf", None)  # a second conversion would call it
+    refusing = {".gguf": packages.CONVERTERS[".gguf"]._replace(write=pytest.fail)}
+    monkeypatch.setattr(packages, "CONVERTERS", refusing)
     packages.converted.cache_clear()  # as in another process
     assert Path(model.source()) == folder
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
@@ -154,7 +155,8 @@ def test_another_file_is_refused(model: Pretrained, carrier: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "absent"), [("carrier/tiny.gguf", "carrier"), ("json/tiny.gguf", "gguf")]
+    ("package", "absent"),
+    [("carrier/a.gguf", "carrier"), ("json/a.gguf", "gguf"), ("json/a.onnx", "onnx")],
 )
 def test_the_error_says_what_to_run(
     package: str, absent: str, monkeypatch: pytest.MonkeyPatch

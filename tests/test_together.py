@@ -18,6 +18,7 @@ from fedpeft.engine.stacked import Unsupported
 from fedpeft.engine.together import Together
 from fedpeft.methods.base import Phase
 from fedpeft.methods.parts.pull import Pull
+from tests.data.files import image, write
 from tests.pairs import names_in
 
 Opened = Callable[..., Engine]
@@ -323,3 +324,20 @@ def test_a_decoder_reads_its_last_token_also_beside_longer_ones(
     engine.replica.model.config.pad_token_id = pad_id  # type: ignore[union-attr]
     assert engine.rows.examples("train").pad_id == pad_id > 0
     assert_equal(engine)
+
+
+@pytest.mark.parametrize("method", ["lora", "scl", "fedtt", "bitfit", "full"])
+def test_images_whose_positions_are_interpolated(
+    opened: Opened, method: str, tmp_path: Path
+) -> None:
+    """The model's positions are of 32 pixels, and it reads images of 16."""
+    rows = [{"image": {"bytes": image(i), "path": "x.png"}, "label": i % 2} for i in range(24)]
+    path = write(tmp_path / "rows", kind="parquet", train=rows, test=rows)
+    small = "hidden_size:32,num_hidden_layers:2,num_attention_heads:2,mlp_ratio:2"
+    model = (f"model.architecture={{model_type:dinov2,{small},image_size:32,patch_size:8}}",)
+    model = ("model=dinov2_small", "model.path=null", "model.random=true", *model)
+    model = (*model, "model.images={size:{height:16,width:16}}")
+    data = ("data=images", f"data.path={path}", "data.labels=[cat,dog]", "data.duplicates=keep")
+    engine = opened(f"method={method}", *STEPS, *model, *data, "optimizer.name=sgd", "lr=0.1")
+    assert engine.vectorised
+    assert_equal(engine, rtol=5e-3)

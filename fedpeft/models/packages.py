@@ -1,45 +1,67 @@
-"""Weights inside of installed Python packages; a GGUF file is converted once into the cache."""
+"""Weights inside of installed Python packages; other formats are converted once into the cache."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from fedpeft.cache import cache_folder, cached_folder
+from fedpeft.models.from_onnx import from_onnx
 from fedpeft.models.hub import sha256_of
 
 # Functions import transformers, because it takes seconds.
 
 FORMAT = 1  # part of the cache's key: raise it when a conversion writes other files
-GGUF = ".gguf"
+Lacking = Mapping[str, Any]
+
+
+class Converter(NamedTuple):
+    """Makes a folder that transformers reads out of one file.
+
+    Attributes:
+        module: reads the file.
+        complete: the file holds weights, configuration and tokenizer; else only weights.
+        write: is given the file, an empty folder, and what the file lacks.
+    """
+
+    module: str
+    complete: bool
+    write: Callable[[Path, Path, Lacking], None]
 
 
 def reads_as_is(package: str) -> bool:
     """Tell whether transformers reads the weights where the package has them.
 
     Args:
-        package: ``module/folder`` or ``module/file.gguf``.
+        package: ``module/folder`` or ``module/file``.
     """
-    return not package.endswith(GGUF)
+    return Path(package).suffix not in CONVERTERS
 
 
-def readable(package: str, install: str | None, sha256: str | None) -> str:
+def readable(package: str, install: str | None, sha256: str | None, lacking: Lacking) -> str:
     """Return the folder that transformers reads.
 
     Args:
-        package: ``module/folder`` or ``module/file.gguf`` of an installed package.
+        package: ``module/folder``, ``module/file.gguf`` or ``module/file.onnx`` of an installed
+            package.
         install: the command that installs it, for the error.
-        sha256: of the GGUF file; null does not check. A folder is not checked here.
+        sha256: of the file; null does not check. A folder is not checked here.
+        lacking: what an ONNX file does not say, see ``from_onnx``.
 
     Raises:
-        ValueError: the package is not installed, the file has another hash, or the cache cannot be
-            written.
+        ValueError: the package is not installed, the file has another hash or other tensors, or
+            the cache cannot be written.
     """
     if reads_as_is(package):
         return str(located(package, install))
-    return converted(located(package, install, ("gguf",)), sha256, cache_folder())
+    kind = Path(package).suffix
+    file = located(package, install, (CONVERTERS[kind].module,))
+    more = () if CONVERTERS[kind].complete else (json.dumps(lacking, sort_keys=True),)
+    return converted(file, sha256, cache_folder(), *more)
 
 
 def located(package: str, install: str | None, needed: Iterable[str] = ()) -> Path:
@@ -65,26 +87,30 @@ def located(package: str, install: str | None, needed: Iterable[str] = ()) -> Pa
 
 
 @cache  # because hashing the file and checking what is cached take half a second
-def converted(file: Path, sha256: str | None, within: Path) -> str:
-    """Return the folder with a GGUF file's model and tokenizer, which is made if it is not there.
+def converted(file: Path, sha256: str | None, within: Path, lacking: str = "") -> str:
+    """Return the folder with a file's model and its processor, which is made if it is not there.
 
     Args:
-        file: the GGUF file.
+        file: of weights.
         sha256: that it must have; null does not check.
         within: the cache's folder.
+        lacking: what the file lacks, as JSON.
 
     Raises:
-        ValueError: the file has another hash, or the cache cannot be written.
+        ValueError: the file has another hash or other tensors, or the cache cannot be written.
     """
     actual = sha256_of([file])
     if sha256 not in (None, actual):
         raise ValueError(
             f"{file} has sha256 {actual}, expected {sha256}: install the pinned package again"
         )
-    return str(cached_folder([FORMAT, "gguf", actual], lambda folder: from_gguf(file, folder)))
+    key, write = [FORMAT, file.suffix[1:], actual], CONVERTERS[file.suffix].write
+    if lacking:
+        key.append(lacking)
+    return str(cached_folder(key, lambda folder: write(file, folder, json.loads(lacking or "{}"))))
 
 
-def from_gguf(file: Path, folder: Path) -> None:
+def from_gguf(file: Path, folder: Path, _lacking: Lacking) -> None:
     """Write a GGUF file's weights in bfloat16, its configuration and its tokenizer.
 
     Args:
@@ -105,3 +131,9 @@ def from_gguf(file: Path, folder: Path) -> None:
     model.config.__dict__.pop("quantization_config", None)  # the saved weights are plain
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+
+
+CONVERTERS = {
+    ".gguf": Converter("gguf", True, from_gguf),
+    ".onnx": Converter("onnx", False, from_onnx),
+}

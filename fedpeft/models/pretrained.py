@@ -16,6 +16,7 @@ from fedpeft.models.hub import fetching, one_sentence, weights_sha256
 from fedpeft.models.packages import readable, reads_as_is
 from fedpeft.models.pooling import MeanPooledClassifier
 from fedpeft.models.precision import quantisation
+from fedpeft.models.processors import plain_image_processor
 from fedpeft.models.sites import head_names
 from fedpeft.seeding import torch_seed
 
@@ -33,12 +34,15 @@ class Pretrained:
         path: folder or hub name; wins over ``package``.
         revision: the hub model's commit or tag.
         package: ``module/folder`` of an installed package that carries the weights, or
-            ``module/file.gguf``, which is converted once into the cache.
+            ``module/file.gguf`` or ``module/file.onnx``, which is converted once into the cache.
         install: the command that installs ``package``.
-        sha256: hash of the package's safetensors files or of its GGUF file, checked before they are
-            loaded or converted.
+        sha256: hash of the package's safetensors files or of its GGUF or ONNX file, checked before
+            they are loaded or converted.
         architecture: the published configuration (``model_type`` and its fields). It suffices to
-            count parameters on the meta device, or to build the model with random weights.
+            count parameters on the meta device, or to build the model with random weights; an ONNX
+            file is read by it.
+        images: fields of a ViT's image processor, such as ``size``, for weights that come without
+            one: those of an ONNX file, or random ones.
         random: build from ``architecture`` (or the folder's configuration) with random weights.
         settings: configuration fields to set on top, e.g. dropout probabilities.
         pooling: ``mean`` reads a classifier off the mean of the last layer's tokens, as sentence
@@ -59,6 +63,7 @@ class Pretrained:
     install: str | None = None
     sha256: str | None = None
     architecture: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
     random: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     pooling: str | None = None
@@ -83,13 +88,15 @@ class Pretrained:
 
         Raises:
             ValueError: neither path nor package is set, the path is no model's folder, or the
-                package is not installed or holds another file than ``sha256``'s.
+                package is not installed or holds another file than ``sha256``'s, or a file that
+                cannot be converted.
         """
         if self.path is not None:
             return _checked(self.path, "model.path", "config.json")
         if self.package is None:
             raise ValueError("model.path is not set: give a transformers folder or a hub name")
-        return readable(self.package, self.install, self.sha256)
+        lacking = {"architecture": self.architecture, "images": self.images}
+        return readable(self.package, self.install, self.sha256, lacking)
 
     def config(self, num_labels: int | None, of_weights: bool = False) -> Any:
         """Return the transformers configuration, with ``settings`` on top.
@@ -246,8 +253,7 @@ class Pretrained:
     def image_processor(self) -> Any:
         """Return the image processor, on PIL alone, which gives (B, C, H, W) ``pixel_values``.
 
-        A random model without files gets one that makes squares of the configuration's size and
-        normalises by mean and standard deviation 0.5. Grey images become RGB for a model of three
+        A random model without files gets the plain one. Grey images become RGB for a model of three
         channels.
 
         Raises:
@@ -257,21 +263,13 @@ class Pretrained:
 
         here = self._is_local() and (Path(self.source()) / "preprocessor_config.json").is_file()
         if self.random and self.tokenizer_path is None and not here:
-            processor = self._plain_image_processor()
+            config = self.config(None)
+            check_modality("image processor", config, self._name())
+            processor = plain_image_processor(config, self.images)
         else:
             processor = self._processor(AutoImageProcessor, "image processor", backend="pil")
         processor.do_convert_rgb = len(processor.image_mean) == 3
         return processor
-
-    def _plain_image_processor(self) -> Any:
-        from transformers import ViTImageProcessorPil
-
-        config = self.config(None)
-        check_modality("image processor", config, self._name())
-        config = getattr(config, "vision_config", config)
-        side, half = config.image_size, [0.5] * config.num_channels
-        size = {"height": side, "width": side}
-        return ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
 
     def _processor(self, auto: Any, kind: str, **settings: Any) -> Any:
         """Load the tokenizer or image processor from ``tokenizer_path`` or the model's source."""

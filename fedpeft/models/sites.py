@@ -11,9 +11,10 @@ from torch import nn
 
 from fedpeft.models.architectures import writes_text
 
-# Module names end alike within a family: BERT/RoBERTa/DeBERTa/older ViT, SigLIP/CLIP/newer ViT,
-# DistilBERT, Llama/Gemma/Qwen/Mistral, GPT-2; then ALBERT, GPT-NeoX/Falcon/BLOOM, GPT-J/CodeGen,
-# OPT, ModernBERT, MPT, and MPNet's attention. SigLIP's pooling head has such names but is no block.
+# Module names end alike within a family: BERT/RoBERTa/DeBERTa/older ViT, SigLIP/CLIP/DINOv2/newer
+# ViT, DistilBERT, Llama/Gemma/Qwen/Mistral, GPT-2; then ALBERT, GPT-NeoX/Falcon/BLOOM,
+# GPT-J/CodeGen, OPT, ModernBERT, MPT, and MPNet's attention. SigLIP's pooling head has such names
+# but is no block.
 MLP_OUTPUT = re.compile(
     r"(?:(?<!attention)\.output\.dense|(?<!\.head)\.mlp\.fc2|"
     r"\.ffn\.lin2|\.mlp\.down_proj|\.mlp\.c_proj|"
@@ -42,6 +43,7 @@ ADD_IN_PLACE = {"falcon"}  # model types whose blocks add to their layers' outpu
 UNUSED = {
     "SiglipForImageClassification": "vision_model.head.",
     "CLIPForImageClassification": "vision_model.post_layernorm.",
+    "Dinov2ForImageClassification": "dinov2.embeddings.mask_token",
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from fedpeft.config.load import load_config
 from fedpeft.config.schema import Config
 from fedpeft.engine.parameters import count_on_meta
+from fedpeft.models.processors import image_side
 from fedpeft.nn.token_loss import ROOM
 from fedpeft.reporting.study import Study
 from fedpeft.reporting.tables import print_table
@@ -64,7 +65,7 @@ def _tokens(config: Config, shape: Any) -> int:
     """Return the most tokens of a row."""
     if hasattr(config.data, "max_length"):
         return config.data.max_length
-    return (shape.image_size // shape.patch_size) ** 2 + 1
+    return (image_side(shape, config.model.images) // shape.patch_size) ** 2 + 1
 
 
 def _steps(config: Config) -> float:

@@ -61,6 +61,12 @@ def _vision_tower(config: type[Any]) -> Any:
     return config(vision_config={**_BLOCKS, **_IMAGE}, text_config=text, num_labels=LABELS)
 
 
+def _dinov2() -> hf.Dinov2Config:
+    sizes: dict[str, Any] = {key: _BLOCKS[key] for key in list(_BLOCKS)[:3]}
+    ratio = WIDTH // HIDDEN
+    return hf.Dinov2Config(**sizes, mlp_ratio=ratio, image_size=32, patch_size=8, **_CLASSES)
+
+
 def _llama() -> hf.LlamaConfig:
     return hf.LlamaConfig(**_BLOCKS, **_TEXT, **_SPECIAL, num_key_value_heads=2)
 
@@ -154,6 +160,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp="mlp.fc2",
         head=_OUTPUT,
     ),
+    "dinov2": Architecture(  # its positions are of 32 pixels, those of ``inputs`` are 16
+        lambda: hf.Dinov2ForImageClassification(_dinov2()),
+        block="dinov2.encoder.layer.{i}",
+        query="attention.q_proj",
+        value="attention.v_proj",
+        attention="attention.o_proj",
+        mlp="mlp.fc2",
+        head=_OUTPUT,
+    ),
     "siglip": Architecture(
         lambda: hf.SiglipForImageClassification(_vision_tower(hf.SiglipConfig)),
         **_TOWER,
@@ -220,6 +235,7 @@ _FEWER: dict[str, int] = {
     "vocab_size": 100,
     "image_size": 16,
     "patch_size": 8,
+    "mlp_ratio": WIDTH // HIDDEN,
     "projection_dim": 16,
 }
 

@@ -13,6 +13,7 @@ _DENSE = ("attention.output.dense", "intermediate.dense", "output.dense")
 _TOWER = tuple(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")) + ("mlp.fc1", "mlp.fc2")
 _WITH_BIAS = {  # modules of a block, by family, that have a bias
     "vit": tuple(f"attention.{p}_proj" for p in ("q", "k", "v", "o")) + ("mlp.fc1", "mlp.fc2"),
+    "dinov2": tuple(f"attention.{p}_proj" for p in ("q", "k", "v", "o")) + ("mlp.fc1", "mlp.fc2"),
     "distilbert": tuple(f"attention.{p}_lin" for p in ("q", "k", "v", "out"))
     + ("ffn.lin1", "ffn.lin2"),
     "deberta": ("attention.self.q_", "attention.self.v_", *_DENSE),
@@ -21,6 +22,7 @@ _WITH_BIAS = {  # modules of a block, by family, that have a bias
 }
 _NORMS = {  # in a block, and outside
     "vit": (("layernorm_before", "layernorm_after"), ("vit.layernorm",)),
+    "dinov2": (("norm1", "norm2"), ("dinov2.layernorm",)),
     "siglip": (("layer_norm1", "layer_norm2"), ("vision_model.post_layernorm",)),
     "clip": (("layer_norm1", "layer_norm2"), ("vision_model.pre_layrnorm",)),
     "distilbert": (("sa_layer_norm", "output_layer_norm"), ("distilbert.embeddings.LayerNorm",)),
@@ -171,6 +173,7 @@ def bias_names(kind: str, a: Architecture) -> set[str]:
         return set()
     outside = {
         "vit": ["vit.embeddings.patch_embeddings.projection"],
+        "dinov2": ["dinov2.embeddings.patch_embeddings.projection"],
         "siglip": ["vision_model.embeddings.patch_embedding"],
     }.get(name, ["bert.pooler.dense"] if name == "bert" else [])
     inside = _WITH_BIAS.get(name, _TOWER if name in ("siglip", "clip") else (*_BERT, *_DENSE))
@@ -186,7 +189,11 @@ def position_bias_names(case: Case) -> set[str]:
 
 def used_names(case: Case) -> set[str]:
     """Return the names of all parameters without those that the logits do not pass."""
-    unused = {"siglip": "vision_model.head.", "clip": "vision_model.post_layernorm."}
+    unused = {
+        "siglip": "vision_model.head.",
+        "clip": "vision_model.post_layernorm.",
+        "dinov2": "dinov2.embeddings.mask_token",
+    }
     return {n for n in case.everything if not n.startswith(unused.get(case.kind, "-"))}
 
 
@@ -231,7 +238,7 @@ def refusal(method: str, kind: str, a: Architecture) -> str | None:
         return "has no biases in its blocks"
     if method not in (*PROMPTS, "prefix"):
         return None
-    if kind in ("vit", "siglip", "clip"):
+    if kind in ("vit", "dinov2", "siglip", "clip"):
         return "reads images"
     if method == "prefix" and kind in ("distilbert", "deberta"):
         return "takes no keys and values from outside"

@@ -47,7 +47,7 @@ BASELINES = (
     *("feddpa", "federa"),
 )
 every_architecture = pytest.mark.parametrize("name", list(ARCHITECTURES))
-TEXTS = [n for n in ARCHITECTURES if n not in ("vit", "siglip", "clip")]
+TEXTS = [n for n in ARCHITECTURES if n not in ("vit", "dinov2", "siglip", "clip")]
 DECODERS = ["llama", "llama_lm", "gpt2"]
 PADDED = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]])
 
