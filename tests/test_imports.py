@@ -42,7 +42,7 @@ LATE = (
 HEAVY = {
     *("torch", "transformers", "datasets", "flwr_datasets", "evaluate", "ray"),
     *("rich", "pyarrow", "matplotlib", "scipy", "sklearn", "sacrebleu", "rouge_score"),
-    *("mlflow", "wandb", "tensorboard", "prometheus_client"),
+    *("mlflow", "wandb", "tensorboard", "prometheus_client", "onnx"),
 }
 
 

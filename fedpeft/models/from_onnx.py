@@ -36,7 +36,7 @@ def from_onnx(file: Path, folder: Path, lacking: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a tensor is missing, too many, or of another shape than the architecture's.
     """
-    from transformers import AutoConfig, AutoModel, logging
+    from transformers import AutoConfig, AutoModel, logging  # here, because it takes seconds
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -93,7 +93,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], list[str]]:
     Other parts that the file names, such as a decoder, are left out, and constants of no or one
     dimension, such as the shapes that the graph computes with.
     """
-    import onnx
+    import onnx  # here, because only a model in such a file needs it
 
     graph = onnx.load(str(file)).graph
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}

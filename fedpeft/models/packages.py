@@ -116,6 +116,7 @@ def from_gguf(file: Path, folder: Path, _lacking: Lacking) -> None:
     Args:
         file: of a causal language model that transformers knows.
         folder: an empty folder, which transformers reads then.
+        _lacking: nothing, because such a file holds all.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
 

@@ -25,7 +25,7 @@ def plain_image_processor(config: Any, fields: Mapping[str, Any]) -> Any:
         config: the transformers configuration of a model that reads images.
         fields: of the processor, such as ``size`` and ``image_mean``.
     """
-    from transformers import ViTImageProcessorPil
+    from transformers import ViTImageProcessorPil  # here, because it takes seconds
 
     config = getattr(config, "vision_config", config)
     side, half = image_side(config, fields), [0.5] * config.num_channels
