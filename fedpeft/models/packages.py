@@ -104,10 +104,17 @@ def converted(file: Path, sha256: str | None, within: Path, lacking: str = "") -
         raise ValueError(
             f"{file} has sha256 {actual}, expected {sha256}: install the pinned package again"
         )
-    key, write = [FORMAT, file.suffix[1:], actual], CONVERTERS[file.suffix].write
-    if lacking:
-        key.append(lacking)
-    return str(cached_folder(key, lambda folder: write(file, folder, json.loads(lacking or "{}"))))
+    key = [FORMAT, file.suffix[1:], actual, *([lacking] if lacking else [])]
+    return str(cached_folder(key, lambda folder: _convert(file, folder, lacking)))
+
+
+def _convert(file: Path, folder: Path, lacking: str) -> None:
+    """Write a file's model and its processor, without transformers' progress bars."""
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    CONVERTERS[file.suffix].write(file, folder, json.loads(lacking or "{}"))
 
 
 def from_gguf(file: Path, folder: Path, _lacking: Lacking) -> None:
@@ -118,10 +125,8 @@ def from_gguf(file: Path, folder: Path, _lacking: Lacking) -> None:
         folder: an empty folder, which transformers reads then.
         _lacking: nothing, because such a file holds all.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     source, name = str(file.parent), file.name
     model = AutoModelForCausalLM.from_pretrained(
         source,
