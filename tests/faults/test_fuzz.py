@@ -182,8 +182,10 @@ def empty(parts: Parts) -> str:
 
 
 def extra(name: str, size: int, parts: Parts) -> str:
-    parts.more[f"more {name}"] = ArrayRecord({"x": Array(np.zeros(size, dtype=np.float32))})
-    return RIGHT if size < 1 << 16 or parts.index is None else WRONG
+    parts.more[f"more {len(parts.more)} {name}"] = ArrayRecord(
+        {"x": Array(np.zeros(size, dtype=np.float32))}
+    )
+    return RIGHT if size < 1 << 16 else WRONG
 
 
 def extra_metric(name: str, value: Any, parts: Parts) -> str:
