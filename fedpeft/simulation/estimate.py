@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from rich.markup import escape
+
 from fedpeft.config.load import load_config
 from fedpeft.config.schema import Config
 from fedpeft.engine.parameters import count_on_meta
@@ -89,7 +91,8 @@ def show_estimate(studies: Sequence[Study], flops: float) -> None:
         runs = study.size // len(study.entries)
         for run in first.runs():
             one = estimate(load_config(run.overrides))
-            cells.append([f"{study.folder.name} {run.entry}", str(runs), *_texts(one, flops)])
+            name = escape(f"{study.folder.name} {run.entry}")
+            cells.append([name, str(runs), *_texts(one, flops)])
             memory = max(whole.memory, one.memory)
             count, operations = count + runs, whole.operations + runs * one.operations
             whole = Estimate(memory, operations, whole.sent + runs * one.sent)
