@@ -43,6 +43,7 @@ def status(app: httpx.ASGITransport, path: str, content: bytes | AsyncIterator[b
         ("/v1/fleet/push-object", 1 << 25, 503),
         ("/v1/fleet/push-object", (1 << 26) + 1, 413),
         ("/v1/fleet/pull-messages", 1 << 25, 413),
+        ("/v1/fleet/push-messages", (1 << 20) + 1, 413),
         ("/v1/control/list-runs", 9, 404),
         ("/v1/fleet/other", 9, 404),
     ],

@@ -62,7 +62,9 @@ def test_the_reason_names_the_last_good_round() -> None:
 
 def test_steps_that_a_client_says_divide_its_norm_to_a_bound() -> None:
     steps = {0: 4, 1: 5, 2: 6 * 10**16}
-    assert a_step({0: 8.0, 1: 5.0, 2: 1e6}, steps) == {0: 2.0, 1: 1.0, 2: 1e6 / 500}
+    norms = {0: 8.0, 1: 5.0, 2: 1e6}
+    assert a_step(norms, steps, {2}) == {0: 2.0, 1: 1.0, 2: 1e6 / 500}
+    assert a_step(norms, steps, set())[2] == 1e6 / steps[2]  # the server knows its steps
 
 
 def test_the_lower_median() -> None:

@@ -119,6 +119,70 @@ def test_an_upload_that_never_ends_holds_up_nobody(monkeypatch: pytest.MonkeyPat
     ended.set()
 
 
+class Many(InProcessGrid):
+    """A network of many nodes, of which the last few have replied, and slow questions."""
+
+    answers_here = False
+
+    def __init__(self, nodes: int, replied: int, seconds: float) -> None:
+        identify()
+        super().__init__(nodes, lambda messages, _: [])
+        self.seconds, self.replied = seconds, replied
+        self.sent: dict[str, Message] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        sent = list(messages)
+        ids = super().push_messages(sent)
+        self.sent |= dict(zip(ids, sent, strict=True))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        (message_id,) = message_ids
+        time.sleep(self.seconds)
+        message = self.sent[message_id]
+        late = message.metadata.dst_node_id <= self.num_clients - self.replied
+        return [] if late else [Message(RecordDict(), reply_to=message)]
+
+
+def test_clients_late_in_the_list_are_asked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask for all lasts far longer than one question may."""
+    monkeypatch.setattr(pull, "STALLED", 0.2)
+    grid = Many(nodes=60, replied=10, seconds=0.02)
+    sent = {c: Message(RecordDict(), c + 1, MessageType.TRAIN) for c in range(60)}
+    assert sorted(dict(exchange(grid, sent, 3))) == list(range(50, 60))
+
+
+def test_a_run_that_has_ended_ends_the_exchange() -> None:
+    """Flower says so by an error that is no Exception."""
+
+    class Ended(BaseException):
+        pass
+
+    def ended(reply: Message) -> list[Message]:
+        raise Ended
+
+    grid, begun = Network(ended), time.monotonic()
+    with pytest.raises(Ended):
+        dict(exchange(grid, messages(), 20))
+    assert time.monotonic() - begun < 5
+
+
+def test_a_node_whose_answer_is_slow_is_asked_once_more() -> None:
+    """A failed question is followed by one other, not by one at every look."""
+    failures = iter([True])
+
+    def answer(reply: Message) -> list[Message]:
+        if next(failures, False):
+            return [Message(Error(3, "Node Unavailable"), reply_to=grid.asked[2])]
+        time.sleep(0.5)
+        return [reply]
+
+    grid, nodes = Network(answer), Nodes(3, 5)
+    nodes.join(grid)
+    assert nodes.of == {0: 1, 1: 2, 2: 3} and nodes.left_out == {}
+    assert [m.metadata.dst_node_id for m in grid.asked] == [1, 2, 3, 3]
+
+
 def test_a_slow_upload_still_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pull, "STALLED", 0.1)
 

@@ -133,6 +133,17 @@ def test_a_lost_best_state_changes_no_later_round(
     assert f"{said}from round 3 on" in caplog.messages
 
 
+def test_a_lost_best_state_stays_lost(launched: Launched, tmp_path: Path) -> None:
+    """The lines of a second resume would choose round 0 again, whose state nobody has."""
+    given = ["lr=1e-30", "num_rounds=6"]
+    with pytest.raises(KeyboardInterrupt):
+        launched("broken", *given, stop=4)
+    spoil(tmp_path / "broken" / "checkpoints" / "best_00000.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        launched("broken", *given, "resume=true", stop=5)
+    assert launched("broken", *given, "resume=true")["best"]["round"] == 3
+
+
 @pytest.mark.parametrize("damage", ["gone", "empty", "one"])
 def test_a_run_does_not_go_on_without_its_lines(
     damage: str, launched: Launched, tmp_path: Path

@@ -97,7 +97,7 @@ class Aggregator:
         if broken := [name for name, value in after.items() if not is_finite(value)]:
             self._drop(broken[0], usable, before, seen)
             return
-        self.go_on(seen.metrics)
+        self.take_median(seen.metrics)
         self.down.update(after)
         self.down.memory, self.down.method_memory = memory, method_memory
         self.down.generations.accept(number, [c for c, reply in usable.items() if reply.kept])
@@ -114,7 +114,7 @@ class Aggregator:
             "client's update has the largest norm",
         )
 
-    def go_on(self, line: Line) -> None:
+    def take_median(self, line: Line) -> None:
         """Take over the median norm of a good round's line, also in a run that is resumed."""
         if "unchanged" not in line:
             self.median = line.get(MEDIAN) or self.median
@@ -165,7 +165,8 @@ class Aggregator:
                 update_norm=by_client[client],
                 train_seconds=reply.seconds,
             )
-        by_step = a_step(by_client, {client: reply.steps for client, reply in usable.items()})
+        steps = {client: reply.steps for client, reply in usable.items()}
+        by_step = a_step(by_client, steps, self.nodes.own_rows)
         far = too_far(by_step, self.config.strategy.max_norm_ratio, self.median)
         for client, reason in far.items():
             del usable[client]
@@ -257,12 +258,13 @@ class Aggregator:
         assert client is not None
         most = self.known_rows(client)
         if most is None:
-            most = self._said.setdefault(client, min(reply.num_examples, MOST_ROWS))
+            most = self._said.get(client, MOST_ROWS)
         if reply.num_examples > most:
             raise ValueError(f"num-examples is {reply.num_examples}, but the client has {most}")
         steps = self.engine.shared_steps(at, reply.num_examples)
         if reply.steps != steps:
             raise ValueError(f"num-steps is {reply.steps}, but the round has {steps}")
+        self._said.setdefault(client, reply.num_examples)
 
 
 def _copy(memory: Memory) -> Memory:

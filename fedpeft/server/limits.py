@@ -34,18 +34,22 @@ def _square(before: torch.Tensor, after: torch.Tensor) -> float:
     return float((after.double() - start.double()).square().sum())
 
 
-def a_step(norms: Mapping[int, float], steps: Mapping[int, int]) -> dict[int, float]:
+def a_step(
+    norms: Mapping[int, float], steps: Mapping[int, int], saying: Collection[int]
+) -> dict[int, float]:
     """Divide norms by steps, because a client of many rows takes many steps.
-
-    A client with rows of its own says how many steps it took. So more than ``MOST_STEPS`` times the
-    median do not count.
 
     Args:
         norms: of the updates, by client.
         steps: likewise, at least one each.
+        saying: clients with rows of their own, which say how many steps they took. Of these no
+            more than ``MOST_STEPS`` times the median count.
     """
     most = MOST_STEPS * lower_median(steps.values())
-    return {client: norm / min(steps[client], most) for client, norm in norms.items()}
+    return {
+        client: norm / (min(steps[client], most) if client in saying else steps[client])
+        for client, norm in norms.items()
+    }
 
 
 def lower_median(values: Collection[float]) -> float:

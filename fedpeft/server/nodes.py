@@ -80,7 +80,8 @@ class Nodes:
         # A node that returns with its id is asked again, because its answer may be lost.
         self._asked = {query: node for query, node in self._asked.items() if node in here}
         self.left_out = {node: why for node, why in self.left_out.items() if node in here}
-        known = {*self.of.values(), *self.left_out, *self._asked.values()} - self._silent
+        heard = self.left_out.keys() - self._silent
+        known = {*self.of.values(), *heard, *self._asked.values()}
         if new := sorted(here - known):
             queries = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
             self._asked |= zip(grid.push_messages(queries), new, strict=True)

@@ -17,8 +17,10 @@ class Pull:
     """Takes the replies of one grid.
 
     A grid that answers here, as those of this package do, is asked for all replies at once. Any
-    other grid is asked for one reply at a time in threads, because a question for several loses all
-    of them if one cannot be read, and waits as long as one of them is still being uploaded.
+    other grid is asked for one reply after another in a thread, because a question for several
+    loses all of them if one cannot be read, and waits as long as one of them is still being
+    uploaded. A question that lasts longer than ``STALLED`` keeps its thread, and another thread
+    goes on.
 
     Args:
         grid: to ask.
@@ -26,17 +28,20 @@ class Pull:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._answers: SimpleQueue[Answer | None] = SimpleQueue()  # null: all have been asked
-        self._asking: set[str] = set()  # ids of questions that a thread waits for
-        self._current = 0  # number of the thread that asks for one reply after another
-        self._lock = threading.Lock()  # for both
+        # Answers, and the number of each thread that has asked for all.
+        self._answers: SimpleQueue[tuple[str, Message | BaseException] | int] = SimpleQueue()
+        self._lock = threading.Lock()  # for all below
+        self._asking: dict[str, float] = {}  # by id, when questions without an answer were asked
+        self._last: dict[str, float] = {}  # by id, when it was asked for last
+        self._thread = 0  # number of the thread that asks for one reply after another
+        self._question: str | None = None  # of that thread; null if it has asked for all
 
     def __call__(self, ids: Collection[str], wait: float = STALLED) -> list[Answer]:
         """Return what has come since the last call.
 
         Args:
             ids: of messages without a reply.
-            wait: seconds for which a question may keep the caller.
+            wait: seconds to wait for a reply at most.
 
         Raises:
             httpx.HTTPError: the grid is out of reach.
@@ -44,28 +49,23 @@ class Pull:
         if getattr(self._grid, "answers_here", False):
             return [(m.metadata.reply_to_message_id, m) for m in self._grid.pull_messages(ids)]
         with self._lock:
-            self._current += 1
-            left = [i for i in ids if i not in self._asking]
-        if not left:
-            return self._arrived(0)
-        threading.Thread(target=self._ask, args=(left, self._current), daemon=True).start()
+            if not self._goes_on():
+                self._begin(ids)
         return self._arrived(min(wait, STALLED))
 
-    def _arrived(self, wait: float) -> list[Answer]:
-        """Return the answers that are there once all have been asked, or after ``wait`` seconds."""
-        arrived: list[Answer] = []
-        until = time.monotonic() + wait
-        while True:
-            try:
-                answer = self._answers.get(timeout=max(0.0, until - time.monotonic()))
-            except Empty:
-                return arrived
-            if answer is None:
-                until = 0.0  # take what is left without waiting
-            elif isinstance(answer[1], httpx.HTTPError) and not _refused(answer[1]):
-                raise answer[1]
-            else:
-                arrived.append(answer)
+    def _goes_on(self) -> bool:
+        """Tell whether the thread has questions left, and does not stand still at one."""
+        if self._question is None:
+            return False
+        return time.monotonic() - self._asking.get(self._question, time.monotonic()) < STALLED
+
+    def _begin(self, ids: Collection[str]) -> None:
+        """Start a thread that asks for all that no other waits for, the longest ago first."""
+        left = [i for i in ids if i not in self._asking]
+        left.sort(key=lambda message_id: self._last.get(message_id, 0.0))
+        self._question, self._thread = left[0] if left else None, self._thread + 1
+        if left:
+            threading.Thread(target=self._ask, args=(left, self._thread), daemon=True).start()
 
     def _ask(self, ids: Collection[str], number: int) -> None:
         """Ask for one reply after another, until a later thread does.
@@ -76,12 +76,13 @@ class Pull:
         """
         for message_id in ids:
             with self._lock:
-                if self._current != number:  # this one stood still
+                if self._thread != number:  # this one stood still
                     return
-                self._asking.add(message_id)
+                self._question = message_id
+                self._asking[message_id] = self._last[message_id] = time.monotonic()
             try:
                 replies = list(self._grid.pull_messages([message_id]))
-            except Exception as error:
+            except BaseException as error:  # Flower's "the run has ended" is no Exception
                 self._answers.put((message_id, error))
             else:
                 # Whatever else a site pushes comes along with any question.
@@ -89,10 +90,33 @@ class Pull:
                 if of_this:
                     self._answers.put((message_id, of_this[0]))
             with self._lock:
-                self._asking.discard(message_id)
-        self._answers.put(None)
+                del self._asking[message_id]
+        with self._lock:
+            if self._thread == number:
+                self._question = None
+                self._answers.put(number)
+
+    def _arrived(self, wait: float) -> list[Answer]:
+        """Wait until an answer is there or all have been asked; return all that are there then."""
+        arrived: list[Answer] = []
+        until = time.monotonic() + wait
+        while True:
+            try:
+                answer = self._answers.get(timeout=max(0.0, until - time.monotonic()))
+            except Empty:
+                return arrived
+            if isinstance(answer, int):
+                until = 0.0 if answer == self._thread else until
+                continue
+            message_id, reply = answer
+            if isinstance(reply, BaseException) and not _of_client(reply):
+                raise reply
+            arrived.append((message_id, reply))  # type: ignore[arg-type]
+            until = 0.0
 
 
-def _refused(error: Exception) -> bool:
-    """Tell whether a grid was reached and could not use what it has for this one message."""
-    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 400
+def _of_client(error: BaseException) -> bool:
+    """Tell whether a client's reply is at fault, and not the way to the grid or the run."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code == 400
+    return isinstance(error, Exception) and not isinstance(error, httpx.HTTPError)

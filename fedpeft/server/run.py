@@ -105,22 +105,26 @@ class Run(Observer):
                 "run_dir"
             )
         for line in self.lines:
-            self.selection.add(line)
-            self.strategy.up.go_on(line)
+            self.strategy.up.take_median(line)
 
     def _take_best(self, last: Checkpoint) -> None:
-        """Take over the best round; if its state is lost, choose from the last round on."""
+        """Take over the best round; if its state is lost, choose from the last round on.
+
+        The lines alone would choose a round again whose state was lost before.
+        """
         if last.best_state is not None:
             self.best_state = last.best_state
+            self.selection.restore(self.lines, last.best)
             return
         log.warning(
             "round %s was the best so far, but its state is lost: from now on the best one is "
             "chosen from round %s on",
             *(last.best, last.round),
         )
-        line, self.selection.best = self.lines[-1], {}
-        if self.selection.better(line):
-            self.selection.best, self.best_state = line, last.state
+        self.selection.restore(self.lines, None)
+        if self.selection.better(self.lines[-1]):
+            self.selection.restore(self.lines, last.round)
+            self.best_state = last.state
             self.strategy.down.generations.best = last.accepted
 
     def _check_rows(self, last: Checkpoint) -> None:

@@ -1,6 +1,7 @@
 """The best round by a measure on validation rows, and whether the run should end early."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedpeft.reporting.observer import Line
@@ -45,6 +46,17 @@ class Selection:
             self.best, self.waited = line, 0
         else:
             self.waited += 1
+
+    def restore(self, lines: Sequence[Line], best: int | None) -> None:
+        """Go on after some rounds.
+
+        Args:
+            lines: of the rounds.
+            best: the best of them; null if none is.
+        """
+        self.best = next((line for line in lines if line["round"] == best), {})
+        later = lines if best is None else [line for line in lines if line["round"] > best]
+        self.waited = sum(self.name in line for line in later)
 
     def is_last(self, line: Line) -> bool:
         """Tell whether the run ends early once a round is added."""

@@ -371,10 +371,11 @@ class FederatedPEFT(Strategy):
             self.seen.note(client, **noted(metrics), evaluation_seconds=seconds(by_client[client]))
         for client, reason in (refused | large | late).items():
             self.seen.refuse(client, f"evaluation: {reason}")
-        least, count = self.config.fewest_replies(len(self._sent)), len(measures)
+        asked, count = self.config.num_clients, len(measures)  # also those that have no node now
+        least = self.config.fewest_replies(asked)
         if count < least:
             why = f"runtime.min_replies={self.config.runtime.min_replies} asks for {least}"
-            return {"unmeasured": f"only {count} of {len(self._sent)} clients measured, and {why}"}
+            return {"unmeasured": f"only {count} of {asked} clients measured, and {why}"}
         return dict(over_clients(measures, self.engine.task.sign, self.up.most_weight(measures)))
 
 
