@@ -390,3 +390,9 @@ def test_a_condition_on_what_a_run_lacks() -> None:
     assert not Condition.of("lr=null").holds({})
     assert Condition.of("lr=null").holds({"lr": None})
     assert Condition.of("lr!=3").holds({})
+
+
+def test_values_that_only_look_alike_are_not_said_to_be_shared() -> None:
+    rows = [{"path": "a", "quality": 0.5, "worst": 0.85012}, {"path": "b", "worst": 0.84981}]
+    shown = narrow_page(rows, ["path", "quality", "worst"], [], None)
+    assert "worst" in shown.header and "all of them" not in shown.above

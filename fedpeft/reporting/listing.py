@@ -264,9 +264,9 @@ def _shared(rows: Rows, texts: Mapping[str, Sequence[str]]) -> dict[str, str]:
         return {}
     chosen = {group: [row.get(group) for row in rows] for group in GROUPS}
     shared = {g: str(v[0]) for g, v in chosen.items() if len(set(v)) == 1 and v[0] is not None}
-    kept = ("path", "quality", "baseline")
-    alike = {c: t[0] for c, t in texts.items() if c not in kept and len(set(t)) == 1}
-    return shared | alike
+    listed = ("path", "quality", "baseline")  # also where they are the same
+    same = {c for c in texts if c not in listed and len({str(row.get(c)) for row in rows}) == 1}
+    return shared | {c: texts[c][0] for c in texts if c in same}
 
 
 def _without_room(texts: Mapping[str, Sequence[str]], room: int | None) -> list[str]:
