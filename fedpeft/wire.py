@@ -21,7 +21,7 @@ from torch import Tensor
 from fedpeft.state import State, bits, bits_dtype
 
 MOST_DIMENSIONS = 64  # of a tensor of torch
-MOST_INDEX = 1 << 26
+INDEX_ENTRY = 1 << 12  # bytes of a tensor in the index, whatever a codec makes of it, at most
 WRAPPED = re.compile(r"Message: (.*?)(?:'>)?$", re.DOTALL)  # in Flower's reason of an error
 
 
@@ -43,17 +43,19 @@ def pack(state: State) -> tuple[ArrayRecord, bytes]:
     return arrays, zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
 
 
-def unpack(arrays: ArrayRecord, index: bytes, most: int = MOST_INDEX) -> State:
+def unpack(arrays: ArrayRecord, index: bytes, expected: int) -> State:
     """Return the state that was packed.
 
     Args:
         arrays: by dtype.
         index: of names, dtypes and shapes, compressed.
-        most: bytes that the index may take unpacked.
+        expected: number of tensors before a codec made more of them. It bounds the index unpacked,
+            because a tensor without numbers takes little of a message and much memory.
 
     Raises:
         ValueError: index and arrays do not fit together.
     """
+    most = INDEX_ENTRY * (1 + expected)
     flat = {dtype: array.numpy() for dtype, array in arrays.items()}
     used = dict.fromkeys(flat, 0)
     state: State = {}

@@ -55,6 +55,7 @@ COMMON = (
 )
 ROWS = {"train": 240, "validation": 40, "test": 40}
 Answer = Callable[[Message, Context], Message]
+MOST_TENSORS = 1000  # of a message of the tiny models
 
 
 def sentences(label: str, rows: int, rng: random.Random) -> list[str]:
@@ -196,7 +197,7 @@ def state_of(message: Message) -> State:
         return {}
     index = content.config_records["config"]["index"]
     assert isinstance(index, bytes)
-    return unpack(content.array_records["arrays"], index)
+    return unpack(content.array_records["arrays"], index, MOST_TENSORS)
 
 
 def value_of(key: str, overrides: Iterable[str]) -> str:

@@ -52,7 +52,7 @@ def there(
         The wire state as it arrives, the state that the server decodes, and the client's error.
     """
     wire, left = up(compression, state, start, error or {}, n)
-    arrived = unpack(*pack(wire))
+    arrived = unpack(*pack(wire), len(wire))
     assert {n: v.dtype for n, v in arrived.items()} == {n: v.dtype for n, v in wire.items()}
     return arrived, compression.up.decode(arrived, start), left
 
@@ -244,7 +244,7 @@ def test_top_k_down_by_hand() -> None:
     assert wire[VECTOR].tolist() == [3, -1, 2, -2]
     assert wire[BITMAP + VECTOR].tolist() == [0b11010010]
     expected = dict(reversed(values.items()))
-    decoded = HALVES.down.decode(unpack(*pack(wire)), expected)
+    decoded = HALVES.down.decode(unpack(*pack(wire), len(wire)), expected)
     assert list(decoded) == list(expected)
     assert {name: value.tolist() for name, value in decoded.items()} == {
         "lora_A": [[3, -1], [0, 2]],
@@ -354,7 +354,7 @@ def test_extras_go_whole_beside_the_vector() -> None:
     assert decoded["a"].tolist() == [4, 0, 0, 0] and decoded[STRATEGY + "a"].tolist() == [99] * 4
     sent = down(HALVES, after)
     assert sent[VECTOR].tolist() == [4, 3] and sent[STRATEGY + "a"].tolist() == [99] * 4
-    received = HALVES.down.decode(unpack(*pack(sent)), after)
+    received = HALVES.down.decode(unpack(*pack(sent), len(sent)), after)
     assert received["a"].tolist() == [4, 3, 0, 0] and received[STRATEGY + "a"].tolist() == [99] * 4
 
 

@@ -614,6 +614,19 @@ def test_numbers_of_a_message_are_the_run_s(key: str, value: Any, rule: str, run
         run("num_rounds=1", answer=asking)
 
 
+def test_a_message_s_index_takes_a_bounded_room(run: Runner) -> None:
+    """Two million tensors without numbers take a few kilobytes of a message, and gigabytes here."""
+    text = json.dumps([[f"{i:x}", "float32", [0]] for i in range(50_000)])
+
+    def asking(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            message.content.config_records["config"]["index"] = zlib.compress(text.encode())
+        return client_app(message=message, context=context)
+
+    with pytest.raises(RoundFailed, match="the index of the arrays cannot be read: it takes more"):
+        run("num_rounds=1", answer=asking)
+
+
 def test_the_server_resolves_its_own(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAYERS", "last:1")
     expected = run("num_rounds=1", "layers=last:1")["shared_state_sha256"]

@@ -36,7 +36,7 @@ def equal(a: State, b: State) -> bool:
 def test_round_trip_bit_for_bit() -> None:
     state = mixed()
     arrays, index = pack(state)
-    back = unpack(arrays, index)
+    back = unpack(arrays, index, 9)
     assert equal(back, state)
     assert torch.signbit(back["extremes"]).tolist() == [False, True, False, False]
 
@@ -54,13 +54,13 @@ def test_one_array_per_dtype() -> None:
 
 def test_nothing_packs_to_nothing() -> None:
     arrays, index = pack({})
-    assert len(arrays) == 0 and unpack(arrays, index) == {}
+    assert len(arrays) == 0 and unpack(arrays, index, 0) == {}
 
 
 def test_views_and_transposes_are_packed_by_value() -> None:
     base = torch.arange(12.0).reshape(3, 4)
     state = {"t": base.T, "row": base[1], "every": base[:, ::2]}
-    assert equal(unpack(*pack(state)), {n: v.contiguous() for n, v in state.items()})
+    assert equal(unpack(*pack(state), len(state)), {n: v.contiguous() for n, v in state.items()})
 
 
 @pytest.mark.parametrize("kind", ["|V0", "|S0", "<U0"])
@@ -72,7 +72,7 @@ def test_items_of_no_bytes_are_not_copied(kind: str) -> None:
     array = Array(dtype=kind, shape=(many,), stype="numpy.ndarray", data=file.getvalue())
     index = zlib.compress(json.dumps([["w", "float32", [many]]]).encode())
     with pytest.raises(ValueError, match="^the array of float32 holds "):
-        unpack(ArrayRecord({"float32": array}), index)
+        unpack(ArrayRecord({"float32": array}), index, 1)
 
 
 @pytest.mark.parametrize("shape", [3, "3", [-1], [2.0], [True], [1 << 48], [1] * 65, [[2]]])
@@ -80,13 +80,13 @@ def test_a_shape_is_a_list_of_a_few_whole_numbers(shape: Any) -> None:
     arrays, _ = pack({"w": torch.zeros(2)})
     index = zlib.compress(json.dumps([["w", "float32", shape]]).encode())
     with pytest.raises(ValueError, match="^a shape must be a list of whole numbers >= 0, got "):
-        unpack(arrays, index)
+        unpack(arrays, index, 1)
 
 
 def test_unpacked_tensors_own_their_memory() -> None:
     state = {"a": torch.zeros(2), "b": torch.zeros(2)}
     arrays, index = pack(state)
-    first, second = unpack(arrays, index), unpack(arrays, index)
+    first, second = unpack(arrays, index, 2), unpack(arrays, index, 2)
     first["a"][0] = 5
     assert second["a"][0] == 0 and first["b"][0] == 0 and state["a"][0] == 0
 
@@ -104,19 +104,32 @@ def test_unpacked_tensors_own_their_memory() -> None:
 def test_index_and_arrays_must_fit(index: list[object], message: str) -> None:
     arrays = ArrayRecord({"float32": Array(np.zeros(4, np.float32))})
     with pytest.raises(ValueError, match=message):
-        unpack(arrays, zlib.compress(json.dumps(index).encode()))
+        unpack(arrays, zlib.compress(json.dumps(index).encode()), 2)
+
+
+@pytest.mark.parametrize(("count", "fits"), [(315, True), (316, False)])
+def test_an_index_takes_a_bounded_room_for_each_tensor(count: int, fits: bool) -> None:
+    """Tensors without numbers take nothing of the arrays, and a kilobyte of memory each."""
+    text = json.dumps([[f"{i:04}", "float32", [0]] for i in range(count)])  # 26 bytes each
+    arrays = ArrayRecord({"float32": Array(np.zeros(0, np.float32))})
+    index = zlib.compress(text.encode())
+    if fits:
+        assert len(unpack(arrays, index, 1)) == count
+        return
+    with pytest.raises(ValueError, match="cannot be read: it takes more than 8192 bytes$"):
+        unpack(arrays, index, 1)
 
 
 def test_an_array_of_another_dtype_than_its_name() -> None:
     arrays = ArrayRecord({"float32": Array(np.zeros(4, np.float64))})
     with pytest.raises(ValueError, match="the array of float32 holds float64"):
-        unpack(arrays, zlib.compress(b'[["w", "float32", [4]]]'))
+        unpack(arrays, zlib.compress(b'[["w", "float32", [4]]]'), 1)
 
 
 @pytest.mark.parametrize("index", [b"", b"junk", zlib.compress(b"{not json")])
 def test_an_index_that_cannot_be_read(index: bytes) -> None:
     with pytest.raises(ValueError, match="the index of the arrays cannot be read"):
-        unpack(ArrayRecord(), index)
+        unpack(ArrayRecord(), index, 1)
 
 
 def test_one_array_per_parameter_and_back() -> None:

@@ -298,14 +298,18 @@ class Client:
         content, replica, method = self.message.content, self.engine.replica, self.config.method
         index = content.config_records["config"]["index"]
         assert isinstance(index, bytes)
-        state, memory = split_prefixed(unpack(content.array_records["arrays"], index), METHOD)
         at = replica.roles.at(self.round, self.number)
-        check(memory, method.down({}, at))
-        at = at._replace(memory=memory)
+        remembered = method.down({}, at)
         down = {name: replica.initial[name] for name in replica.roles.down(self.round)}
-        expected = replica.blocks(down, at)
+        extras: State = {}
         if self.message.metadata.message_type == MessageType.TRAIN:  # only training needs extras
-            extras = self.config.strategy.down({}, replica.shared(self.round))
-            expected |= prefixed(extras, STRATEGY)
+            sent = self.config.strategy.down({}, replica.shared(self.round))
+            extras = prefixed(sent, STRATEGY)
+        count = len(down) + len(extras) + len(remembered)
+        whole = unpack(content.array_records["arrays"], index, count)
+        state, memory = split_prefixed(whole, METHOD)
+        check(memory, remembered)
+        at = at._replace(memory=memory)
+        expected = replica.blocks(down, at) | extras
         decoded = self.config.compression.down.decode(state, expected)
         return at, *split_prefixed(decoded, STRATEGY)

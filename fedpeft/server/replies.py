@@ -9,7 +9,6 @@ from fedpeft.compression.base import Codec
 from fedpeft.state import State, check, payload_bytes, split_prefixed
 from fedpeft.wire import raised, unpack
 
-INDEX_ENTRY = 1 << 12  # bytes of a parameter in the index, whatever the codec makes of it, at most
 MOST_CHARACTERS = 500  # of a client's text
 
 
@@ -67,7 +66,7 @@ def read(reply: Message, reference: State, codec: Codec) -> Reply:
         raise ValueError(f"loss must be a finite number, got {loss}")
     config = content.config_records["config"]
     index: Any = config.get("index", b"")
-    sent = unpack(content.array_records["arrays"], index, INDEX_ENTRY * (1 + len(reference)))
+    sent = unpack(content.array_records["arrays"], index, len(reference))
     decoded = codec.decode(sent, reference)
     check(decoded, reference)
     state, extras = split_prefixed(decoded)
