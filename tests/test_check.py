@@ -22,6 +22,7 @@ from fedpeft.engine.parameters import parameter_counts
 from fedpeft.reporting.check import Report, named
 from fedpeft.server.app import main, serve
 from fedpeft.server.check import check
+from fedpeft.server.limits import FRAME
 from fedpeft.simulation.grid import InProcessGrid
 from tests.conftest import Answer, quiet
 
@@ -242,6 +243,22 @@ def test_nodes_that_cannot_answer_are_problems(base: list[str], nodes_are: Any) 
         "client 1: no power",
     ]
     report.show()
+
+
+def test_a_large_answer_is_a_problem(base: list[str], nodes_are: Any) -> None:
+    def answer(message: Message, context: Context) -> Message:
+        reply = client_app(message=message, context=context)  # type: ignore[call-arg]
+        if CONFIG in message.content and context.node_config["partition-id"] == 1:
+            reply.content["more"] = ConfigRecord({"bytes": bytes(FRAME)})
+        return reply
+
+    nodes_are(answer)
+    report = checked(base)
+    (problem,) = report.problems
+    assert re.fullmatch(
+        rf"client 1: the reply has \d+ bytes, but at most {FRAME} may come", problem
+    )
+    assert list(report.clients) == [0, 2]
 
 
 class Silent(InProcessGrid):

@@ -15,7 +15,7 @@ from fedpeft.reporting.clients import ClientTable, read_clients, read_columns
 from fedpeft.reporting.observer import SPREAD
 from fedpeft.reporting.progress import Display, line_text
 from fedpeft.reporting.run_directory import read_metrics
-from fedpeft.server.evaluation import client_measures, measured, over_clients
+from fedpeft.server.evaluation import measured, over_clients
 from fedpeft.server.replies import seconds
 from fedpeft.server.seen import Asked, Seen
 from fedpeft.simulation.launch import run as run_here
@@ -125,7 +125,7 @@ def test_whole_numbers_of_a_measure_are_read_as_floats() -> None:
     identify()
     rows = {"validation-num-examples": 1, "test-num-examples": 2}
     content = RecordDict({"metrics": MetricRecord({**rows, "test_mine": 2**60})})
-    read = measured(Message(content, 1, "evaluate"), {"mine": (-math.inf, math.inf)})
+    read = measured(Message(content, 1, "evaluate"), {"mine": (-math.inf, math.inf)}, None)
     assert read == {**rows, "test_mine": 2.0**60}
     assert [type(value) for value in read.values()] == [int, int, float]
 
@@ -344,10 +344,9 @@ def test_a_client_of_rows_of_its_own_says_no_more_than_anybody_has() -> None:
     message = Message(RecordDict(), 1, "evaluate")
     metrics = {"validation-num-examples": 5, "test-num-examples": 10**18, "test_accuracy": 1.0}
     record = MetricRecord(metrics)
-    replies = {0: Message(RecordDict({"metrics": record}), reply_to=message)}
-    measures, refused = client_measures(replies, {"accuracy": (-1.0, 1.0)}, lambda client: None)
-    assert measures == {}
-    assert refused[0].endswith("000, but the client has 1000000000 rows")
+    reply = Message(RecordDict({"metrics": record}), reply_to=message)
+    with pytest.raises(ValueError, match="000, but the client has 1000000000 rows$"):
+        measured(reply, {"accuracy": (-1.0, 1.0)}, None)
 
 
 # --- lines ---------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp.strategy import Strategy
 
 from fedpeft.config.load import join
@@ -71,6 +71,23 @@ def test_flowers_start_gives_the_same_state_as_ours(
     personal = method == "fedsa_lora"
     assert bool(result.evaluate_metrics_clientapp) is personal
     assert set(result.arrays) == set(strategy.state)
+
+
+def test_a_reply_to_no_message_is_ignored(run: Runner) -> None:
+    """Flower's own loop hands over whatever its grid pulls."""
+    expected = run("num_rounds=1")["shared_state_sha256"]
+    open_engine.cache_clear()
+    strategy = FederatedPEFT(join([*run.base, *TINY["lora"], "num_rounds=1"]))
+
+    class Stray(InProcessGrid):
+        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
+            replies = super().send_and_receive(messages, timeout=timeout)
+            stray = Message(RecordDict(), reply_to=next(iter(messages)))
+            stray.metadata.__dict__["_reply_to_message_id"] = "junk"
+            return [stray, *replies]
+
+    Strategy.start(strategy, Stray(3), strategy.initial_arrays(), num_rounds=1)
+    assert strategy.seen.refused == {} and sha256(strategy.state) == expected
 
 
 def test_arrays_of_somebody_else_are_the_start(run: Runner) -> None:

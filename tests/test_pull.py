@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 
 import httpx
 import pytest
-from flwr.app import Error, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
 from fedpeft.server import pull
+from fedpeft.server.limits import FRAME
 from fedpeft.server.nodes import Nodes, exchange
 from fedpeft.server.replies import reason
 from fedpeft.simulation.grid import InProcessGrid
@@ -192,6 +193,19 @@ def test_a_slow_upload_still_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     grid = Network(slow, node=1)
     assert sorted(dict(exchange(grid, messages(), 5))) == [0, 1, 2]
+
+
+def test_a_large_answer_of_a_node_is_not_taken() -> None:
+    """It holds its partition as if it had not answered, and the others join."""
+
+    def large(reply: Message) -> list[Message]:
+        reply.content["more"] = ConfigRecord({"bytes": bytes(FRAME)})
+        return [reply]
+
+    nodes = Nodes(3, 0.3)
+    with pytest.raises(TimeoutError, match=r"partitions \[2\] .*the reply has \d+ bytes, but at "):
+        nodes.join(Network(large))
+    assert nodes.of == {0: 1, 1: 2}
 
 
 def test_a_node_that_could_not_be_asked_is_asked_again() -> None:

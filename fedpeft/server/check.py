@@ -13,10 +13,11 @@ from fedpeft.engine.engine import open_engine
 from fedpeft.engine.facts import NUMBERS, TEXTS, facts
 from fedpeft.engine.parameters import parameter_counts
 from fedpeft.reporting.check import Report, named
+from fedpeft.server.limits import FRAME, check_size
 from fedpeft.server.nodes import Nodes, exchange
 from fedpeft.server.replies import printable, reason
 from fedpeft.versions import SHOWN
-from fedpeft.wire import sentence
+from fedpeft.wire import sentence, wire_bytes
 
 MOST_CHARACTERS = 100  # of a version or a hash
 Facts = Mapping[str, Any]
@@ -70,17 +71,20 @@ def _asked(
     """Return the clients' facts, and a problem for each reason why some have none."""
     config = RecordDict({"config": ConfigRecord({"overrides": overrides})})
     messages = {c: Message(config, node, MessageType.QUERY) for c, node in nodes.items()}
-    replies = dict(exchange(grid, messages, timeout))
     answers: dict[int, Facts] = {}
-    failed: dict[str, list[int]] = {}
-    for client in sorted(messages):
+    late = f"no answer within runtime.round_timeout={timeout:g} s"
+    problems = dict.fromkeys(sorted(messages), late)
+    for client, reply in exchange(grid, messages, timeout):
         try:
-            if client not in replies:
-                raise ValueError(f"no answer within runtime.round_timeout={timeout:g} s")
-            answers[client] = read_facts(replies[client])
+            answers[client] = read_facts(reply)
+            del problems[client]
         except Exception as error:  # whatever a node answers, the check goes on
-            failed.setdefault(sentence(error), []).append(client)
-    return answers, [f"{named(clients)}: {text}" for text, clients in failed.items()]
+            problems[client] = sentence(error)
+    failed: dict[str, list[int]] = {}
+    for client, text in problems.items():
+        failed.setdefault(text, []).append(client)
+    by_client = {client: answers[client] for client in sorted(answers)}
+    return by_client, [f"{named(clients)}: {text}" for text, clients in failed.items()]
 
 
 def read_facts(reply: Message) -> Facts:
@@ -91,6 +95,7 @@ def read_facts(reply: Message) -> Facts:
     """
     if reply.has_error():
         raise ValueError(reason(reply))
+    check_size(wire_bytes(reply.content), FRAME)
     if "facts" not in reply.content.config_records:
         raise ValueError("its fedpeft does not know how to answer a check: install the server's")
     record = reply.content.config_records["facts"]

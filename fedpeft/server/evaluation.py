@@ -39,12 +39,13 @@ def measure(engine: Engine, split: str, state: State, last: bool = False) -> dic
     return {f"{prefix}_{key}": value for key, value in metrics.items()}
 
 
-def measured(reply: Message, ranges: Ranges) -> dict[str, float]:
+def measured(reply: Message, ranges: Ranges, rows: int | None) -> dict[str, float]:
     """Read and check a client's metrics.
 
     Args:
         reply: to a message to evaluate.
         ranges: least and greatest value of each metric that the task gives.
+        rows: that the client has in all; null if the server does not know.
 
     Raises:
         ValueError: the reply is an error, or lacks or holds something that it should not.
@@ -66,32 +67,8 @@ def measured(reply: Message, ranges: Ranges) -> dict[str, float]:
             raise ValueError(f"{key} must be from {least:g} to {most:g}, got {value:g}")
     if not all(isinstance(metrics.get(key), int) and metrics[key] >= 1 for key in counts):
         raise ValueError(f"num-examples of {' and '.join(OWN_SPLITS)} must be >= 1")
+    _check_rows(metrics, rows)
     return {key: value if key in counts else float(value) for key, value in metrics.items()}
-
-
-def client_measures(
-    replies: Mapping[int, Message], ranges: Ranges, most_rows: Callable[[int], int | None]
-) -> tuple[dict[int, dict[str, float]], dict[int, str]]:
-    """Read the clients' measures of their own models.
-
-    Args:
-        replies: by client.
-        ranges: least and greatest value of each metric that the task gives.
-        most_rows: that a client has; null if the server does not know.
-
-    Returns:
-        Measures by client, sorted, and the clients whose reply cannot be used, with the reason.
-    """
-    measures: dict[int, dict[str, float]] = {}
-    refused: dict[int, str] = {}
-    for client in sorted(replies):
-        try:
-            metrics = measured(replies[client], ranges)
-            _check_rows(metrics, most_rows(client))
-            measures[client] = metrics
-        except ValueError as error:
-            refused[client] = str(error)
-    return measures, refused
 
 
 def noted(metrics: Mapping[str, float]) -> dict[str, float]:

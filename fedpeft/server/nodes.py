@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from fedpeft.server.limits import FRAME, check_size
 from fedpeft.server.pull import Pull
 from fedpeft.server.replies import reason
+from fedpeft.wire import wire_bytes
 
 POLL_SECONDS = 0.02  # the shortest and the longest pause between two questions
 MOST_POLL_SECONDS = 1.0
@@ -110,8 +112,10 @@ class Nodes:
         """Note which client a node is.
 
         Raises:
-            ValueError: it holds no partition of this run, or one that another node holds.
+            ValueError: it holds no partition of this run, or one that another node holds, or its
+                reply is too large.
         """
+        check_size(wire_bytes(reply.content), FRAME)
         record = reply.content.metric_records.get("metrics", {})
         partition = record.get("partition-id")
         if not isinstance(partition, int) or not 0 <= partition < self.num_clients:

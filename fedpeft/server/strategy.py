@@ -19,14 +19,14 @@ from fedpeft.reporting.observer import Line, Observer
 from fedpeft.seeding import generator
 from fedpeft.server.aggregation import Aggregator
 from fedpeft.server.broadcast import Broadcaster
-from fedpeft.server.evaluation import client_measures, measure, noted, over_clients
+from fedpeft.server.evaluation import measure, measured, noted, over_clients
 from fedpeft.server.limits import FRAME, check_size
 from fedpeft.server.nodes import Nodes, exchange
-from fedpeft.server.replies import restarted, seconds
+from fedpeft.server.replies import printable, restarted, seconds
 from fedpeft.server.seen import Asked, RoundFailed, Seen
 from fedpeft.server.selection import Selection
 from fedpeft.state import State
-from fedpeft.wire import named_arrays, wire_bytes
+from fedpeft.wire import named_arrays, sentence, wire_bytes
 
 
 class FederatedPEFT(Strategy):
@@ -302,9 +302,13 @@ class FederatedPEFT(Strategy):
         """Log nothing, because a run's directory holds the configuration."""
 
     def _by_client(self, replies: Iterable[Message]) -> Iterable[tuple[int, Message]]:
-        """Pair each reply with its client; messages get their ids when they are pushed."""
+        """Pair each reply with its client; messages get their ids when they are pushed.
+
+        A reply to no message of this round is ignored, because a site may send any.
+        """
         clients = {m.metadata.message_id: client for client, m in self._sent.items()}
-        pairs = [(clients[reply.metadata.reply_to_message_id], reply) for reply in replies]
+        by_message = [(reply.metadata.reply_to_message_id, reply) for reply in replies]
+        pairs = [(clients[message], reply) for message, reply in by_message if message in clients]
         self.seen.last.answered.update(client for client, _ in pairs)
         return pairs
 
@@ -350,33 +354,36 @@ class FederatedPEFT(Strategy):
 
         Too few clients give no measure, because the measure chooses the best round.
         """
-        by_client: dict[int, Message] = {}
-        large: dict[int, str] = {}
-        for client, reply in replies:
-            if not reply.has_error():
-                size = wire_bytes(reply.content)
-                self.seen.count("evaluation_uplink_bytes", size, client)
-                try:
-                    check_size(size, FRAME)
-                except ValueError as error:
-                    large[client] = str(error)
-                    continue
-                if restarted(reply):
-                    self.seen.restarted.add(client)
-            by_client[client] = reply
-        late = {c: self._late() for c in self._sent if c not in by_client and c not in large}
-        ranges, known_rows = self.engine.task.ranges, self.up.known_rows
-        measures, refused = client_measures(by_client, ranges, known_rows)
-        for client, metrics in measures.items():
-            self.seen.note(client, **noted(metrics), evaluation_seconds=seconds(by_client[client]))
-        for client, reason in (refused | large | late).items():
-            self.seen.refuse(client, f"evaluation: {reason}")
+        read: dict[int, dict[str, float]] = {}
+        refused: dict[int, str] = {}
+        late = dict.fromkeys(self._sent, self._late())
+        for client, reply in replies:  # a reply that was read is not kept
+            late.pop(client, None)
+            try:
+                read[client] = self._measured(client, reply)
+            except Exception as error:  # whatever a client sends, it must not end the run
+                refused[client] = printable(sentence(error))
+        for client, why in sorted((refused | late).items()):
+            self.seen.refuse(client, f"evaluation: {why}")
+        measures = {client: read[client] for client in sorted(read.keys() - refused.keys())}
         asked, count = self.config.num_clients, len(measures)  # also those that have no node now
         least = self.config.fewest_replies(asked)
         if count < least:
             why = f"runtime.min_replies={self.config.runtime.min_replies} asks for {least}"
             return {"unmeasured": f"only {count} of {asked} clients measured, and {why}"}
         return dict(over_clients(measures, self.engine.task.sign, self.up.most_weight(measures)))
+
+    def _measured(self, client: int, reply: Message) -> dict[str, float]:
+        """Count a reply's bytes, check it, and return what a client measured."""
+        if not reply.has_error():
+            size = wire_bytes(reply.content)
+            self.seen.count("evaluation_uplink_bytes", size, client)
+            check_size(size, FRAME)
+            if restarted(reply):
+                self.seen.restarted.add(client)
+        metrics = measured(reply, self.engine.task.ranges, self.up.known_rows(client))
+        self.seen.note(client, **noted(metrics), evaluation_seconds=seconds(reply))
+        return metrics
 
 
 def _record(metrics: Mapping[str, float | None]) -> MetricRecord:
