@@ -81,10 +81,12 @@ def test_a_reply_to_no_message_is_ignored(run: Runner) -> None:
 
     class Stray(InProcessGrid):
         def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
-            replies = super().send_and_receive(messages, timeout=timeout)
-            stray = Message(RecordDict(), reply_to=next(iter(messages)))
-            stray.metadata.__dict__["_reply_to_message_id"] = "junk"
-            return [stray, *replies]
+            sent = list(messages)
+            replies = super().send_and_receive(sent, timeout=timeout)
+            strays = [Message(RecordDict(), reply_to=message) for message in sent[:1]]
+            for stray in strays:
+                stray.metadata.__dict__["_reply_to_message_id"] = "junk"
+            return [*strays, *replies]
 
     Strategy.start(strategy, Stray(3), strategy.initial_arrays(), num_rounds=1)
     assert strategy.seen.refused == {} and sha256(strategy.state) == expected
