@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -402,6 +403,33 @@ def test_a_run_remembers_who_had_rows_of_its_own(run: Any, own_table: Path, tmp_
     assert again["partition_sha256"] is None
     held = parquet.read_table(tmp_path / "own" / "partition.parquet")["client"].to_pylist()
     assert set(held) == {0, 2}
+
+
+def test_a_resumed_run_remembers_how_many_rows_a_client_said(
+    run: Any, own_table: Path, tmp_path: Path
+) -> None:
+    """The server cannot count them, so the first number is the most that client 1 may say."""
+
+    _OwnRows.folder, stopped = own_table, False
+
+    def more(message: Message, context: Context) -> Message:
+        nonlocal stopped
+        config = message.content.config_records.get("config", {})
+        second = message.metadata.message_type == "train" and config["round"] == 2
+        if second and not stopped:
+            stopped = True
+            raise KeyboardInterrupt
+        reply = client_app(message=message, context=context)  # type: ignore[call-arg]
+        if second and context.node_config["partition-id"] == 1:
+            reply.content.metric_records["metrics"]["num-examples"] += 1  # type: ignore[operator]
+        return reply
+
+    given = [f"data.labels=[{','.join(TOPICS)}]", "num_rounds=2", f"run_dir={tmp_path / 'said'}"]
+    with pytest.raises(KeyboardInterrupt):
+        run(*given, answer=more, grid=_OwnRows)
+    refused = run(*given, "resume=true", answer=more, grid=_OwnRows)["refused"]
+    rows = re.fullmatch(r"num-examples is (\d+), but the client has (\d+)", refused["2"]["1"])
+    assert rows and int(rows[1]) == int(rows[2]) + 1
 
 
 def test_a_client_whose_own_rows_have_changed_is_refused(run: Any, own_table: Path) -> None:

@@ -46,6 +46,9 @@ class Aggregator:
     Args:
         down: the server's values, which take the result.
         nodes: of the clients.
+
+    Attributes:
+        said: rows that each client said at its first usable reply; it may never say more.
     """
 
     def __init__(self, down: Broadcaster, nodes: Nodes) -> None:
@@ -53,7 +56,7 @@ class Aggregator:
         self.config, self.replica, self.roles = down.config, down.replica, down.roles
         self.folder: Path | None = None  # takes replies for which the memory has no room
         self.median = 0.0  # norm of an update a step in the last good round
-        self._said: dict[int, int] = {}  # rows of their own, as clients first said
+        self.said: dict[int, int] = {}
 
     def aggregate(
         self, number: int, replies: Iterable[tuple[int, Message]], seen: Seen, late: str
@@ -258,13 +261,13 @@ class Aggregator:
         assert client is not None
         most = self.known_rows(client)
         if most is None:
-            most = self._said.get(client, MOST_ROWS)
+            most = self.said.get(client, MOST_ROWS)
         if reply.num_examples > most:
             raise ValueError(f"num-examples is {reply.num_examples}, but the client has {most}")
         steps = self.engine.shared_steps(at, reply.num_examples)
         if reply.steps != steps:
             raise ValueError(f"num-steps is {reply.steps}, but the round has {steps}")
-        self._said.setdefault(client, reply.num_examples)
+        self.said.setdefault(client, reply.num_examples)
 
 
 def _copy(memory: Memory) -> Memory:

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Checkpoint:
         own_rows: clients that have rows of their own, sorted.
         shared_rows: clients that said that they train on the server's rows, sorted; empty in the
             checkpoints of earlier versions.
+        said: rows that each client said at its first usable reply; empty in the checkpoints of
+            earlier versions.
     """
 
     round: int
@@ -58,6 +60,7 @@ class Checkpoint:
     partition: str | None = None
     own_rows: Sequence[int] = ()
     shared_rows: Sequence[int] = ()
+    said: Mapping[int, int] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -93,6 +96,7 @@ class Checkpoints:
             "partition": checkpoint.partition,
             "own_rows": list(checkpoint.own_rows),
             "shared_rows": list(checkpoint.shared_rows),
+            "said": list(checkpoint.said.items()),
         }
         save(self._file(checkpoint.round), tensors, {NOTES: json.dumps(notes)})
         self._bests[checkpoint.round] = checkpoint.best
@@ -134,8 +138,9 @@ class Checkpoints:
             for key, value in tensors.items():
                 part, memory, name = json.loads(key)
                 parts[part].setdefault(memory, {})[name] = value
-            for key in ("accepted", "best_accepted"):
-                notes[key] = {client: round for client, round in notes[key]}
+            notes.setdefault("said", [])
+            for key in ("accepted", "best_accepted", "said"):  # JSON has no integers for keys
+                notes[key] = dict(notes[key])
             state = parts["state"].get("", {})
             return Checkpoint(
                 **notes,

@@ -89,6 +89,7 @@ class Run(Observer):
         self.strategy.nodes.goes_on = True
         self.strategy.nodes.own_rows.update(last.own_rows)  # they may come back later
         self._shared_rows.update(last.shared_rows)
+        self.strategy.up.said.update(last.said)
 
     def _take_lines(self, last: int) -> None:
         """Read the rounds' lines.
@@ -197,6 +198,7 @@ class Run(Observer):
                 partition=self.partition,
                 own_rows=sorted(nodes.own_rows),
                 shared_rows=sorted(self._shared_rows),
+                said=self.strategy.up.said,
             )
         )
         kept = [*generations.checkpoints, generations.accepted]
