@@ -189,6 +189,7 @@ def study(arguments: list[str]) -> None:
         RuntimeError: no run of a table came to its end; the other tables are there.
     """
     from fedpeft.reporting.pages import save_study
+    from fedpeft.reporting.study import Study
     from fedpeft.reporting.study_plan import StudyPlan
 
     as_json, rest = _flag(arguments, "--json")
@@ -207,16 +208,20 @@ def study(arguments: list[str]) -> None:
     if only_estimate:
         return
     failed: dict[Path, str] = {}
-    for last, planned in plan.passes():
+
+    def finish(last: bool, planned: Study) -> dict[str, float]:
         try:
             results = _finished(planned, save_study, command, as_json and last, plan)
         except RuntimeError as error:
             failed[planned.folder] = str(error)
-            continue
+            return {}
         failed.pop(planned.folder, None)
         if not as_json:
             results.page.show()
             print(f"saved {planned.folder}/study.md, study.png, runs.csv")
+        return {row["method"]: row["lr"] for row in results.rows if row["lr"] is not None}
+
+    plan.finish(finish)
     if failed:
         raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
 

@@ -48,7 +48,7 @@ def first(table: str, scale: str, cell: int = 0, entry: int = 0) -> DictConfig:
         cell: number of the cell.
         entry: number of the method.
     """
-    _, study = list(plan(table, scale).passes())[cell]
+    study = plan(table, scale).studies()[cell]
     method, *extra = study.entries[entry].split("+")
     return composed([*study.base, f"method={method}", *extra])
 
@@ -188,7 +188,7 @@ CLASSES = "data.labels=[glioma,meningioma,no_tumor,pituitary]"  # which else sta
 @pytest.mark.parametrize(("chosen", "cell"), OF_MODELS.items())
 def test_every_method_fits_its_model(chosen: tuple[str, str, str], cell: int) -> None:
     table, scale, _ = chosen
-    _, study = list(plan(table, scale).passes())[cell]
+    study = plan(table, scale).studies()[cell]
     base = [*study.base, CLASSES] if table == "scl_table1" else study.base
     refused = {entry: text for entry in study.entries if (text := refusal(base, entry))}
     assert study.entries and refused == {}

@@ -5,7 +5,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +161,28 @@ OPTIONS: dict[str, str] = dict.fromkeys(("--methods", "--lrs", "--seeds", "--ext
 CELLS = "study.cells=['data=sst2 num_clients=3','data=mrpc num_clients=4']"
 
 
+def finished(plan: StudyPlan, best: Mapping[str, float] | None = None) -> list[tuple[bool, Study]]:
+    """Return a plan's tables in the order in which it finishes them.
+
+    Args:
+        plan: of the study.
+        best: learning rate of each entry that comes to its end.
+    """
+    passes: list[tuple[bool, Study]] = []
+
+    def finish(last: bool, study: Study) -> Mapping[str, float]:
+        passes.append((last, study))
+        return best or {}
+
+    plan.finish(finish)
+    return passes
+
+
 def test_tables_grow_one_seed_at_a_time(tmp_path: Path) -> None:
     base = [CELLS, "study.methods=[lora]", "study.common=['num_rounds=2']", "study.extend=1"]
     plan = StudyPlan.of(tmp_path, base, OPTIONS | {"--seeds": "5,6", "--data": "/data"}, "scl")
     names = ["data=sst2_num_clients=3", "data=mrpc_num_clients=4"]
-    passes = list(plan.passes())
+    passes = finished(plan)
     assert [(last, s.folder.name, list(s.seeds)) for last, s in passes] == [
         *((False, name, [5]) for name in names),
         *((True, name, [5, 6]) for name in names),
@@ -186,12 +203,30 @@ def test_options_come_before_the_configuration_and_a_study_alone_is_one_table(
         "study.common=['num_rounds=2']",
     ]
     given = OPTIONS | {"--methods": "scl", "--lrs": "1e-3,1e-2", "--seeds": "1,2"}
-    ((last, study),) = StudyPlan.of(tmp_path, base, given, "lora").passes()
+    ((last, study),) = finished(StudyPlan.of(tmp_path, base, given, "lora"))
     assert (last, study.folder, study.entries) == (True, tmp_path, ["scl"])
     assert (study.lrs, study.seeds) == ([1e-3, 1e-2], [1, 2])
     assert composed(study.runs()[0].overrides).num_rounds == 3
-    ((_, plain),) = StudyPlan.of(tmp_path, [], OPTIONS, "lora,scl").passes()
+    ((_, plain),) = finished(StudyPlan.of(tmp_path, [], OPTIONS, "lora,scl"))
     assert (plain.entries, plain.lrs, plain.seeds) == (["lora", "scl"], [], [])
+
+
+def test_the_first_table_chooses_the_learning_rates_of_the_others(tmp_path: Path) -> None:
+    base = [CELLS, "study.methods=[lora,scl]", "study.lrs=[0.1,1]", "study.reuse_lrs=true"]
+    plan = StudyPlan.of(tmp_path, base, OPTIONS | {"--seeds": "5,6"}, "lora")
+    assert [study.size for study in plan.studies()] == [2 * 2 * 2, 2 * 1 * 2]  # for the estimate
+    passes = finished(plan, {"scl": 1.0})  # no run of lora came to its end
+    assert [(last, s.folder.name) for last, s in passes] == [
+        (True, "data=sst2_num_clients=3"),
+        (False, "data=mrpc_num_clients=4"),
+        (True, "data=mrpc_num_clients=4"),
+    ]
+    runs = [[(run.entry, run.lr, run.seed) for run in study.runs()] for _, study in passes]
+    assert len(runs[0]) == 8
+    page = save_study(passes[2][1], passes[2][1].finish(Fake(steady)), ACCURACY, "").page
+    assert "mean of all seeds, in the table data=sst2_num_clients=3." in " ".join(page.notes)
+    assert runs[1:] == [[("scl", 1.0, 5)], [("scl", 1.0, 5), ("scl", 1.0, 6)]]
+    assert len(finished(plan)) == 1  # nothing came to its end
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,8 @@ class Studying:
             a folder of its own. One table without any if empty.
         extend: most learning rates that are added, one at a time, on the side where a method's best
             one is the grid's first or last.
+        reuse_lrs: search learning rates in the first table alone, and give each method of the other
+            tables the one that was best there.
         estimate: print memory, hours and bytes before the first run.
         flops: floating-point operations a second that a machine reaches, for the estimate.
         questions: test rows that each model of a comparison answers at its end, beside the untuned
@@ -232,6 +234,7 @@ class Studying:
     common: list[str] = field(default_factory=list)
     cells: list[str] = field(default_factory=list)
     extend: int = 0
+    reuse_lrs: bool = False
     estimate: bool = False
     flops: float = 1e14
     questions: int = 0

@@ -56,7 +56,11 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
     failed, floor = _failures(runs), baseline(done)
     rows = [study_row([r for r in runs if r["method"] == e], measures.sign) for e in study.entries]
     rows.sort(key=lambda row: _rank(row["quality"], measures))
-    notes = [*study_notes(measures), *_edge_notes(rows), *_start_notes(done, measures)]
+    notes = [
+        *study_notes(measures, study.rates_from),
+        *_edge_notes(rows),
+        *_start_notes(done, measures),
+    ]
     notes += [*_floor_notes(floor), *failed, f"Made by: {command}"]
     title = f"{measures.quality} after the last round, mean by rows"
     page = Page(title, STUDY, study_cells(rows), notes)
@@ -115,14 +119,20 @@ def comparison_note(measures: Measures) -> str:
     )
 
 
-def study_notes(measures: Measures) -> list[str]:
-    """Return the sentences that explain the columns of a study."""
+def study_notes(measures: Measures, rates_from: str | None = None) -> list[str]:
+    """Return the sentences that explain the columns of a study.
+
+    Args:
+        measures: names of the measures.
+        rates_from: name of the table that searched the learning rates; null if this one did.
+    """
+    where = f", in the table {rates_from}" if rates_from else ""
     return [
         f"quality: {measures.quality} on the clients' own test rows after the last round, mean "
         "weighted by rows (runs.csv has the unweighted one too); of the seeds the mean ± the "
         "sample standard deviation.",
         f"lr: the one with the best {measures.selects} on the clients' own validation rows after "
-        "the last round, mean weighted by rows, mean of all seeds.",
+        f"the last round, mean weighted by rows, mean of all seeds{where}.",
         "MB: 10^6 bytes of the training's messages, all clients, both ways, mean of the seeds.",
     ]
 

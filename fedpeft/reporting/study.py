@@ -65,10 +65,11 @@ class Study:
         folder: holds the runs' directories and the results.
         base: overrides of every run.
         entries: methods, each with overrides of its own: ``lora+strategy=local_only``.
-        lrs: learning rates; each method's own if empty.
+        lrs: learning rates of all entries.
         seeds: seeds; the configuration's if empty.
         flat: directories are ``<entry>`` instead of ``<entry>/lr=<lr>/seed=<seed>``.
-        more: by entry, learning rates beyond ``lrs``.
+        more: by entry, learning rates beyond ``lrs``. An entry without any rate has its method's.
+        rates_from: name of the table whose best rates these are; null if this one searches.
     """
 
     folder: Path
@@ -78,6 +79,7 @@ class Study:
     seeds: Sequence[int] = ()
     flat: bool = False
     more: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    rates_from: str | None = None
 
     def finish(self, run_all: RunAll) -> list[Done]:
         """Run every run that has no outcome yet.
@@ -109,7 +111,7 @@ class Study:
     @property
     def size(self) -> int:
         """Number of runs."""
-        rates = sum((len(self.lrs) or 1) + len(self.more.get(e, ())) for e in self.entries)
+        rates = sum(len(self._rates(entry)) or 1 for entry in self.entries)
         return rates * (len(self.seeds) or 1)
 
     def widened(self, edges: Mapping[str, float]) -> "Study":
@@ -122,7 +124,7 @@ class Study:
         """
         more = dict(self.more)
         for entry, best in edges.items():
-            grid = sorted({*self.lrs, *self.more.get(entry, ())})
+            grid = sorted({*self._rates(entry)})
             next_to = grid[1] if best == grid[0] else grid[-2]
             more[entry] = [*more.get(entry, ()), float(f"{best * best / next_to:.2g}")]
         return replace(self, more=more)
@@ -144,13 +146,16 @@ class Study:
         common = [*self.base, f"method={method}", *extra]
         self._check(extra, common)
         tree = composed([*common, "resume=true"])
-        for lr in [*(self.lrs or [tree.lr]), *self.more.get(entry, ())]:
+        for lr in self._rates(entry) or [tree.lr]:
             for seed in self.seeds or [tree.seed]:
                 tree.lr, tree.seed = lr, seed
                 parts = [] if self.flat else [f"lr={lr}", f"seed={seed}"]
                 path = self.folder.joinpath(entry.replace("/", "_"), *parts)
                 overrides = [*common, *parts, f"run_dir={quoted(path)}", "resume=true"]
                 yield Run(entry, lr, seed, path, overrides, deepcopy(tree))
+
+    def _rates(self, entry: str) -> list[float]:
+        return [*self.lrs, *self.more.get(entry, ())]
 
     def _check(self, extra: Sequence[str], common: Sequence[str]) -> None:
         """Refuse overrides that a single run may not set."""

@@ -1,6 +1,6 @@
 """The tables of one ``fedpeft study``: a study for each cell, one seed at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from fedpeft.config.load import settings as settings_of
 from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Studying
 from fedpeft.reporting.study import Study, listed, numbers
+
+Finish = Callable[[bool, Study], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -56,22 +58,41 @@ class StudyPlan:
         data = Path(options["--data"]) if options["--data"] else None
         return cls(folder, [*chosen.common, *base], replace(chosen, **changes), data)
 
-    def passes(self) -> Iterator[tuple[bool, Study]]:
-        """Yield every table with the first seed, then with the first two, and so on.
+    def finish(self, finish: Finish) -> None:
+        """Finish every table with the first seed, then with the first two, and so on.
 
         So a command that is stopped leaves tables of whole seeds. A run that is there is not run
-        again. Without cells there is one table, at once with all seeds.
+        again. Without cells there is one table, at once with all seeds. With ``reuse_lrs`` the
+        first table is finished before the others, because they take its learning rates.
 
-        Yields:
-            True if it is the last of its table, and the table's study.
+        Args:
+            finish: finishes a table's study, and returns each entry's best learning rate, where a
+                run came to its end. It is also told whether this is the table's last time.
         """
+        studies = self.studies()
+        if self.settings.reuse_lrs:
+            first, *studies = studies
+            best = finish(True, first)
+            more = {entry: [lr] for entry, lr in best.items()}
+            studies = [
+                replace(study, entries=[*best], more=more, rates_from=first.folder.name)
+                for study in studies
+                if best
+            ]
+        for last, study in self._passes(studies):
+            finish(last, study)
+
+    def _passes(self, studies: Sequence[Study]) -> Iterator[tuple[bool, Study]]:
         count = len(self.settings.seeds)
         for seeds in range(1, count + 1) if self.settings.cells and count else [count]:
-            for study in self.studies():
+            for study in studies:
                 yield seeds == count, replace(study, seeds=study.seeds[:seeds])
 
     def studies(self) -> list[Study]:
-        """Return a study for each table, with all seeds."""
+        """Return a study for each table, with all seeds.
+
+        With ``reuse_lrs``, only the first has learning rates before it is finished.
+        """
         settings = self.settings
         cells = [cell.split() for cell in settings.cells] or [[]]
         return [
@@ -79,10 +100,10 @@ class StudyPlan:
                 self.folder.joinpath(*(["_".join(cell).replace("/", "-")] if cell else [])),
                 self._with_data([*self.base, *cell]),
                 settings.methods,
-                settings.lrs,
+                () if number and settings.reuse_lrs else settings.lrs,
                 settings.seeds,
             )
-            for cell in cells
+            for number, cell in enumerate(cells)
         ]
 
     def _with_data(self, overrides: list[str]) -> list[str]:
