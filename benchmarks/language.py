@@ -1,6 +1,7 @@
 """Time steps of a language model against a plain transformers loop, at equal loss.
 
-    python -m benchmarks.language ../shared/data/medquad [--steps 8] [--batch 8] [--repeats 3]
+    python -m benchmarks.language FOLDER_OF_MEDQUAD [--steps 8] [--batch 8] [--tokens 160]
+                                 [--repeats 3]
 
 SmolLM2-135M-Instruct with LoRA of rank 8 on query, key and value learns MedQuAD's answers. All
 sides start from the same values and take the same rows with the same optimizer, on two threads.
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of MedQuAD")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=160, help="of a question and its answer")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     engines = {precision: _engine(args, precision) for precision in ("fp32", "bf16")}
@@ -67,6 +69,7 @@ def main() -> None:
     result = {
         "steps": args.steps,
         "batch_size": args.batch,
+        "tokens": args.tokens,
         "seconds_a_step": medians({n: [s / args.steps for s in t] for n, t in timings.items()}),
         "range_of_seconds": {name: spread(values) for name, values in timings.items()},
         "ratios": {f"{a} / {b}": ratio(timings[a], timings[b]) for a, b in pairs},
@@ -79,6 +82,7 @@ def main() -> None:
 def _engine(args: argparse.Namespace, precision: str) -> Engine:
     size = [f"local_steps={args.steps}", f"batch_size={args.batch}", f"lr={LR}"]
     data = ["data=medquad", f"data.path='{args.data.resolve()}'", "data.max_validation_rows=32"]
+    data += [f"data.max_length={args.tokens}"]
     lora = ["method=lora", "method.rank=8", "method.targets=[q,k,v]"]
     run = ["model=smollm2", "num_clients=1", "partition=iid", "runtime=inprocess"]
     return Engine(
