@@ -8,12 +8,19 @@ messages in ``deployment/tasks.py``, and the request that the server's door read
 import json
 import math
 import re
+import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_body,
+    get_object_children_ids_from_object_content,
+)
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
@@ -21,7 +28,9 @@ from torch import Tensor
 from fedpeft.state import State, bits, bits_dtype
 
 MOST_DIMENSIONS = 64  # of a tensor of torch
+MOST_PARTS = 2  # tensors that a codec makes of one, at most
 INDEX_ENTRY = 1 << 12  # bytes of a tensor in the index, whatever a codec makes of it, at most
+NPY_HEADER = 1 << 12  # bytes of an array beside its numbers, at most
 WRAPPED = re.compile(r"Message: (.*?)(?:'>)?$", re.DOTALL)  # in Flower's reason of an error
 
 
@@ -55,10 +64,33 @@ def unpack(arrays: ArrayRecord, index: bytes, expected: int) -> State:
     Raises:
         ValueError: index and arrays do not fit together.
     """
-    most = INDEX_ENTRY * (1 + expected)
-    flat = {dtype: array.numpy() for dtype, array in arrays.items()}
+    entries = _entries(index, 1 + expected)
+    sizes: dict[str, int] = {}
+    for _, dtype, shape in entries:
+        _check_shape(shape)
+        sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
+    flat = {dtype: _flat(array, dtype, sizes.get(dtype)) for dtype, array in arrays.items()}
     used = dict.fromkeys(flat, 0)
     state: State = {}
+    for name, dtype, shape in entries:
+        size = math.prod(shape)
+        if dtype not in flat or used[dtype] + size > flat[dtype].size:
+            raise ValueError(f"the array of {dtype} is too short for {name} {shape}")
+        part = torch.from_numpy(flat[dtype][used[dtype] : used[dtype] + size].copy())
+        used[dtype] += size
+        state[name] = part.view(getattr(torch, dtype)).reshape(shape)
+    if longer := [dtype for dtype in flat if used[dtype] < flat[dtype].size]:
+        raise ValueError(f"the array of {longer[0]} holds more than the index names")
+    return state
+
+
+def _entries(index: bytes, expected: int) -> list[Any]:
+    """Return the entries of an index, whose number and bytes are bounded before they are read.
+
+    Raises:
+        ValueError: it cannot be read, or is too long.
+    """
+    most = INDEX_ENTRY * expected
     try:
         unpacker = zlib.decompressobj()
         text = unpacker.decompress(index, most)
@@ -67,21 +99,34 @@ def unpack(arrays: ArrayRecord, index: bytes, expected: int) -> State:
         entries = json.loads(text)
     except (zlib.error, ValueError) as error:
         raise ValueError(f"the index of the arrays cannot be read: {error}") from error
-    for name, dtype, shape in entries:
-        _check_shape(shape)
-        size = math.prod(shape)
-        if dtype not in flat or used[dtype] + size > flat[dtype].size:
-            raise ValueError(f"the array of {dtype} is too short for {name} {shape}")
-        wanted = getattr(torch, dtype)
-        # Before the copy, because items of no bytes can be without number in a short message.
-        if (held := flat[dtype].dtype) != torch.empty(0, dtype=bits_dtype(wanted)).numpy().dtype:
-            raise ValueError(f"the array of {dtype} holds {held}")
-        part = torch.from_numpy(flat[dtype][used[dtype] : used[dtype] + size].copy())
-        used[dtype] += size
-        state[name] = part.view(wanted).reshape(shape)
-    if longer := [dtype for dtype in flat if used[dtype] < flat[dtype].size]:
-        raise ValueError(f"the array of {longer[0]} holds more than the index names")
-    return state
+    if not isinstance(entries, list) or len(entries) > MOST_PARTS * expected:
+        raise ValueError(f"the index must be a list of at most {MOST_PARTS * expected} tensors")
+    return entries
+
+
+def _flat(array: Array, dtype: str, size: int | None) -> Any:
+    """Return an array's numbers, after its bytes have been compared with what the index names.
+
+    Several names can stand for one array of a message, so the message's bytes bound nothing.
+
+    Args:
+        array: flat.
+        dtype: its name.
+        size: numbers that the index names; null for none.
+
+    Raises:
+        ValueError: the array is longer, or holds another dtype.
+    """
+    wanted = getattr(torch, dtype, None)
+    if size is None or not isinstance(wanted, torch.dtype):
+        raise ValueError(f"the array of {dtype:.20} holds more than the index names")
+    like = torch.empty(0, dtype=bits_dtype(wanted)).numpy().dtype
+    if len(array.data) > size * like.itemsize + NPY_HEADER:
+        raise ValueError(f"the array of {dtype} holds more than the index names")
+    numbers = array.numpy()
+    if numbers.dtype != like:
+        raise ValueError(f"the array of {dtype} holds {numbers.dtype}")
+    return numbers
 
 
 def _check_shape(shape: Any) -> None:
@@ -128,6 +173,41 @@ def raised(reason: str) -> str:
 def identify() -> None:
     """Give this process the identity that making messages needs, as Flower's engines do."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+class _Room(threading.local):
+    """Bytes that arrays may still take in this thread."""
+
+    left = math.inf
+
+
+_ROOM, _INFLATE = _Room(), Array.inflate.__func__  # type: ignore[attr-defined]
+
+
+@contextmanager
+def arrays_of_at_most(size: float) -> Iterator[None]:
+    """Let the arrays that Flower puts together in this thread take so many bytes in all.
+
+    An array of a message is a list of chunks, and a short list can name one chunk without end.
+    Flower joins them before anybody sees the message.
+    """
+    _ROOM.left = size
+    try:
+        yield
+    finally:
+        _ROOM.left = math.inf
+
+
+def _inflate(cls: Any, object_content: bytes, children: Any = None) -> Array:
+    chunks = json.loads(get_object_body(object_content, cls))["arraychunk_ids"]
+    names = get_object_children_ids_from_object_content(object_content)
+    _ROOM.left -= sum(len((children or {})[names[i]].data) for i in chunks)
+    if _ROOM.left < 0:
+        raise ValueError("the arrays of a message are larger than they may be")
+    return _INFLATE(cls, object_content, children)
+
+
+Array.inflate = classmethod(_inflate)  # type: ignore[method-assign]
 
 
 def number(message: Message, identifier: str) -> None:

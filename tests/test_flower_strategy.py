@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 
 from fedpeft.config.load import join
@@ -90,6 +90,28 @@ def test_a_reply_to_no_message_is_ignored(run: Runner) -> None:
 
     Strategy.start(strategy, Stray(3), strategy.initial_arrays(), num_rounds=1)
     assert strategy.seen.refused == {} and sha256(strategy.state) == expected
+
+
+def test_evaluations_that_measure_too_little_or_twice_do_not_end_flowers_loop(run: Runner) -> None:
+    open_engine.cache_clear()
+    given = ["method=fedsa_lora", "num_rounds=1", "runtime.min_replies=2"]
+    strategy = FederatedPEFT(join([*run.base, *given]))
+
+    class Spoiling(InProcessGrid):
+        """Client 1 measures nothing, and client 2 is there twice."""
+
+        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
+            replies = super().send_and_receive(messages, timeout=timeout)
+            if replies and replies[0].metadata.message_type == "evaluate":
+                replies[1].content["metrics"] = MetricRecord()
+                return [*replies, replies[2]]
+            return replies
+
+    result = Strategy.start(strategy, Spoiling(3), strategy.initial_arrays(), num_rounds=1)
+    assert result.evaluate_metrics_clientapp == {1: MetricRecord()}  # one measured, two must
+    refused = strategy.seen.refused
+    assert refused[2] == "evaluation: the client replied twice"
+    assert refused[1].startswith("evaluation: ") and refused.keys() == {1, 2}
 
 
 def test_arrays_of_somebody_else_are_the_start(run: Runner) -> None:

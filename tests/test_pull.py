@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterable
 
 import httpx
+import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import Array, ConfigRecord, Error, Message, MessageType, RecordDict
 
 from fedpeft.server import pull
 from fedpeft.server.limits import FRAME
@@ -203,9 +204,26 @@ def test_a_large_answer_of_a_node_is_not_taken() -> None:
         return [reply]
 
     nodes = Nodes(3, 0.3)
-    with pytest.raises(TimeoutError, match=r"partitions \[2\] .*the reply has \d+ bytes, but at "):
+    with pytest.raises(
+        TimeoutError, match=r"partitions \[2\] .*node 3 answered with \d+ bytes, but at "
+    ):
         nodes.join(Network(large))
     assert nodes.of == {0: 1, 1: 2}
+
+
+@pytest.mark.parametrize(("most", "here"), [(FRAME, [0, 1]), (2 * FRAME, [0, 1, 2])])
+def test_large_arrays_are_not_put_together(most: int, here: list[int]) -> None:
+    """Flower joins an array's chunks while a reply is pulled."""
+    array = Array(np.zeros(FRAME, np.int8))
+    content, parts = array.deflate(), dict(array.children or {})
+
+    def large(reply: Message) -> list[Message]:
+        Array.inflate(content, parts)
+        return [reply]
+
+    replies = dict(exchange(Network(large), messages(), 5, most=most))
+    assert [c for c in sorted(replies) if not replies[c].has_error()] == here
+    assert sorted(replies) == [0, 1, 2]
 
 
 def test_a_node_that_could_not_be_asked_is_asked_again() -> None:

@@ -20,7 +20,7 @@ from fedpeft.config.load import load_config
 from fedpeft.data.partitions.saved import Saved, write_partition
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.reporting.run_directory import RunDirectory, check_same, read_metrics
-from fedpeft.server.checkpoint import NOTES
+from fedpeft.server.checkpoint import NOTES, Checkpoints
 from fedpeft.server.run import Run
 from fedpeft.server.seen import RoundFailed
 from fedpeft.simulation.grid import InProcessGrid
@@ -430,6 +430,12 @@ def test_a_resumed_run_remembers_how_many_rows_a_client_said(
     refused = run(*given, "resume=true", answer=more, grid=_OwnRows)["refused"]
     rows = re.fullmatch(r"num-examples is (\d+), but the client has (\d+)", refused["2"]["1"])
     assert rows and int(rows[1]) == int(rows[2]) + 1
+
+
+def test_what_clients_say_of_the_servers_rows_is_not_remembered(run: Any, tmp_path: Path) -> None:
+    """After a stop, a client's node may come back with more rows of its own."""
+    run("num_rounds=1", f"run_dir={tmp_path / 'shared'}")
+    assert Checkpoints(tmp_path / "shared" / "checkpoints", 1).load()[-1].said == {}
 
 
 def test_a_client_whose_own_rows_have_changed_is_refused(run: Any, own_table: Path) -> None:

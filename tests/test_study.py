@@ -215,7 +215,7 @@ def test_the_first_table_chooses_the_learning_rates_of_the_others(tmp_path: Path
     base = [CELLS, "study.methods=[lora,scl]", "study.lrs=[0.1,1]", "study.reuse_lrs=true"]
     plan = StudyPlan.of(tmp_path, base, OPTIONS | {"--seeds": "5,6"}, "lora")
     assert [study.size for study in plan.studies()] == [2 * 2 * 2, 2 * 1 * 2]  # for the estimate
-    passes = finished(plan, {"scl": 1.0})  # no run of lora came to its end
+    passes = finished(plan, {"scl": 1.0})  # no run of lora came to its end: its own rate
     assert [(last, s.folder.name) for last, s in passes] == [
         (True, "data=sst2_num_clients=3"),
         (False, "data=mrpc_num_clients=4"),
@@ -225,8 +225,8 @@ def test_the_first_table_chooses_the_learning_rates_of_the_others(tmp_path: Path
     assert len(runs[0]) == 8
     page = save_study(passes[2][1], passes[2][1].finish(Fake(steady)), ACCURACY, "").page
     assert "mean of all seeds, in the table data=sst2_num_clients=3." in " ".join(page.notes)
-    assert runs[1:] == [[("scl", 1.0, 5)], [("scl", 1.0, 5), ("scl", 1.0, 6)]]
-    assert len(finished(plan)) == 1  # nothing came to its end
+    assert runs[1] == [("lora", 3e-3, 5), ("scl", 1.0, 5)]
+    assert runs[2] == [(entry, lr, seed) for entry, lr, _ in runs[1] for seed in (5, 6)]
 
 
 @pytest.mark.parametrize(

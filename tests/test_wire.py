@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from fedpeft.state import State
 from fedpeft.wire import (
+    arrays_of_at_most,
     empty_run,
     from_named_arrays,
     identify,
@@ -96,7 +97,8 @@ def test_unpacked_tensors_own_their_memory() -> None:
     [
         ([["w", "float32", [5]]], r"the array of float32 is too short for w \[5\]"),
         ([["w", "float32", [3]], ["v", "float32", [2]]], "the array of float32 is too short for v"),
-        ([["w", "float64", [4]]], "the array of float64 is too short for w"),
+        ([["w", "float64", [4]]], "the array of float32 holds more than the index names"),
+        ([["w", "float32", [4]], ["v", "float64", [4]]], "the array of float64 is too short for v"),
         ([["w", "float32", [3]]], "the array of float32 holds more than the index names"),
         ([], "the array of float32 holds more than the index names"),
     ],
@@ -107,17 +109,53 @@ def test_index_and_arrays_must_fit(index: list[object], message: str) -> None:
         unpack(arrays, zlib.compress(json.dumps(index).encode()), 2)
 
 
-@pytest.mark.parametrize(("count", "fits"), [(315, True), (316, False)])
-def test_an_index_takes_a_bounded_room_for_each_tensor(count: int, fits: bool) -> None:
+@pytest.mark.parametrize(("count", "fits"), [(4, True), (5, False)])
+def test_an_index_has_two_tensors_for_each_expected_one(count: int, fits: bool) -> None:
     """Tensors without numbers take nothing of the arrays, and a kilobyte of memory each."""
-    text = json.dumps([[f"{i:04}", "float32", [0]] for i in range(count)])  # 26 bytes each
     arrays = ArrayRecord({"float32": Array(np.zeros(0, np.float32))})
-    index = zlib.compress(text.encode())
+    index = zlib.compress(json.dumps([[str(i), "float32", [0]] for i in range(count)]).encode())
     if fits:
         assert len(unpack(arrays, index, 1)) == count
         return
-    with pytest.raises(ValueError, match="cannot be read: it takes more than 8192 bytes$"):
+    with pytest.raises(ValueError, match="the index must be a list of at most 4 tensors$"):
         unpack(arrays, index, 1)
+
+
+def test_an_index_takes_a_bounded_room() -> None:
+    index = zlib.compress(json.dumps([["x" * 8192, "float32", [0]]]).encode())
+    with pytest.raises(ValueError, match="cannot be read: it takes more than 8192 bytes$"):
+        unpack(ArrayRecord(), index, 1)
+
+
+@pytest.mark.parametrize("name", ["int8", "int16", "Tensor", "w"])
+def test_an_array_that_is_too_long_or_not_named_is_not_loaded(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One array of a message takes its room there once, but loaded for each of its names."""
+    index = zlib.compress(json.dumps([[n, n, [1]] for n in ("int8", "Tensor", "w")]).encode())
+    monkeypatch.setattr(Array, "numpy", lambda _: pytest.fail("it is loaded"))
+    with pytest.raises(ValueError, match=f"^the array of {name} holds more than the index names"):
+        unpack(ArrayRecord({name: Array(np.zeros(5000, np.int8))}), index, 2)
+
+
+def test_arrays_of_one_chunk_without_end_are_not_put_together() -> None:
+    """The object of the array names its only chunk 500 times."""
+    array = Array(np.zeros(1000, np.float32))
+    parts: dict[str, Any] = dict(array.children or {})
+    (chunk,) = parts.values()
+    body = {"dtype": "float32", "shape": [1000], "stype": "numpy.ndarray"}
+    head = array.deflate().partition(b"\x00")[0].split(b" ")
+    text = json.dumps(body | {"arraychunk_ids": [0] * 500}).encode()
+    content = b" ".join([*head[:-1], str(len(text)).encode()]) + b"\x00" + text
+    with arrays_of_at_most(10_000):
+        assert len(Array.inflate(array.deflate(), parts).data) == len(chunk.data)
+        with pytest.raises(ValueError, match="larger than they may be"):
+            Array.inflate(content, parts)
+    assert len(Array.inflate(content, parts).data) == 500 * len(chunk.data)
+    with arrays_of_at_most(2 * len(chunk.data) - 1):  # of all arrays of a message together
+        Array.inflate(array.deflate(), parts)
+        with pytest.raises(ValueError, match="larger than they may be"):
+            Array.inflate(array.deflate(), parts)
 
 
 def test_an_array_of_another_dtype_than_its_name() -> None:

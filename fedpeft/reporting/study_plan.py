@@ -1,4 +1,4 @@
-"""The tables of one ``fedpeft study``: a study for each cell, one seed at a time."""
+"""The tables of one ``fedpeft study``: a study for each cell."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -58,29 +58,26 @@ class StudyPlan:
         data = Path(options["--data"]) if options["--data"] else None
         return cls(folder, [*chosen.common, *base], replace(chosen, **changes), data)
 
-    def finish(self, finish: Finish) -> None:
+    def finish(self, finish_one: Finish) -> None:
         """Finish every table with the first seed, then with the first two, and so on.
 
         So a command that is stopped leaves tables of whole seeds. A run that is there is not run
         again. Without cells there is one table, at once with all seeds. With ``reuse_lrs`` the
-        first table is finished before the others, because they take its learning rates.
+        first table is finished before the others, because they take its learning rates. An entry
+        of which no run came to its end there has its method's own rate in the others.
 
         Args:
-            finish: finishes a table's study, and returns each entry's best learning rate, where a
-                run came to its end. It is also told whether this is the table's last time.
+            finish_one: finishes a table's study, and returns each entry's best learning rate, where
+                a run came to its end. It is also told whether this is the table's last time.
         """
         studies = self.studies()
         if self.settings.reuse_lrs:
             first, *studies = studies
-            best = finish(True, first)
-            more = {entry: [lr] for entry, lr in best.items()}
-            studies = [
-                replace(study, entries=[*best], more=more, rates_from=first.folder.name)
-                for study in studies
-                if best
-            ]
+            more = {entry: [lr] for entry, lr in finish_one(True, first).items()}
+            name = first.folder.name
+            studies = [replace(study, more=more, rates_from=name) for study in studies]
         for last, study in self._passes(studies):
-            finish(last, study)
+            finish_one(last, study)
 
     def _passes(self, studies: Sequence[Study]) -> Iterator[tuple[bool, Study]]:
         count = len(self.settings.seeds)

@@ -48,7 +48,8 @@ class Aggregator:
         nodes: of the clients.
 
     Attributes:
-        said: rows that each client said at its first usable reply; it may never say more.
+        said: rows that each client with rows of its own said at its first usable reply; it may
+            never say more.
     """
 
     def __init__(self, down: Broadcaster, nodes: Nodes) -> None:
@@ -176,6 +177,8 @@ class Aggregator:
             seen.refuse(client, reason)
         seen.refused = dict(sorted(seen.refused.items()))
         self._require_enough(usable, seen)
+        for client in usable.keys() & self.nodes.own_rows:
+            self.said.setdefault(client, usable[client].num_examples)
         median = lower_median([by_step[client] for client in usable])
         return {client: usable[client] for client in sorted(usable)}, median
 
@@ -236,11 +239,16 @@ class Aggregator:
         if not reply.has_error():
             size = wire_bytes(reply.content)
             seen.count("uplink_bytes", size, client)
-            check_size(size, 2 * payload_bytes(start | extras) + FRAME)
+            check_size(size, _most_bytes(start | extras))
         usable = read(reply, start | extras, self.config.compression.up)
         self._check_counts(self.down.at(round, client), usable)
         seen.count("uplink_payload_bytes", usable.payload_bytes, client)
         return usable
+
+    def most_bytes(self, round: int) -> int:
+        """Return how many bytes a client's reply to training may have at most."""
+        shared = {name: self.down.values[name] for name in self.roles.shared(round)}
+        return _most_bytes(shared | prefixed(zeros(self.config.strategy.up(shared)), STRATEGY))
 
     def known_rows(self, client: int) -> int | None:
         """Return how many rows a client has in all; null for rows of its own."""
@@ -267,7 +275,11 @@ class Aggregator:
         steps = self.engine.shared_steps(at, reply.num_examples)
         if reply.steps != steps:
             raise ValueError(f"num-steps is {reply.steps}, but the round has {steps}")
-        self.said.setdefault(client, reply.num_examples)
+
+
+def _most_bytes(state: State) -> int:
+    """Return the most bytes of a reply that holds a state, whatever the codec."""
+    return 2 * payload_bytes(state) + FRAME
 
 
 def _copy(memory: Memory) -> Memory:

@@ -79,7 +79,7 @@ def _asked(
             answers[client] = read_facts(reply)
             del problems[client]
         except Exception as error:  # whatever a node answers, the check goes on
-            problems[client] = sentence(error)
+            problems[client] = printable(sentence(error))
     failed: dict[str, list[int]] = {}
     for client, text in problems.items():
         failed.setdefault(text, []).append(client)

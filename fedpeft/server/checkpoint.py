@@ -42,8 +42,8 @@ class Checkpoint:
         own_rows: clients that have rows of their own, sorted.
         shared_rows: clients that said that they train on the server's rows, sorted; empty in the
             checkpoints of earlier versions.
-        said: rows that each client said at its first usable reply; empty in the checkpoints of
-            earlier versions.
+        said: rows that each client with rows of its own said at its first usable reply; empty in
+            the checkpoints of earlier versions.
     """
 
     round: int

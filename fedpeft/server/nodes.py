@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.server.limits import FRAME, check_size
+from fedpeft.server.limits import FRAME
 from fedpeft.server.pull import Pull
 from fedpeft.server.replies import reason
 from fedpeft.wire import wire_bytes
@@ -88,7 +88,7 @@ class Nodes:
             queries = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
             self._asked |= zip(grid.push_messages(queries), new, strict=True)
         if self._pull is None or self._pull[0] is not grid:
-            self._pull = grid, Pull(grid)
+            self._pull = grid, Pull(grid, FRAME)
         for query, reply in self._pull[1](list(self._asked)) if self._asked else ():
             node = self._asked.pop(query, None)
             if node is not None:
@@ -106,7 +106,7 @@ class Nodes:
         try:
             self._register(node, reply)
         except ValueError as error:
-            self.left_out[node] = str(error)
+            self.left_out[node] = f"node {node} {error}"
 
     def _register(self, node: int, reply: Message) -> None:
         """Note which client a node is.
@@ -115,18 +115,18 @@ class Nodes:
             ValueError: it holds no partition of this run, or one that another node holds, or its
                 reply is too large.
         """
-        check_size(wire_bytes(reply.content), FRAME)
+        if (size := wire_bytes(reply.content)) > FRAME:
+            raise ValueError(f"answered with {size} bytes, but at most {FRAME} may come")
         record = reply.content.metric_records.get("metrics", {})
         partition = record.get("partition-id")
         if not isinstance(partition, int) or not 0 <= partition < self.num_clients:
             raise ValueError(
-                f"node {node} holds partition {partition!r:.20}, but num_clients="
+                f"holds partition {partition!r:.20}, but num_clients="
                 f"{self.num_clients}: start {self.num_clients} clients, or set num_clients"
             )
         if partition in self.of:
             raise ValueError(
-                f"node {node} holds partition {partition}, as node "
-                f"{self.of[partition]} does, which came first"
+                f"holds partition {partition}, as node {self.of[partition]} does, which came first"
             )
         self.of[partition] = node
         if record.get("own-rows") == 1:
@@ -145,6 +145,7 @@ def exchange(
     on_reply: Callable[[int], None] = lambda count: None,
     enough: int = 0,
     wait: float | None = None,
+    most: int = FRAME,
 ) -> Iterator[tuple[int, Message]]:
     """Send messages and yield the replies as they arrive, until the time is up.
 
@@ -157,6 +158,7 @@ def exchange(
         on_reply: is told how many replies came.
         enough: number of replies after which the time left is at most ``wait``.
         wait: seconds; null leaves the time as it is.
+        most: bytes that the arrays of a reply may take.
 
     Yields:
         Client and reply.
@@ -171,7 +173,7 @@ def exchange(
     ids = list(grid.push_messages(messages.values()))
     if len(ids) != len(messages):
         raise RuntimeError(f"only {len(ids)} of {len(messages)} messages could be sent")
-    waiting, pull = dict(zip(ids, messages, strict=True)), Pull(grid)
+    waiting, pull = dict(zip(ids, messages, strict=True)), Pull(grid, most)
     while waiting and (asked := time.monotonic()) < deadline:
         arrived = [
             answer for answer in pull(list(waiting), deadline - asked) if answer[0] in waiting

@@ -9,6 +9,8 @@ import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedpeft.wire import arrays_of_at_most
+
 STALLED = 5.0  # seconds of one question after which the other clients are asked beside it
 Answer = tuple[str, Message | Exception]  # id of the message, and its reply
 
@@ -24,10 +26,11 @@ class Pull:
 
     Args:
         grid: to ask.
+        most: bytes that the arrays of a reply may take.
     """
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    def __init__(self, grid: Grid, most: int) -> None:
+        self._grid, self._most = grid, most
         # Answers, and the number of each thread that has asked for all.
         self._answers: SimpleQueue[tuple[str, Message | BaseException] | int] = SimpleQueue()
         self._lock = threading.Lock()  # for all below
@@ -81,7 +84,8 @@ class Pull:
                 self._question = message_id
                 self._asking[message_id] = self._last[message_id] = time.monotonic()
             try:
-                replies = list(self._grid.pull_messages([message_id]))
+                with arrays_of_at_most(self._most):
+                    replies = list(self._grid.pull_messages([message_id]))
             except BaseException as error:  # Flower's "the run has ended" is no Exception
                 self._answers.put((message_id, error))
             else:

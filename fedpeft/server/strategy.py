@@ -190,7 +190,8 @@ class FederatedPEFT(Strategy):
         messages = self._train_messages(round)
         self.observer.phase("train", len(messages))
         try:
-            self.up.aggregate(round, self._exchange(grid, messages), self.seen, self._late())
+            replies = self._exchange(grid, messages, self.up.most_bytes(round))
+            self.up.aggregate(round, replies, self.seen, self._late())
         finally:
             self._tell_who_was_left_out()
 
@@ -201,13 +202,19 @@ class FederatedPEFT(Strategy):
             self.observer.left_out(asked.phase, client, asked.outcome(client), reason)
 
     def _exchange(
-        self, grid: Grid, messages: Mapping[int, Message]
+        self, grid: Grid, messages: Mapping[int, Message], most: int = FRAME
     ) -> Iterable[tuple[int, Message]]:
-        """Send messages and yield client and reply as they arrive."""
+        """Send messages and yield client and reply as they arrive.
+
+        Args:
+            grid: carries them.
+            messages: by client.
+            most: bytes that the arrays of a reply may take.
+        """
         enough = self.config.fewest_replies(len(messages))
         wait = self.config.runtime.wait_after_min
         done = self.observer.clients_done
-        for client, reply in exchange(grid, messages, self._timeout, done, enough, wait):
+        for client, reply in exchange(grid, messages, self._timeout, done, enough, wait, most):
             self.seen.last.answered.add(client)
             yield client, reply
 
@@ -354,18 +361,22 @@ class FederatedPEFT(Strategy):
 
         Too few clients give no measure, because the measure chooses the best round.
         """
-        read: dict[int, dict[str, float]] = {}
+        read: dict[int, tuple[dict[str, float], float | None]] = {}
         refused: dict[int, str] = {}
         late = dict.fromkeys(self._sent, self._late())
         for client, reply in replies:  # a reply that was read is not kept
-            late.pop(client, None)
             try:
-                read[client] = self._measured(client, reply)
+                if late.pop(client, None) is None:
+                    raise ValueError("the client replied twice")
+                read[client] = self._measured(client, reply), seconds(reply)
             except Exception as error:  # whatever a client sends, it must not end the run
                 refused[client] = printable(sentence(error))
         for client, why in sorted((refused | late).items()):
             self.seen.refuse(client, f"evaluation: {why}")
-        measures = {client: read[client] for client in sorted(read.keys() - refused.keys())}
+        measures: dict[int, dict[str, float]] = {}
+        for client in sorted(read.keys() - refused.keys()):
+            measures[client], took = read[client]
+            self.seen.note(client, **noted(measures[client]), evaluation_seconds=took)
         asked, count = self.config.num_clients, len(measures)  # also those that have no node now
         least = self.config.fewest_replies(asked)
         if count < least:
@@ -381,12 +392,10 @@ class FederatedPEFT(Strategy):
             check_size(size, FRAME)
             if restarted(reply):
                 self.seen.restarted.add(client)
-        metrics = measured(reply, self.engine.task.ranges, self.up.known_rows(client))
-        self.seen.note(client, **noted(metrics), evaluation_seconds=seconds(reply))
-        return metrics
+        return measured(reply, self.engine.task.ranges, self.up.known_rows(client))
 
 
-def _record(metrics: Mapping[str, float | None]) -> MetricRecord:
-    """Return metrics as Flower's record, which holds no nulls."""
-    present: Any = {key: value for key, value in metrics.items() if value is not None}
-    return MetricRecord(present)
+def _record(metrics: Mapping[str, Any]) -> MetricRecord:
+    """Return metrics as Flower's record, which holds neither nulls nor texts."""
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    return MetricRecord(numbers)  # pyright: ignore[reportArgumentType]
