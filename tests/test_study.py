@@ -85,7 +85,8 @@ def row(lr: float, validation: float | None, quality: float = 0.5, seed: int = 0
     """
     cells = {"method": "lora", "lr": lr, "seed": seed, "quality": quality, "trained": 10}
     failed = NAN if validation is None else None
-    return cells | {"validation": validation, "bytes": 1_000_000, "failed": failed}
+    more = {"global_test": quality / 2, "bytes": 1_000_000, "failed": failed}
+    return cells | {"validation": validation} | more
 
 
 # --- the choice of a learning rate ----------------------------------------------------------------
@@ -260,13 +261,13 @@ def test_mean_and_sample_deviation_over_the_seeds() -> None:
     result = study_row(rows, 1)
     assert result["quality"] == pytest.approx(0.8)
     assert result["sd"] == pytest.approx(0.1)  # sqrt((0.01 + 0 + 0.01) / 2)
-    expected = ["lora", "0.01 (edge)", "0.800 ± 0.100", "3", "1,200", "3.00"]
+    expected = ["lora", "0.01 (edge)", "0.800 ± 0.100", "0.400 ± 0.050", "3", "1,200", "3.00"]
     assert study_cells([result]) == [expected]
     rows[0]["failed"] = NAN
     (cells,) = study_cells([study_row(rows, 1)])
-    assert cells[2:4] == ["0.850 ± 0.071", "2 of 3"]  # sqrt(0.005)
-    alone = study_row([row(0.01, 0.5, 0.7)], 1)
-    assert study_cells([alone])[0][2:4] == ["0.700", "1"]
+    assert cells[2:5] == ["0.850 ± 0.071", "0.425 ± 0.035", "2 of 3"]  # sqrt(0.005)
+    alone = study_row([row(0.01, 0.5, 0.7) | {"global_test": None}], 1)
+    assert study_cells([alone])[0][2:5] == ["0.700", "-", "1"]
 
 
 def test_files_of_a_study(tmp_path: Path) -> None:
@@ -278,17 +279,20 @@ def test_files_of_a_study(tmp_path: Path) -> None:
     study = Study(tmp_path, [], ["lora", "scl"], [0.001, 0.01, 0.1], [0, 1])
     results = save_study(study, study.finish(Fake(result)), ACCURACY, "fedpeft study")
     text = (tmp_path / "study.md").read_text()
-    assert "\n| lora | 0.01 | 0.650 ± 0.071 | 2 | 1,200 | 4.00 |\n| scl | 0.01 |" in text
+    assert (
+        "\n| lora | 0.01 | 0.650 ± 0.071 | 0.550 ± 0.071 | 2 | 1,200 | 4.00 |\n| scl | 0.01 |"
+        in text
+    )
     assert text.count(f"\nFailed: lora, lr 0.1, seed 1: {NAN}\n") == 1
     assert "commonest label scores 0.300." in text and results.baseline == pytest.approx(0.3)
     assert text.endswith("\nMade by: fedpeft study\n")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
-    names = "method lr seed quality quality_unweighted quality_worst quality_p10 validation trained"
-    assert list(rows[0]) == [*names.split(), "bytes", "seconds", "failed"]
-    values = "lora 0.01 1 0.7 0.375 0.125 0.25 0.01 1200 4000000 1.5".split()
+    names = "method lr seed quality quality_unweighted quality_worst quality_p10 global_test"
+    assert list(rows[0]) == [*names.split(), *"validation trained bytes seconds failed".split()]
+    values = "lora 0.01 1 0.7 0.375 0.125 0.25 0.6 0.01 1200 4000000 1.5".split()
     assert list(rows[3].values()) == [*values, ""]
-    assert list(rows[5].values()) == ["lora", "0.1", "1", *[""] * 8, NAN]
+    assert list(rows[5].values()) == ["lora", "0.1", "1", *[""] * 9, NAN]
     assert "last round, mean weighted by rows (runs.csv has the unweighted one too)" in text
     assert len(rows) == 12
 
@@ -308,7 +312,7 @@ def test_a_method_whose_runs_all_fail_is_named_and_a_study_of_such_ends(tmp_path
 
     study = Study(tmp_path, [], ["lora", "bitfit+lr=0.02"])
     results = save_study(study, study.finish(Fake(result)), ACCURACY, "")
-    assert results.page.cells[1] == ["lora", "-", "failed", "0 of 1", "-", "-"]
+    assert results.page.cells[1] == ["lora", "-", "failed", "-", "0 of 1", "-", "-"]
     assert "Failed: lora, lr 0.003, seed 0: no biases in its blocks" in results.page.notes
     alone = Study(tmp_path, [], ["lora"])
     for save in (save_study, save_comparison):

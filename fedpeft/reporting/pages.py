@@ -131,6 +131,8 @@ def study_notes(measures: Measures, rates_from: str | None = None) -> list[str]:
         f"quality: {measures.quality} on the clients' own test rows after the last round, mean "
         "weighted by rows (runs.csv has the unweighted one too); of the seeds the mean ± the "
         "sample standard deviation.",
+        "global test: the same of the server's model on the data's test rows; none if a part of "
+        "the model stays on the clients.",
         f"lr: the one with the best {measures.selects} on the clients' own validation rows after "
         f"the last round, mean weighted by rows, mean of all seeds{where}.",
         "MB: 10^6 bytes of the training's messages, all clients, both ways, mean of the seeds.",

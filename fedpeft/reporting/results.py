@@ -13,6 +13,7 @@ VALUES = (
     "quality_unweighted",
     "quality_worst",
     "quality_p10",
+    "global_test",
     "validation",
     "trained",
     "bytes",
@@ -68,6 +69,7 @@ def run_values(summary: Mapping[str, Any], measures: Measures) -> dict[str, Any]
         "quality_unweighted": final.get(f"{quality}{UNWEIGHTED}"),
         "quality_worst": final.get(f"{quality}{WORST}"),
         "quality_p10": final.get(f"{quality}{P10}"),
+        "global_test": final.get(f"test_{measures.quality}"),
         "validation": final.get(f"client_validation_{measures.selects}"),
         "trained": summary["parameters"]["trained"][1],
         "bytes": size["uplink_bytes"] + size["downlink_bytes"],
@@ -131,7 +133,7 @@ def comparison_row(
     return {
         "method": name,
         **{key: values[key] for key in ("quality", "quality_unweighted", "quality_worst")},
-        "global_test": final.get(f"test_{measures.quality}"),
+        "global_test": values["global_test"],
         "round_0": summary["initial"].get(f"client_test_{measures.quality}"),
         "best": summary["best"].get(f"client_test_{measures.quality}"),
         "best_round": summary["best"]["round"],
@@ -194,18 +196,23 @@ def study_row(rows: Rows, sign: int) -> dict[str, Any]:
         sign: 1 if more of the measure that chooses is better, -1 if less.
 
     Returns:
-        Mean and sample standard deviation of the quality, over ``seeds`` of ``of`` seeds; mean of
-        the bytes. They are None if every run failed.
+        Mean and sample standard deviation of the quality and of the measure on the server's test
+        rows, over ``seeds`` of ``of`` seeds; mean of the bytes. They are None if every run failed,
+        or if the server has no model of its own to test.
     """
     lr, grid = chosen_lr(rows, sign), {row["lr"] for row in rows}
     ended = [row for row in rows if row["lr"] == lr and row["failed"] is None]
     quality, sd = mean_and_sd([row["quality"] for row in ended])
+    tested = [row["global_test"] for row in ended if row["global_test"] is not None]
+    global_test, global_sd = mean_and_sd(tested)
     return {
         "method": rows[0]["method"],
         "lr": lr,
         "edge": len(grid) > 1 and lr in (min(grid), max(grid)),
         "quality": quality,
         "sd": sd,
+        "global_test": global_test,
+        "global_sd": global_sd,
         "seeds": len(ended),
         "of": len({row["seed"] for row in rows}),
         "trained": max((row["trained"] for row in ended), default=None),

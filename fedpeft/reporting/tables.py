@@ -153,7 +153,7 @@ def _measure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-STUDY = ("method", "lr", "quality", "seeds", "trained", "MB in all")
+STUDY = ("method", "lr", "quality", "global test", "seeds", "trained", "MB in all")
 
 
 def study_cells(rows: Rows) -> list[list[str]]:
@@ -161,14 +161,19 @@ def study_cells(rows: Rows) -> list[list[str]]:
     return [_study_cells(row) for row in rows]
 
 
+def _with_sd(value: float | None, sd: float | None) -> str:
+    return _measure(value) + ("" if sd is None else f" ± {sd:.3f}")
+
+
 def _study_cells(row: Mapping[str, Any]) -> list[str]:
     if row["quality"] is None:
-        return [row["method"], "-", "failed", f"0 of {row['of']}", "-", "-"]
+        return [row["method"], "-", "failed", "-", f"0 of {row['of']}", "-", "-"]
     whole = row["seeds"] == row["of"]
     return [
         row["method"],
         f"{row['lr']:g}" + (" (edge)" if row["edge"] else ""),
-        f"{row['quality']:.3f}" + ("" if row["sd"] is None else f" ± {row['sd']:.3f}"),
+        _with_sd(row["quality"], row["sd"]),
+        _with_sd(row["global_test"], row["global_sd"]),
         str(row["seeds"]) if whole else f"{row['seeds']} of {row['of']}",
         f"{row['trained']:,}",
         f"{row['bytes'] / 1e6:.2f}",
