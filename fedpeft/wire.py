@@ -121,10 +121,12 @@ def _flat(array: Array, dtype: str, size: int | None) -> Any:
     if size is None or not isinstance(wanted, torch.dtype):
         raise ValueError(f"the array of {dtype:.20} holds more than the index names")
     like = torch.empty(0, dtype=bits_dtype(wanted)).numpy().dtype
+    if array.dtype != str(like):
+        raise ValueError(f"the array of {dtype} holds {array.dtype:.20}")
     if len(array.data) > size * like.itemsize + NPY_HEADER:
         raise ValueError(f"the array of {dtype} holds more than the index names")
     numbers = array.numpy()
-    if numbers.dtype != like:
+    if numbers.dtype != like:  # what the array says of itself was wrong
         raise ValueError(f"the array of {dtype} holds {numbers.dtype}")
     return numbers
 

@@ -64,13 +64,15 @@ def test_views_and_transposes_are_packed_by_value() -> None:
     assert equal(unpack(*pack(state), len(state)), {n: v.contiguous() for n, v in state.items()})
 
 
+@pytest.mark.parametrize("said", ["as it is", "float32"])
 @pytest.mark.parametrize("kind", ["|V0", "|S0", "<U0"])
-def test_items_of_no_bytes_are_not_copied(kind: str) -> None:
-    """A short message can hold any number of them."""
+def test_items_of_no_bytes_are_not_copied(kind: str, said: str) -> None:
+    """A short message can hold any number of them, whatever it says that they are."""
     many, file = 10**12, io.BytesIO()
     header = {"descr": kind, "fortran_order": False, "shape": (many,)}
     np.lib.format.write_array_header_1_0(file, header)
-    array = Array(dtype=kind, shape=(many,), stype="numpy.ndarray", data=file.getvalue())
+    dtype = kind if said == "as it is" else said
+    array = Array(dtype=dtype, shape=(many,), stype="numpy.ndarray", data=file.getvalue())
     index = zlib.compress(json.dumps([["w", "float32", [many]]]).encode())
     with pytest.raises(ValueError, match="^the array of float32 holds "):
         unpack(ArrayRecord({"float32": array}), index, 1)

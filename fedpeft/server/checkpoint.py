@@ -138,9 +138,9 @@ class Checkpoints:
             for key, value in tensors.items():
                 part, memory, name = json.loads(key)
                 parts[part].setdefault(memory, {})[name] = value
-            notes.setdefault("said", [])
-            for key in ("accepted", "best_accepted", "said"):  # JSON has no integers for keys
+            for key in ("accepted", "best_accepted"):
                 notes[key] = dict(notes[key])
+            notes["said"] = dict(notes.get("said", ()))
             state = parts["state"].get("", {})
             return Checkpoint(
                 **notes,

@@ -207,7 +207,7 @@ def failed(text: str, parts: Parts) -> str:
 
 def twice(parts: Parts) -> str:
     parts.times = 2
-    return WRONG if parts.index is not None else RIGHT
+    return WRONG
 
 
 def silent(parts: Parts) -> str:
