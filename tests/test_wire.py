@@ -231,6 +231,19 @@ def test_flower_counts_the_parts_of_a_message() -> None:
     )
 
 
+def test_flower_puts_a_message_s_arrays_together_by_array_inflate() -> None:
+    module: Any = flower(INFLATABLE)
+    for name in ("get_object_body", "get_object_children_ids_from_object_content"):
+        assert hasattr(module, name), f"{INFLATABLE} has no {name}: arrays_of_at_most needs it"
+    inflate = flower("flwr.supercore.inflatable.inflatable_utils").inflate_object_from_contents
+    content = RecordDict({"arrays": ArrayRecord({"w": Array(np.zeros(1000, np.float32))})})
+    parts = {i: part.deflate() for i, part in module.get_all_nested_objects(content).items()}
+    with arrays_of_at_most(5000):
+        assert inflate(content.object_id, dict(parts)) == content
+    with arrays_of_at_most(4000), pytest.raises(ValueError, match="larger than they may be"):
+        inflate(content.object_id, dict(parts))
+
+
 def test_flower_knows_who_makes_messages() -> None:
     identity = getattr(flower(IDENTITY), "TaskIdentity", None)
     assert identity is not None, f"{IDENTITY} has no TaskIdentity: identify needs it"

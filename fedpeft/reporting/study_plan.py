@@ -59,7 +59,7 @@ class StudyPlan:
         return cls(folder, [*chosen.common, *base], replace(chosen, **changes), data)
 
     def finish(self, finish_one: Finish) -> None:
-        """Finish every table with the first seed, then with the first two, and so on.
+        """Finish every table with the first seed, then with two, and so on, by ``finish_one``.
 
         So a command that is stopped leaves tables of whole seeds. A run that is there is not run
         again. Without cells there is one table, at once with all seeds. With ``reuse_lrs`` the
