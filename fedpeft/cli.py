@@ -209,7 +209,7 @@ def study(arguments: list[str]) -> None:
         return
     failed: dict[Path, str] = {}
 
-    def finish(last: bool, planned: Study) -> dict[str, float]:
+    def finish_one(last: bool, planned: Study) -> dict[str, list[float]]:
         try:
             results = _finished(planned, save_study, command, as_json and last, plan)
         except RuntimeError as error:
@@ -219,9 +219,9 @@ def study(arguments: list[str]) -> None:
         if not as_json:
             results.page.show()
             print(f"saved {planned.folder}/study.md, study.png, runs.csv")
-        return {row["method"]: row["lr"] for row in results.rows if row["lr"] is not None}
+        return {row["method"]: row["ranked_lrs"] for row in results.rows if row["ranked_lrs"]}
 
-    plan.finish(finish)
+    plan.finish_tables(finish_one)
     if failed:
         raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
 

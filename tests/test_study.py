@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from fedpeft.config.load import composed
 from fedpeft.reporting.pages import save_comparison, save_study
-from fedpeft.reporting.results import Measures, chosen_lr, edges, run_rows, study_row
+from fedpeft.reporting.results import Measures, edges, ranked_lrs, run_rows, study_row
 from fedpeft.reporting.run_directory import RunDirectory
 from fedpeft.reporting.study import Done, Outcome, Run, Study, listed, numbers
 from fedpeft.reporting.study_plan import StudyPlan
@@ -101,17 +101,17 @@ def test_validation_over_all_seeds_chooses_whatever_the_test_rows_say() -> None:
         for lr, values in validation.items()
         for seed, value in enumerate(values)
     ]
-    assert chosen_lr(rows, 1) == 0.001
+    assert ranked_lrs(rows, 1) == [0.001, 0.01, 0.1]
     assert study_row(rows, 1)["quality"] == 0.50
-    assert chosen_lr(rows, -1) == 0.1  # a loss
+    assert ranked_lrs(rows, -1) == [0.1, 0.01, 0.001]  # a loss
 
 
 def test_of_equals_the_smaller_and_first_where_more_seeds_came_to_their_end() -> None:
-    assert chosen_lr([row(0.01, 0.8), row(0.001, 0.8), row(0.1, 0.7)], 1) == 0.001
+    assert ranked_lrs([row(0.01, 0.8), row(0.001, 0.8), row(0.1, 0.7)], 1) == [0.001, 0.01, 0.1]
     two = [row(0.001, 0.6), row(0.001, 0.6, seed=1), row(0.01, 0.9), row(0.01, None, seed=1)]
-    assert chosen_lr(two, 1) == 0.001
-    assert chosen_lr([row(0.001, None), row(0.01, 0.1)], 1) == 0.01
-    assert chosen_lr([row(0.001, None)], 1) is None
+    assert ranked_lrs(two, 1) == [0.001, 0.01]
+    assert ranked_lrs([row(0.001, None), row(0.01, 0.1)], 1) == [0.01]
+    assert ranked_lrs([row(0.001, None)], 1) == []
 
 
 def test_the_grid_grows_until_its_best_rate_is_inside(tmp_path: Path) -> None:
@@ -162,20 +162,22 @@ OPTIONS: dict[str, str] = dict.fromkeys(("--methods", "--lrs", "--seeds", "--ext
 CELLS = "study.cells=['data=sst2 num_clients=3','data=mrpc num_clients=4']"
 
 
-def finished(plan: StudyPlan, best: Mapping[str, float] | None = None) -> list[tuple[bool, Study]]:
+def finished(
+    plan: StudyPlan, ranked: Mapping[str, list[float]] | None = None
+) -> list[tuple[bool, Study]]:
     """Return a plan's tables in the order in which it finishes them.
 
     Args:
         plan: of the study.
-        best: learning rate of each entry that comes to its end.
+        ranked: learning rates of each entry that comes to its end, the best first.
     """
     passes: list[tuple[bool, Study]] = []
 
-    def finish(last: bool, study: Study) -> Mapping[str, float]:
+    def finish_one(last: bool, study: Study) -> Mapping[str, list[float]]:
         passes.append((last, study))
-        return best or {}
+        return ranked or {}
 
-    plan.finish(finish)
+    plan.finish_tables(finish_one)
     return passes
 
 
@@ -216,18 +218,40 @@ def test_the_first_table_chooses_the_learning_rates_of_the_others(tmp_path: Path
     base = [CELLS, "study.methods=[lora,scl]", "study.lrs=[0.1,1]", "study.reuse_lrs=true"]
     plan = StudyPlan.of(tmp_path, base, OPTIONS | {"--seeds": "5,6"}, "lora")
     assert [study.size for study in plan.studies()] == [2 * 2 * 2, 2 * 1 * 2]  # for the estimate
-    passes = finished(plan, {"scl": 1.0})  # no run of lora came to its end: its own rate
+    passes = finished(plan, {"scl": [1.0, 0.1]})  # no run of lora came to its end: its own rate
     assert [(last, s.folder.name) for last, s in passes] == [
+        (False, "data=sst2_num_clients=3"),
         (True, "data=sst2_num_clients=3"),
         (False, "data=mrpc_num_clients=4"),
         (True, "data=mrpc_num_clients=4"),
     ]
     runs = [[(run.entry, run.lr, run.seed) for run in study.runs()] for _, study in passes]
-    assert len(runs[0]) == 8
-    page = save_study(passes[2][1], passes[2][1].finish(Fake(steady)), ACCURACY, "").page
+    assert len(runs[1]) == 8
+    page = save_study(passes[3][1], passes[3][1].finish(Fake(steady)), ACCURACY, "").page
     assert "mean of all seeds, in the table data=sst2_num_clients=3." in " ".join(page.notes)
-    assert runs[1] == [("lora", 3e-3, 5), ("scl", 1.0, 5)]
-    assert runs[2] == [(entry, lr, seed) for entry, lr, _ in runs[1] for seed in (5, 6)]
+    assert runs[2] == [("lora", 3e-3, 5), ("scl", 1.0, 5)]
+    assert runs[3] == [(entry, lr, seed) for entry, lr, _ in runs[2] for seed in (5, 6)]
+
+
+@pytest.mark.parametrize("cells", [True, False])
+def test_later_seeds_are_run_with_the_best_rates_of_the_first(tmp_path: Path, cells: bool) -> None:
+    """10 lies beyond the grid: it was added, and the best. A rate of an entry's own is kept."""
+    floor = "scl+lr=0.5+num_rounds=0"
+    base = [f"study.methods=[lora,'{floor}']", "study.lrs=[0.01,0.1,1]", "study.finalists=2"]
+    plan = StudyPlan.of(
+        tmp_path, [*base, *([CELLS] if cells else [])], OPTIONS | {"--seeds": "5,6"}, "lora"
+    )
+    assert plan.studies()[0].size == (3 + 2) + 2  # for the estimate
+    passes = finished(plan, {"lora": [10.0, 1.0, 0.1], floor: [0.5]})
+    first, last = passes[0][1], passes[-1][1]
+    assert [(run.lr, run.seed) for run in first.runs()] == [(0.01, 5), (0.1, 5), (1, 5), (0.5, 5)]
+    of_lora = [(run.lr, run.seed) for run in last.runs() if run.entry == "lora"]
+    assert of_lora == [(0.01, 5), (0.1, 5), (1, 5), (1, 6), (10, 5), (10, 6)]
+    assert [(run.lr, run.seed) for run in last.runs() if run.entry == floor] == [(0.5, 5), (0.5, 6)]
+    assert last.size == len(last.runs()) == 8
+    assert composed(last.runs()[-1].overrides).lr == 0.5
+    grown = last.widened({"lora": 10.0})
+    assert [run.seed for run in grown.runs() if run.lr == 100.0] == [5, 6]
 
 
 @pytest.mark.parametrize(

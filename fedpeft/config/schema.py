@@ -220,6 +220,9 @@ class Studying:
             a folder of its own. One table without any if empty.
         extend: most learning rates that are added, one at a time, on the side where a method's best
             one is the grid's first or last.
+        finalists: learning rates of an entry that are run with the seeds after the first: so many
+            of the best by validation with the first seed, and any that is added later; null for
+            all (successive halving in one step, arXiv 1502.07943).
         reuse_lrs: search learning rates in the first table alone, and give each method of the other
             tables the one that was best there.
         estimate: print memory, hours and bytes before the first run.
@@ -234,6 +237,7 @@ class Studying:
     common: list[str] = field(default_factory=list)
     cells: list[str] = field(default_factory=list)
     extend: int = 0
+    finalists: int | None = None
     reuse_lrs: bool = False
     estimate: bool = False
     flops: float = 1e14
@@ -243,6 +247,8 @@ class Studying:
         for name in ("extend", "questions"):
             if getattr(self, name) < 0:
                 raise ValueError(f"study.{name} must be >= 0, got {getattr(self, name)}")
+        if self.finalists is not None and self.finalists < 1:
+            raise ValueError(f"study.finalists must be >= 1 or null, got {self.finalists}")
         if not 0 < self.flops < float("inf"):
             raise ValueError(f"study.flops must be > 0, got {self.flops}")
 
@@ -256,7 +262,7 @@ class Settings:
     Args:
         seed: all draws of the run derive from it; >= 0.
         num_clients: parts into which the training rows are divided, one a client.
-        num_rounds: rounds of the run.
+        num_rounds: rounds of the run; 0 to measure the model as it is before training.
         local_steps: batches that a client trains on in a round; null with ``local_epochs``.
         local_epochs: times that a client goes through its rows in a round; null with
             ``local_steps``.
@@ -306,8 +312,9 @@ class Settings:
     check: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("num_clients", "num_rounds", "batch_size", "accumulate"):
+        for key in ("num_clients", "batch_size", "accumulate"):
             _in_range(key, getattr(self, key))
+        _in_range("num_rounds", self.num_rounds, least=0)
         for key in ("local_steps", "local_epochs"):
             if getattr(self, key) is not None:
                 _in_range(key, getattr(self, key))
@@ -381,9 +388,9 @@ class Config(Settings):
     compression: Any
 
 
-def _in_range(key: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{key} must be >= 1, got {value}")
+def _in_range(key: str, value: int, least: int = 1) -> None:
+    if value < least:
+        raise ConfigError(f"{key} must be >= {least}, got {value}")
     if value > MOST:
         raise ConfigError(f"{key} must be <= {MOST}, got {value}")
 

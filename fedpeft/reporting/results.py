@@ -129,7 +129,7 @@ def comparison_row(
         The columns of comparison.csv.
     """
     values, final, sent = run_values(summary, measures), summary["final"], summary["bytes"]
-    client_rounds = final["round"] * cohort
+    client_rounds = max(1, final["round"]) * cohort
     return {
         "method": name,
         **{key: values[key] for key in ("quality", "quality_unweighted", "quality_worst")},
@@ -162,8 +162,8 @@ def _run_row(one: Done, measures: Measures, searched: bool) -> dict[str, Any]:
     return row | run_values(outcome, measures)
 
 
-def chosen_lr(rows: Rows, sign: int) -> float | None:
-    """Choose a method's learning rate by the mean over its seeds on validation rows.
+def ranked_lrs(rows: Rows, sign: int) -> list[float]:
+    """Rank a method's learning rates by the mean over its seeds on validation rows.
 
     A rate at which more seeds came to their end goes first, because a mean over the survivors says
     nothing of the other seeds. Among equals, the smaller rate goes first.
@@ -173,19 +173,19 @@ def chosen_lr(rows: Rows, sign: int) -> float | None:
         sign: 1 if more is better, -1 if less.
 
     Returns:
-        The learning rate, or None if every run failed.
+        The learning rates of which a run came to its end, the best one first.
     """
     by_lr: dict[float, list[Any]] = {}
     for row in rows:
         if row["failed"] is None:
             by_lr.setdefault(row["lr"], []).append(row["validation"])
     if len(by_lr) == 1:
-        return next(iter(by_lr))
+        return [*by_lr]  # it was not searched, and its validation need not be there
 
     def rank(lr: float) -> tuple[int, float, float]:
         return len(by_lr[lr]), sign * mean(by_lr[lr]), -lr
 
-    return max(by_lr, key=rank, default=None)
+    return sorted(by_lr, key=rank, reverse=True)
 
 
 def study_row(rows: Rows, sign: int) -> dict[str, Any]:
@@ -200,7 +200,8 @@ def study_row(rows: Rows, sign: int) -> dict[str, Any]:
         rows, over ``seeds`` of ``of`` seeds; mean of the bytes. They are None if every run failed,
         or if the server has no model of its own to test.
     """
-    lr, grid = chosen_lr(rows, sign), {row["lr"] for row in rows}
+    ranked, grid = ranked_lrs(rows, sign), {row["lr"] for row in rows}
+    lr = ranked[0] if ranked else None
     ended = [row for row in rows if row["lr"] == lr and row["failed"] is None]
     quality, sd = mean_and_sd([row["quality"] for row in ended])
     tested = [row["global_test"] for row in ended if row["global_test"] is not None]
@@ -208,6 +209,7 @@ def study_row(rows: Rows, sign: int) -> dict[str, Any]:
     return {
         "method": rows[0]["method"],
         "lr": lr,
+        "ranked_lrs": ranked,
         "edge": len(grid) > 1 and lr in (min(grid), max(grid)),
         "quality": quality,
         "sd": sd,

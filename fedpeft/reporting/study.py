@@ -65,10 +65,12 @@ class Study:
         folder: holds the runs' directories and the results.
         base: overrides of every run.
         entries: methods, each with overrides of its own: ``lora+strategy=local_only``.
-        lrs: learning rates of all entries.
+        lrs: learning rates of all entries but those with one of their own: ``lora+lr=1e-3``.
         seeds: seeds; the configuration's if empty.
         flat: directories are ``<entry>`` instead of ``<entry>/lr=<lr>/seed=<seed>``.
         more: by entry, learning rates beyond ``lrs``. An entry without any rate has its method's.
+        finalists: by entry, the learning rates that seeds after the first are run with; all rates
+            of an entry that is not there.
         rates_from: name of the table whose best rates these are; null if this one searches.
     """
 
@@ -79,6 +81,7 @@ class Study:
     seeds: Sequence[int] = ()
     flat: bool = False
     more: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    finalists: Mapping[str, Sequence[float]] = field(default_factory=dict)
     rates_from: str | None = None
 
     def finish(self, run_all: RunAll) -> list[Done]:
@@ -111,8 +114,12 @@ class Study:
     @property
     def size(self) -> int:
         """Number of runs."""
-        rates = sum(len(self._rates(entry)) or 1 for entry in self.entries)
-        return rates * (len(self.seeds) or 1)
+        return sum(map(self.count, self.entries))
+
+    def count(self, entry: str) -> int:
+        """Return the number of an entry's runs."""
+        rates, later = len(self._rates(entry)) or 1, len(self._later_rates(entry)) or 1
+        return rates + later * len(self.seeds[1:])
 
     def widened(self, edges: Mapping[str, float]) -> "Study":
         """Return the study with one more learning rate for each entry whose best one is an edge.
@@ -122,12 +129,15 @@ class Study:
         Args:
             edges: by entry, its best rate, which is the first or last of its grid of two or more.
         """
-        more = dict(self.more)
+        more, finalists = dict(self.more), dict(self.finalists)
         for entry, best in edges.items():
             grid = sorted({*self._rates(entry)})
             next_to = grid[1] if best == grid[0] else grid[-2]
-            more[entry] = [*more.get(entry, ()), float(f"{best * best / next_to:.2g}")]
-        return replace(self, more=more)
+            beyond = float(f"{best * best / next_to:.2g}")
+            more[entry] = [*more.get(entry, ()), beyond]
+            if entry in finalists:
+                finalists[entry] = [*finalists[entry], beyond]
+        return replace(self, more=more, finalists=finalists)
 
     def runs(self) -> list[Run]:
         """Compose every run, in the order of entries, learning rates and seeds.
@@ -142,12 +152,15 @@ class Study:
         return runs
 
     def _runs_of(self, entry: str) -> Iterator[Run]:
-        method, *extra = re.split(r"\+(?=[\w./@]+=)", entry)
+        method, *extra = _parts(entry)
         common = [*self.base, f"method={method}", *extra]
         self._check(extra, common)
         tree = composed([*common, "resume=true"])
+        if not self.flat:
+            common = [override for override in common if not override.startswith("lr=")]
         for lr in self._rates(entry) or [tree.lr]:
-            for seed in self.seeds or [tree.seed]:
+            later = self.seeds[1:] if lr in (self._later_rates(entry) or [tree.lr]) else []
+            for seed in [*self.seeds[:1], *later] or [tree.seed]:
                 tree.lr, tree.seed = lr, seed
                 parts = [] if self.flat else [f"lr={lr}", f"seed={seed}"]
                 path = self.folder.joinpath(entry.replace("/", "_"), *parts)
@@ -155,7 +168,14 @@ class Study:
                 yield Run(entry, lr, seed, path, overrides, deepcopy(tree))
 
     def _rates(self, entry: str) -> list[float]:
-        return [*self.lrs, *self.more.get(entry, ())]
+        """Return the learning rates of an entry; empty if it has its method's."""
+        own = [part.removeprefix("lr=") for part in _parts(entry) if part.startswith("lr=")]
+        return numbers("lr", own[0], float) if own else [*self.lrs, *self.more.get(entry, ())]
+
+    def _later_rates(self, entry: str) -> Sequence[float]:
+        """Return those of them that seeds after the first are run with."""
+        rates, kept = self._rates(entry), self.finalists.get(entry)
+        return [lr for lr in rates if lr in kept] if kept and len(rates) > 1 else rates
 
     def _check(self, extra: Sequence[str], common: Sequence[str]) -> None:
         """Refuse overrides that a single run may not set."""
@@ -164,9 +184,14 @@ class Study:
                 raise ValueError(
                     f"runtime must be the same for all runs of a study, got {override}"
                 )
-        for name, values in (("lr", self.lrs), ("seed", self.seeds)):
-            if values and (twice := [o for o in common if o.startswith(f"{name}=")]):
+        for name, values, texts in (("lr", self.lrs, self.base), ("seed", self.seeds, common)):
+            if values and (twice := [o for o in texts if o.startswith(f"{name}=")]):
                 raise ValueError(f"{name} must be given once, got {twice[0]} and --{name}s")
+
+
+def _parts(entry: str) -> list[str]:
+    """Return an entry's method and its overrides."""
+    return re.split(r"\+(?=[\w./@]+=)", entry)
 
 
 def listed(text: str) -> list[str]:

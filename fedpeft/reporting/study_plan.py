@@ -1,6 +1,6 @@
 """The tables of one ``fedpeft study``: a study for each cell."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Studying
 from fedpeft.reporting.study import Study, listed, numbers
 
-Finish = Callable[[bool, Study], Mapping[str, float]]
+Finish = Callable[[bool, Study], Mapping[str, Sequence[float]]]
 
 
 @dataclass(frozen=True)
@@ -58,32 +58,45 @@ class StudyPlan:
         data = Path(options["--data"]) if options["--data"] else None
         return cls(folder, [*chosen.common, *base], replace(chosen, **changes), data)
 
-    def finish(self, finish_one: Finish) -> None:
+    def finish_tables(self, finish_one: Finish) -> None:
         """Finish every table with the first seed, then with two, and so on, by ``finish_one``.
 
         So a command that is stopped leaves tables of whole seeds. A run that is there is not run
-        again. Without cells there is one table, at once with all seeds. With ``reuse_lrs`` the
-        first table is finished before the others, because they take its learning rates. An entry
-        of which no run came to its end there has its method's own rate in the others.
+        again. Without cells and ``finalists`` there is one table, at once with all seeds. With
+        ``reuse_lrs`` the first table is finished before the others, because they take its learning
+        rates. An entry of which no run came to its end there has its method's own rate in the
+        others.
 
         Args:
-            finish_one: finishes a table's study, and returns each entry's best learning rate, where
-                a run came to its end. It is also told whether this is the table's last time.
+            finish_one: finishes a table's study, and returns each entry's learning rates of which a
+                run came to its end, the best first. It is also told whether this is the table's
+                last time.
         """
-        studies = self.studies()
-        if self.settings.reuse_lrs:
-            first, *studies = studies
-            more = {entry: [lr] for entry, lr in finish_one(True, first).items()}
-            name = first.folder.name
-            studies = [replace(study, more=more, rates_from=name) for study in studies]
-        for last, study in self._passes(studies):
-            finish_one(last, study)
+        first, *others = self.studies()
+        if not self.settings.reuse_lrs:
+            self._grow([first, *others], finish_one)
+            return
+        (ranked,) = self._grow([first], finish_one)
+        best = {entry: rates[:1] for entry, rates in ranked.items()}
+        name = first.folder.name
+        self._grow([replace(study, more=best, rates_from=name) for study in others], finish_one)
 
-    def _passes(self, studies: Sequence[Study]) -> Iterator[tuple[bool, Study]]:
-        count = len(self.settings.seeds)
-        for seeds in range(1, count + 1) if self.settings.cells and count else [count]:
-            for study in studies:
-                yield seeds == count, replace(study, seeds=study.seeds[:seeds])
+    def _grow(
+        self, studies: Sequence[Study], finish_one: Finish
+    ) -> list[Mapping[str, Sequence[float]]]:
+        """Finish tables one seed at a time, and return what the last time gave for each."""
+        settings, count = self.settings, len(self.settings.seeds)
+        one_by_one = count and (settings.cells or settings.finalists)
+        ranked: list[Mapping[str, Sequence[float]]] = []
+        for seeds in range(1, count + 1) if one_by_one else [count]:
+            ranked = [
+                finish_one(seeds == count, replace(study, seeds=study.seeds[:seeds]))
+                for study in studies
+            ]
+            if seeds == 1 and settings.finalists:
+                pairs = zip(studies, ranked, strict=True)
+                studies = [_narrowed(study, rates, settings.finalists) for study, rates in pairs]
+        return ranked
 
     def studies(self) -> list[Study]:
         """Return a study for each table, with all seeds.
@@ -99,6 +112,8 @@ class StudyPlan:
                 settings.methods,
                 () if number and settings.reuse_lrs else settings.lrs,
                 settings.seeds,
+                # The first rates stand for the best ones until the first seed has ranked them.
+                finalists=dict.fromkeys(settings.methods, settings.lrs[: settings.finalists]),
             )
             for number, cell in enumerate(cells)
         ]
@@ -108,3 +123,16 @@ class StudyPlan:
             return overrides
         name = choices(leaves(composed(overrides), resolve=False))["data"]
         return [*overrides, f"data.path={quoted(self.data / str(name))}"]
+
+
+def _narrowed(study: Study, ranked: Mapping[str, Sequence[float]], finalists: int) -> Study:
+    """Return the study whose later seeds are run with each entry's best rates alone.
+
+    Args:
+        study: of the first seed.
+        ranked: by entry, its learning rates, the best first; those beyond the grid are kept.
+        finalists: number of rates that are kept for an entry.
+    """
+    beyond = {e: [lr for lr in rates if lr not in study.lrs] for e, rates in ranked.items()}
+    best = {entry: rates[:finalists] for entry, rates in ranked.items()}
+    return replace(study, more={**study.more, **beyond}, finalists=best)

@@ -314,7 +314,8 @@ class Run(Observer):
 
     def _bytes(self) -> dict[str, int]:
         """Sum up the rounds' bytes by direction, apart for training and evaluation."""
-        keys = sorted({k for line in self.lines for k in line if k.endswith("_bytes")})
+        ways = {"uplink_bytes", "downlink_bytes"}  # 0 in a run that only measures
+        keys = sorted(ways | {k for line in self.lines for k in line if k.endswith("_bytes")})
         return {key: sum(line.get(key, 0) for line in self.lines) for key in keys}
 
     def _initial_error(self) -> dict[str, float]:

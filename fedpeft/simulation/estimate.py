@@ -88,8 +88,8 @@ def show_estimate(studies: Sequence[Study], flops: float) -> None:
     count, whole = 0, Estimate(0, 0, 0)
     for study in studies:
         first = replace(study, lrs=study.lrs[:1], seeds=study.seeds[:1])
-        runs = study.size // len(study.entries)
         for run in first.runs():
+            runs = study.count(run.entry)
             one = estimate(load_config(run.overrides))
             name = escape(f"{study.folder.name} {run.entry}")
             cells.append([name, str(runs), *_texts(one, flops)])
