@@ -143,7 +143,7 @@ CASES = [
     # impossible values
     ("num_clients=0", "num_clients must be >= 1, got 0"),
     ("seed=-1", "seed must be >= 0, got -1"),
-    ("num_rounds=-1", "num_rounds must be >= 1, got -1"),
+    ("num_rounds=-1", "num_rounds must be >= 0, got -1"),
     ("batch_size=0", "batch_size must be >= 1, got 0"),
     ("local_steps=0", "local_steps must be >= 1, got 0"),
     (

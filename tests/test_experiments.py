@@ -86,6 +86,16 @@ def test_methods_of_scl(table: str, alpha: int, scale: str) -> None:
 
 
 @pytest.mark.parametrize("scale", SCALES)
+def test_table_2_of_scl_has_a_floor_that_is_not_searched(scale: str) -> None:
+    of_plan = plan("scl_table2", scale)
+    floor = of_plan.settings.methods[-1]
+    assert first("scl_table2", scale, entry=-1).num_rounds == 0
+    assert [study.count(floor) for study in of_plan.studies()] == [3] * len(
+        cells("scl_table2", scale)
+    )
+
+
+@pytest.mark.parametrize("scale", SCALES)
 def test_clients_of_scl(scale: str) -> None:
     assert [c["num_clients"] for c in cells("scl_table1", scale)] == ["3", "4", "5"]
     texts = [(c["data"], c["num_clients"]) for c in cells("scl_table2", scale)]

@@ -20,6 +20,7 @@ from fedpeft.reporting.report.pairs import holm, t_test
 from fedpeft.reporting.report.pictures import save_pictures
 from fedpeft.reporting.report.plotly_form import form
 from fedpeft.reporting.report.published import published_table
+from fedpeft.reporting.report.related import related_charts
 from fedpeft.reporting.report.series import Curve, in_lines, megabytes
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.report.table import Table
@@ -55,11 +56,12 @@ def _save(
     spread = {f"{key}_unweighted": quality - 0.01, f"{key}_worst": 0.1, f"{key}_p10": 0.2}
     lines = [
         {"round": 0, key: 0.25},
-        {"round": 1, "uplink_bytes": 1_000_000, "downlink_bytes": 2_000_000, "interference": 0.2},
+        {"round": 1, "uplink_bytes": 1_000_000, "downlink_bytes": 2_000_000},
         {"round": 2, "uplink_bytes": 3_000_000, "downlink_bytes": 4_000_000, key: quality},
     ]
     for line in lines[1:]:
         line |= {"update_norm_mean": 2.0 + of_seed, "update_cosine": 0.5}
+    lines[1]["interference"] = {"lora": 0.2, "scl": 0.4}[name]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     counts = dict.fromkeys(("trained", "sent_up", "sent_down", "bytes_up", "bytes_down"), [10, 20])
     summary = {
@@ -166,6 +168,25 @@ def test_who_holds_what_needs_no_matrix_of_all_clients(tmp_path: Path) -> None:
     assert one.counts.shape == (200, 100) and one.labels == [*labels[:99], "l149"]
     assert one.counts.sum() == 5 + 100 and one.counts[0, 99] == 5 and other.counts[0, 99] == 6
     assert one.notes[-1].startswith(f"Of {10**12 + 1} clients and 150 labels")
+
+
+def test_diagnostics_stand_beside_quality_with_their_rank_correlation(tmp_path: Path) -> None:
+    """Seeds of a setting count once; the updates' cosine is the same in all runs, so not drawn."""
+    for name, lr, qualities in (("lora", 0.1, (0.8, 0.9)), ("lora", 0.2, (0.4, 0.5))):
+        for seed, quality in enumerate(qualities):
+            _save(tmp_path / f"{lr}_{seed}", name, seed, quality, lr=lr)
+    _save(tmp_path / "scl", "scl", 0, 0.6)
+    (chart,) = related_charts(Runs.of(saved_runs([tmp_path])))
+    assert chart.name == "interference_and_quality"
+    assert dict(zip(chart.names, chart.points, strict=True)) == {
+        "lora lr=0.1": [(0.2, 0.8), (0.2, 0.9)],
+        "lora lr=0.2": [(0.2, 0.4), (0.2, 0.5)],
+        "scl": [(0.4, 0.6)],
+    }
+    # Ranks 1.5, 1.5, 3 and 3, 1, 2: the covariance of the ranks is 0.
+    assert chart.notes[1].startswith(
+        "Spearman's rank correlation of the 3 settings, means over seeds: 0.00 (p = 1.000)"
+    )
 
 
 def test_a_curve_with_one_seed_has_no_band(tmp_path: Path) -> None:
@@ -350,6 +371,7 @@ def test_each_chart_is_a_picture_in_three_formats(report: Path) -> None:
     assert names == {
         *("quality_by_round", "quality_by_megabytes", "clients", "bytes", "seconds"),
         *("interference", "drift", "update_norms", "moved", "held_0"),
+        "interference_and_quality",
     }
     for name in names:
         assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")

@@ -508,3 +508,15 @@ def test_files_that_are_shared_name_no_folder_of_this_machine(
     assert run("num_rounds=1", "run_dir=out/run")["run_dir"] == "out/run"
     assert "run_dir: out/run\n" in (tmp_path / "out/run/config.yaml").read_text()
     assert str(tmp_path / "out") not in (tmp_path / "out/run/summary.json").read_text()
+
+
+def test_a_run_without_rounds_measures_the_untrained_model(run: Runner) -> None:
+    """It is what another run starts from, and it sends nothing that trains."""
+    floor = run("method=lora", "num_rounds=0", "evaluation.clients=always")
+    trained = run("method=lora", "num_rounds=1", "evaluation.clients=always")
+    assert floor["initial"] == trained["initial"]
+    assert (floor["final"]["round"], floor["best"]["round"]) == (0, 0)
+    key = "client_test_accuracy"
+    assert floor["final"][key] == trained["initial"][key] and "test_accuracy" in floor["final"]
+    assert (floor["bytes"]["uplink_bytes"], floor["bytes"]["downlink_bytes"]) == (0, 0)
+    assert floor["interference"] == [] and floor["parameters"]["trained"] == [0, 0]

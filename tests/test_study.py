@@ -13,12 +13,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedpeft.config.load import composed
+from fedpeft.reporting.figures import plot_study
 from fedpeft.reporting.pages import save_comparison, save_study
 from fedpeft.reporting.results import Measures, edges, ranked_lrs, run_rows, study_row
 from fedpeft.reporting.run_directory import RunDirectory
 from fedpeft.reporting.study import Done, Outcome, Run, Study, listed, numbers
 from fedpeft.reporting.study_plan import StudyPlan
-from fedpeft.reporting.tables import study_cells
+from fedpeft.reporting.tables import Rows, study_cells
 
 ACCURACY = Measures("accuracy", "accuracy", 1)
 NAN = "no client's reply was usable; client 0: training loss is nan: lower lr"
@@ -313,12 +314,34 @@ def test_files_of_a_study(tmp_path: Path) -> None:
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
     names = "method lr seed quality quality_unweighted quality_worst quality_p10 global_test"
-    assert list(rows[0]) == [*names.split(), *"validation trained bytes seconds failed".split()]
+    more = "validation trained bytes seconds failed client_test_accuracy test_accuracy"
+    assert list(rows[0]) == [*names.split(), *more.split()]
     values = "lora 0.01 1 0.7 0.375 0.125 0.25 0.6 0.01 1200 4000000 1.5".split()
-    assert list(rows[3].values()) == [*values, ""]
-    assert list(rows[5].values()) == ["lora", "0.1", "1", *[""] * 9, NAN]
+    assert list(rows[3].values()) == [*values, "", "0.7", "0.6"]
+    assert list(rows[5].values()) == ["lora", "0.1", "1", *[""] * 9, NAN, "", ""]
     assert "last round, mean weighted by rows (runs.csv has the unweighted one too)" in text
     assert len(rows) == 12
+
+
+def test_all_measures_on_test_rows_stand_below_the_table(tmp_path: Path) -> None:
+    """A personal model has none on the server's rows; spreads over clients are no measures."""
+
+    def result(lr: float, seed: int) -> Outcome:
+        measures = {"client_test_loss": 1.0 + seed, "client_test_loss_worst": 9.0}
+        of_server = {"test_accuracy": 0.5, "test_loss": 3.0 - seed, "test_baseline": 0.1}
+        summary = summary_of(0.7, 0.8)
+        summary["final"] |= measures | (of_server if lr == 0.1 else {})
+        return summary
+
+    study = Study(tmp_path, [], ["lora+lr=0.1", "fedsa_lora+lr=0.2"], [], [0, 1])
+    save_study(study, study.finish(Fake(result)), ACCURACY, "fedpeft study")
+    text = (tmp_path / "study.md").read_text()
+    assert "\nClients' own rows\n\n| method | validation accuracy | accuracy | loss |\n" in text
+    assert "| lora+lr=0.1 | 0.800 ± 0.000 | 0.700 ± 0.000 | 1.500 ± 0.707 |\n" in text
+    of_server = "\nThe server's model on the data's test rows\n\n| method | accuracy | loss |\n"
+    assert of_server in text
+    assert "| lora+lr=0.1 | 0.500 ± 0.000 | 2.500 ± 0.707 |\n" in text
+    assert "| fedsa_lora+lr=0.2 | 0.600 ± 0.000 | - |\n" in text
 
 
 @pytest.mark.parametrize(("sign", "first"), [(1, 0.02), (-1, 0.01)])
@@ -382,6 +405,21 @@ def test_a_comparison_counts_bytes_by_each_run_s_own_cohort(tmp_path: Path) -> N
         "lora",
         "lora+clients_per_round=0.5",
     ]
+
+
+def test_a_method_that_sends_nothing_has_a_line_in_the_picture(tmp_path: Path) -> None:
+    """A point at 0 MB would be outside of a logarithmic axis, and nothing but zeros has no axis."""
+
+    def drawn(name: str, quality: float, sent: int) -> bytes:
+        rows: Rows = [
+            {"method": "lora", "quality": 0.5, "sd": 0.1, "bytes": sent},
+            {"method": "floor", "quality": quality, "sd": 0.1, "bytes": 0},
+        ]
+        plot_study(tmp_path / name, rows, "accuracy", 0.3)
+        return (tmp_path / name).read_bytes()
+
+    assert drawn("a.png", 0.40, 1_000_000) != drawn("b.png", 0.45, 1_000_000)
+    assert drawn("c.png", 0.40, 0) != drawn("d.png", 0.45, 0)  # and warns of nothing
 
 
 # --- runs of a study -----------------------------------------------------------------------------

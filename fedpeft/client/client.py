@@ -280,7 +280,8 @@ class Client:
         metrics: dict[str, Any] = {}
         for split in ("validation", "test"):
             metrics[f"{split}-num-examples"] = len(splits[split])
-            for name, value in engine.evaluate(splits[split], last=self.last).items():
+            last = self.last and split == "test"  # text is generated for test rows alone
+            for name, value in engine.evaluate(splits[split], last=last).items():
                 metrics[f"{split}_{name}"] = value
             baseline = engine.baseline(splits["train"], splits[split])
             if baseline is not None and not engine.rows.owns_all_rows:

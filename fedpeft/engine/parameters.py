@@ -1,6 +1,5 @@
 """Counts what a method trains and sends."""
 
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -11,9 +10,11 @@ from fedpeft.engine.replica import check_choices, injected
 from fedpeft.engine.roles import Roles
 from fedpeft.models.precision import train_in_float32
 
+COUNTED = ("trained", "sent_up", "sent_down", "bytes_up", "bytes_down")
+
 
 def parameter_counts(roles: Roles, model: nn.Module) -> dict[str, Any]:
-    """Count parameters and bytes of one client, each as [least, most] over the rounds.
+    """Count parameters and bytes of one client, each as [least, most] over the rounds, or zeros.
 
     Args:
         roles: of the rounds to count.
@@ -26,13 +27,15 @@ def parameter_counts(roles: Roles, model: nn.Module) -> dict[str, Any]:
     """
     parameters = dict(model.named_parameters())
     sizes = {name: p.numel() for name, p in parameters.items()}
-    seen: dict[str, list[int]] = defaultdict(list)
+    seen: dict[str, list[int]] = {key: [] for key in COUNTED}
     for round in range(1, roles.rounds + 1):
         seen["trained"].append(sum(sizes[n] for n in roles.trained(round)))
         for way, sent in (("up", roles.shared(round)), ("down", roles.down(round))):
             seen[f"sent_{way}"].append(sum(sizes[n] for n in sent))
             seen[f"bytes_{way}"].append(sum(sizes[n] * parameters[n].element_size() for n in sent))
-    counts: dict[str, Any] = {key: [min(v), max(v)] for key, v in seen.items()}
+    counts: dict[str, Any] = {
+        key: [min(v, default=0), max(v, default=0)] for key, v in seen.items()
+    }
     return counts | {"total": sum(sizes.values())}
 
 

@@ -42,10 +42,10 @@ def plot_comparison(
     key = f"client_validation_{selects}"
     for i, row in enumerate(rows):
         drawn = style(i, row["method"])
-        left.plot(row["total_bytes"] / 1e6, row["quality"], linestyle="none", ms=9, **drawn)
+        _point(left, row["total_bytes"], row["quality"], None, {"ms": 9, **drawn})
         points = [(line["round"], line[key]) for line in curves[row["method"]] if key in line]
         right.plot(*zip(*points, strict=True), ms=4, **drawn)
-    _against_bytes(left, metric, baseline)
+    _against_bytes(left, [row["total_bytes"] for row in rows], metric, baseline)
     name = selects.replace("_", " ")
     right.set(
         xlabel="round",
@@ -71,8 +71,8 @@ def plot_study(path: Path, rows: Rows, metric: str, baseline: float | None) -> N
     figure, axis = plt.subplots(figsize=(9, 5.4), layout="constrained")
     for i, row in enumerate(rows):
         spread, drawn = row["sd"] or None, style(i, row["method"])
-        axis.errorbar(row["bytes"] / 1e6, row["quality"], spread, ls="none", capsize=3, **drawn)
-    _against_bytes(axis, metric, baseline)
+        _point(axis, row["bytes"], row["quality"], spread, drawn)
+    _against_bytes(axis, [row["bytes"] for row in rows], metric, baseline)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -89,8 +89,26 @@ def style(place: int, label: str) -> dict[str, Any]:
     return {"color": colour, "marker": marker, "label": label}
 
 
-def _against_bytes(axis: Any, metric: str, baseline: float | None) -> None:
-    axis.set(xscale="log", xlabel="MB sent, all clients, both ways")
+def _point(
+    axis: Any, sent: float, quality: float, spread: float | None, drawn: dict[str, Any]
+) -> None:
+    """Draw a method's quality at its bytes; a dotted line if it sends none, as a log axis has no 0.
+
+    Args:
+        axis: of the chart.
+        sent: bytes.
+        quality: mean over the seeds.
+        spread: its deviation, or null.
+        drawn: the method's style.
+    """
+    if sent:
+        axis.errorbar(sent / 1e6, quality, spread, ls="none", capsize=3, **drawn)
+    else:
+        axis.axhline(quality, color=drawn["color"], ls=":", lw=1.5, label=drawn["label"])
+
+
+def _against_bytes(axis: Any, sent: Sequence[float], metric: str, baseline: float | None) -> None:
+    axis.set(xscale="log" if any(sent) else "linear", xlabel="MB sent, all clients, both ways")
     axis.set(
         ylabel=f"test {metric.replace('_', ' ')}, mean by rows", title="Quality against bytes sent"
     )

@@ -7,7 +7,15 @@ from typing import NamedTuple
 
 from fedpeft.config.load import settings
 from fedpeft.reporting.figures import plot_comparison, plot_study
-from fedpeft.reporting.results import Measures, baseline, comparison_row, run_rows, study_row
+from fedpeft.reporting.results import (
+    CLIENTS,
+    SERVER,
+    Measures,
+    baseline,
+    comparison_row,
+    run_rows,
+    study_row,
+)
 from fedpeft.reporting.run_directory import read_metrics
 from fedpeft.reporting.study import Done, Study
 from fedpeft.reporting.tables import (
@@ -16,6 +24,7 @@ from fedpeft.reporting.tables import (
     Page,
     Rows,
     comparison_cells,
+    measures_page,
     study_cells,
     write_csv,
 )
@@ -63,7 +72,7 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
     ]
     notes += [*_floor_notes(floor), *failed, f"Made by: {command}"]
     title = f"{measures.quality} after the last round, mean by rows"
-    page = Page(title, STUDY, study_cells(rows), notes)
+    page = Page(title, STUDY, study_cells(rows), notes, below=_all_measures(rows, measures))
     page.save(study.folder / "study.md")
     shown = [row for row in rows if row["quality"] is not None]
     plot_study(study.folder / "study.png", shown, measures.quality, floor)
@@ -102,6 +111,20 @@ def save_comparison(
     picture = study.folder / "comparison.png"
     plot_comparison(picture, rows, curves, measures.quality, measures.selects, floor)
     return Results(page, rows, floor)
+
+
+def _all_measures(rows: Rows, measures: Measures) -> list[Page]:
+    """Return tables of all measures on test rows: the clients' own, and the data's."""
+    pages: list[Page] = []
+    for prefix, title, before in (
+        (CLIENTS, "Clients' own rows", {"validation": f"validation {measures.selects}"}),
+        (SERVER, "The server's model on the data's test rows", {}),
+    ):
+        names = sorted({n for row in rows for n in row["measures"] if n.startswith(prefix)})
+        columns = before | {name: name.removeprefix(prefix) for name in names}
+        if len(names) > 1:
+            pages.append(measures_page(title, rows, columns))
+    return pages
 
 
 def _rank(quality: float | None, measures: Measures) -> float:

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from fedpeft.reporting.observer import P10, UNWEIGHTED, WORST
+from fedpeft.reporting.observer import P10, SPREAD, UNWEIGHTED, WORST
 from fedpeft.reporting.study import Done, Outcome
 from fedpeft.reporting.tables import Rows
 
+CLIENTS, SERVER = "client_test_", "test_"  # begin the names of measures on test rows
+FIRST = ("method", "lr", "seed")  # columns of runs.csv, then VALUES
 VALUES = (
     "quality",
     "quality_unweighted",
@@ -74,6 +76,15 @@ def run_values(summary: Mapping[str, Any], measures: Measures) -> dict[str, Any]
         "trained": summary["parameters"]["trained"][1],
         "bytes": size["uplink_bytes"] + size["downlink_bytes"],
         "seconds": summary["seconds"],
+    }
+
+
+def tested(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Return all measures on test rows after the last round, the clients' and the server's."""
+    return {
+        name: value
+        for name, value in summary["final"].items()
+        if name.startswith((CLIENTS, SERVER)) and not name.endswith((*SPREAD, "_baseline"))
     }
 
 
@@ -146,11 +157,13 @@ def comparison_row(
 
 
 def run_rows(done: Sequence[Done], measures: Measures) -> Rows:
-    """Return the rows of ``runs.csv``, one a run."""
+    """Return the rows of ``runs.csv``, one a run, with all measures on test rows at the end."""
     rates: dict[str, set[float]] = {}
     for run, _ in done:
         rates.setdefault(run.entry, set()).add(run.lr)
-    return [_run_row(one, measures, len(rates[one.run.entry]) > 1) for one in done]
+    rows = [_run_row(one, measures, len(rates[one.run.entry]) > 1) for one in done]
+    further = sorted({name for row in rows for name in row if name.startswith((CLIENTS, SERVER))})
+    return [dict.fromkeys([*FIRST, *VALUES, *further]) | row for row in rows]
 
 
 def _run_row(one: Done, measures: Measures, searched: bool) -> dict[str, Any]:
@@ -159,7 +172,7 @@ def _run_row(one: Done, measures: Measures, searched: bool) -> dict[str, Any]:
     why = measures.missing(outcome, searched)
     if why or isinstance(outcome, Exception):
         return row | {"failed": why}
-    return row | run_values(outcome, measures)
+    return row | run_values(outcome, measures) | tested(outcome)
 
 
 def ranked_lrs(rows: Rows, sign: int) -> list[float]:
@@ -197,15 +210,19 @@ def study_row(rows: Rows, sign: int) -> dict[str, Any]:
 
     Returns:
         Mean and sample standard deviation of the quality and of the measure on the server's test
-        rows, over ``seeds`` of ``of`` seeds; mean of the bytes. They are None if every run failed,
-        or if the server has no model of its own to test.
+        rows, and by name of the further ``measures``, over ``seeds`` of ``of`` seeds; mean of the
+        bytes. They are None if every run failed, or if the server has no model of its own to test.
     """
     ranked, grid = ranked_lrs(rows, sign), {row["lr"] for row in rows}
     lr = ranked[0] if ranked else None
     ended = [row for row in rows if row["lr"] == lr and row["failed"] is None]
-    quality, sd = mean_and_sd([row["quality"] for row in ended])
-    tested = [row["global_test"] for row in ended if row["global_test"] is not None]
-    global_test, global_sd = mean_and_sd(tested)
+    further = [name for name in rows[0] if name.startswith((CLIENTS, SERVER))]
+    spreads = {
+        name: mean_and_sd([row[name] for row in ended if row[name] is not None])
+        for name in ("quality", "global_test", "validation", *further)
+    }
+    quality, sd = spreads.pop("quality")
+    global_test, global_sd = spreads.pop("global_test")
     return {
         "method": rows[0]["method"],
         "lr": lr,
@@ -217,6 +234,7 @@ def study_row(rows: Rows, sign: int) -> dict[str, Any]:
         "global_sd": global_sd,
         "seeds": len(ended),
         "of": len({row["seed"] for row in rows}),
+        "measures": spreads,
         "trained": max((row["trained"] for row in ended), default=None),
         "bytes": mean(row["bytes"] for row in ended) if ended else None,
     }

@@ -67,6 +67,7 @@ class Page:
         cells: the rows as text.
         notes: sentences below the table, a line each.
         above: lines above the printed table.
+        below: further tables, each with its title.
     """
 
     title: str
@@ -74,6 +75,7 @@ class Page:
     cells: Sequence[Sequence[str]]
     notes: Sequence[str]
     above: Sequence[str] = ()
+    below: Sequence["Page"] = ()
 
     def show(self) -> None:
         """Print the page."""
@@ -82,10 +84,16 @@ class Page:
         cells = [[escape(text) for text in row] for row in self.cells]
         print_table(self.title, self.header, cells)
         print("\n".join(self.notes))
+        for page in self.below:
+            page.show()
 
     def save(self, file: Path) -> None:
         """Write the page in Markdown; the first column is text, the others are numbers."""
-        file.write_text("\n".join([markdown(self.header, self.cells), *self.notes]) + "\n")
+        file.write_text(self._markdown())
+
+    def _markdown(self) -> str:
+        text = "\n".join([markdown(self.header, self.cells), *self.notes]) + "\n"
+        return text + "".join(f"\n{page.title}\n\n{page._markdown()}" for page in self.below)
 
 
 def markdown(header: Sequence[str], cells: Sequence[Sequence[str]], texts: int = 1) -> str:
@@ -159,6 +167,21 @@ STUDY = ("method", "lr", "quality", "global test", "seeds", "trained", "MB in al
 def study_cells(rows: Rows) -> list[list[str]]:
     """Return rows as text, in the order of ``STUDY``."""
     return [_study_cells(row) for row in rows]
+
+
+def measures_page(title: str, rows: Rows, columns: Mapping[str, str]) -> Page:
+    """Return a page of measures, a column each.
+
+    Args:
+        title: stands above it.
+        rows: with each measure's mean and standard deviation over the seeds, by its name.
+        columns: what the columns are called, by the measures' names.
+    """
+    header = ("method", *(text.replace("_", " ") for text in columns.values()))
+    cells = [
+        [row["method"], *(_with_sd(*row["measures"][name]) for name in columns)] for row in rows
+    ]
+    return Page(title, header, cells, ())
 
 
 def _with_sd(value: float | None, sd: float | None) -> str:

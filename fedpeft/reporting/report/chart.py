@@ -1,4 +1,4 @@
-"""Charts as data, which ``plotly_form`` and ``pictures`` draw: lines, boxes, bars, heat maps."""
+"""Charts as data, which ``plotly_form`` and ``pictures`` draw: lines, points, boxes, bars, maps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +74,25 @@ class LineChart(Chart):
     level: float | None = None
     level_name: str = ""
     log_x: bool = False
+
+
+@dataclass(frozen=True)
+class ScatterChart(Chart):
+    """Points of each setting, one a run.
+
+    Args:
+        x: names the horizontal axis.
+        y: names the vertical axis.
+        names: of the settings.
+        places: of the settings among all.
+        points: of each setting, (x, y).
+    """
+
+    x: str
+    y: str
+    names: Sequence[str]
+    places: Sequence[int]
+    points: Sequence[Sequence[tuple[float, float]]]
 
 
 @dataclass(frozen=True)

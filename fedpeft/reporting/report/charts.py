@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fedpeft.reporting.report.chart import BarChart, BoxChart, Chart, Line, LineChart
 from fedpeft.reporting.report.clients import last_round
 from fedpeft.reporting.report.held import held_charts
+from fedpeft.reporting.report.related import related_charts
 from fedpeft.reporting.report.series import Curve, Points, in_lines, megabytes, summed
 from fedpeft.reporting.report.settings import Runs, Setting
 from fedpeft.reporting.saved_runs import SavedRun
@@ -18,7 +19,10 @@ def charts(runs: Runs) -> list[tuple[str, list[Chart]]]:
     sections: dict[str, list[Chart | None]] = {
         "Quality": [_by_round(runs), _by_megabytes(runs), _by_client(runs)],
         "Cost": [_bytes(runs), _seconds(runs)],
-        "Diagnostics": [_interference(runs), _cosines(runs), _norms(runs), _moved(runs)],
+        "Diagnostics": [
+            *(_interference(runs), _cosines(runs), _norms(runs), _moved(runs)),
+            *related_charts(runs),
+        ],
         "Who holds what": list(held_charts(runs)),
     }
     return [(name, [c for c in made if c is not None]) for name, made in sections.items()]

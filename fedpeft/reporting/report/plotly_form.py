@@ -19,6 +19,7 @@ from fedpeft.reporting.report.chart import (
     HeatChart,
     Line,
     LineChart,
+    ScatterChart,
     dashes,
 )
 
@@ -70,6 +71,28 @@ def _line(line: Line) -> list[Form]:
     marker = {"symbol": symbol, "size": 7, "maxdisplayed": MOST_MARKERS}
     mode = {"mode": "lines" if line.bound else "lines+markers"}
     return [*traces, common | drawn | mode | {"marker": marker}]
+
+
+@form.register
+def _(chart: ScatterChart) -> Form:
+    data = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "meta": place,
+            "name": escape(name),
+            "showlegend": False,
+            "x": [x for x, _ in points],
+            "y": [y for _, y in points],
+            "marker": {
+                "color": COLOURS[place % len(COLOURS)],
+                "symbol": MARKERS[place % len(MARKERS)],
+                "size": 7,
+            },
+        }
+        for name, place, points in zip(chart.names, chart.places, chart.points, strict=True)
+    ]
+    return {"data": data, "layout": _layout(_axis(chart.x), _axis(chart.y))}
 
 
 @form.register

@@ -1,0 +1,64 @@
+"""Charts of diagnostics against quality, a point a run."""
+
+from collections.abc import Iterator
+from statistics import mean
+
+from fedpeft.reporting.report.chart import ScatterChart
+from fedpeft.reporting.report.series import in_lines
+from fedpeft.reporting.report.settings import Runs
+
+FEWEST = 3  # settings of a correlation
+# By key of a round's line, the chart's name and what the horizontal axis is called.
+DIAGNOSTICS = {
+    "interference": ("interference_and_quality", "distance of the aggregate"),
+    "update_cosine": ("drift_and_quality", "cosine of two clients' updates"),
+}
+
+
+def related_charts(runs: Runs) -> Iterator[ScatterChart]:
+    """Return a chart for each diagnostic that differs between runs."""
+    for key, (name, axis) in DIAGNOSTICS.items():
+        points = [_points(runs, place, key) for place in range(len(runs.settings))]
+        if len({x for of_setting in points for x, _ in of_setting}) < 2:
+            continue
+        drawn = [place for place, of_setting in enumerate(points) if of_setting]
+        where = "clients' test rows" if runs.compared == "quality" else "the data's test rows"
+        yield ScatterChart(
+            name,
+            f"{runs.title.capitalize()} and {axis}",
+            f"{axis}, mean over the rounds",
+            f"{runs.title} on {where}",
+            [runs.settings[place].name for place in drawn],
+            drawn,
+            [points[place] for place in drawn],
+            notes=["Each point is a run, after its last round.", _correlation(points)],
+        )
+
+
+def _points(runs: Runs, place: int, key: str) -> list[tuple[float, float]]:
+    """Return (mean of the diagnostic over the rounds, quality) of each run that has both."""
+    setting = runs.settings[place]
+    points: list[tuple[float, float]] = []
+    for run, row in zip(setting.runs, setting.rows, strict=True):
+        values, quality = in_lines(key)(run).values(), row[runs.compared]
+        if values and quality is not None:
+            points.append((mean(values), quality))
+    return points
+
+
+def _correlation(points: list[list[tuple[float, float]]]) -> str:
+    """Say how the settings' means over seeds go together.
+
+    Seeds of one setting are no further evidence, so they count once.
+    """
+    from scipy.stats import spearmanr  # takes a second to import
+
+    means = [tuple(map(mean, zip(*p, strict=True))) for p in points if p]
+    if len(means) < FEWEST or any(len({m[axis] for m in means}) < 2 for axis in (0, 1)):
+        return f"A rank correlation needs {FEWEST} settings that differ, and they are too few."
+    rho, p = spearmanr(means)
+    return (
+        f"Spearman's rank correlation of the {len(means)} settings, means over seeds: {rho:.2f} "
+        f"(p = {p:.3f}). Settings of one method are alike, so p is too small; and a correlation "
+        "does not say which is the cause."
+    )
