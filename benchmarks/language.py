@@ -11,7 +11,8 @@ sides start from the same values and take the same rows with the same optimizer,
   padding. In bfloat16, under autocast.
 - fedpeft_fp32, fedpeft_bf16: one client's round, with batches of rows of like length.
 
-Each side's model after the steps is measured on the same validation rows in float32.
+Each side's model after the steps is measured on the same validation rows in float32. At last the
+untrained model answers test rows in bfloat16.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from fedpeft.seeding import generator
 from fedpeft.state import State
 
 LR = 1e-3
+ANSWERS, NEW_TOKENS = 100, 96  # rows that are answered, and the most tokens of an answer
 PREFIX = "base_model.model."  # HF PEFT's before the names of the model's parameters
 
 
@@ -76,18 +78,40 @@ def main() -> None:
         "validation_loss": {name: _loss(exact, state) for name, state in after.items()},
     }
     result["validation_loss"]["before"] = _loss(exact, exact.replica.initial)
+    result["answers"] = _answers(args)
     save("language", result)
 
 
-def _engine(args: argparse.Namespace, precision: str) -> Engine:
+def _engine(args: argparse.Namespace, precision: str, *more: str) -> Engine:
     size = [f"local_steps={args.steps}", f"batch_size={args.batch}", f"lr={LR}"]
     data = ["data=medquad", f"data.path='{args.data.resolve()}'", "data.max_validation_rows=32"]
-    data += [f"data.max_length={args.tokens}"]
+    data += [f"data.max_length={args.tokens}", *more]
     lora = ["method=lora", "method.rank=8", "method.targets=[q,k,v]"]
     run = ["model=smollm2", "num_clients=1", "partition=iid", "runtime=inprocess"]
     return Engine(
         load_config([*run, *data, *lora, *size, "runtime.threads=2", f"precision={precision}"])
     )
+
+
+def _answers(args: argparse.Namespace) -> dict[str, float]:
+    """Answer test rows, and return the seconds and the counts."""
+    room = [f"data.max_length={2 * NEW_TOKENS}", f"data.max_answer_length={NEW_TOKENS}"]
+    engine = _engine(
+        args, "bf16", *room, f"data.max_test_rows={ANSWERS}", "evaluation.batch_size=32"
+    )
+    engine.replica.load(engine.replica.initial)
+    rows, seconds = engine.rows.examples("test"), []
+    for last in (False, True):  # only the last evaluation generates
+        begun = time.perf_counter()
+        engine.evaluate(rows, last=last)
+        seconds.append(time.perf_counter() - begun)
+    words = [len(sample["generated"].split()) for sample in engine.samples]
+    return {
+        "rows": len(words),
+        "most_new_tokens": NEW_TOKENS,
+        "mean_words": round(sum(words) / len(words), 1),
+        "seconds": round(seconds[1] - seconds[0], 1),
+    }
 
 
 def _client(engine: Engine) -> Result:

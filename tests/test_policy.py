@@ -30,7 +30,7 @@ def test_method_and_steps_are_the_server_s_and_the_data_the_site_s() -> None:
         ("data.pair=diagnosis", "data.pair"),
         ("partition=natural partition.column=ward", "partition.column"),
         ("partition=saved partition.file=/etc/passwd", "partition.file"),
-        ("experiment=comparison", "model.settings"),
+        ("experiment=llm", "study.methods"),
         ("~model.sha256", "model.sha256"),
     ],
 )
