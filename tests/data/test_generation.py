@@ -172,6 +172,24 @@ def test_scores_of_generated_text_by_hand(tmp_path: Path) -> None:
     assert samples[1]["prompt"] == "c1\n\n?"
 
 
+def test_references_may_be_cut_to_the_tokens_that_are_generated(tmp_path: Path) -> None:
+    """The answer has four tokens, and two may be generated: they are all that can be right."""
+    rows: Rows = [{"instruction": "?", "response": "rain snow goal team"}]
+    tokenizer = tokenizer_of_words("rain", "snow", "goal", "team")
+    batches = [batch_of("rain snow", tokenizer=tokenizer, rows=[0])]
+
+    def rouge(**fields: Any) -> float:
+        path = write(tmp_path, train=rows)
+        task = InstructionTuning(path=path, label=None, max_answer_length=2, max_length=9, **fields)
+        metrics, (sample,) = task.score_generated(batches, task.as_given("train"), tokenizer)
+        assert sample["reference"] == "rain snow goal team"
+        return metrics["rouge_l_generated"]
+
+    assert rouge() == pytest.approx(2 / 3)  # precision 1, recall 1/2
+    assert rouge(cut_references=True) == 1
+    assert rouge(cut_references=True, generation={"max_new_tokens": 3}) == pytest.approx(4 / 5)
+
+
 @pytest.mark.parametrize(
     ("when", "each_round", "at_the_end", "headline"),
     [

@@ -50,7 +50,8 @@ class InstructionTuning(Task):
     prompt loses its middle, so that the instruction, the question and the beginning of the answer
     always stay. The summary counts both cuts.
 
-    Metrics have two forms. ``..._generated`` compares generated text with the whole reference.
+    Metrics have two forms. ``..._generated`` compares generated text with the whole reference, or
+    with its beginning (``cut_references``).
     ``..._teacher_forced`` compares the most likely next tokens, each predicted after the right
     ones, with the (cut) reference, as some published code does.
 
@@ -66,6 +67,8 @@ class InstructionTuning(Task):
         generate: ``last`` generates for test rows after the last round; ``always`` also in each
             validation and on the clients' rows; ``never`` does not.
         generation: arguments of transformers' ``generate``, such as ``num_beams``; greedy if empty.
+        cut_references: compare generated text with as many tokens of the reference as may be
+            generated. Else a text that ends where it must is measured by how much it lacks.
     """
 
     prompt: str = "{{ instruction }}"
@@ -76,6 +79,7 @@ class InstructionTuning(Task):
     loss_on: str = "answer"
     generate: str = "last"
     generation: dict[str, Any] = field(default_factory=dict)
+    cut_references: bool = False
     metrics: list[str] = field(default_factory=lambda: ["rouge_l", "bleu4"])
 
     several_answers: ClassVar[bool] = False  # true if a row may have a list of answers
@@ -113,6 +117,11 @@ class InstructionTuning(Task):
         return self.max_length // 2 if self.max_answer_length is None else self.max_answer_length
 
     @property
+    def most_new_tokens(self) -> int:
+        """Most tokens that are generated."""
+        return self.generation.get("max_new_tokens", self.answer_room)
+
+    @property
     def prompt_room(self) -> int:
         """Most tokens of a prompt for which an answer is generated."""
         return self.max_length - self.answer_room
@@ -134,8 +143,7 @@ class InstructionTuning(Task):
         if not self.generates(last=True):
             return super().longest(examples)
         prompts = np.minimum(examples.arrays["prompts"][examples.rows], self.prompt_room)
-        new = self.generation.get("max_new_tokens", self.answer_room)
-        lengths = np.maximum(examples.lengths, prompts + new)
+        lengths = np.maximum(examples.lengths, prompts + self.most_new_tokens)
         row = int(lengths.argmax())
         return row, int(lengths[row])
 
@@ -275,7 +283,7 @@ class InstructionTuning(Task):
     def score_generated(
         self, outputs: Outputs, rows: "Dataset", processor: Any
     ) -> tuple[dict[str, float], list[dict[str, str]]]:
-        """Return metrics of generated text against the whole references, and samples.
+        """Return metrics of generated text against the references, and samples.
 
         Args:
             outputs: what ``generate_batch`` returned for each batch, and ``row`` (B,), the rows'
@@ -290,7 +298,8 @@ class InstructionTuning(Task):
         order = torch.cat([batch["row"] for batch in outputs]).cpu().numpy()
         chosen = rows.select(order)
         references, prompts = self.references(chosen), self.prompts(chosen)
-        metrics = self.scored(texts, references, "_generated")
+        compared = self._cut(references, processor) if self.cut_references else references
+        metrics = self.scored(texts, compared, "_generated")
         samples = [
             {"row": str(r), "prompt": p, "reference": a[0], "generated": t}
             for r, p, a, t in sorted(
@@ -298,6 +307,16 @@ class InstructionTuning(Task):
             )
         ]
         return metrics, samples
+
+    def _cut(self, references: list[list[str]], processor: Any) -> list[list[str]]:
+        """Return the references without the tokens that no generated text has room for."""
+        room = self.most_new_tokens
+
+        def beginning(text: str) -> str:
+            ids = processor(text, add_special_tokens=False)["input_ids"]
+            return text if len(ids) <= room else decoded([torch.tensor(ids[:room])], processor)[0]
+
+        return [[beginning(text) for text in texts] for texts in references]
 
 
 @dataclass(frozen=True)
