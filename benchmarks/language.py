@@ -101,6 +101,7 @@ def _answers(args: argparse.Namespace) -> dict[str, float]:
     )
     engine.replica.load(engine.replica.initial)
     rows, seconds = engine.rows.examples("test"), []
+    engine.evaluate(rows)  # warms up
     for last in (False, True):  # only the last evaluation generates
         begun = time.perf_counter()
         engine.evaluate(rows, last=last)

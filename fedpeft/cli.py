@@ -166,8 +166,10 @@ def compare(arguments: list[str]) -> None:
             f"study.questions={chosen.questions} needs a task that generates text, such as "
             "data=docstrings_qa, and data.generate=last"
         )
-    results = _finished(planned, save_comparison, ["compare", *arguments], as_json)
-    if not as_json:
+    _, results = _finished(planned, save_comparison, ["compare", *arguments], as_json)
+    if as_json:
+        _print_json(folder, results)
+    else:
         results.page.show()
         print(f"saved {folder}/comparison.md, comparison.csv, comparison.png")
     if chosen.questions:
@@ -190,7 +192,7 @@ def study(arguments: list[str]) -> None:
     """
     from fedpeft.reporting.pages import save_study
     from fedpeft.reporting.study import Study
-    from fedpeft.reporting.study_plan import StudyPlan
+    from fedpeft.reporting.study_plan import Finished, StudyPlan
 
     as_json, rest = _flag(arguments, "--json")
     only_estimate, rest = _flag(rest, "--estimate")
@@ -209,17 +211,20 @@ def study(arguments: list[str]) -> None:
         return
     failed: dict[Path, str] = {}
 
-    def finish_one(last: bool, planned: Study) -> dict[str, list[float]]:
+    def finish_one(last: bool, planned: Study) -> Finished:
         try:
-            results = _finished(planned, save_study, command, as_json and last, plan)
+            ended, results = _finished(planned, save_study, command, as_json, plan)
         except RuntimeError as error:
             failed[planned.folder] = str(error)
-            return {}
+            return Finished(planned, {})
         failed.pop(planned.folder, None)
         if not as_json:
             results.page.show()
             print(f"saved {planned.folder}/study.md, study.png, runs.csv")
-        return {row["method"]: row["ranked_lrs"] for row in results.rows if row["ranked_lrs"]}
+        elif last:
+            _print_json(planned.folder, results)
+        ranked = {row["method"]: row["ranked_lrs"] for row in results.rows}
+        return Finished(ended, {entry: lrs for entry, lrs in ranked.items() if lrs})
 
     plan.finish_tables(finish_one)
     if failed:
@@ -237,15 +242,18 @@ def _folder_and_base(arguments: list[str], default: str) -> tuple[Path, list[str
 
 def _finished(
     study: Any, save: Callable[..., Any], arguments: list[str], as_json: bool, plan: Any = None
-) -> Any:
-    """Finish a study and save its results; print them as JSON if wanted.
+) -> tuple[Any, Any]:
+    """Finish a study and save its results.
 
     Args:
         study: to finish.
         save: writes the results.
         arguments: of the command, for the notes and to go on.
-        as_json: print the results as JSON.
+        as_json: show nothing on the way.
         plan: of which the study is one table; null for a study alone, whose grid stays as it is.
+
+    Returns:
+        The study, with the learning rates that were added, and its results.
 
     Raises:
         KeyboardInterrupt: somebody stopped the study; the message says how to go on.
@@ -273,17 +281,20 @@ def _finished(
     done = finished(study)
     task = load_config(done[0].run.overrides).data
     measures = Measures(task.headline, *task.selects, quality_sign=task.sign(task.headline))
-    for _ in range(plan.settings.extend if plan else 0):
-        if not (at_edge := edges(done, measures)):
-            break
+    most = plan.settings.extend if plan else 0
+    while at_edge := {
+        entry: lr
+        for entry, lr in edges(done, measures).items()
+        if len(study.more.get(entry, ())) < most
+    }:
         study = study.widened(at_edge)
         done = finished(study)
-    command = shlex.join(["fedpeft", *arguments])
-    results = save(study, done, measures, command)
-    if as_json:
-        table = {"rows": results.rows, "baseline": results.baseline, "folder": str(study.folder)}
-        print(json.dumps(table))
-    return results
+    return study, save(study, done, measures, shlex.join(["fedpeft", *arguments]))
+
+
+def _print_json(folder: Path, results: Any) -> None:
+    table = {"rows": results.rows, "baseline": results.baseline, "folder": str(folder)}
+    print(json.dumps(table))
 
 
 def _going_on(arguments: list[str], folder: Path | str, as_json: bool) -> str:

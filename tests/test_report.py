@@ -170,23 +170,39 @@ def test_who_holds_what_needs_no_matrix_of_all_clients(tmp_path: Path) -> None:
     assert one.notes[-1].startswith(f"Of {10**12 + 1} clients and 150 labels")
 
 
+def _with_interference(folder: Path, values: list[float], qualities: list[list[float]]) -> Runs:
+    """Return runs of a setting for each value, with a run for each of its qualities."""
+    for place, (value, of_seeds) in enumerate(zip(values, qualities, strict=True)):
+        for seed, quality in enumerate(of_seeds):
+            path = _save(folder / f"{place}_{seed}", "lora", seed, quality, lr=1.0 + place)
+            lines = (path / "metrics.jsonl").read_text()
+            (path / "metrics.jsonl").write_text(
+                lines.replace('"interference": 0.2', f'"interference": {value}')
+            )
+    return Runs.of(saved_runs([folder]))
+
+
 def test_diagnostics_stand_beside_quality_with_their_rank_correlation(tmp_path: Path) -> None:
-    """Seeds of a setting count once; the updates' cosine is the same in all runs, so not drawn."""
-    for name, lr, qualities in (("lora", 0.1, (0.8, 0.9)), ("lora", 0.2, (0.4, 0.5))):
-        for seed, quality in enumerate(qualities):
-            _save(tmp_path / f"{lr}_{seed}", name, seed, quality, lr=lr)
-    _save(tmp_path / "scl", "scl", 0, 0.6)
-    (chart,) = related_charts(Runs.of(saved_runs([tmp_path])))
-    assert chart.name == "interference_and_quality"
-    assert dict(zip(chart.names, chart.points, strict=True)) == {
-        "lora lr=0.1": [(0.2, 0.8), (0.2, 0.9)],
-        "lora lr=0.2": [(0.2, 0.4), (0.2, 0.5)],
-        "scl": [(0.4, 0.6)],
-    }
-    # Ranks 1.5, 1.5, 3 and 3, 1, 2: the covariance of the ranks is 0.
-    assert chart.notes[1].startswith(
-        "Spearman's rank correlation of the 3 settings, means over seeds: 0.00 (p = 1.000)"
-    )
+    """Seeds of a setting count once; the updates' cosine is the same in all runs, so not drawn.
+
+    The means fall with interference but for two neighbours, so rho is -(1 - 6 x 2 / 990).
+    """
+    means = [0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.4, 0.3, 0.2, 0.1]
+    spread = [[mean - 0.09, mean + 0.09] for mean in means]
+    runs = _with_interference(tmp_path, [i / 10 for i in range(10)], spread)
+    (chart,) = related_charts(runs)
+    assert chart.name == "interference_and_quality" and chart.names[1] == "lora lr=2.0"
+    assert chart.points[1] == [(0.1, pytest.approx(0.71)), (0.1, pytest.approx(0.89))]
+    start = "Spearman's rank correlation of the 10 settings, each the mean of its seeds: -0.99"
+    assert chart.notes[1].startswith(f"{start} (p = 0.000)")
+
+
+def test_rounding_is_no_interference_and_few_settings_have_no_correlation(tmp_path: Path) -> None:
+    exact = _with_interference(tmp_path / "exact", [1e-7, 2e-6, 0.0], [[0.1], [0.2], [0.3]])
+    assert not list(related_charts(exact))
+    few = _with_interference(tmp_path / "few", [0.1, 0.2, 0.3], [[0.1], [0.2], [0.3]])
+    (chart,) = related_charts(few)
+    assert chart.notes[1] == "A rank correlation needs 10 settings, and values that differ."
 
 
 def test_a_curve_with_one_seed_has_no_band(tmp_path: Path) -> None:

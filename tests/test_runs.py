@@ -510,13 +510,21 @@ def test_files_that_are_shared_name_no_folder_of_this_machine(
     assert str(tmp_path / "out") not in (tmp_path / "out/run/summary.json").read_text()
 
 
-def test_a_run_without_rounds_measures_the_untrained_model(run: Runner) -> None:
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
+def test_a_run_without_rounds_measures_the_untrained_model(run: Runner, strategy: str) -> None:
     """It is what another run starts from, and it sends nothing that trains."""
-    floor = run("method=lora", "num_rounds=0", "evaluation.clients=always")
-    trained = run("method=lora", "num_rounds=1", "evaluation.clients=always")
+    given = ["method=lora", f"strategy={strategy}", "evaluation.clients=always"]
+    floor, trained = run(*given, "num_rounds=0"), run(*given, "num_rounds=1")
     assert floor["initial"] == trained["initial"]
     assert (floor["final"]["round"], floor["best"]["round"]) == (0, 0)
     key = "client_test_accuracy"
     assert floor["final"][key] == trained["initial"][key] and "test_accuracy" in floor["final"]
     assert (floor["bytes"]["uplink_bytes"], floor["bytes"]["downlink_bytes"]) == (0, 0)
     assert floor["interference"] == [] and floor["parameters"]["trained"] == [0, 0]
+
+
+def test_without_rounds_a_personal_model_is_measured_on_its_clients(run: Runner) -> None:
+    floor = run("method=fedsa_lora", "num_rounds=0")
+    assert floor["selected_by"] == "client_validation_accuracy"
+    assert floor["final"]["client_test_accuracy"] == floor["initial"]["client_test_accuracy"]
+    assert "test_accuracy" not in floor["final"]

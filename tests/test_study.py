@@ -18,7 +18,7 @@ from fedpeft.reporting.pages import save_comparison, save_study
 from fedpeft.reporting.results import Measures, edges, ranked_lrs, run_rows, study_row
 from fedpeft.reporting.run_directory import RunDirectory
 from fedpeft.reporting.study import Done, Outcome, Run, Study, listed, numbers
-from fedpeft.reporting.study_plan import StudyPlan
+from fedpeft.reporting.study_plan import Finished, StudyPlan
 from fedpeft.reporting.tables import Rows, study_cells
 
 ACCURACY = Measures("accuracy", "accuracy", 1)
@@ -163,20 +163,22 @@ OPTIONS: dict[str, str] = dict.fromkeys(("--methods", "--lrs", "--seeds", "--ext
 CELLS = "study.cells=['data=sst2 num_clients=3','data=mrpc num_clients=4']"
 
 
-def finished(
-    plan: StudyPlan, ranked: Mapping[str, list[float]] | None = None
-) -> list[tuple[bool, Study]]:
+Ranked = Mapping[str, list[float]]
+
+
+def finished(plan: StudyPlan, *ranked: Ranked) -> list[tuple[bool, Study]]:
     """Return a plan's tables in the order in which it finishes them.
 
     Args:
         plan: of the study.
-        ranked: learning rates of each entry that comes to its end, the best first.
+        ranked: for each time that a table is finished, the learning rates of each entry that comes
+            to its end, the best first; the last one stays.
     """
     passes: list[tuple[bool, Study]] = []
 
-    def finish_one(last: bool, study: Study) -> Mapping[str, list[float]]:
+    def finish_one(last: bool, study: Study) -> Finished:
         passes.append((last, study))
-        return ranked or {}
+        return Finished(study, ranked[min(len(passes), len(ranked)) - 1] if ranked else {})
 
     plan.finish_tables(finish_one)
     return passes
@@ -236,23 +238,63 @@ def test_the_first_table_chooses_the_learning_rates_of_the_others(tmp_path: Path
 
 @pytest.mark.parametrize("cells", [True, False])
 def test_later_seeds_are_run_with_the_best_rates_of_the_first(tmp_path: Path, cells: bool) -> None:
-    """10 lies beyond the grid: it was added, and the best. A rate of an entry's own is kept."""
-    floor = "scl+lr=0.5+num_rounds=0"
-    base = [f"study.methods=[lora,'{floor}']", "study.lrs=[0.01,0.1,1]", "study.finalists=2"]
-    plan = StudyPlan.of(
-        tmp_path, [*base, *([CELLS] if cells else [])], OPTIONS | {"--seeds": "5,6"}, "lora"
-    )
-    assert plan.studies()[0].size == (3 + 2) + 2  # for the estimate
-    passes = finished(plan, {"lora": [10.0, 1.0, 0.1], floor: [0.5]})
-    first, last = passes[0][1], passes[-1][1]
-    assert [(run.lr, run.seed) for run in first.runs()] == [(0.01, 5), (0.1, 5), (1, 5), (0.5, 5)]
-    of_lora = [(run.lr, run.seed) for run in last.runs() if run.entry == "lora"]
-    assert of_lora == [(0.01, 5), (0.1, 5), (1, 5), (1, 6), (10, 5), (10, 6)]
-    assert [(run.lr, run.seed) for run in last.runs() if run.entry == floor] == [(0.5, 5), (0.5, 6)]
-    assert last.size == len(last.runs()) == 8
-    assert composed(last.runs()[-1].overrides).lr == 0.5
-    grown = last.widened({"lora": 10.0})
-    assert [run.seed for run in grown.runs() if run.lr == 100.0] == [5, 6]
+    """The second seed ranks otherwise, which changes nothing. An entry's own rate has all seeds.
+
+    No run of scl came to its end with the first seed, so it keeps the grid's first rates.
+    """
+    floor = "lora+lr=0.5+num_rounds=0"
+    base = [f"study.methods=[lora,scl,'{floor}']", "study.lrs=[0.01,0.1,1]", "study.finalists=2"]
+    given = OPTIONS | {"--seeds": "5,6,7"}
+    plan = StudyPlan.of(tmp_path, [*base, *([CELLS] if cells else [])], given, "lora")
+    assert plan.studies()[0].size == (3 + 2 + 2) * 2 + 3  # for the estimate
+    first_seed, later = {"lora": [1.0, 0.1], floor: [0.5]}, {"lora": [0.01]}
+    passes = finished(plan, *[first_seed] * (2 if cells else 1), later)
+    assert [len(study.seeds) for _, study in passes] == [
+        n for n in (1, 2, 3) for _ in range(1 + cells)
+    ]
+    last = passes[-1][1]
+    runs: dict[str, list[tuple[float, int]]] = {entry: [] for entry in last.entries}
+    for run in last.runs():
+        runs[run.entry].append((run.lr, run.seed))
+    assert runs["lora"] == [(0.01, 5), *((lr, seed) for lr in (0.1, 1) for seed in (5, 6, 7))]
+    assert runs["scl"] == [*((lr, seed) for lr in (0.01, 0.1) for seed in (5, 6, 7)), (1, 5)]
+    assert runs[floor] == [(0.5, 5), (0.5, 6), (0.5, 7)]
+    assert last.size == len(last.runs()) and composed(last.runs()[-1].overrides).lr == 0.5
+    grown = last.widened({"lora": 1.0})
+    assert [run.seed for run in grown.runs() if run.lr == 10.0] == [5, 6, 7]
+
+
+def test_a_race_in_the_first_table_gives_the_others_its_best_rate(tmp_path: Path) -> None:
+    base = [CELLS, "study.methods=[lora]", "study.lrs=[0.01,0.1]", "study.finalists=1"]
+    plan = StudyPlan.of(tmp_path, [*base, "study.reuse_lrs=true"], OPTIONS | {"--seeds": "5,6"}, "")
+    passes = finished(plan, {"lora": [0.1, 0.01]})
+    runs = [[(run.lr, run.seed) for run in study.runs()] for _, study in passes]
+    assert runs == [
+        [(0.01, 5), (0.1, 5)],
+        [(0.01, 5), (0.1, 5), (0.1, 6)],
+        [(0.1, 5)],
+        [(0.1, 5), (0.1, 6)],
+    ]
+    page = save_study(passes[1][1], passes[1][1].finish(Fake(steady)), ACCURACY, "").page
+    raced = "Seeds after the first were run with each method's best rates of the first alone."
+    assert any(note.endswith(raced) for note in page.notes)
+
+
+def test_a_rate_that_was_added_stays_and_counts(
+    fedpeft: Callable[..., str], base: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10 is added with the first seed and diverges; the second seed neither adds it nor 100.
+
+    The output is one document, because a pass of some seeds prints nothing.
+    """
+    fake = Fake(lambda lr, seed: RuntimeError(NAN) if lr == 10 else summary_of(0.5, lr))
+    monkeypatch.setattr("fedpeft.simulation.launch.run_all", lambda runs, *rest: fake(runs))
+    rest = [o for o in base if not o.startswith("method")]
+    options = ["--methods", "lora+method.rank=4", "--lrs", "0.1,1", "--seeds", "5,6", "--extend=1"]
+    text = fedpeft("study", *options, "--json", "study.finalists=1", *rest, "run_dir=out")
+    assert [(lr, seed) for _, lr, seed in fake.launched] == [(0.1, 5), (1, 5), (10, 5), (1, 6)]
+    (row,) = json.loads(text)["rows"]
+    assert (row["lr"], row["ranked_lrs"], row["seeds"]) == (1.0, [1.0, 0.1], 2)
 
 
 @pytest.mark.parametrize(
@@ -314,17 +356,19 @@ def test_files_of_a_study(tmp_path: Path) -> None:
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
     names = "method lr seed quality quality_unweighted quality_worst quality_p10 global_test"
-    more = "validation trained bytes seconds failed client_test_accuracy test_accuracy"
-    assert list(rows[0]) == [*names.split(), *more.split()]
+    assert list(rows[0]) == [*names.split(), *"validation trained bytes seconds failed".split()]
     values = "lora 0.01 1 0.7 0.375 0.125 0.25 0.6 0.01 1200 4000000 1.5".split()
-    assert list(rows[3].values()) == [*values, "", "0.7", "0.6"]
-    assert list(rows[5].values()) == ["lora", "0.1", "1", *[""] * 9, NAN, "", ""]
+    assert list(rows[3].values()) == [*values, ""]
+    assert list(rows[5].values()) == ["lora", "0.1", "1", *[""] * 9, NAN]
     assert "last round, mean weighted by rows (runs.csv has the unweighted one too)" in text
     assert len(rows) == 12
 
 
 def test_all_measures_on_test_rows_stand_below_the_table(tmp_path: Path) -> None:
-    """A personal model has none on the server's rows; spreads over clients are no measures."""
+    """A personal model has none on the server's rows; spreads over clients are no measures.
+
+    The quality stands in the table itself.
+    """
 
     def result(lr: float, seed: int) -> Outcome:
         measures = {"client_test_loss": 1.0 + seed, "client_test_loss_worst": 9.0}
@@ -336,12 +380,12 @@ def test_all_measures_on_test_rows_stand_below_the_table(tmp_path: Path) -> None
     study = Study(tmp_path, [], ["lora+lr=0.1", "fedsa_lora+lr=0.2"], [], [0, 1])
     save_study(study, study.finish(Fake(result)), ACCURACY, "fedpeft study")
     text = (tmp_path / "study.md").read_text()
-    assert "\nClients' own rows\n\n| method | validation accuracy | accuracy | loss |\n" in text
-    assert "| lora+lr=0.1 | 0.800 ± 0.000 | 0.700 ± 0.000 | 1.500 ± 0.707 |\n" in text
-    of_server = "\nThe server's model on the data's test rows\n\n| method | accuracy | loss |\n"
-    assert of_server in text
-    assert "| lora+lr=0.1 | 0.500 ± 0.000 | 2.500 ± 0.707 |\n" in text
-    assert "| fedsa_lora+lr=0.2 | 0.600 ± 0.000 | - |\n" in text
+    clients, of_server = "Clients' own rows, more measures", "The data's test rows, more measures"
+    assert f"\n{clients}\n\n| method | validation accuracy | loss |\n" in text
+    assert "| lora+lr=0.1 | 0.800 ± 0.000 | 1.500 ± 0.707 |\n" in text
+    assert f"\n{of_server} of the server's model\n\n| method | loss |\n" in text
+    assert "| lora+lr=0.1 | 2.500 ± 0.707 |\n| fedsa_lora+lr=0.2 | - |\n" in text
+    assert "\n\n\n" not in text
 
 
 @pytest.mark.parametrize(("sign", "first"), [(1, 0.02), (-1, 0.01)])

@@ -280,7 +280,7 @@ class Client:
         metrics: dict[str, Any] = {}
         for split in ("validation", "test"):
             metrics[f"{split}-num-examples"] = len(splits[split])
-            last = self.last and split == "test"  # text is generated for test rows alone
+            last = self.last and split == "test"  # only then generate=last generates text
             for name, value in engine.evaluate(splits[split], last=last).items():
                 metrics[f"{split}_{name}"] = value
             baseline = engine.baseline(splits["train"], splits[split])

@@ -220,9 +220,9 @@ class Studying:
             a folder of its own. One table without any if empty.
         extend: most learning rates that are added, one at a time, on the side where a method's best
             one is the grid's first or last.
-        finalists: learning rates of an entry that are run with the seeds after the first: so many
-            of the best by validation with the first seed, and any that is added later; null for
-            all (successive halving in one step, arXiv 1502.07943).
+        finalists: how many learning rates of an entry the seeds after the first are run with: the
+            best ones of the first seed by validation. Rates that ``extend`` adds later are run too.
+            Null for all. It is one step of successive halving (arXiv 1502.07943).
         reuse_lrs: search learning rates in the first table alone, and give each method of the other
             tables the one that was best there.
         estimate: print memory, hours and bytes before the first run.

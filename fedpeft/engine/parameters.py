@@ -14,7 +14,7 @@ COUNTED = ("trained", "sent_up", "sent_down", "bytes_up", "bytes_down")
 
 
 def parameter_counts(roles: Roles, model: nn.Module) -> dict[str, Any]:
-    """Count parameters and bytes of one client, each as [least, most] over the rounds, or zeros.
+    """Count parameters and bytes of one client, each as [least, most] over the rounds.
 
     Args:
         roles: of the rounds to count.
@@ -23,7 +23,7 @@ def parameter_counts(roles: Roles, model: nn.Module) -> dict[str, Any]:
     Returns:
         ``trained``, ``sent_up`` and ``sent_down`` parameters; ``bytes_up`` and ``bytes_down`` of
         their arrays, without compression and a strategy's extras; ``total``, the parameters of the
-        whole model.
+        whole model. Without rounds each is [0, 0].
     """
     parameters = dict(model.named_parameters())
     sizes = {name: p.numel() for name, p in parameters.items()}

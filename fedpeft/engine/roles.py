@@ -89,7 +89,7 @@ class Roles:
 
     def _setting(self) -> Setting:
         config = self.config
-        shares = any(self.shared(round) for round in range(1, config.num_rounds + 1))
+        shares = any(self.shared(round) for round in self._of_training(config.num_rounds))
         whole, cohort = not config.method.trains_blocks(config.num_clients), config.cohort_size()
         return Setting(config.method, shares, whole, cohort, config.optimizer.name)
 
@@ -100,8 +100,13 @@ class Roles:
         The run is then measured on the clients in every round, because models before and after a
         parameter becomes personal could not be compared otherwise.
         """
-        rounds = range(1, self.rounds + 1)
+        rounds = self._of_training(self.rounds)
         return any(Role.PERSONAL in self.by_name(round).values() for round in rounds)
+
+    @staticmethod
+    def _of_training(count: int) -> range:
+        """Return the rounds; of a run without any, the one that its model would begin with."""
+        return range(1, max(1, count) + 1)
 
 
 def _matching(

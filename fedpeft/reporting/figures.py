@@ -92,7 +92,9 @@ def style(place: int, label: str) -> dict[str, Any]:
 def _point(
     axis: Any, sent: float, quality: float, spread: float | None, drawn: dict[str, Any]
 ) -> None:
-    """Draw a method's quality at its bytes; a dotted line if it sends none, as a log axis has no 0.
+    """Draw a method's quality at its bytes; as a dotted line without its spread if it sends none.
+
+    A logarithmic axis has no 0.
 
     Args:
         axis: of the chart.

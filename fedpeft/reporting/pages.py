@@ -66,7 +66,7 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
     rows = [study_row([r for r in runs if r["method"] == e], measures.sign) for e in study.entries]
     rows.sort(key=lambda row: _rank(row["quality"], measures))
     notes = [
-        *study_notes(measures, study.rates_from),
+        *study_notes(measures, study.rates_from, bool(study.finalists)),
         *_edge_notes(rows),
         *_start_notes(done, measures),
     ]
@@ -114,15 +114,19 @@ def save_comparison(
 
 
 def _all_measures(rows: Rows, measures: Measures) -> list[Page]:
-    """Return tables of all measures on test rows: the clients' own, and the data's."""
+    """Return tables of the other measures on test rows: the clients' own, and the data's."""
     pages: list[Page] = []
     for prefix, title, before in (
-        (CLIENTS, "Clients' own rows", {"validation": f"validation {measures.selects}"}),
-        (SERVER, "The server's model on the data's test rows", {}),
+        (
+            CLIENTS,
+            "Clients' own rows, more measures",
+            {"validation": f"validation {measures.selects}"},
+        ),
+        (SERVER, "The data's test rows, more measures of the server's model", {}),
     ):
         names = sorted({n for row in rows for n in row["measures"] if n.startswith(prefix)})
         columns = before | {name: name.removeprefix(prefix) for name in names}
-        if len(names) > 1:
+        if names:
             pages.append(measures_page(title, rows, columns))
     return pages
 
@@ -142,14 +146,18 @@ def comparison_note(measures: Measures) -> str:
     )
 
 
-def study_notes(measures: Measures, rates_from: str | None = None) -> list[str]:
+def study_notes(
+    measures: Measures, rates_from: str | None = None, raced: bool = False
+) -> list[str]:
     """Return the sentences that explain the columns of a study.
 
     Args:
         measures: names of the measures.
         rates_from: name of the table that searched the learning rates; null if this one did.
+        raced: true if seeds after the first are run with the best rates of the first alone.
     """
     where = f", in the table {rates_from}" if rates_from else ""
+    race = " Seeds after the first were run with each method's best rates of the first alone."
     return [
         f"quality: {measures.quality} on the clients' own test rows after the last round, mean "
         "weighted by rows (runs.csv has the unweighted one too); of the seeds the mean ± the "
@@ -157,7 +165,7 @@ def study_notes(measures: Measures, rates_from: str | None = None) -> list[str]:
         "global test: the same of the server's model on the data's test rows; none if a part of "
         "the model stays on the clients.",
         f"lr: the one with the best {measures.selects} on the clients' own validation rows after "
-        f"the last round, mean weighted by rows, mean of all seeds{where}.",
+        f"the last round, mean weighted by rows, mean of all seeds{where}.{race if raced else ''}",
         "MB: 10^6 bytes of the training's messages, all clients, both ways, mean of the seeds.",
     ]
 
@@ -176,16 +184,16 @@ def _edge_notes(rows: Rows) -> list[str]:
 
 def _start_notes(done: Sequence[Done], measures: Measures) -> list[str]:
     """Return the quality of each method's model before training, if it was measured."""
-    starts: dict[str, list[float]] = {}
+    starts: dict[str, dict[int, float]] = {}  # by entry and seed
     for run, outcome in done:
-        value = isinstance(outcome, dict) and outcome["initial"].get(
-            f"client_test_{measures.quality}"
-        )
+        if not isinstance(outcome, dict) or not outcome["final"]["round"]:
+            continue  # an entry that does not train has its row in the table
+        value = outcome["initial"].get(f"client_test_{measures.quality}")
         if isinstance(value, float):
-            starts.setdefault(run.entry, []).append(value)
+            starts.setdefault(run.entry, {})[run.seed] = value
     if not starts:
         return []
-    named = ", ".join(f"{entry} {mean(values):.3f}" for entry, values in starts.items())
+    named = ", ".join(f"{entry} {mean(by.values()):.3f}" for entry, by in starts.items())
     return [f"Untrained, after round 0: {named}."]
 
 

@@ -79,12 +79,15 @@ def run_values(summary: Mapping[str, Any], measures: Measures) -> dict[str, Any]
     }
 
 
-def tested(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Return all measures on test rows after the last round, the clients' and the server's."""
+def further_measures(summary: Mapping[str, Any], measures: Measures) -> dict[str, float]:
+    """Return the measures on test rows beside the quality: the clients' and the server's."""
+    known = {f"{prefix}{measures.quality}" for prefix in (CLIENTS, SERVER)}
     return {
         name: value
         for name, value in summary["final"].items()
-        if name.startswith((CLIENTS, SERVER)) and not name.endswith((*SPREAD, "_baseline"))
+        if name.startswith((CLIENTS, SERVER))
+        and not name.endswith((*SPREAD, "_baseline"))
+        and name not in known
     }
 
 
@@ -157,7 +160,7 @@ def comparison_row(
 
 
 def run_rows(done: Sequence[Done], measures: Measures) -> Rows:
-    """Return the rows of ``runs.csv``, one a run, with all measures on test rows at the end."""
+    """Return the rows of ``runs.csv``, one a run, with further measures in the last columns."""
     rates: dict[str, set[float]] = {}
     for run, _ in done:
         rates.setdefault(run.entry, set()).add(run.lr)
@@ -168,18 +171,19 @@ def run_rows(done: Sequence[Done], measures: Measures) -> Rows:
 
 def _run_row(one: Done, measures: Measures, searched: bool) -> dict[str, Any]:
     run, outcome = one
-    row = {"method": run.entry, "lr": run.lr, "seed": run.seed} | dict.fromkeys(VALUES)
+    row: dict[str, Any] = {"method": run.entry, "lr": run.lr, "seed": run.seed, "failed": None}
     why = measures.missing(outcome, searched)
     if why or isinstance(outcome, Exception):
         return row | {"failed": why}
-    return row | run_values(outcome, measures) | tested(outcome)
+    return row | run_values(outcome, measures) | further_measures(outcome, measures)
 
 
 def ranked_lrs(rows: Rows, sign: int) -> list[float]:
     """Rank a method's learning rates by the mean over its seeds on validation rows.
 
     A rate at which more seeds came to their end goes first, because a mean over the survivors says
-    nothing of the other seeds. Among equals, the smaller rate goes first.
+    nothing of the other seeds; so does one that was run with more seeds, because it was better with
+    the first. Among equals, the smaller rate goes first.
 
     Args:
         rows: the method's rows of ``runs.csv``.

@@ -118,8 +118,7 @@ class Study:
 
     def count(self, entry: str) -> int:
         """Return the number of an entry's runs."""
-        rates, later = len(self._rates(entry)) or 1, len(self._later_rates(entry)) or 1
-        return rates + later * len(self.seeds[1:])
+        return len(self._pairs(entry))
 
     def widened(self, edges: Mapping[str, float]) -> "Study":
         """Return the study with one more learning rate for each entry whose best one is an edge.
@@ -158,24 +157,28 @@ class Study:
         tree = composed([*common, "resume=true"])
         if not self.flat:
             common = [override for override in common if not override.startswith("lr=")]
-        for lr in self._rates(entry) or [tree.lr]:
-            later = self.seeds[1:] if lr in (self._later_rates(entry) or [tree.lr]) else []
-            for seed in [*self.seeds[:1], *later] or [tree.seed]:
-                tree.lr, tree.seed = lr, seed
-                parts = [] if self.flat else [f"lr={lr}", f"seed={seed}"]
-                path = self.folder.joinpath(entry.replace("/", "_"), *parts)
-                overrides = [*common, *parts, f"run_dir={quoted(path)}", "resume=true"]
-                yield Run(entry, lr, seed, path, overrides, deepcopy(tree))
+        own_lr, own_seed = tree.lr, tree.seed
+        for given_lr, given_seed in self._pairs(entry):
+            lr = own_lr if given_lr is None else given_lr
+            seed = own_seed if given_seed is None else given_seed
+            tree.lr, tree.seed = lr, seed
+            parts = [] if self.flat else [f"lr={lr}", f"seed={seed}"]
+            path = self.folder.joinpath(entry.replace("/", "_"), *parts)
+            overrides = [*common, *parts, f"run_dir={quoted(path)}", "resume=true"]
+            yield Run(entry, lr, seed, path, overrides, deepcopy(tree))
+
+    def _pairs(self, entry: str) -> list[tuple[float | None, int | None]]:
+        """Return the learning rate and the seed of each run; null for the configuration's."""
+        rates: Sequence[float | None] = self._rates(entry) or [None]
+        first, *later = self.seeds or [None]
+        kept = self.finalists.get(entry, rates) if len(rates) > 1 else rates
+        return [(lr, seed) for lr in rates for seed in [first, *(later if lr in kept else [])]]
 
     def _rates(self, entry: str) -> list[float]:
-        """Return the learning rates of an entry; empty if it has its method's."""
-        own = [part.removeprefix("lr=") for part in _parts(entry) if part.startswith("lr=")]
-        return numbers("lr", own[0], float) if own else [*self.lrs, *self.more.get(entry, ())]
-
-    def _later_rates(self, entry: str) -> Sequence[float]:
-        """Return those of them that seeds after the first are run with."""
-        rates, kept = self._rates(entry), self.finalists.get(entry)
-        return [lr for lr in rates if lr in kept] if kept and len(rates) > 1 else rates
+        """Return the learning rates of an entry; empty if it has its own or its method's."""
+        if any(part.startswith("lr=") for part in _parts(entry)):
+            return []
+        return [*self.lrs, *self.more.get(entry, ())]
 
     def _check(self, extra: Sequence[str], common: Sequence[str]) -> None:
         """Refuse overrides that a single run may not set."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from fedpeft.config.choices import choices
 from fedpeft.config.load import composed, leaves
@@ -11,7 +12,20 @@ from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Studying
 from fedpeft.reporting.study import Study, listed, numbers
 
-Finish = Callable[[bool, Study], Mapping[str, Sequence[float]]]
+
+class Finished(NamedTuple):
+    """A table's study with all runs done.
+
+    Attributes:
+        study: with the learning rates that were added.
+        ranked_lrs: by entry, its learning rates of which a run came to its end, the best first.
+    """
+
+    study: Study
+    ranked_lrs: Mapping[str, Sequence[float]]
+
+
+Finish = Callable[[bool, Study], Finished]
 
 
 @dataclass(frozen=True)
@@ -62,41 +76,43 @@ class StudyPlan:
         """Finish every table with the first seed, then with two, and so on, by ``finish_one``.
 
         So a command that is stopped leaves tables of whole seeds. A run that is there is not run
-        again. Without cells and ``finalists`` there is one table, at once with all seeds. With
-        ``reuse_lrs`` the first table is finished before the others, because they take its learning
-        rates. An entry of which no run came to its end there has its method's own rate in the
-        others.
+        again. If there are neither cells nor ``finalists``, the only table is finished with all
+        seeds at once.
+
+        With ``finalists``, later seeds are run with each entry's best rates of the first seed. An
+        entry of which no run came to its end with the first seed keeps the first rates of the grid.
+
+        With ``reuse_lrs`` the first table is finished before the others, because they take its
+        learning rates. An entry of which no run came to its end there has its method's own rate in
+        the others.
 
         Args:
-            finish_one: finishes a table's study, and returns each entry's learning rates of which a
-                run came to its end, the best first. It is also told whether this is the table's
-                last time.
+            finish_one: finishes a table's study. It is also told whether this is the table's last
+                time.
         """
         first, *others = self.studies()
         if not self.settings.reuse_lrs:
             self._grow([first, *others], finish_one)
             return
-        (ranked,) = self._grow([first], finish_one)
-        best = {entry: rates[:1] for entry, rates in ranked.items()}
+        (ended,) = self._grow([first], finish_one)
+        best = {entry: rates[:1] for entry, rates in ended.ranked_lrs.items()}
         name = first.folder.name
         self._grow([replace(study, more=best, rates_from=name) for study in others], finish_one)
 
-    def _grow(
-        self, studies: Sequence[Study], finish_one: Finish
-    ) -> list[Mapping[str, Sequence[float]]]:
-        """Finish tables one seed at a time, and return what the last time gave for each."""
+    def _grow(self, studies: Sequence[Study], finish_one: Finish) -> list[Finished]:
+        """Finish tables, and return each as it was after its last time."""
         settings, count = self.settings, len(self.settings.seeds)
         one_by_one = count and (settings.cells or settings.finalists)
-        ranked: list[Mapping[str, Sequence[float]]] = []
+        ended: list[Finished] = []
         for seeds in range(1, count + 1) if one_by_one else [count]:
-            ranked = [
-                finish_one(seeds == count, replace(study, seeds=study.seeds[:seeds]))
+            ended = [
+                finish_one(seeds == count, replace(study, seeds=settings.seeds[:seeds]))
                 for study in studies
             ]
-            if seeds == 1 and settings.finalists:
-                pairs = zip(studies, ranked, strict=True)
-                studies = [_narrowed(study, rates, settings.finalists) for study, rates in pairs]
-        return ranked
+            studies = [one.study for one in ended]
+            if seeds == 1 and (most := settings.finalists):
+                studies = [_narrowed(one, most) for one in ended]
+        return ended
 
     def studies(self) -> list[Study]:
         """Return a study for each table, with all seeds.
@@ -105,6 +121,9 @@ class StudyPlan:
         """
         settings = self.settings
         cells = [cell.split() for cell in settings.cells] or [[]]
+        # The grid's first rates stand for the best ones until the first seed has ranked them.
+        kept = settings.lrs[: settings.finalists]
+        unranked = dict.fromkeys(settings.methods, kept) if settings.finalists else {}
         return [
             Study(
                 self.folder.joinpath(*(["_".join(cell).replace("/", "-")] if cell else [])),
@@ -112,8 +131,7 @@ class StudyPlan:
                 settings.methods,
                 () if number and settings.reuse_lrs else settings.lrs,
                 settings.seeds,
-                # The first rates stand for the best ones until the first seed has ranked them.
-                finalists=dict.fromkeys(settings.methods, settings.lrs[: settings.finalists]),
+                finalists=unranked,
             )
             for number, cell in enumerate(cells)
         ]
@@ -125,14 +143,12 @@ class StudyPlan:
         return [*overrides, f"data.path={quoted(self.data / str(name))}"]
 
 
-def _narrowed(study: Study, ranked: Mapping[str, Sequence[float]], finalists: int) -> Study:
+def _narrowed(ended: Finished, finalists: int) -> Study:
     """Return the study whose later seeds are run with each entry's best rates alone.
 
     Args:
-        study: of the first seed.
-        ranked: by entry, its learning rates, the best first; those beyond the grid are kept.
+        ended: the study with its first seed.
         finalists: number of rates that are kept for an entry.
     """
-    beyond = {e: [lr for lr in rates if lr not in study.lrs] for e, rates in ranked.items()}
-    best = {entry: rates[:finalists] for entry, rates in ranked.items()}
-    return replace(study, more={**study.more, **beyond}, finalists=best)
+    best = {entry: rates[:finalists] for entry, rates in ended.ranked_lrs.items()}
+    return replace(ended.study, finalists={**ended.study.finalists, **best})

@@ -67,7 +67,7 @@ class Page:
         cells: the rows as text.
         notes: sentences below the table, a line each.
         above: lines above the printed table.
-        below: further tables, each with its title.
+        below: further tables, whose titles stand in files too.
     """
 
     title: str
@@ -85,6 +85,7 @@ class Page:
         print_table(self.title, self.header, cells)
         print("\n".join(self.notes))
         for page in self.below:
+            print()
             page.show()
 
     def save(self, file: Path) -> None:
@@ -92,8 +93,9 @@ class Page:
         file.write_text(self._markdown())
 
     def _markdown(self) -> str:
-        text = "\n".join([markdown(self.header, self.cells), *self.notes]) + "\n"
-        return text + "".join(f"\n{page.title}\n\n{page._markdown()}" for page in self.below)
+        notes = ["\n".join(self.notes) + "\n"] if self.notes else []
+        lower = [f"{page.title}\n\n{page._markdown()}" for page in self.below]
+        return "\n".join([markdown(self.header, self.cells), *notes, *lower])
 
 
 def markdown(header: Sequence[str], cells: Sequence[Sequence[str]], texts: int = 1) -> str:

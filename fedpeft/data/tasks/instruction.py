@@ -64,8 +64,9 @@ class InstructionTuning(Task):
         max_answer_length: tokens that the answer keeps at least, if it has them, and that are
             generated at most; null for half of ``max_length``.
         loss_on: ``answer``, or ``all`` for the prompt's tokens too.
-        generate: ``last`` generates for test rows after the last round; ``always`` also in each
-            validation and on the clients' rows; ``never`` does not.
+        generate: ``last`` generates for test rows after the last round, the server's and the
+            clients' own; ``always`` in every evaluation, also for validation rows; ``never`` not
+            at all.
         generation: arguments of transformers' ``generate``, such as ``num_beams``; greedy if empty.
         cut_references: compare generated text with as many tokens of the reference as may be
             generated. Else a text that ends where it must is measured by how much it lacks.

@@ -80,17 +80,18 @@ def _(chart: LineChart, figure: Any, axis: Any) -> None:
         axis.axhline(chart.level, color="grey", ls="--", lw=1, label=chart.level_name)
     axis.set(xlabel=chart.x, ylabel=chart.y)
     _scale(axis, chart.log_x)
-    _name_below([line.name for line in chart.lines], figure, axis)
+    _name_below(figure, axis)
     rounds = sorted({x for line in chart.lines for x in line.x})
     if chart.x == "round" and len(rounds) <= 12:
         axis.set_xticks(rounds)
 
 
-def _name_below(names: Sequence[str], figure: Any, axis: Any) -> None:
+def _name_below(figure: Any, axis: Any) -> None:
     """Name what is drawn below a chart, and make room for it."""
+    names = axis.get_legend_handles_labels()[1]
     columns = 3 if max(map(len, names), default=0) < 20 else 2
     figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=columns)
-    rows = -(-len(axis.get_legend_handles_labels()[1]) // columns)
+    rows = -(-len(names) // columns)
     figure.set_size_inches(WIDTH, 4.0 + 0.2 * rows)
 
 
@@ -100,7 +101,7 @@ def _(chart: ScatterChart, figure: Any, axis: Any) -> None:
         x, y = zip(*points, strict=True)
         axis.plot(x, y, ls="", ms=5, alpha=0.75, **style(place, name))
     axis.set(xlabel=chart.x, ylabel=chart.y)
-    _name_below(chart.names, figure, axis)
+    _name_below(figure, axis)
 
 
 def _draw_line(line: Line, axis: Any) -> None:

@@ -7,7 +7,8 @@ from fedpeft.reporting.report.chart import ScatterChart
 from fedpeft.reporting.report.series import in_lines
 from fedpeft.reporting.report.settings import Runs
 
-FEWEST = 3  # settings of a correlation
+FEWEST = 10  # settings of a correlation: with fewer, p of the approximation means nothing
+DIGITS = 4  # of a diagnostic; an exact aggregation's interference is rounding, and counts as 0
 # By key of a round's line, the chart's name and what the horizontal axis is called.
 DIAGNOSTICS = {
     "interference": ("interference_and_quality", "distance of the aggregate"),
@@ -42,7 +43,7 @@ def _points(runs: Runs, place: int, key: str) -> list[tuple[float, float]]:
     for run, row in zip(setting.runs, setting.rows, strict=True):
         values, quality = in_lines(key)(run).values(), row[runs.compared]
         if values and quality is not None:
-            points.append((mean(values), quality))
+            points.append((round(mean(values), DIGITS), quality))
     return points
 
 
@@ -55,10 +56,10 @@ def _correlation(points: list[list[tuple[float, float]]]) -> str:
 
     means = [tuple(map(mean, zip(*p, strict=True))) for p in points if p]
     if len(means) < FEWEST or any(len({m[axis] for m in means}) < 2 for axis in (0, 1)):
-        return f"A rank correlation needs {FEWEST} settings that differ, and they are too few."
+        return f"A rank correlation needs {FEWEST} settings, and values that differ."
     rho, p = spearmanr(means)
     return (
-        f"Spearman's rank correlation of the {len(means)} settings, means over seeds: {rho:.2f} "
-        f"(p = {p:.3f}). Settings of one method are alike, so p is too small; and a correlation "
-        "does not say which is the cause."
+        f"Spearman's rank correlation of the {len(means)} settings, each the mean of its seeds: "
+        f"{rho:.2f} (p = {p:.3f}). Settings of one method are alike, so p is too small; and a "
+        "correlation does not say which is the cause."
     )
