@@ -109,9 +109,8 @@ class StudyPlan:
                 finish_one(seeds == count, replace(study, seeds=settings.seeds[:seeds]))
                 for study in studies
             ]
-            studies = [one.study for one in ended]
-            if seeds == 1 and (most := settings.finalists):
-                studies = [_narrowed(one, most) for one in ended]
+            if most := settings.finalists:
+                studies = [_narrowed(one, most) if seeds == 1 else one.study for one in ended]
         return ended
 
     def studies(self) -> list[Study]:
