@@ -110,9 +110,12 @@ def _point(
 
 
 def _against_bytes(axis: Any, sent: Sequence[float], metric: str, baseline: float | None) -> None:
-    axis.set(xscale="log" if any(sent) else "linear", xlabel="MB sent, all clients, both ways")
+    if any(sent):
+        log_scale(axis)
     axis.set(
-        ylabel=f"test {metric.replace('_', ' ')}, mean by rows", title="Quality against bytes sent"
+        xlabel="MB sent, all clients, both ways",
+        ylabel=f"test {metric.replace('_', ' ')}, mean by rows",
+        title="Quality against bytes sent",
     )
     _finish(axis, baseline)
 
@@ -121,6 +124,22 @@ def _finish(axis: Any, baseline: float | None) -> None:
     axis.grid(alpha=0.3)
     if baseline is not None:
         axis.axhline(baseline, color="grey", ls="--", lw=1, label="commonest label")
+
+
+def log_scale(axis: Any) -> None:
+    """Make the horizontal axis logarithmic, with plain numbers, because no text is math.
+
+    Args:
+        axis: on which everything is drawn.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    subs = (1, 2, 5) if high < 1000 * low else (1,)  # more would touch each other
+    axis.xaxis.set_major_locator(LogLocator(subs=subs))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def plot_partition(

@@ -5,7 +5,7 @@ from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
-from fedpeft.reporting.figures import COLOURS, plot_partition, pyplot, shortened, style
+from fedpeft.reporting.figures import COLOURS, log_scale, plot_partition, pyplot, shortened, style
 from fedpeft.reporting.report.chart import (
     MOST_MARKERS,
     BarChart,
@@ -79,7 +79,8 @@ def _(chart: LineChart, figure: Any, axis: Any) -> None:
     if chart.level is not None:
         axis.axhline(chart.level, color="grey", ls="--", lw=1, label=chart.level_name)
     axis.set(xlabel=chart.x, ylabel=chart.y)
-    _scale(axis, chart.log_x)
+    if chart.log_x:
+        log_scale(axis)
     _name_below(figure, axis)
     rounds = sorted({x for line in chart.lines for x in line.x})
     if chart.x == "round" and len(rounds) <= 12:
@@ -137,22 +138,10 @@ def _(chart: BarChart, figure: Any, axis: Any) -> None:
             axis.barh(at, values, height=high, color=COLOURS[place], label=name)
     _name_rows(chart.names, 0.3 + 0.15 * len(chart.bars), figure, axis)
     axis.set(xlabel=chart.x)
-    _scale(axis, chart.log_x)
+    if chart.log_x:
+        log_scale(axis)
     if len(chart.bars) > 1:
         figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
-
-
-def _scale(axis: Any, log: bool) -> None:
-    """Scale the horizontal axis; a logarithmic one has plain numbers, because no text is math."""
-    if log:
-        from matplotlib.ticker import LogLocator, NullFormatter
-
-        axis.set_xscale("log")
-        low, high = axis.get_xlim()
-        subs = (1, 2, 5) if high < 1000 * low else (1,)  # more would touch each other
-        axis.xaxis.set_major_locator(LogLocator(subs=subs))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _name_rows(names: Sequence[str], inches: float, figure: Any, axis: Any) -> None:
