@@ -139,9 +139,41 @@ def test_the_code_of_the_page_on_python(
 # --- the README ----------------------------------------------------------------------------------
 
 
-def test_the_first_table_is_the_quickstart_s() -> None:
+ENTRIES = {  # of the study, by the names in the tables of README.md and results/README.md
+    "LoRA, rank 2": "lora+method.rank=2+method.alpha=4",
+    "LoRA, rank 8": "lora",
+    "FFA-LoRA, rank 8": "ffa_lora",
+    "RoLoRA, rank 8": "rolora",
+    "FedTT": "fedtt",
+    "FedTT, rank 5": "fedtt",
+    "FedTT+": "fedtt_plus",
+    "FedTT+, three factors": "fedtt_plus",
+    "FedTT+, active=one": "fedtt_plus+method.active=one",
+    "IA3": "ia3",
+    "adapter": "adapter",
+    "BitFit": "bitfit",
+    "prompt": "prompt",
+    "P-tuning": "p_tuning",
+}
+
+
+def test_the_tables_of_fedtt_are_the_study_s() -> None:
+    saved = table(page("results/fedtt_table1/data=sst2/study.md"), "| method | lr")
+    whole = table(page("results/README.md"), "| method | rate | global test")
+    first = table(page("README.md"), "| method | accuracy")
+    assert {ENTRIES[name] for name in whole} == set(saved) and first.keys() <= ENTRIES.keys()
+    for name, (rate, *shown) in whole.items():
+        lr, quality, global_test, seeds, _, sent = saved[ENTRIES[name]]
+        assert (float(rate), seeds) == (float(lr), "3")
+        measured = [value.replace("0.", ".") for value in (global_test, quality)]
+        assert shown == [*measured, f"{float(sent):.1f}"]
+    for name, shown in first.items():
+        assert shown in [row[1:] for n, row in whole.items() if ENTRIES[n] == ENTRIES[name]]
+
+
+def test_the_quickstart_s_table_is_the_saved_one() -> None:
     saved = table(page("results/quickstart/comparison.md"), "| method | quality")
-    shown = table(page("README.md"), "| method | quality")
+    shown = table(page("docs/results.md"), "| method | quality")
     assert list(shown) == list(saved)
     for name, (quality, test, start, _, _, trained, up, down, total, _) in saved.items():
         assert shown[name] == [quality, test, start, trained, up, down, total]
@@ -250,7 +282,7 @@ def test_the_diagnostics_are_the_quickstart_s(name: str) -> None:
 
 
 def test_the_diagnostics_have_the_quickstart_s_methods() -> None:
-    assert sorted(MEASURED) == sorted(table(page("README.md"), "| method | quality"))
+    assert sorted(MEASURED) == sorted(table(page("docs/results.md"), "| method | quality"))
 
 
 def test_every_benchmark_s_file_is_on_the_page() -> None:
