@@ -32,7 +32,7 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
                                            [--over-seeds] [--sort COLUMN] [--to FILE.parquet]
   params     what a method trains and sends: fedpeft params model=roberta_base [method=fedtt]
   show       what each client got:         fedpeft show RUN [--round N]
-  report     a page, figures and tables:   fedpeft report DIR... [--to FOLDER]
+  report     a page, figures and tables:   fedpeft report DIR... [--chosen] [--to FOLDER]
   partition  who holds what:               fedpeft partition num_clients=10 partition.alpha=0.1
   check      a dry run, which trains nothing: fedpeft check method=scl num_clients=4
   export     the model as a folder:        fedpeft export RUN --to DIR [--merge] [--client N]
@@ -390,17 +390,22 @@ def results(arguments: list[str]) -> None:
 
 
 def report(arguments: list[str]) -> None:
-    """Write a page, figures and tables of saved runs."""
+    """Write a page, figures and tables of saved runs; of studies, perhaps the chosen ones alone."""
     from fedpeft.reporting.report.write import write_report
+    from fedpeft.reporting.saved_runs import chosen_runs
 
+    chosen, arguments = _flag(arguments, "--chosen")
     to, arguments = _option(arguments, "--to", "")
     as_json, arguments = _flag(arguments, "--json")
     unknown = [argument for argument in arguments if argument.startswith("-")]
     if unknown or not arguments:
         got = f", got {unknown[0]}" if unknown else ""
-        raise ValueError(f"report needs folders of runs: fedpeft report DIR... [--to FOLDER]{got}")
+        raise ValueError(
+            f"report needs folders of runs: fedpeft report DIR... [--chosen] [--to FOLDER]{got}"
+        )
     folders = [Path(argument) for argument in arguments]
-    files = write_report(folders, Path(to) if to else folders[0] / "report")
+    runs = chosen_runs(folders) if chosen else folders
+    files = write_report(runs, Path(to) if to else folders[0] / "report")
     if as_json:
         print(json.dumps([str(file) for file in files]))
     else:

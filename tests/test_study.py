@@ -17,6 +17,7 @@ from fedpeft.reporting.figures import plot_study
 from fedpeft.reporting.pages import save_comparison, save_study
 from fedpeft.reporting.results import Measures, edges, ranked_lrs, run_rows, study_row
 from fedpeft.reporting.run_directory import RunDirectory
+from fedpeft.reporting.saved_runs import chosen_runs
 from fedpeft.reporting.study import Done, Outcome, Run, Study, listed, numbers
 from fedpeft.reporting.study_plan import Finished, StudyPlan
 from fedpeft.reporting.tables import Rows, study_cells
@@ -355,11 +356,15 @@ def test_files_of_a_study(tmp_path: Path) -> None:
     assert text.endswith("\nMade by: fedpeft study\n")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
-    names = "method lr seed quality quality_unweighted quality_worst quality_p10 global_test"
+    names = "method lr seed chosen quality quality_unweighted quality_worst quality_p10 global_test"
     assert list(rows[0]) == [*names.split(), *"validation trained bytes seconds failed".split()]
-    values = "lora 0.01 1 0.7 0.375 0.125 0.25 0.6 0.01 1200 4000000 1.5".split()
+    values = "lora 0.01 1 True 0.7 0.375 0.125 0.25 0.6 0.01 1200 4000000 1.5".split()
     assert list(rows[3].values()) == [*values, ""]
-    assert list(rows[5].values()) == ["lora", "0.1", "1", *[""] * 9, NAN]
+    assert list(rows[5].values()) == ["lora", "0.1", "1", "False", *[""] * 9, NAN]
+    chosen = [
+        tmp_path / entry / "lr=0.01" / f"seed={i}" for entry in ("lora", "scl") for i in (0, 1)
+    ]
+    assert chosen_runs([tmp_path]) == chosen
     assert "last round, mean weighted by rows (runs.csv has the unweighted one too)" in text
     assert len(rows) == 12
 
@@ -386,6 +391,14 @@ def test_all_measures_on_test_rows_stand_below_the_table(tmp_path: Path) -> None
     assert f"\n{of_server} of the server's model\n\n| method | loss |\n" in text
     assert "| lora+lr=0.1 | 2.500 ± 0.707 |\n| fedsa_lora+lr=0.2 | - |\n" in text
     assert "\n\n\n" not in text
+
+
+def test_a_report_of_the_chosen_runs_needs_a_study(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no study: none of its folders has runs.csv"):
+        chosen_runs([tmp_path])
+    (tmp_path / "runs.csv").write_text("method,lr,seed\nlora,0.1,0\n")
+    with pytest.raises(ValueError, match="does not say which runs were chosen: give the study's"):
+        chosen_runs([tmp_path])
 
 
 @pytest.mark.parametrize(("sign", "first"), [(1, 0.02), (-1, 0.01)])

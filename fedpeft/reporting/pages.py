@@ -60,10 +60,13 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
         RuntimeError: no run came to its end.
     """
     runs = run_rows(done, measures)
+    rows = [study_row([r for r in runs if r["method"] == e], measures.sign) for e in study.entries]
+    best = {row["method"]: row["lr"] for row in rows}
+    for run in runs:
+        run["chosen"] = run["failed"] is None and run["lr"] == best[run["method"]]
     study.folder.mkdir(parents=True, exist_ok=True)
     write_csv(study.folder / "runs.csv", runs)
     failed, floor = _failures(runs), baseline(done)
-    rows = [study_row([r for r in runs if r["method"] == e], measures.sign) for e in study.entries]
     rows.sort(key=lambda row: _rank(row["quality"], measures))
     notes = [
         *study_notes(measures, study.rates_from, bool(study.finalists)),

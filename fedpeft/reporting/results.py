@@ -9,7 +9,7 @@ from fedpeft.reporting.study import Done, Outcome
 from fedpeft.reporting.tables import Rows
 
 CLIENTS, SERVER = "client_test_", "test_"  # begin the names of measures on test rows
-FIRST = ("method", "lr", "seed")  # columns of runs.csv, then VALUES
+FIRST = ("method", "lr", "seed", "chosen")  # columns of runs.csv, then VALUES
 VALUES = (
     "quality",
     "quality_unweighted",

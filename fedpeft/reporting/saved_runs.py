@@ -1,5 +1,6 @@
 """Runs on the disk: found under folders, read, and grouped by what sets them apart."""
 
+import csv
 import hashlib
 import json
 import re
@@ -156,6 +157,40 @@ def saved_runs(folders: Sequence[Path]) -> list[SavedRun]:
             path.resolve(): SavedRun(path) for path in runs if path.resolve() not in by_path
         }
     return sorted(by_path.values(), key=lambda run: run.path)
+
+
+def chosen_runs(folders: Sequence[Path]) -> list[Path]:
+    """Return the directories of the runs with each method's chosen learning rate.
+
+    Args:
+        folders: of studies, or above them; their ``runs.csv`` say which runs these are.
+
+    Raises:
+        ValueError: a folder holds no study, or its ``runs.csv`` is of an earlier version.
+    """
+    paths: list[Path] = []
+    for folder in folders:
+        files = sorted(folder.rglob("runs.csv"))
+        if not files:
+            raise ValueError(f"{folder} holds no study: none of its folders has runs.csv")
+        for file in files:
+            with file.open(newline="") as opened:
+                rows = list(csv.DictReader(opened))
+            if rows and "chosen" not in rows[0]:
+                raise ValueError(
+                    f"{file} does not say which runs were chosen: give the study's command again"
+                )
+            paths += [
+                file.parent / directory(row["method"], float(row["lr"]), int(row["seed"]))
+                for row in rows
+                if row["chosen"] == "True"
+            ]
+    return paths
+
+
+def directory(entry: str, lr: float, seed: int) -> Path:
+    """Return the directory of a study's run, below the study's folder."""
+    return Path(entry.replace("/", "_"), f"lr={lr}", f"seed={seed}")
 
 
 def differing(runs: Sequence[SavedRun]) -> list[str]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from fedpeft.config.load import composed
 from fedpeft.config.overrides import quoted
 from fedpeft.reporting.run_directory import CONFIG, check_same
-from fedpeft.reporting.saved_runs import Outcome, SavedRun
+from fedpeft.reporting.saved_runs import Outcome, SavedRun, directory
 
 T = TypeVar("T")
 RunAll = Callable[[list[list[str]]], Sequence[Outcome]]
@@ -163,7 +163,8 @@ class Study:
             seed = own_seed if given_seed is None else given_seed
             tree.lr, tree.seed = lr, seed
             parts = [] if self.flat else [f"lr={lr}", f"seed={seed}"]
-            path = self.folder.joinpath(entry.replace("/", "_"), *parts)
+            place = directory(entry, lr, seed)
+            path = self.folder / (place.parts[0] if self.flat else place)
             overrides = [*common, *parts, f"run_dir={quoted(path)}", "resume=true"]
             yield Run(entry, lr, seed, path, overrides, deepcopy(tree))
 
