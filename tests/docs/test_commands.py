@@ -19,6 +19,7 @@ from fedpeft.config.load import changed, composed, load_config
 from fedpeft.config.sweeps import SweepPlan
 from fedpeft.deployment import node, server, trial
 from fedpeft.export import commands as export_commands
+from fedpeft.reporting import saved_runs
 from fedpeft.reporting.clients import ClientTable
 from fedpeft.reporting.listing import Listing
 from fedpeft.reporting.partition import Holdings
@@ -89,6 +90,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (sweeps, "sweep", swept),
         (Listing, "of", understood),
         (write, "write_report", understood),
+        (saved_runs, "chosen_runs", understood),
         (cli, "_counts", counted),
         (Study, "finish", planned),
         (ClientTable, "of", understood),
