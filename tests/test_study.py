@@ -364,6 +364,8 @@ def test_files_of_a_study(tmp_path: Path) -> None:
     chosen = [
         tmp_path / entry / "lr=0.01" / f"seed={i}" for entry in ("lora", "scl") for i in (0, 1)
     ]
+    (tmp_path / "report/tables").mkdir(parents=True)
+    (tmp_path / "report/tables/runs.csv").write_text("setting,seed\nlora,0\n")  # of a report
     assert chosen_runs([tmp_path]) == chosen
     assert "last round, mean weighted by rows (runs.csv has the unweighted one too)" in text
     assert len(rows) == 12
@@ -394,8 +396,9 @@ def test_all_measures_on_test_rows_stand_below_the_table(tmp_path: Path) -> None
 
 
 def test_a_report_of_the_chosen_runs_needs_a_study(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no study: none of its folders has runs.csv"):
+    with pytest.raises(ValueError, match="holds no study: none of its folders has study.md"):
         chosen_runs([tmp_path])
+    (tmp_path / "study.md").write_text("")
     (tmp_path / "runs.csv").write_text("method,lr,seed\nlora,0.1,0\n")
     with pytest.raises(ValueError, match="does not say which runs were chosen: give the study's"):
         chosen_runs([tmp_path])

@@ -170,9 +170,10 @@ def chosen_runs(folders: Sequence[Path]) -> list[Path]:
     """
     paths: list[Path] = []
     for folder in folders:
-        files = sorted(folder.rglob("runs.csv"))
+        # A report below a study has a runs.csv of its own, but no study.md.
+        files = [page.with_name("runs.csv") for page in sorted(folder.rglob("study.md"))]
         if not files:
-            raise ValueError(f"{folder} holds no study: none of its folders has runs.csv")
+            raise ValueError(f"{folder} holds no study: none of its folders has study.md")
         for file in files:
             with file.open(newline="") as opened:
                 rows = list(csv.DictReader(opened))
