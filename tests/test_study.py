@@ -116,6 +116,12 @@ def test_of_equals_the_smaller_and_first_where_more_seeds_came_to_their_end() ->
     assert ranked_lrs([row(0.001, None)], 1) == []
 
 
+def test_equal_shares_of_rows_are_equal() -> None:
+    """Sums in another order differ in the last bits, and decide nothing."""
+    rows = [row(0.003, 0.83, seed=0), row(0.003, 0.79, seed=1), row(0.01, 0.81 + 1e-12, seed=0)]
+    assert ranked_lrs([*rows, row(0.01, 0.81, seed=1)], 1) == [0.003, 0.01]
+
+
 def test_the_grid_grows_until_its_best_rate_is_inside(tmp_path: Path) -> None:
     """Over both seeds 0.1 is the best, and it is inside only when 1.0 is there."""
 
@@ -277,8 +283,10 @@ def test_a_race_in_the_first_table_gives_the_others_its_best_rate(tmp_path: Path
         [(0.1, 5), (0.1, 6)],
     ]
     page = save_study(passes[1][1], passes[1][1].finish(Fake(steady)), ACCURACY, "").page
-    raced = "Seeds after the first were run with each method's best rates of the first alone."
-    assert any(note.endswith(raced) for note in page.notes)
+    raced = "Seeds after the first were run with each method's best rates of the first alone"
+    assert any(raced in note for note in page.notes)
+    page = save_study(passes[3][1], passes[3][1].finish(Fake(steady)), ACCURACY, "").page
+    assert not any(raced in note for note in page.notes)  # it searched nothing
 
 
 def test_a_rate_that_was_added_stays_and_counts(
@@ -371,7 +379,7 @@ def test_files_of_a_study(tmp_path: Path) -> None:
     assert len(rows) == 12
 
 
-def test_all_measures_on_test_rows_stand_below_the_table(tmp_path: Path) -> None:
+def test_further_measures_on_test_rows_stand_below_the_table(tmp_path: Path) -> None:
     """A personal model has none on the server's rows; spreads over clients are no measures.
 
     The quality stands in the table itself.
@@ -384,7 +392,7 @@ def test_all_measures_on_test_rows_stand_below_the_table(tmp_path: Path) -> None
         summary["final"] |= measures | (of_server if lr == 0.1 else {})
         return summary
 
-    study = Study(tmp_path, [], ["lora+lr=0.1", "fedsa_lora+lr=0.2"], [], [0, 1])
+    study = Study(tmp_path, [], ["lora+lr=0.1", "fedsa_lora+lr=0.2", "scl+lr=1"], [], [0, 1])
     save_study(study, study.finish(Fake(result)), ACCURACY, "fedpeft study")
     text = (tmp_path / "study.md").read_text()
     clients, of_server = "Clients' own rows, more measures", "The data's test rows, more measures"
@@ -393,6 +401,7 @@ def test_all_measures_on_test_rows_stand_below_the_table(tmp_path: Path) -> None
     assert f"\n{of_server} of the server's model\n\n| method | loss |\n" in text
     assert "| lora+lr=0.1 | 2.500 ± 0.707 |\n| fedsa_lora+lr=0.2 | - |\n" in text
     assert "\n\n\n" not in text
+    assert all(path.is_dir() for path in chosen_runs([tmp_path]))  # 1 is a float too
 
 
 def test_a_report_of_the_chosen_runs_needs_a_study(tmp_path: Path) -> None:

@@ -69,13 +69,13 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
     failed, floor = _failures(runs), baseline(done)
     rows.sort(key=lambda row: _rank(row["quality"], measures))
     notes = [
-        *study_notes(measures, study.rates_from, bool(study.finalists)),
+        *study_notes(measures, study.rates_from, study.raced),
         *_edge_notes(rows),
         *_start_notes(done, measures),
     ]
     notes += [*_floor_notes(floor), *failed, f"Made by: {command}"]
     title = f"{measures.quality} after the last round, mean by rows"
-    page = Page(title, STUDY, study_cells(rows), notes, below=_all_measures(rows, measures))
+    page = Page(title, STUDY, study_cells(rows), notes, below=_further_measures(rows, measures))
     page.save(study.folder / "study.md")
     shown = [row for row in rows if row["quality"] is not None]
     plot_study(study.folder / "study.png", shown, measures.quality, floor)
@@ -116,8 +116,8 @@ def save_comparison(
     return Results(page, rows, floor)
 
 
-def _all_measures(rows: Rows, measures: Measures) -> list[Page]:
-    """Return tables of the other measures on test rows: the clients' own, and the data's."""
+def _further_measures(rows: Rows, measures: Measures) -> list[Page]:
+    """Return tables of the further measures on test rows: the clients' own, and the data's."""
     pages: list[Page] = []
     for prefix, title, before in (
         (
@@ -160,7 +160,10 @@ def study_notes(
         raced: true if seeds after the first are run with the best rates of the first alone.
     """
     where = f", in the table {rates_from}" if rates_from else ""
-    race = " Seeds after the first were run with each method's best rates of the first alone."
+    race = (
+        " Seeds after the first were run with each method's best rates of the first alone, and with "
+        "rates that were added later."
+    )
     return [
         f"quality: {measures.quality} on the clients' own test rows after the last round, mean "
         "weighted by rows (runs.csv has the unweighted one too); of the seeds the mean ± the "

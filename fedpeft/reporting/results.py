@@ -200,7 +200,8 @@ def ranked_lrs(rows: Rows, sign: int) -> list[float]:
         return [*by_lr]  # it was not searched, and its validation need not be there
 
     def rank(lr: float) -> tuple[int, float, float]:
-        return len(by_lr[lr]), sign * mean(by_lr[lr]), -lr
+        # Rounded, because equal shares of rows may have means that differ in the last bit.
+        return len(by_lr[lr]), round(sign * mean(by_lr[lr]), 9), -lr
 
     return sorted(by_lr, key=rank, reverse=True)
 

@@ -116,6 +116,11 @@ class Study:
         """Number of runs."""
         return sum(map(self.count, self.entries))
 
+    @property
+    def raced(self) -> bool:
+        """True if seeds after the first are run with the best learning rates alone."""
+        return bool(self.lrs and self.finalists and len(self.seeds) > 1)
+
     def count(self, entry: str) -> int:
         """Return the number of an entry's runs."""
         return len(self._pairs(entry))
@@ -157,7 +162,7 @@ class Study:
         tree = composed([*common, "resume=true"])
         if not self.flat:
             common = [override for override in common if not override.startswith("lr=")]
-        own_lr, own_seed = tree.lr, tree.seed
+        own_lr, own_seed = float(tree.lr), tree.seed
         for given_lr, given_seed in self._pairs(entry):
             lr = own_lr if given_lr is None else given_lr
             seed = own_seed if given_seed is None else given_seed

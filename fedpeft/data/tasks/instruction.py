@@ -69,7 +69,8 @@ class InstructionTuning(Task):
             at all.
         generation: arguments of transformers' ``generate``, such as ``num_beams``; greedy if empty.
         cut_references: compare generated text with as many tokens of the reference as may be
-            generated. Else a text that ends where it must is measured by how much it lacks.
+            generated. Otherwise a long reference lowers the measures, because no generated text can
+            be as long.
     """
 
     prompt: str = "{{ instruction }}"

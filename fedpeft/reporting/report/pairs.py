@@ -11,6 +11,10 @@ from fedpeft.reporting.tables import Rows
 
 FEWEST = 3  # pairs of a test
 LEVEL = 0.95  # of confidence intervals
+MEASURED = (
+    *("num_clients", "evaluation.max_client_rows"),
+    *("data.max_answer_length", "data.cut_references"),
+)
 PARTITION = "partition_sha256"  # in a summary; null where sites hold rows of their own
 UNKNOWN = "unknown"
 
@@ -57,9 +61,9 @@ def _differences(one: Setting, other: Setting, key: str) -> tuple[list[float], s
 
 
 def _divided(setting: Setting) -> dict[str, Any]:
-    """Return the keys that divide the rows, and that say how many of them are measured."""
-    values, keys = setting.runs[0].settings, ("num_clients", "evaluation.max_client_rows")
-    return {k: v for k, v in values.items() if k in keys or k.startswith("partition.")}
+    """Return the keys that divide the rows, and that say what of them is measured."""
+    values = setting.runs[0].settings
+    return {k: v for k, v in values.items() if k in MEASURED or k.startswith("partition.")}
 
 
 def _rows(setting: Setting, seed: int) -> tuple[str | None, str | None]:
