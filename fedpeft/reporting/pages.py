@@ -161,8 +161,8 @@ def study_notes(
     """
     where = f", in the table {rates_from}" if rates_from else ""
     race = (
-        " Seeds after the first were run with each method's best rates of the first alone, and with "
-        "rates that were added later."
+        " Seeds after the first were run with each method's best rates of the first alone, and "
+        "with rates that were added later."
     )
     return [
         f"quality: {measures.quality} on the clients' own test rows after the last round, mean "
