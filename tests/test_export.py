@@ -51,7 +51,7 @@ METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 BY_PEFT = {
     *("lora", "ffa_lora", "fedsa_lora", "rolora", "fedsvd", "fedrot_lora", "lora_fair", "flasc"),
     *("flexlora", "hetlora", "federa", "slora", "dora", "ditto", "feddpa", "fed_sb", "ravan"),
-    *("ia3", "prompt", "fedprompt", "p_tuning", "prefix"),
+    *("ia3", "prompt", "fedprompt", "p_tuning", "prefix", "scl"),
 }
 VIRTUAL = {"prompt", "fedprompt", "p_tuning", "prefix"}
 OWN = {"fedtt", "fedtt_plus", "adapter"}

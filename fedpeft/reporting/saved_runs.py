@@ -190,7 +190,13 @@ def chosen_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def directory(entry: str, lr: float, seed: int) -> Path:
-    """Return the directory of a study's run, below the study's folder."""
+    """Return the directory of a study's run, below the study's folder.
+
+    Args:
+        entry: label of its method.
+        lr: its learning rate.
+        seed: of the run.
+    """
     return Path(entry.replace("/", "_"), f"lr={lr}", f"seed={seed}")
 
 
