@@ -404,6 +404,7 @@ def test_the_default_set_names_no_package_and_trains(run: Runner) -> None:
         "data.max_validation_rows=60",
         "data.max_test_rows=60",
         "method=scl",
+        "method.init=random_pinv",
         "method.rank=64",
         "num_rounds=1",
     )
