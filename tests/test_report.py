@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,7 +25,13 @@ from fedpeft.reporting.report.related import related_charts
 from fedpeft.reporting.report.series import Curve, in_lines, megabytes
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.report.table import Table
-from fedpeft.reporting.report.tables import cost_table, differences_table, pairs_table, runs_table
+from fedpeft.reporting.report.tables import (
+    cost_table,
+    diagnostics_table,
+    differences_table,
+    pairs_tables,
+    runs_table,
+)
 from fedpeft.reporting.report.write import write_report
 from fedpeft.reporting.run_directory import RunDirectory
 from fedpeft.reporting.saved_runs import SavedRun, saved_runs
@@ -226,6 +233,35 @@ def test_paired_tests_are_those_of_scipy_with_holms_correction(report: Path) -> 
     assert holm([0.5, 0.9]) == [1.0, 1.0]
 
 
+def test_the_servers_rows_are_tested_too(report: Path) -> None:
+    """In every run the server's rows give .1 more than the clients', but for one run of SCL."""
+    folder = report.parent
+    saved = json.loads((folder / "scl" / "0" / "summary.json").read_text())
+    (clients, server) = pairs_tables(Runs.of(saved_runs([folder])))
+    assert server.name == "pairs_on_the_servers_rows"
+    assert server.rows[0] == pytest.approx(clients.rows[0])
+    saved["final"]["test_accuracy"] -= 0.3
+    changed = folder.parent / "changed"
+    shutil.copytree(folder, changed)
+    (changed / "scl" / "0" / "summary.json").write_text(json.dumps(saved))
+    (clients, server) = pairs_tables(Runs.of(saved_runs([changed])))
+    assert clients.rows[0]["difference"] == pytest.approx(0.1)
+    assert server.rows[0]["difference"] == pytest.approx(0.2)  # .1 and a third of .3
+
+
+def test_diagnostics_are_means_over_rounds_and_seeds(tmp_path: Path) -> None:
+    runs = _with_interference(tmp_path, [0.1, 0.3], [[0.5, 0.6], [0.7]])
+    path = runs.settings[0].runs[0].path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"interference": 0.1', '"interference": 0.3'))
+    table = diagnostics_table(Runs.of(saved_runs([tmp_path])))
+    assert table is not None
+    first, second = table.rows
+    assert first["interference"] == pytest.approx(0.2)  # of .3 and .1
+    assert first["interference_sd"] == pytest.approx(0.02**0.5)
+    assert (second["interference"], second["interference_sd"]) == (0.3, None)
+    assert table.cells[1] == ["lora lr=2.0", "0.300", "0.500"]
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -249,8 +285,8 @@ def test_without_common_seeds_and_clients_no_pair_is_tested(
         _save(tmp_path / f"a{seed}", "lora", seed, quality)
         more = {} if "seed" in change and seed < 2 else change
         _save(tmp_path / f"b{seed}", "scl", more.get("seed", seed), quality - 0.1 * seed, **more)
-    table = pairs_table(Runs.of(saved_runs([tmp_path])))
-    assert table is not None and table.rows == []
+    table, _ = pairs_tables(Runs.of(saved_runs([tmp_path])))
+    assert table.rows == []
     assert table.notes[-1] == f"Not tested, because {sentence}: lora and scl."
     assert table.save(tmp_path) == []  # there is nothing to write
 
@@ -260,8 +296,8 @@ def test_pairs_of_runs_that_did_not_save_the_partition_say_so(tmp_path: Path) ->
         summary = json.loads(path.read_text())
         del summary["partition_sha256"]
         path.write_text(json.dumps(summary))
-    table = pairs_table(Runs.of(saved_runs([tmp_path])))
-    assert table is not None and [row["n"] for row in table.rows] == [3]
+    table, _ = pairs_tables(Runs.of(saved_runs([tmp_path])))
+    assert [row["n"] for row in table.rows] == [3]
     assert table.notes[2].startswith("6 of the runs are of an earlier version")
 
 

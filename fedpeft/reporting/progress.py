@@ -83,10 +83,14 @@ class Display(Observer):
         self._live: Progress | None = None
         self._started = time.monotonic()
 
+    def show(self, text: str) -> None:
+        """Show a line as it is; brackets such as those of ``targets=[q,k,v]`` are no markup."""
+        self.console.print(text, markup=False)
+
     def start(self, title: str, num_rounds: int) -> None:
         """Begin a run."""
         self.num_rounds, self._started = num_rounds, time.monotonic()
-        self.console.print(title)
+        self.show(title)
         if self.console.is_terminal:
             self._live = Progress(
                 TextColumn("{task.description}"),
@@ -102,7 +106,7 @@ class Display(Observer):
 
     def note(self, text: str) -> None:
         """Show a note on the run."""
-        self.console.print(f"note: {text}", markup=False)
+        self.show(f"note: {text}")
 
     def phase(self, name: str, clients: int) -> None:
         """Begin to wait for this many clients."""
@@ -123,14 +127,14 @@ class Display(Observer):
         elif done:
             left = (time.monotonic() - self._started) / done * (self.num_rounds - done)
             text += f"  about {left:.0f} s left" if left >= 1 else ""
-        self.console.print(text)
+        self.show(text)
         if "repeated" in line:
-            self.console.print(f"  repeated, because {line['repeated']}", markup=False)
+            self.show(f"  repeated, because {line['repeated']}")
         for client, reason in line.get("refused", {}).items():
-            self.console.print(f"  client {client} was left out: {reason}", markup=False)
+            self.show(f"  client {client} was left out: {reason}")
         if line.get("restarted"):
             clients = ", ".join(map(str, line["restarted"]))
-            self.console.print(f"  kept state was lost and began anew: clients {clients}")
+            self.show(f"  kept state was lost and began anew: clients {clients}")
 
     def stop(self, status: str = "completed", reason: str = "") -> None:
         """End a run; the command itself says the reason."""

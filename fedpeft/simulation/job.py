@@ -153,7 +153,7 @@ def run_once(
                 return JobEnded(name, SKIPPED, path), outcome
             earlier = outcome is not None
             if outcome is None:
-                display.console.print(name, markup=False)
+                display.show(name)
                 outcome = _noted(saved, overrides, display)
                 return JobEnded(name, DONE, path, process=os.getpid()), outcome
     except Exception as error:  # a job's error must leave the other jobs alone

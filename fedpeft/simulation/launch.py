@@ -131,10 +131,10 @@ def run_all(
             except FAILURES as error:
                 outcomes.append(error)
                 if tally:
-                    shown.console.print(f"failed: {error}", markup=False)
+                    shown.show(f"failed: {error}")
             if tally:
                 tally.add(failed=isinstance(outcomes[-1], Exception))
-                shown.console.print(tally.text(), markup=False)
+                shown.show(tally.text())
     return outcomes
 
 

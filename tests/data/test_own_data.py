@@ -186,9 +186,16 @@ def test_notes_are_shown_once_checked_and_kept(
     assert check(InProcessGrid(3), [*base, f"data.path={path}"]).notes == notes
 
 
-def test_a_display_shows_a_note_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    Display().note("label '[b]' differs")
-    assert capsys.readouterr().out == "note: label '[b]' differs\n"
+def test_a_display_shows_names_with_brackets_as_they_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    display = Display()
+    display.start("LoRA: study/method.targets=[q,k,v]/seed=0", 3)
+    display.note("label '[b]' differs")
+    assert capsys.readouterr().out.splitlines() == [
+        "LoRA: study/method.targets=[q,k,v]/seed=0",
+        "note: label '[b]' differs",
+    ]
 
 
 # --- CSV ----------------------------------------------------------------------------------------

@@ -19,8 +19,12 @@ PARTITION = "partition_sha256"  # in a summary; null where sites hold rows of th
 UNKNOWN = "unknown"
 
 
-def paired_tests(runs: Runs) -> tuple[Rows, dict[str, list[str]]]:
+def paired_tests(runs: Runs, key: str) -> tuple[Rows, dict[str, list[str]]]:
     """Test each pair of settings for a difference of its quality.
+
+    Args:
+        runs: of the report.
+        key: ``quality`` or ``global_test``.
 
     Returns:
         A row for each pair that has enough common seeds of the same rows by client, the smallest
@@ -30,7 +34,7 @@ def paired_tests(runs: Runs) -> tuple[Rows, dict[str, list[str]]]:
     rows: Rows = []
     untested: dict[str, list[str]] = {}
     for one, other in combinations(runs.settings, 2):
-        differences, why = _differences(one, other, runs.compared)
+        differences, why = _differences(one, other, key)
         if why:
             untested.setdefault(why, []).append(f"{one.name} and {other.name}")
         else:

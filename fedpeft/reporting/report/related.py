@@ -6,6 +6,7 @@ from statistics import mean
 from fedpeft.reporting.report.chart import ScatterChart
 from fedpeft.reporting.report.series import in_lines
 from fedpeft.reporting.report.settings import Runs
+from fedpeft.reporting.saved_runs import SavedRun
 
 FEWEST = 10  # settings of a correlation: with fewer, p of the approximation means nothing
 DIGITS = 4  # of a diagnostic; an exact aggregation's interference is rounding, and counts as 0
@@ -41,10 +42,16 @@ def _points(runs: Runs, place: int, key: str) -> list[tuple[float, float]]:
     setting = runs.settings[place]
     points: list[tuple[float, float]] = []
     for run, row in zip(setting.runs, setting.rows, strict=True):
-        values, quality = in_lines(key)(run).values(), row[runs.compared]
-        if values and quality is not None:
-            points.append((round(mean(values), DIGITS), quality))
+        value, quality = over_rounds(run, key), row[runs.compared]
+        if value is not None and quality is not None:
+            points.append((value, quality))
     return points
+
+
+def over_rounds(run: SavedRun, key: str) -> float | None:
+    """Return the mean over the rounds of a run's diagnostic; null if no round has it."""
+    values = in_lines(key)(run).values()
+    return round(mean(values), DIGITS) if values else None
 
 
 def _correlation(points: list[list[tuple[float, float]]]) -> str:

@@ -6,8 +6,10 @@ from typing import Any
 from fedpeft.reporting.brief import below, brief
 from fedpeft.reporting.report.commands import command
 from fedpeft.reporting.report.pairs import FEWEST, LEVEL, paired_tests, unsaved_partitions
+from fedpeft.reporting.report.related import DIAGNOSTICS, over_rounds
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.report.table import Table, Text
+from fedpeft.reporting.results import mean_and_sd
 from fedpeft.reporting.saved_runs import differing
 from fedpeft.reporting.tables import Rows
 
@@ -20,6 +22,11 @@ SPREAD_COLUMNS = {
     "global_test": "server's test rows",
     "baseline": "commonest label",
     "validation": "validation",
+}
+# Of paired tests: the table's name, and what is measured.
+TESTED = {
+    "quality": ("pairs", "the clients' own test rows, mean by rows"),
+    "global_test": ("pairs_on_the_servers_rows", "the server's test rows"),
 }
 SHOWN = 6  # of pairs or runs that a note names
 
@@ -103,11 +110,16 @@ def _spread(key: str) -> Text:
     return text
 
 
-def pairs_table(runs: Runs) -> Table | None:
-    """Return the paired tests; null if there is one setting only."""
+def pairs_tables(runs: Runs) -> list[Table]:
+    """Return the paired tests on each kind of test rows; none if there is one setting only."""
     if len(runs.settings) < 2:
-        return None
-    rows, untested = paired_tests(runs)
+        return []
+    known = {key: any(setting.values(key) for setting in runs.settings) for key in TESTED}
+    return [_pairs_table(runs, key) for key, there in known.items() if there]
+
+
+def _pairs_table(runs: Runs, key: str) -> Table:
+    rows, untested = paired_tests(runs, key)
     columns: dict[str, Text] = {
         "setting": _plain("a"),
         "against": _plain("b"),
@@ -117,8 +129,9 @@ def pairs_table(runs: Runs) -> Table | None:
         "p": lambda row: _p(row["p"]),
         "p by Holm": lambda row: _p(row["p_holm"]),
     }
+    name, measured = TESTED[key]
     notes = [
-        f"{runs.title.capitalize()}, {_compared_name(runs)}: differences by seed, two-sided paired "
+        f"{runs.title.capitalize()} on {measured}: differences by seed, two-sided paired "
         f"t-test. A pair of settings is tested if {FEWEST} seeds or more are common and have the "
         "same rows by client.",
         f"{len(rows)} comparisons were made. The p by Holm is corrected for them; the interval is "
@@ -136,11 +149,7 @@ def pairs_table(runs: Runs) -> Table | None:
             "so few cannot show, and it finds only large ones."
         )
     notes += [f"Not tested, because {why}: {_named(pairs)}." for why, pairs in untested.items()]
-    return Table("pairs", "Differences between settings", columns, rows, notes, texts=2)
-
-
-def _compared_name(runs: Runs) -> str:
-    return SPREAD_COLUMNS[runs.compared] if runs.compared == "quality" else "the server's test rows"
+    return Table(name, f"Differences on {measured}", columns, rows, notes, texts=2)
 
 
 def _p(value: float) -> str:
@@ -207,6 +216,22 @@ def _evaluation(row: Mapping[str, Any]) -> float:
 
 def _mean(values: list[int]) -> float:
     return sum(values) / len(values)
+
+
+def diagnostics_table(runs: Runs) -> Table | None:
+    """Return each setting's diagnostics, mean over the rounds; null if no run has any."""
+    rows: Rows = []
+    for setting in runs.settings:
+        row: dict[str, Any] = {"setting": setting.name}
+        for key in DIAGNOSTICS:
+            values = [over_rounds(run, key) for run in setting.runs]
+            row[key], row[f"{key}_sd"] = mean_and_sd([v for v in values if v is not None])
+        rows.append(row)
+    known = [key for key in DIAGNOSTICS if any(row[key] is not None for row in rows)]
+    columns: dict[str, Text] = {"setting": _plain("setting")}
+    columns |= {axis: _spread(key) for key, (_, axis) in DIAGNOSTICS.items() if key in known}
+    notes = ["Mean over the rounds, then mean ± sample standard deviation over the seeds."]
+    return Table("diagnostics", "Diagnostics", columns, rows, notes) if known else None
 
 
 def differences_table(runs: Runs) -> Table | None:

@@ -13,9 +13,10 @@ from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.report.table import Table
 from fedpeft.reporting.report.tables import (
     cost_table,
+    diagnostics_table,
     differences_table,
     left_out_table,
-    pairs_table,
+    pairs_tables,
     runs_table,
     summary_table,
 )
@@ -87,9 +88,9 @@ def _sections(runs: Runs) -> list[Section]:
         Section(summary.title, [summary]),
         Section("Quality", charts=quality, notes=no_clients),
         Section("Measured and published", _there(published_table(runs))),
-        Section("Paired tests", _there(pairs_table(runs))),
+        Section("Paired tests", pairs_tables(runs)),
         Section("Cost", [cost_table(runs)], made["Cost"]),
-        Section("Diagnostics", charts=made["Diagnostics"]),
+        Section("Diagnostics", _there(diagnostics_table(runs)), made["Diagnostics"]),
         Section("Who holds what", charts=held, notes=[] if held else [NO_COUNTS]),
         Section("Configurations", _there(differences_table(runs))),
         Section("Runs", [runs_table(runs)]),
