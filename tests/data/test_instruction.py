@@ -324,6 +324,10 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"loss_on": "prompt"}, "data.loss_on must be answer or all, got prompt"),
     ({"generate": "first"}, "data.generate must be last, always or never, got first"),
     ({"generation": {"beams": 2}}, "data.generation.beams is no argument of generate"),
+    (
+        {"generation": {"max_length": 90}},
+        "data.generation.max_length counts the prompt too, got 90: set data.generation.max_new",
+    ),
 ]
 
 

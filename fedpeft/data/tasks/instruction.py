@@ -108,6 +108,11 @@ class InstructionTuning(Task):
 
             if wrong := [key for key in self.generation if not hasattr(GenerationConfig(), key)]:
                 raise ValueError(f"data.generation.{wrong[0]} is no argument of generate")
+            if "max_length" in self.generation:
+                raise ValueError(
+                    "data.generation.max_length counts the prompt too, got "
+                    f"{self.generation['max_length']}: set data.generation.max_new_tokens"
+                )
         if self.loss_on not in ("answer", "all"):
             raise ValueError(f"data.loss_on must be answer or all, got {self.loss_on}")
         if self.generate not in ("last", "always", "never"):
