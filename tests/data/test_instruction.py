@@ -326,7 +326,8 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"generation": {"beams": 2}}, "data.generation.beams is no argument of generate"),
     (
         {"generation": {"max_length": 90}},
-        "data.generation.max_length counts the prompt too, got 90: set data.generation.max_new",
+        "data.generation.max_length counts the prompt too, got 90: "
+        "set data.generation.max_new_tokens",
     ),
 ]
 
