@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedpeft import cli
+from fedpeft.commands import planning
+from fedpeft.commands.study import METHODS
 from fedpeft.config.load import CONF
 
 Command = Callable[..., str]
@@ -51,7 +53,7 @@ def test_compare_sorts_by_quality_and_saves(fedpeft: Command, base: list[str]) -
 def test_params_of_all_methods(fedpeft: Command) -> None:
     counts = json.loads(fedpeft("params", "--json", "model=roberta_base", "data=sst2"))
     assert list(counts) == sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-    assert set(cli.METHODS.split(",")) <= set(counts)
+    assert set(METHODS.split(",")) <= set(counts)
     assert counts["fedtt"]["sent_up"] == [60_634, 60_634]
     assert counts["fedsa_lora"]["sent_up"] == [147_456, 147_456]
     text = fedpeft("params", "model=roberta_base", "data=sst2", "method=fedtt_plus")
@@ -61,7 +63,7 @@ def test_params_of_all_methods(fedpeft: Command) -> None:
 def test_params_names_the_methods_that_do_not_fit(
     fedpeft: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "every_method", lambda: ["bitfit", "lora"])
+    monkeypatch.setattr(planning, "every_method", lambda: ["bitfit", "lora"])
     text = fedpeft("params", "model=tinyllama", "data=docstrings_lm")
     assert "bitfit: LlamaForCausalLM has no biases in its blocks" in text and "lora" in text
 
@@ -152,7 +154,7 @@ def test_an_error_that_nobody_expected_leaves_its_traceback(
     def broken(arguments: list[str]) -> None:
         [][len(arguments)]
 
-    monkeypatch.setattr(cli, "run", broken)
+    monkeypatch.setattr("fedpeft.commands.run.run", broken)
     with pytest.raises(SystemExit) as ended:
         fedpeft("run")
     assert ended.value.code == 1

@@ -22,11 +22,11 @@ from torch import Tensor
 
 import fedpeft as package
 from fedpeft.client.app import app as client_app
+from fedpeft.commands import model as commands
 from fedpeft.config.load import CONF, composed, typed
 from fedpeft.data.clients import ClientRows
 from fedpeft.data.partitions.saved import Saved
 from fedpeft.engine.evaluate import scored
-from fedpeft.export import commands
 from fedpeft.export import folder as files
 from fedpeft.export.card import _named
 from fedpeft.export.load import opened

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft.cli import params
+from fedpeft.commands.planning import params
 from fedpeft.config.load import load_config
 from fedpeft.config.schema import Config
 from fedpeft.engine.parameters import count_on_meta

@@ -28,7 +28,7 @@ OF_SITES = ("model=", "model.", "data=", "data.", "partition.file=", "partition.
 
 
 def main(arguments: list[str]) -> None:
-    """Run the trial.
+    """Try a deployment on this machine: ``fedpeft deploy trial``.
 
     Raises:
         ValueError: an argument is wrong.
@@ -56,8 +56,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Return the arguments, checked.
 
     Raises:
-        ValueError: a number or a folder is wrong.
+        ValueError: the first word is not ``trial``, or a number or a folder is wrong.
     """
+    first, rest = arguments[:1], arguments[1:]
+    if first not in (["trial"], ["-h"], ["--help"]):
+        raise ValueError(f"deploy must be followed by trial, got {' '.join(arguments[:1])!r}")
     parser = argparse.ArgumentParser(prog="fedpeft deploy trial", description=__doc__)
     add = parser.add_argument
     add("--nodes", type=int, default=3, help="nodes, one client each (default: 3)")
@@ -65,7 +68,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--folder", type=Path, help="a new or empty folder that stays (default: temporary)")
     add("--app", type=Path, default=APP, help="the project's folder, a checkout of fedpeft")
     add("overrides", nargs="*", help="the run's configuration")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(rest if first == ["trial"] else first)
     if args.nodes < 1:
         raise ValueError(f"--nodes must be >= 1, got {args.nodes}")
     if (count := len(args.data_path)) not in (0, 1, args.nodes):

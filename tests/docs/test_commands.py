@@ -15,18 +15,17 @@ from typing import Any, NoReturn
 import pytest
 
 from fedpeft import cli
+from fedpeft.commands import model as of_models
+from fedpeft.commands import planning, saved
+from fedpeft.commands import run as of_runs
 from fedpeft.config.load import changed, composed, load_config
 from fedpeft.config.sweeps import SweepPlan
 from fedpeft.deployment import node, server, trial
-from fedpeft.export import commands as export_commands
-from fedpeft.reporting import saved_runs
 from fedpeft.reporting.clients import ClientTable
 from fedpeft.reporting.listing import Listing
 from fedpeft.reporting.partition import Holdings
-from fedpeft.reporting.report import write
 from fedpeft.reporting.study import Study
 from fedpeft.simulation import launch
-from fedpeft.simulation import sweep as sweeps
 from tests.conftest import ROOT
 from tests.docs.documents import DOCUMENTS, Block, inline_commands, shell_blocks
 
@@ -87,21 +86,21 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDPEFT_TRACEBACK", "1")  # errors come out of main
     for owner, name, stand_in in (
         (launch, "run", loaded),
-        (sweeps, "sweep", swept),
+        (of_runs, "sweep", swept),
         (Listing, "of", understood),
-        (write, "write_report", understood),
-        (saved_runs, "chosen_runs", understood),
-        (cli, "_counts", counted),
+        (saved, "write_report", understood),
+        (saved, "chosen_runs", understood),
+        (planning, "_counts", counted),
         (Study, "finish", planned),
         (ClientTable, "of", understood),
         (Holdings, "of", understood),
-        (export_commands, "open_run", opened),
+        (of_models, "open_run", opened),
         *((module, "main", parsed_by(module)) for module in (node, server, trial)),
         (Path, "is_file", lambda path: True),  # files of the reader's
         (Path, "is_dir", lambda path: True),
     ):
         monkeypatch.setattr(owner, name, stand_in)
-    monkeypatch.setattr(export_commands, "is_exported", lambda path: False)
+    monkeypatch.setattr(of_models, "is_exported", lambda path: False)
     monkeypatch.setattr("fedpeft.simulation.estimate.show_estimate", estimated)
     monkeypatch.setattr("fedpeft.server.check.check", lambda grid, words, simulated: loaded(words))
 

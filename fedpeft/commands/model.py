@@ -1,4 +1,4 @@
-"""The commands ``fedpeft export``, ``predict`` and ``evaluate``."""
+"""``fedpeft export``, ``predict`` and ``evaluate``."""
 
 import argparse
 import io

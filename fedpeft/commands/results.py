@@ -1,4 +1,4 @@
-"""The arguments of ``fedpeft results``."""
+"""``fedpeft results``."""
 
 import argparse
 import json

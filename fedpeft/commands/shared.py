@@ -1,0 +1,44 @@
+"""Parts of several commands: flags and options, the display, and the command that goes on."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from fedpeft.reporting.progress import Display
+
+
+def flag(arguments: Sequence[str], name: str) -> tuple[bool, list[str]]:
+    """Tell whether a flag is set, and return the other arguments."""
+    return name in arguments, [a for a in arguments if a != name]
+
+
+def option(arguments: Sequence[str], name: str, default: str) -> tuple[str, list[str]]:
+    """Return an option's value, ``--name value`` or ``--name=value``, and the other arguments."""
+    rest: list[str] = []
+    value, pending = default, False
+    for argument in arguments:
+        if pending:
+            value, pending = argument, False
+        elif argument == name:
+            pending = True
+        elif argument.startswith(name + "="):
+            value = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    if pending:
+        raise ValueError(f"{name} needs a value")
+    return value, rest
+
+
+def display(as_json: bool) -> Display:
+    """Return a display on standard output; on standard error if JSON goes to the output."""
+    return Display(Console(highlight=False, soft_wrap=True, stderr=as_json))
+
+
+def going_on(arguments: Sequence[str], folder: Path | str, as_json: bool) -> str:
+    """Return the command that goes on with the runs in a folder."""
+    rest = [a for a in arguments if not a.startswith(("run_dir=", "hydra.sweep.dir="))]
+    options = ["--json"] if as_json else []
+    return shlex.join(["fedpeft", *rest, *options, f"run_dir={folder}"])

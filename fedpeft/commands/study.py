@@ -1,0 +1,163 @@
+"""``fedpeft compare`` and ``fedpeft study``."""
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedpeft.commands.shared import display, flag, going_on, option
+from fedpeft.config.load import composed, load_config, settings
+from fedpeft.reporting.pages import Results, save_comparison, save_study
+from fedpeft.reporting.progress import Tally
+from fedpeft.reporting.results import Measures, edges
+from fedpeft.reporting.study import Done, Study, listed
+from fedpeft.reporting.study_plan import Finished, StudyPlan
+from fedpeft.simulation import launch
+
+METHODS = "lora,ffa_lora,fedsa_lora,scl,fedtt,fedtt_plus"  # if the command names none
+
+
+def compare(arguments: list[str]) -> None:
+    """Run several methods on the same clients, rows and budget: a study of one run a method."""
+    as_json, arguments = flag(arguments, "--json")
+    methods, rest = option(arguments, "--methods", "")
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder, base = _folder_and_base(rest, f"runs/{stamp}_compare")
+    chosen = settings(base).study
+    entries = listed(methods) if methods else chosen.methods or listed(METHODS)
+    planned = Study(folder, base, entries, flat=True)
+    if chosen.questions and not load_config(planned.runs()[0].overrides).data.generates(last=True):
+        raise ValueError(
+            f"study.questions={chosen.questions} needs a task that generates text, such as "
+            "data=docstrings_qa, and data.generate=last"
+        )
+    command = Command(["compare", *arguments], folder, as_json, save_comparison)
+    _, results = command.finish(planned)
+    if as_json:
+        _print_json(folder, results)
+    else:
+        results.page.show()
+        print(f"saved {folder}/comparison.md, comparison.csv, comparison.png")
+    if chosen.questions:
+        ended = {row["method"] for row in results.rows}
+        paths = {run.entry: run.path for run in planned.runs() if run.entry in ended}
+        _ask(paths, chosen.questions, folder, as_json)
+
+
+def _ask(runs: dict[str, Path], count: int, folder: Path, as_json: bool) -> None:
+    """Let the runs' models answer test rows; write ``questions.md`` and show it."""
+    from fedpeft.export.answers import asked  # takes seconds to import
+
+    text = "\n\n".join(question.text() for question in asked(runs, count))
+    (folder / "questions.md").write_text(text + "\n")
+    if not as_json:
+        print(f"\n{text}\n\nsaved {folder}/questions.md")
+
+
+def study(arguments: list[str]) -> None:
+    """Run methods x learning rates x seeds; the same command goes on where it stopped.
+
+    Raises:
+        RuntimeError: no run of a table came to its end; the other tables are there.
+    """
+    as_json, words = flag(arguments, "--json")
+    only_estimate, rest = flag(words, "--estimate")
+    options: dict[str, str] = {}
+    for name in ("--methods", "--lrs", "--seeds", "--extend", "--data"):
+        options[name], rest = option(rest, name, "")
+    folder, base = _folder_and_base(rest, "runs/study")
+    plan = StudyPlan.of(folder, base, options, METHODS)
+    if only_estimate or (plan.settings.estimate and not as_json):
+        from fedpeft.simulation.estimate import show_estimate  # takes seconds to import
+
+        show_estimate(plan.studies(), plan.settings.flops)
+    if only_estimate:
+        return
+    command = Command(["study", *words], folder, as_json, save_study, plan.settings.extend)
+    failed: dict[Path, str] = {}
+
+    def finish_one(last: bool, planned: Study) -> Finished:
+        try:
+            ended, results = command.finish(planned)
+        except RuntimeError as error:
+            failed[planned.folder] = str(error)
+            return Finished(planned, {})
+        failed.pop(planned.folder, None)
+        if not as_json:
+            results.page.show()
+            print(f"saved {planned.folder}/study.md, study.png, runs.csv")
+        elif last:
+            _print_json(planned.folder, results)
+        ranked = {row["method"]: row["ranked_lrs"] for row in results.rows}
+        return Finished(ended, {entry: lrs for entry, lrs in ranked.items() if lrs})
+
+    plan.finish_tables(finish_one)
+    if failed:
+        raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
+
+
+class Command(NamedTuple):
+    """A command that finishes studies.
+
+    Attributes:
+        words: of the command, without ``--json``; the tables name them.
+        folder: holds all of its runs; the command that goes on names it.
+        as_json: show nothing on the way.
+        save: writes a study's results.
+        extend: learning rates that an entry gets at most, one at a time, where its best is an edge.
+    """
+
+    words: Sequence[str]
+    folder: Path
+    as_json: bool
+    save: Callable[[Study, Sequence[Done], Measures, str], Results]
+    extend: int = 0
+
+    def finish(self, study: Study) -> tuple[Study, Results]:
+        """Finish a study and save its results.
+
+        Returns:
+            The study, with the learning rates that were added, and its results.
+
+        Raises:
+            KeyboardInterrupt: somebody stopped the study; the message says how to go on.
+        """
+        done = self._run_left(study)
+        task = load_config(done[0].run.overrides).data
+        measures = Measures(task.headline, *task.selects, quality_sign=task.sign(task.headline))
+        while at_edge := {
+            entry: lr
+            for entry, lr in edges(done, measures).items()
+            if len(study.more.get(entry, ())) < self.extend
+        }:
+            study = study.widened(at_edge)
+            done = self._run_left(study)
+        return study, self.save(study, done, measures, shlex.join(["fedpeft", *self.words]))
+
+    def _run_left(self, study: Study) -> list[Done]:
+        """Run a study's runs that are not there yet, and return all."""
+        tally = Tally(study.size)
+
+        def run_all(runs: list[list[str]]) -> list[dict[str, Any] | Exception]:
+            tally.skipped = study.size - len(runs)
+            return launch.run_all(runs, lambda: display(self.as_json), tally)
+
+        try:
+            return study.finish(run_all)
+        except KeyboardInterrupt as stopped:
+            text = tally.stopped(going_on(self.words, self.folder, self.as_json))
+            raise type(stopped)(text) from None
+
+
+def _folder_and_base(arguments: list[str], default: str) -> tuple[Path, list[str]]:
+    """Return a study's folder, and the overrides that all of its runs have."""
+    folder = Path(composed(arguments).run_dir or default)
+    base = [a for a in arguments if not a.startswith("run_dir=")]
+    return folder, [*base, "evaluation.clients=always"]
+
+
+def _print_json(folder: Path, results: Results) -> None:
+    table = {"rows": results.rows, "baseline": results.baseline, "folder": str(folder)}
+    print(json.dumps(table))
