@@ -15,7 +15,16 @@ def flag(arguments: Sequence[str], name: str) -> tuple[bool, list[str]]:
 
 
 def option(arguments: Sequence[str], name: str, default: str) -> tuple[str, list[str]]:
-    """Return an option's value, ``--name value`` or ``--name=value``, and the other arguments."""
+    """Return an option's value, and the other arguments.
+
+    Args:
+        arguments: of the command, with ``--name value`` or ``--name=value``.
+        name: of the option, with its dashes.
+        default: its value where it is not given.
+
+    Raises:
+        ValueError: the name stands last, without a value.
+    """
     rest: list[str] = []
     value, pending = default, False
     for argument in arguments:
@@ -38,7 +47,13 @@ def display(as_json: bool) -> Display:
 
 
 def going_on(arguments: Sequence[str], folder: Path | str, as_json: bool) -> str:
-    """Return the command that goes on with the runs in a folder."""
+    """Return the command that goes on with the runs in a folder.
+
+    Args:
+        arguments: of the command that was stopped, without ``--json``.
+        folder: holds its runs.
+        as_json: true if the command had ``--json``.
+    """
     rest = [a for a in arguments if not a.startswith(("run_dir=", "hydra.sweep.dir="))]
     options = ["--json"] if as_json else []
     return shlex.join(["fedpeft", *rest, *options, f"run_dir={folder}"])
