@@ -27,7 +27,7 @@ from torch import nn
 
 from benchmarks.measure import REPEATS, interleaved, medians, ratio, save, spread
 from benchmarks.sides import final_accuracy, job, seconds
-from fedpeft.config import load as configuration
+from fedpeft.config.overrides import join
 from fedpeft.data.batching import Batch, training_batches
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.seeding import generator, torch_seed
@@ -63,7 +63,7 @@ def main() -> None:
 def in_process(job_overrides: list[str], repeats: int) -> dict[str, Any]:
     """Time both in this process, in turns; the first round of each warms up and does not count."""
     runtime = ["runtime=inprocess", "runtime.threads=2", "runtime.clients_per_pass=1"]
-    overrides = configuration.join([*job_overrides, *runtime, "num_rounds=1000"])
+    overrides = join([*job_overrides, *runtime, "num_rounds=1000"])
     engine = open_engine(overrides, None)
     clients = engine.config.num_clients
     grid, strategy = InProcessGrid(clients), FederatedPEFT(overrides, engine)

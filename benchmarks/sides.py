@@ -108,7 +108,7 @@ def bare(
         parts: number of processes that share the clients.
     """
     from benchmarks.round import bare_round
-    from fedpeft.config.load import join
+    from fedpeft.config.overrides import join
     from fedpeft.engine.engine import open_engine
 
     settings = ["runtime=inprocess", f"runtime.threads={threads}", f"num_rounds={rounds + 10}"]

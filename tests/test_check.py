@@ -12,7 +12,8 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedpeft.client.app import app as client_app
-from fedpeft.config.load import join, load_config
+from fedpeft.config.load import load_config
+from fedpeft.config.overrides import join
 from fedpeft.deployment.policy import Policy
 from fedpeft.deployment.worker import _answer as worker_answer
 from fedpeft.engine import facts as facts_module

@@ -12,19 +12,10 @@ import pytest
 from hydra.utils import get_class
 
 from fedpeft.config import load
-from fedpeft.config.load import (
-    CONF,
-    GROUPS,
-    _from_files,
-    addable,
-    composed,
-    join,
-    load_config,
-    of_message,
-    sent,
-    split,
-)
+from fedpeft.config.load import CONF, GROUPS, _from_files, addable, composed, load_config
+from fedpeft.config.message import for_clients, of_message
 from fedpeft.config.optimization import Optimization
+from fedpeft.config.overrides import join, split
 from fedpeft.config.schema import Config, ConfigError
 from fedpeft.data.partitions.base import IID, Dirichlet
 from fedpeft.engine.engine import Engine
@@ -295,7 +286,7 @@ def test_a_text_is_read_as_the_shell_gives_it(text: str) -> None:
     overrides = [f"data.path={text}", f"run_dir={text}", "data=table"]
     assert composed(overrides).run_dir == text
     assert load_config(overrides).data.path == text
-    assert load_config(of_message(sent(overrides))).data.path == text
+    assert load_config(of_message(for_clients(overrides))).data.path == text
 
 
 def test_a_text_in_quotes_is_what_the_quotes_hold() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.config.load import join
+from fedpeft.config.overrides import join
 from tests.conftest import command
 from tests.deployments import copied_app, overrides_of, simulated, summary
 

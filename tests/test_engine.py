@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.config.load import join, load_config
+from fedpeft.config.load import load_config
+from fedpeft.config.overrides import join
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.engine.plan import Job
 from fedpeft.engine.roles import Roles

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 
-from fedpeft.config.load import join
+from fedpeft.config.overrides import join
 from fedpeft.engine.engine import open_engine
 from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.simulation.grid import InProcessGrid

@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Context, Message
 
 from fedpeft.client.app import app as client_app
-from fedpeft.config.load import join
+from fedpeft.config.overrides import join
 from fedpeft.engine.engine import open_engine
 from fedpeft.reporting.clients import read_clients
 from tests.conftest import TOPICS, sentences

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config.load import composed, join
+from fedpeft.config.load import composed
+from fedpeft.config.overrides import join
 from fedpeft.deployment.policy import LIMITS, Policy
 from fedpeft.errors import public_text
 from tests.conftest import ROOT

@@ -13,7 +13,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from fedpeft.client.app import app as client_app
-from fedpeft.config.load import split
+from fedpeft.config.overrides import split
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.plan import Job
 from fedpeft.reporting.run_directory import read_metrics

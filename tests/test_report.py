@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from fedpeft.config.load import CONF, composed, leaves, split
+from fedpeft.config.load import CONF, composed, leaves
+from fedpeft.config.overrides import split
 from fedpeft.reporting.report.chart import BarChart, Line, LineChart
 from fedpeft.reporting.report.charts import charts, norm_bound, thinned
 from fedpeft.reporting.report.commands import command

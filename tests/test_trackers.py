@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from fedpeft.config.load import composed, sent, trackers
+from fedpeft.config.load import composed, trackers
+from fedpeft.config.message import for_clients
 from fedpeft.config.schema import ConfigError
 from fedpeft.reporting.progress import Display
 from fedpeft.reporting.run_directory import read_metrics
@@ -40,7 +41,7 @@ def test_several_at_once_are_of_the_server_alone() -> None:
     chosen = trackers(given)
     assert [type(tracker).__name__ for tracker in chosen] == ["TensorBoard", "WandB"]
     assert (chosen[1].project, chosen[1].mode) == ("mine", "offline")
-    assert sent(given) == "seed=3"
+    assert for_clients(given) == "seed=3"
     assert composed(given).seed == 3 and trackers(["seed=3"]) == []
 
 

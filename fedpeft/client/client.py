@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, 
 
 from fedpeft.client.store import Lost, store_of
 from fedpeft.compression.base import ERROR, OfUpdate
-from fedpeft.config.load import of_message
+from fedpeft.config.message import of_message
 from fedpeft.engine.cpu import give_back
 from fedpeft.engine.engine import Engine, Result, open_engine
 from fedpeft.engine.plan import Job

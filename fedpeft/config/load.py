@@ -1,9 +1,7 @@
 """One typed configuration, composed by Hydra from ``conf/`` and a list of overrides."""
 
-import json
 import os
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -22,7 +20,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedpeft.config.overrides import quoted, readable
+from fedpeft.config.overrides import key_of, readable, split
 from fedpeft.config.schema import Config, ConfigError, Settings
 from fedpeft.config.sentences import hydra_sentence, omegaconf_sentence, several_values
 
@@ -44,96 +42,10 @@ _FIELD = re.compile(
     rf"(({'|'.join(GROUPS)}|runtime|optimizer|evaluation|checkpoint|early_stopping|study|logger)"
     r"\.[\w.]+|lr|personal)="
 )
-INTERPOLATION = "${"
-MOST_CHARACTERS = 1 << 16  # of a message's overrides, because Hydra takes a minute for a megabyte
 _KEY = re.compile(r"[\w./@:$-]+", re.ASCII)
 _VALUE = re.compile(r"(\+\+)?(?!hydra\.)[\w.]+=", re.ASCII)
 _SEVERAL = re.compile(r"[,(]")  # characters, one of which several values have
-_MARKS = re.compile(r"[\\'\"]")  # characters that splitting or parsing an override takes away
-# Beginnings of overrides that clients need not know.
-OF_SERVER = (
-    *("run_dir=", "resume=", "logs=", "metrics_port=", "check="),
-    *("checkpoint.", "early_stopping.", "study.", "hydra.", "logger=", "logger."),
-)
 _lock = Lock()  # Hydra's compose is not thread-safe; a launch composes in a thread too
-
-
-def split(overrides: str | Sequence[str]) -> list[str]:
-    """Return overrides as a list; a string is split as a shell would.
-
-    Raises:
-        ConfigError: a quotation has no end.
-    """
-    try:
-        return shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def join(overrides: Sequence[str]) -> str:
-    """Return overrides as the one string that messages and run configurations carry."""
-    return shlex.join(overrides)
-
-
-def sent(overrides: Sequence[str]) -> str:
-    """Return the overrides that clients get, without those that only the server needs."""
-    shared = [o for o in overrides if not _of_server(o)]
-    return join([_resolved(o, shared) if INTERPOLATION in o else o for o in shared])
-
-
-def of_message(overrides: str) -> list[str]:
-    """Return the overrides that a server sent, as a list.
-
-    Quotes and escapes vanish when the text is split and parsed, so they may hide no interpolation.
-    Hydra takes the choice of a group for a path, from which ``..`` leads to any YAML file.
-
-    Raises:
-        ConfigError: the text is too long, could read this machine's environment, or composes other
-            files than ours.
-    """
-    if len(overrides) > MOST_CHARACTERS:
-        raise ConfigError(
-            f"the configuration in a message must have at most {MOST_CHARACTERS} characters, "
-            f"got {len(overrides)}"
-        )
-    received = split(overrides)
-    for override in received:
-        key, value = key_of(override).strip(), override.partition("=")[2]
-        if INTERPOLATION in _MARKS.sub("", override):
-            raise ConfigError("the configuration in a message must not hold an interpolation")
-        if key.startswith("hydra"):
-            raise ConfigError("the configuration in a message must not set Hydra itself")
-        if "." not in key.partition("@")[0] and "/" in value:
-            raise ConfigError(f"the configuration in a message must not name a path in {key}")
-    return received
-
-
-def key_of(override: str) -> str:
-    """Return the key that an override sets, or the group that it chooses."""
-    return override.partition("=")[0].lstrip("+~")
-
-
-def _resolved(override: str, overrides: Sequence[str]) -> str:
-    """Put the value in the place of an interpolation, because clients resolve none.
-
-    Raises:
-        ConfigError: it cannot be resolved, or stands for more than one value.
-    """
-    key = key_of(override)
-    try:
-        value = OmegaConf.select(_composed(tuple(overrides)), key)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{override}: {omegaconf_sentence(error)}") from error
-    if OmegaConf.is_config(value):
-        raise ConfigError(f"{override}: an interpolation must stand for one value")
-    if not isinstance(value, str):
-        return f"{key}={json.dumps(value)}"
-    return f"{key}={quoted(value)}"
-
-
-def _of_server(override: str) -> bool:
-    """Tell whether an override sets a key that clients need not know."""
-    return override.lstrip("+").startswith(OF_SERVER)
 
 
 def addable(override: str) -> str:

@@ -1,6 +1,8 @@
-"""Overrides as a shell hands them over: values that Hydra's grammar cannot read are quoted."""
+"""Overrides as a shell hands them over: split, joined, and quoted for Hydra's grammar."""
 
 import re
+import shlex
+from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -10,6 +12,28 @@ from fedpeft.config.schema import ConfigError
 # A value that Hydra reads as it stands; all others are tried, which takes a millisecond.
 _PLAIN = re.compile(r"[\w./:+@-]*", re.ASCII)
 _LISTS = re.compile(r"\[|\{(?![{%])")  # {{ and {% begin a template
+
+
+def split(overrides: str | Sequence[str]) -> list[str]:
+    """Return overrides as a list; a string is split as a shell would.
+
+    Raises:
+        ConfigError: a quotation has no end.
+    """
+    try:
+        return shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def join(overrides: Sequence[str]) -> str:
+    """Return overrides as the one string that messages and run configurations carry."""
+    return shlex.join(overrides)
+
+
+def key_of(override: str) -> str:
+    """Return the key that an override sets, or the group that it chooses."""
+    return override.partition("=")[0].lstrip("+~")
 
 
 def quoted(text: object) -> str:

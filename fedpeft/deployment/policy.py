@@ -14,7 +14,9 @@ from typing import Any
 
 import yaml
 
-from fedpeft.config.load import CONF, INTERPOLATION, composed, join, key_of, leaves, of_message
+from fedpeft.config.load import CONF, composed, leaves
+from fedpeft.config.message import INTERPOLATION, of_message
+from fedpeft.config.overrides import join, key_of
 from fedpeft.config.schema import ConfigError
 from fedpeft.errors import PartlyPublic
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedpeft.config import load as configuration
-from fedpeft.config.overrides import quoted
+from fedpeft.config.overrides import quoted, split
 from fedpeft.config.schema import Config
 from fedpeft.data.batching import Batch, Examples
 from fedpeft.data.clients import ClientRows
@@ -282,7 +282,7 @@ def open_engine(overrides: str, data_path: str | None) -> Engine:
     In one process the server and its clients share it. No argument has a default, because
     ``lru_cache`` would take a call that leaves one out for another engine.
     """
-    extended: list[Any] = configuration.split(overrides)
+    extended: list[Any] = split(overrides)
     if data_path is not None:
         # The client divides the rows of its own folder by itself, so no split need be there.
         extended += [f"data.path={quoted(data_path)}", "data.missing_split=error"]

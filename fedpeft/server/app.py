@@ -8,6 +8,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.config import load as configuration
+from fedpeft.config.message import for_clients
+from fedpeft.config.overrides import split
 from fedpeft.engine.engine import open_engine
 from fedpeft.export.run import open_run
 from fedpeft.export.write import export
@@ -33,7 +35,7 @@ def main(grid: Grid, context: Context) -> None:
     Raises:
         ValueError: ``check=true`` found problems.
     """
-    overrides = configuration.split(str(context.run_config.get("overrides", "")))
+    overrides = split(str(context.run_config.get("overrides", "")))
     if configuration.settings(overrides).check:
         report = check(grid, overrides)
         report.show()
@@ -64,7 +66,7 @@ def serve(
     settings = configuration.settings(overrides)
     if settings.check:
         raise ValueError("check=true is for flwr run; on this machine it is: fedpeft check")
-    sent = configuration.sent(overrides)
+    sent = for_clients(overrides)
     engine = open_engine(sent, None)  # in one process, the clients' engine too
     engine.rows.read_all()
     label = type(engine.config.method).__name__

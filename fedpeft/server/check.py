@@ -6,7 +6,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.config import load as configuration
+from fedpeft.config.message import for_clients
 from fedpeft.config.schema import Config
 from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.engine import open_engine
@@ -37,7 +37,7 @@ def check(grid: Grid, overrides: Sequence[str], simulated: bool = False) -> Repo
     Raises:
         ValueError: the configuration, the model or the server's own data are wrong.
     """
-    sent = configuration.sent(overrides)
+    sent = for_clients(overrides)
     engine = open_engine(sent, None)
     config, replica = engine.config, engine.replica
     engine.rows.read_all()

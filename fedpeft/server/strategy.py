@@ -14,6 +14,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedpeft.config import load as configuration
+from fedpeft.config.message import for_clients
+from fedpeft.config.overrides import split
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.reporting.observer import Line, Observer
 from fedpeft.seeding import generator
@@ -50,8 +52,8 @@ class FederatedPEFT(Strategy):
     """
 
     def __init__(self, overrides: str | Sequence[str], engine: Engine | None = None) -> None:
-        listed = configuration.split(overrides)
-        self.overrides = configuration.sent(listed)
+        listed = split(overrides)
+        self.overrides = for_clients(listed)
         self.engine = engine or open_engine(self.overrides, None)
         self.config, self.replica = self.engine.config, self.engine.replica
         self.roles = self.replica.roles

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from fedpeft.config import load as configuration
-from fedpeft.config.overrides import quoted
+from fedpeft.config.message import for_clients
+from fedpeft.config.overrides import quoted, split
 from fedpeft.config.schema import Config, Runtime
 from fedpeft.files import check_path
 from fedpeft.reporting.progress import Display, Tally
@@ -74,7 +75,7 @@ def simulate(grid: "LocalGrid", overrides: Sequence[str], display: Display) -> d
     settings = configuration.settings(overrides)
     if (summary := finished(configuration.composed(overrides))) is not None:
         return summary
-    sent = configuration.sent(overrides)
+    sent = for_clients(overrides)
     grid.prepare(sent)
     engine = open_engine(sent, None)
     engine.rows.by_client  # noqa: B018  # an impossible partition ends the run here
@@ -82,7 +83,7 @@ def simulate(grid: "LocalGrid", overrides: Sequence[str], display: Display) -> d
     with run_path(settings.run_dir, label) as path:
         grid.num_clients = engine.config.num_clients
         grid.state_folder, grid.groups = Path(path).resolve() / "clients", engine.groups
-        rest = [o for o in configuration.split(overrides) if not o.startswith("run_dir=")]
+        rest = [o for o in split(overrides) if not o.startswith("run_dir=")]
         return serve(grid, [*rest, f"run_dir={quoted(path)}"], display)
 
 
@@ -149,7 +150,7 @@ def run(overrides: str | Sequence[str], display: Display | None = None) -> dict[
         ValueError: something about the configuration, the model or the data is wrong.
         RuntimeError: no client could train.
     """
-    listed = configuration.split(overrides)
+    listed = split(overrides)
     (outcome,) = run_all([listed], lambda: display or Display())
     if isinstance(outcome, Exception):
         raise outcome

@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 from hydra import main
 from rich.console import Console
 
-from fedpeft.config.load import CONF, key_of, load_config
+from fedpeft.config.load import CONF, load_config
+from fedpeft.config.overrides import key_of
 from fedpeft.config.sweeps import SweepPlan
 from fedpeft.reporting.progress import FAILED, SKIPPED, Tally
 from fedpeft.reporting.saved_runs import SavedRun

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedpeft.client.app import app as client_app
-from fedpeft.config.load import join, split
+from fedpeft.config.overrides import join, split
 from fedpeft.errors import PartlyPublic, public_text
 from tests.conftest import TOPICS, Runner, Sent
 from tests.data.files import Rows, image, write_file
