@@ -36,21 +36,21 @@ Overrides are those of Hydra: key=value, group=name. Groups and names stand in c
 # By command, the function that answers it. Names, because its module may import torch, which takes
 # seconds, and a wrong word or --help should not wait.
 COMMANDS = {
-    "run": "fedpeft.commands.run.run",
-    "compare": "fedpeft.commands.study.compare",
-    "study": "fedpeft.commands.study.study",
-    "results": "fedpeft.commands.results.results",
-    "params": "fedpeft.commands.planning.params",
-    "show": "fedpeft.commands.saved.show",
-    "report": "fedpeft.commands.saved.report",
-    "partition": "fedpeft.commands.planning.partition",
-    "check": "fedpeft.commands.planning.check",
-    "export": "fedpeft.commands.model.export",
-    "predict": "fedpeft.commands.model.predict",
-    "evaluate": "fedpeft.commands.model.evaluate",
-    "node": "fedpeft.deployment.node.main",
-    "server": "fedpeft.deployment.server.main",
-    "deploy": "fedpeft.deployment.trial.main",
+    "run": "fedpeft.commands.run:run",
+    "compare": "fedpeft.commands.study:compare",
+    "study": "fedpeft.commands.study:study",
+    "results": "fedpeft.commands.results:results",
+    "params": "fedpeft.commands.planning:params",
+    "show": "fedpeft.commands.saved:show",
+    "report": "fedpeft.commands.saved:report",
+    "partition": "fedpeft.commands.planning:partition",
+    "check": "fedpeft.commands.planning:check",
+    "export": "fedpeft.commands.model:export",
+    "predict": "fedpeft.commands.model:predict",
+    "evaluate": "fedpeft.commands.model:evaluate",
+    "node": "fedpeft.deployment.node:main",
+    "server": "fedpeft.deployment.server:main",
+    "deploy": "fedpeft.deployment.trial:main",
 }
 # These print the options that they parse.
 OWN_HELP = ("results", "export", "predict", "evaluate", "node", "server", "deploy")

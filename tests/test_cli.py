@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +89,8 @@ def test_partition_counts_and_draws(fedpeft: Command, base: list[str]) -> None:
         (["compare", "--methods"], "--methods needs a value"),
         (["run", "model.path=/nowhere", "runtime=inprocess"], "/nowhere"),
         (["partition", "num_clients=2000", "data=table", "data.path=/nowhere"], "/nowhere"),
+        (["deploy"], "deploy must be followed by trial, got ''"),
+        (["deploy", "trail", "num_rounds=1"], "deploy must be followed by trial, got 'trail'"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_status_2(
@@ -111,6 +115,28 @@ def test_unknown_command(
     assert f"fedpeft: unknown command {word}, {advice}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words", [["check", "lr=abc"], ["params", "method.rank=3"], ["study", "--lrs", "x"]], ids=str
+)
+def test_wrong_words_do_not_wait_for_torch(words: list[str]) -> None:
+    code = f"import sys; sys.argv = ['fedpeft', *{words}]; from fedpeft.cli import main\n"
+    code += "try: main()\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "False\n")
+
+
+def test_a_package_that_is_not_installed_is_named() -> None:
+    code = "import sys; sys.modules['torch'] = None; sys.argv = ['fedpeft', 'export', 'x']\n"
+    code += "from fedpeft.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "torch" in done.stderr and "no attribute" not in done.stderr
+
+
+def test_brackets_in_titles_are_no_markup(fedpeft: Command) -> None:
+    given = ("model=minilm", "data=sst2", "method.targets=[q,v]", "method.rank=4")
+    assert "method.targets=[q,v] method.rank=4: " in fedpeft("params", "method=lora", *given)
+
+
 def test_each_command_shows_how_it_is_used(fedpeft: Command) -> None:
     for line in cli.USAGE.splitlines():
         if match := re.match("  ([a-z]+) ", line):
@@ -120,6 +146,16 @@ def test_each_command_shows_how_it_is_used(fedpeft: Command) -> None:
                 assert said == fedpeft(name, "method=lora", "-h")
                 assert said.startswith(f"{name} ") and f"fedpeft {name}" in said
     assert "fedpeft run -m method" in fedpeft("run", "-h") and "study" not in fedpeft("run", "-h")
+
+
+def test_deploy_shows_its_help_without_the_word_trial(
+    fedpeft: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--help"], ["trial", "-h"]):
+        with pytest.raises(SystemExit) as ended:
+            fedpeft("deploy", *words)
+        assert ended.value.code == 0
+        assert capsys.readouterr().out.startswith("usage: fedpeft deploy trial ")
 
 
 def odd(folder: Path, source: Path) -> Path:

@@ -14,7 +14,7 @@ SYSTEMS = {"engine", "client", "server", "simulation", "deployment", "export"}
 APP = "server/app.py"
 # Names of the classes that ``_target_`` may name, which Hydra imports when it makes one.
 TARGETS = "config/load.py"
-NAME = re.compile(r"fedpeft(\.\w+)+")
+NAME = re.compile(r"fedpeft(\.\w+)+(:\w+)?")
 # By package: the packages and modules of fedpeft that it must not import.
 FORBIDDEN = {
     **dict.fromkeys(("data", "models", "methods", "algorithms", "compression"), SYSTEMS),
@@ -80,7 +80,7 @@ def named(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         text = node.value if isinstance(node, ast.Constant) else None
         if isinstance(text, str) and NAME.fullmatch(text) and _is_there(text.split(".")[1]):
-            yield text
+            yield text.replace(":", ".")
 
 
 def _is_there(module: str) -> bool:
@@ -96,8 +96,12 @@ def ours(name: str) -> set[str]:
 
 
 def test_a_module_named_in_a_string_counts_as_imported(tmp_path: Path) -> None:
-    (tmp_path / "hidden.py").write_text('get_method("fedpeft.export.run.open_run")\n"fedpeft.json"')
-    assert list(named(tmp_path / "hidden.py")) == ["fedpeft.export.run.open_run"]
+    (tmp_path / "hidden.py").write_text(
+        'get_method("fedpeft.export.run.open_run")\n"fedpeft.json"\n"fedpeft.server.app:app"'
+    )
+    assert sorted(named(tmp_path / "hidden.py")) == [
+        *("fedpeft.export.run.open_run", "fedpeft.server.app.app")
+    ]
 
 
 @pytest.mark.parametrize("name", files())

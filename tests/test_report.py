@@ -251,26 +251,25 @@ def test_the_servers_rows_are_tested_too(report: Path) -> None:
 
 
 def test_diagnostics_are_means_over_rounds_and_seeds(tmp_path: Path) -> None:
+    """The first run's cosine is .2 in one round and .5 in the other."""
     runs = _with_interference(tmp_path, [0.1, 0.3], [[0.5, 0.6], [0.7]])
     path = runs.settings[0].runs[0].path / "metrics.jsonl"
-    path.write_text(path.read_text().replace('"interference": 0.1', '"interference": 0.3'))
+    lines = path.read_text().replace('"interference": 0.1', '"interference": 0.3')
+    path.write_text(lines.replace('"update_cosine": 0.5', '"update_cosine": 0.2', 1))
     table = diagnostics_table(Runs.of(saved_runs([tmp_path])))
     assert table is not None
     first, second = table.rows
     assert first["interference"] == pytest.approx(0.2)  # of .3 and .1
     assert first["interference_sd"] == pytest.approx(0.02**0.5)
     assert (second["interference"], second["interference_sd"]) == (0.3, None)
+    assert first["update_cosine"] == pytest.approx((0.35 + 0.5) / 2)
     assert table.cells[1] == ["lora lr=2.0", "0.300", "0.500"]
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"num_clients": 3}, "their rows are divided differently, so a seed makes no pair"),
-        (
-            {"evaluation": {"max_client_rows": 9}},
-            "their rows are divided differently, so a seed makes no pair",
-        ),
+        ({"num_clients": 3}, "the rows that they hold or measure differ, so a seed makes no pair"),
         ({"seed": 5}, "a test needs 3 common seeds of the same rows by client, got 2"),
         ({"partition": "q"}, "a test needs 3 common seeds of the same rows by client, got 0"),
         (
@@ -286,10 +285,45 @@ def test_without_common_seeds_and_clients_no_pair_is_tested(
         _save(tmp_path / f"a{seed}", "lora", seed, quality)
         more = {} if "seed" in change and seed < 2 else change
         _save(tmp_path / f"b{seed}", "scl", more.get("seed", seed), quality - 0.1 * seed, **more)
-    table, _ = pairs_tables(Runs.of(saved_runs([tmp_path])))
-    assert table.rows == []
-    assert table.notes[-1] == f"Not tested, because {sentence}: lora and scl."
-    assert table.save(tmp_path) == []  # there is nothing to write
+    tables = pairs_tables(Runs.of(saved_runs([tmp_path])))
+    assert len(tables) == 2
+    for table in tables:
+        assert table.rows == []
+        assert table.notes[-1] == f"Not tested, because {sentence}: lora and scl."
+        assert table.save(tmp_path) == []  # there is nothing to write
+
+
+def test_the_number_of_clients_rows_that_are_measured_concerns_their_table_alone(
+    tmp_path: Path,
+) -> None:
+    for seed, quality in enumerate(QUALITY["lora"]):
+        _save(tmp_path / f"a{seed}", "lora", seed, quality)
+        few = {"max_client_rows": 9}
+        _save(tmp_path / f"b{seed}", "scl", seed, quality - 0.1 * seed, evaluation=few)
+    clients, server = pairs_tables(Runs.of(saved_runs([tmp_path])))
+    assert "the rows that they hold or measure differ" in clients.notes[-1] and not clients.rows
+    assert server.rows[0]["difference"] == pytest.approx(0.1)  # of 0, .1 and .2
+
+
+def test_a_method_without_a_global_model_is_not_tested_on_the_servers_rows(tmp_path: Path) -> None:
+    for path in _study(tmp_path).glob("scl/*/summary.json"):
+        summary = json.loads(path.read_text())
+        del summary["final"]["test_accuracy"]
+        path.write_text(json.dumps(summary))
+    clients, server = pairs_tables(Runs.of(saved_runs([tmp_path])))
+    assert len(clients.rows) == 1 and not server.rows
+    reason = "Not tested, because scl was not measured on these rows: lora and scl."
+    assert server.notes[1:] == [reason]
+
+
+def test_runs_without_clients_tests_have_the_servers_table_alone(tmp_path: Path) -> None:
+    for path in _study(tmp_path).glob("*/*/summary.json"):
+        summary = json.loads(path.read_text())
+        for key in [key for key in summary["final"] if key.startswith("client_test")]:
+            del summary["final"][key]
+        path.write_text(json.dumps(summary))
+    (server,) = pairs_tables(Runs.of(saved_runs([tmp_path])))
+    assert server.rows[0]["difference"] == pytest.approx(0.1)
 
 
 def test_pairs_of_runs_that_did_not_save_the_partition_say_so(tmp_path: Path) -> None:

@@ -602,7 +602,7 @@ def test_lists_of_the_command_line() -> None:
 
 
 def test_reading_results_needs_no_torch() -> None:
-    code = "import sys, fedpeft.commands.results, fedpeft.commands.saved"
+    code = "import sys, fedpeft.commands.results, fedpeft.commands.saved, fedpeft.commands.study"
     code += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

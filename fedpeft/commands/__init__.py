@@ -1,1 +1,1 @@
-"""The commands of the command line; nothing but ``cli.py`` imports these modules."""
+"""The commands of the command line but for deployment's; only ``cli.py`` imports them."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from fedpeft.config.overrides import key_of
 from fedpeft.data.rows.source import SPLITS
 from fedpeft.data.tasks.base import Task
 from fedpeft.engine.evaluate import scored
@@ -67,7 +68,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_intermixed_args(arguments)
     model = _open(args)
-    keys = {override.partition("=")[0].lstrip("+") for override in args.overrides}
+    keys = {*map(key_of, args.overrides)}
     if keys & {"data", "data.path"} and "data.test_split" not in keys:
         task, note = _tested(model.config.data, _rows_of(args.path))
         if note:

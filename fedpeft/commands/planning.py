@@ -8,7 +8,6 @@ from typing import Any
 
 from fedpeft.commands.shared import flag, option
 from fedpeft.config.load import CONF, check_fields, load_config, settings
-from fedpeft.reporting.partition import Holdings
 from fedpeft.reporting.tables import print_table, span, span_of_bytes
 
 
@@ -53,7 +52,7 @@ def every_method() -> list[str]:
 
 def _counts(names: list[str], base: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return counts by method, and reasons of methods that refuse the model; one must fit."""
-    from fedpeft.engine.parameters import count_on_meta  # takes seconds to import
+    from fedpeft.engine.parameters import count_on_meta  # imports torch
 
     counts: dict[str, Any] = {}
     refused: dict[str, str] = {}
@@ -70,8 +69,10 @@ def _counts(names: list[str], base: list[str]) -> tuple[dict[str, Any], dict[str
 
 def partition(arguments: list[str]) -> None:
     """Show each client's rows: a table, a heat map and a file of row numbers."""
+    from fedpeft.reporting.partition import Holdings  # imports torch
+
     as_json, arguments = flag(arguments, "--json")
-    folder, arguments = option(arguments, "--out", "")
+    folder, arguments = option(arguments, "--out")
     holdings = Holdings.of(load_config(arguments))
     if as_json:
         print(holdings.as_json())
@@ -89,9 +90,9 @@ def check(arguments: list[str]) -> None:
     given = settings(arguments)
     check_fields(arguments)
 
-    # Wrong words are answered before these imports, which take seconds.
-    from fedpeft.server.check import check as checked  # takes seconds
-    from fedpeft.simulation.grid import InProcessGrid  # takes seconds
+    # These import torch, which takes seconds, so wrong words are answered before.
+    from fedpeft.server.check import check as checked
+    from fedpeft.simulation.grid import InProcessGrid
 
     log = logging.getLogger("fedpeft.client")
     level = log.level

@@ -3,9 +3,9 @@
 import json
 import sys
 
-from fedpeft.commands.shared import display, flag, going_on
+from fedpeft.commands.shared import flag, going_on
 from fedpeft.config.sweeps import plan
-from fedpeft.reporting.progress import summary_text
+from fedpeft.reporting.progress import Display, summary_text
 from fedpeft.simulation import launch
 from fedpeft.simulation.sweep import sweep
 
@@ -18,7 +18,7 @@ def run(arguments: list[str]) -> None:
     if {*MULTIRUN} & {*arguments}:
         _sweep(arguments, as_json)
         return
-    summary = launch.run(arguments, display(as_json))
+    summary = launch.run(arguments, Display.beside_json(as_json))
     print(json.dumps(summary) if as_json else summary_text(summary))
 
 

@@ -13,7 +13,7 @@ from fedpeft.reporting.study import numbers
 def show(arguments: list[str]) -> None:
     """Show what each client of a run got in one round: rows, measures, bytes and seconds."""
     as_json, arguments = flag(arguments, "--json")
-    number, arguments = option(arguments, "--round", "")
+    number, arguments = option(arguments, "--round")
     if len(arguments) != 1:
         raise ValueError("show needs the directory of one run: fedpeft show RUN [--round N]")
     round = next(iter(numbers("--round", number, int)), None)
@@ -27,7 +27,7 @@ def show(arguments: list[str]) -> None:
 def report(arguments: list[str]) -> None:
     """Write a page, figures and tables of saved runs; of studies, perhaps the chosen ones alone."""
     chosen, arguments = flag(arguments, "--chosen")
-    to, arguments = option(arguments, "--to", "")
+    to, arguments = option(arguments, "--to")
     as_json, arguments = flag(arguments, "--json")
     unknown = [argument for argument in arguments if argument.startswith("-")]
     if unknown or not arguments:

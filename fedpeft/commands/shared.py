@@ -1,12 +1,8 @@
-"""Parts of several commands: flags and options, the display, and the command that goes on."""
+"""Parts of several commands: flags and options, and the command that goes on."""
 
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
-
-from fedpeft.reporting.progress import Display
 
 
 def flag(arguments: Sequence[str], name: str) -> tuple[bool, list[str]]:
@@ -14,19 +10,18 @@ def flag(arguments: Sequence[str], name: str) -> tuple[bool, list[str]]:
     return name in arguments, [a for a in arguments if a != name]
 
 
-def option(arguments: Sequence[str], name: str, default: str) -> tuple[str, list[str]]:
-    """Return an option's value, and the other arguments.
+def option(arguments: Sequence[str], name: str) -> tuple[str, list[str]]:
+    """Return an option's value, empty if it is not given, and the other arguments.
 
     Args:
         arguments: of the command, with ``--name value`` or ``--name=value``.
         name: of the option, with its dashes.
-        default: its value where it is not given.
 
     Raises:
         ValueError: the name stands last, without a value.
     """
     rest: list[str] = []
-    value, pending = default, False
+    value, pending = "", False
     for argument in arguments:
         if pending:
             value, pending = argument, False
@@ -39,11 +34,6 @@ def option(arguments: Sequence[str], name: str, default: str) -> tuple[str, list
     if pending:
         raise ValueError(f"{name} needs a value")
     return value, rest
-
-
-def display(as_json: bool) -> Display:
-    """Return a display on standard output; on standard error if JSON goes to the output."""
-    return Display(Console(highlight=False, soft_wrap=True, stderr=as_json))
 
 
 def going_on(arguments: Sequence[str], folder: Path | str, as_json: bool) -> str:

@@ -7,10 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedpeft.commands.shared import display, flag, going_on, option
+from fedpeft.commands.shared import flag, going_on, option
 from fedpeft.config.load import composed, load_config, settings
 from fedpeft.reporting.pages import Results, save_comparison, save_study
-from fedpeft.reporting.progress import Tally
+from fedpeft.reporting.progress import Display, Tally
 from fedpeft.reporting.results import Measures, edges
 from fedpeft.reporting.study import Done, Study, listed
 from fedpeft.reporting.study_plan import Finished, StudyPlan
@@ -22,7 +22,7 @@ METHODS = "lora,ffa_lora,fedsa_lora,scl,fedtt,fedtt_plus"  # if the command name
 def compare(arguments: list[str]) -> None:
     """Run several methods on the same clients, rows and budget: a study of one run a method."""
     as_json, arguments = flag(arguments, "--json")
-    methods, rest = option(arguments, "--methods", "")
+    methods, rest = option(arguments, "--methods")
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder, base = _folder_and_base(rest, f"runs/{stamp}_compare")
     chosen = settings(base).study
@@ -48,7 +48,7 @@ def compare(arguments: list[str]) -> None:
 
 def _ask(runs: dict[str, Path], count: int, folder: Path, as_json: bool) -> None:
     """Let the runs' models answer test rows; write ``questions.md`` and show it."""
-    from fedpeft.export.answers import asked  # takes seconds to import
+    from fedpeft.export.answers import asked  # imports torch
 
     text = "\n\n".join(question.text() for question in asked(runs, count))
     (folder / "questions.md").write_text(text + "\n")
@@ -66,11 +66,11 @@ def study(arguments: list[str]) -> None:
     only_estimate, rest = flag(words, "--estimate")
     options: dict[str, str] = {}
     for name in ("--methods", "--lrs", "--seeds", "--extend", "--data"):
-        options[name], rest = option(rest, name, "")
+        options[name], rest = option(rest, name)
     folder, base = _folder_and_base(rest, "runs/study")
     plan = StudyPlan.of(folder, base, options, METHODS)
     if only_estimate or (plan.settings.estimate and not as_json):
-        from fedpeft.simulation.estimate import show_estimate  # takes seconds to import
+        from fedpeft.simulation.estimate import show_estimate  # imports torch
 
         show_estimate(plan.studies(), plan.settings.flops)
     if only_estimate:
@@ -104,7 +104,7 @@ class Command(NamedTuple):
     Attributes:
         words: of the command, without ``--json``; the tables name them.
         folder: holds all of its runs; the command that goes on names it.
-        as_json: show nothing on the way.
+        as_json: only the result goes to standard output.
         save: writes a study's results.
         extend: learning rates that an entry gets at most, one at a time, where its best is an edge.
     """
@@ -142,7 +142,7 @@ class Command(NamedTuple):
 
         def run_all(runs: list[list[str]]) -> list[dict[str, Any] | Exception]:
             tally.skipped = study.size - len(runs)
-            return launch.run_all(runs, lambda: display(self.as_json), tally)
+            return launch.run_all(runs, lambda: Display.beside_json(self.as_json), tally)
 
         try:
             return study.finish(run_all)

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedpeft.config.load import composed
@@ -25,10 +25,13 @@ OF_SERVER = (
 def for_clients(overrides: Sequence[str]) -> str:
     """Return the overrides that clients get, without those that only the server needs."""
     shared = [o for o in overrides if not _of_server(o)]
-    return join([_resolved(o, shared) if INTERPOLATION in o else o for o in shared])
+    if not any(INTERPOLATION in o for o in shared):
+        return join(shared)
+    tree = composed(shared)
+    return join([_resolved(o, tree) if INTERPOLATION in o else o for o in shared])
 
 
-def _resolved(override: str, overrides: Sequence[str]) -> str:
+def _resolved(override: str, tree: DictConfig) -> str:
     """Put the value in the place of an interpolation, because clients resolve none.
 
     Raises:
@@ -36,7 +39,7 @@ def _resolved(override: str, overrides: Sequence[str]) -> str:
     """
     key = key_of(override)
     try:
-        value = OmegaConf.select(composed(overrides), key)
+        value = OmegaConf.select(tree, key)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{override}: {omegaconf_sentence(error)}") from error
     if OmegaConf.is_config(value):

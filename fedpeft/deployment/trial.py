@@ -53,14 +53,14 @@ def say(line: str) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Return the arguments, checked.
+    """Return the arguments after the word ``trial``, checked; ``--help`` may stand in its place.
 
     Raises:
         ValueError: the first word is not ``trial``, or a number or a folder is wrong.
     """
     first, rest = arguments[:1], arguments[1:]
     if first not in (["trial"], ["-h"], ["--help"]):
-        raise ValueError(f"deploy must be followed by trial, got {' '.join(arguments[:1])!r}")
+        raise ValueError(f"deploy must be followed by trial, got {' '.join(first)!r}")
     parser = argparse.ArgumentParser(prog="fedpeft deploy trial", description=__doc__)
     add = parser.add_argument
     add("--nodes", type=int, default=3, help="nodes, one client each (default: 3)")

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from rich.markup import escape
-
 from fedpeft.data.rows.source import SPLITS
 from fedpeft.reporting.tables import print_table, span, span_of_bytes
 from fedpeft.versions import SHOWN
@@ -51,7 +49,7 @@ class Report:
         columns = [self._column(clients) for clients in alike.values()]
         header = ["", "server", *map(named, alike.values())]
         rows = [list(row) for row in zip(*[NAMES, self._server_column(), *columns], strict=True)]
-        print_table(escape(self.title), header, rows)
+        print_table(self.title, header, rows)
         for kind, sentences in (("problem", self.problems), ("note", self.notes)):
             for sentence in sentences:
                 print(f"{kind}: {sentence}")
@@ -109,7 +107,7 @@ def named(clients: Iterable[int]) -> str:
 
 
 def _texts(facts: Mapping[str, Any]) -> list[str]:
-    return [escape(str(facts[name])) for name in VERSIONS] + [escape(facts["weights"][:HASH])]
+    return [str(facts[name]) for name in VERSIONS] + [facts["weights"][:HASH]]
 
 
 def _number(size: int) -> str:

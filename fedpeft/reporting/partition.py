@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from rich.markup import escape
 
 from fedpeft.config.schema import Config
 from fedpeft.data.partitions.base import Rows
@@ -91,7 +90,6 @@ def holding_cells(
         counts: rows by client and label, (clients, labels).
         names: names of the labels, by number.
     """
-    names = [escape(name) for name in names]
     header, describe = ("client", "rows", *names), _all_labels
     if len(names) > WHOLE:
         header, describe = ("client", "rows", "labels", "commonest", "its rows"), _summed_up

@@ -79,13 +79,18 @@ class Display(Observer):
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(soft_wrap=True)
         self._live: Progress | None = None
         self._started = time.monotonic()
 
+    @classmethod
+    def beside_json(cls, as_json: bool, quiet: bool = False) -> "Display":
+        """Return a display on standard output; on standard error if JSON goes to the output."""
+        return cls(Console(soft_wrap=True, stderr=as_json, quiet=quiet))
+
     def show(self, text: str) -> None:
         """Show a line as it is; brackets such as those of ``targets=[q,k,v]`` are no markup."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, emoji=False, highlight=False)
 
     def start(self, title: str, num_rounds: int) -> None:
         """Begin a run."""

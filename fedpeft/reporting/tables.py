@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 Rows = list[dict[str, Any]]
 
@@ -20,13 +20,13 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     Args:
         title: stands above the table.
         header: the columns' names.
-        rows: cells as text, in Rich's markup.
+        rows: cells as text; brackets such as those of ``targets=[q,k,v]`` are no markup.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title, "table.title"), title_justify="left")
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
+        table.add_column(Text(name), justify="right" if i else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console = Console()
     if not console.is_terminal:  # a file or pipe has no width to fold to
         wide = Console(width=10_000)
@@ -81,8 +81,7 @@ class Page:
         """Print the page."""
         for line in self.above:
             print(line)
-        cells = [[escape(text) for text in row] for row in self.cells]
-        print_table(self.title, self.header, cells)
+        print_table(self.title, self.header, self.cells)
         print("\n".join(self.notes))
         for page in self.below:
             print()

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from rich.markup import escape
-
 from fedpeft.config.load import load_config
 from fedpeft.config.schema import Config
 from fedpeft.engine.parameters import count_on_meta
@@ -91,7 +89,7 @@ def show_estimate(studies: Sequence[Study], flops: float) -> None:
         for run in first.runs():
             runs = study.count(run.entry)
             one = estimate(load_config(run.overrides))
-            name = escape(f"{study.folder.name} {run.entry}")
+            name = f"{study.folder.name} {run.entry}"
             cells.append([name, str(runs), *_texts(one, flops)])
             memory = max(whole.memory, one.memory)
             count, operations = count + runs, whole.operations + runs * one.operations

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
 
 from fedpeft.config.load import composed
 from fedpeft.config.overrides import quoted
@@ -83,9 +82,9 @@ class SweepJob:
         overrides = [str(override) for override in hydra.overrides.task]
         name, here = self.plan.label(overrides), os.getpid() == self.process
         # Nobody could tell apart the lines of runs in several processes, so they show none.
-        shown = Console(highlight=False, soft_wrap=True, stderr=self.as_json, quiet=not here)
+        shown = Display.beside_json(self.as_json, quiet=not here)
         folder = Path(hydra.runtime.output_dir)
-        ended, outcome = run_once(overrides, name, folder, self.notes, Display(shown))
+        ended, outcome = run_once(overrides, name, folder, self.notes, shown)
         with replacing(self.notes / f"{hydra.job.num:09}.json") as draft:
             draft.write_text(json.dumps(ended))
         if here:

@@ -15,12 +15,11 @@ from tempfile import TemporaryDirectory
 
 from filelock import FileLock, Timeout
 from hydra import main
-from rich.console import Console
 
 from fedpeft.config.load import CONF, load_config
 from fedpeft.config.overrides import key_of
 from fedpeft.config.sweeps import SweepPlan
-from fedpeft.reporting.progress import FAILED, SKIPPED, Tally
+from fedpeft.reporting.progress import FAILED, SKIPPED, Display, Tally
 from fedpeft.reporting.saved_runs import SavedRun
 from fedpeft.simulation.job import JobEnded, SweepJob, continuing, path_of, watched
 from fedpeft.simulation.launch import check_all
@@ -42,7 +41,7 @@ def sweep(plan: SweepPlan, command: str, as_json: bool) -> bool:
         ValueError: the configuration of a job is wrong; none has run then.
         KeyboardInterrupt: somebody stopped the sweep; the message says how to go on.
     """
-    folder, console = Path(plan.folder).absolute(), Console(soft_wrap=True, stderr=as_json)
+    folder, shown = Path(plan.folder).absolute(), Display.beside_json(as_json)
     _check_apart(plan, folder)
     folder.mkdir(parents=True, exist_ok=True)
     there, left = _there(plan, folder)
@@ -52,12 +51,12 @@ def sweep(plan: SweepPlan, command: str, as_json: bool) -> bool:
     if skipped and plan.all_known:
         more = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
         names = "; ".join(skipped[:SHOWN])
-        console.print(f"skipped, because the results are there: {names}{more}", markup=False)
+        shown.show(f"skipped, because the results are there: {names}{more}")
     if left or not plan.all_known:
         there = _run(plan, folder, len(skipped) if plan.all_known else 0, command, as_json)
     else:
         failed = len(there) - len(skipped)
-        console.print(Tally(len(there), 0, len(skipped), failed).text(), markup=False)
+        shown.show(Tally(len(there), 0, len(skipped), failed).text())
     return _report(there, as_json)
 
 

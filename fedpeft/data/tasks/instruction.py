@@ -68,6 +68,7 @@ class InstructionTuning(Task):
             clients' own; ``always`` in every evaluation, also for validation rows; ``never`` not
             at all.
         generation: arguments of transformers' ``generate``, such as ``num_beams``; greedy if empty.
+            ``max_new_tokens`` sets the length, and ``max_length`` is refused.
         cut_references: compare generated text with as many tokens of the reference as may be
             generated. Otherwise a long reference lowers the measures, because no generated text can
             be as long.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fedpeft.reporting.report.chart import BarChart, BoxChart, Chart, Line, LineChart
 from fedpeft.reporting.report.clients import last_round
 from fedpeft.reporting.report.held import held_charts
-from fedpeft.reporting.report.related import related_charts
+from fedpeft.reporting.report.related import DIAGNOSTICS, related_charts
 from fedpeft.reporting.report.series import Curve, Points, in_lines, megabytes, summed
 from fedpeft.reporting.report.settings import Runs, Setting
 from fedpeft.reporting.saved_runs import SavedRun
@@ -181,11 +181,10 @@ def _line_notes(runs: Runs, lines: Sequence[Line], lacking: str) -> list[str]:
 
 def _interference(runs: Runs) -> LineChart | None:
     lines = _lines(runs, "interference")
-    title, axis = "Interference by round", "distance of the aggregate"
+    title, axis = "Interference by round", "interference"
     why = "had it (a factor stays on the client, or there are no factors)"
     notes = [
-        "Distance of the aggregate's matrices from the mean of the clients' matrices, as a share "
-        "of how far this mean moved; 0: the aggregation is exact.",
+        DIAGNOSTICS["interference"].meaning,
         *_line_notes(runs, lines, why),
     ]
     return LineChart("interference", title, "round", axis, lines, notes=notes) if lines else None
@@ -193,9 +192,7 @@ def _interference(runs: Runs) -> LineChart | None:
 
 def _cosines(runs: Runs) -> LineChart | None:
     lines = _lines(runs, "update_cosine")
-    notes = [
-        "Mean cosine of two clients' updates in a round; the smaller, the more clients drift apart."
-    ]
+    notes = [DIAGNOSTICS["update_cosine"].meaning]
     title, axis = "Agreement of the clients' updates", "mean cosine"
     return LineChart("drift", title, "round", axis, lines, notes=notes) if lines else None
 

@@ -11,20 +11,18 @@ from fedpeft.reporting.tables import Rows
 
 FEWEST = 3  # pairs of a test
 LEVEL = 0.95  # of confidence intervals
-MEASURED = (
-    *("num_clients", "evaluation.max_client_rows"),
-    *("data.max_answer_length", "data.cut_references"),
-)
+MEASURED = ("num_clients", "data.max_answer_length", "data.cut_references")
+OF_CLIENTS = "evaluation.max_client_rows"  # how many of its rows a client measures
 PARTITION = "partition_sha256"  # in a summary; null where sites hold rows of their own
 UNKNOWN = "unknown"
 
 
 def paired_tests(runs: Runs, key: str) -> tuple[Rows, dict[str, list[str]]]:
-    """Test each pair of settings for a difference of its quality.
+    """Test each pair of settings for a difference of the measure.
 
     Args:
         runs: of the report.
-        key: ``quality`` or ``global_test``.
+        key: ``quality`` for the clients' own test rows, ``global_test`` for the server's.
 
     Returns:
         A row for each pair that has enough common seeds of the same rows by client, the smallest
@@ -46,8 +44,10 @@ def paired_tests(runs: Runs, key: str) -> tuple[Rows, dict[str, list[str]]]:
 
 def _differences(one: Setting, other: Setting, key: str) -> tuple[list[float], str]:
     """Return the differences by common seed, or the reason why no test is made of them."""
-    if _divided(one) != _divided(other):
-        return [], "their rows are divided differently, so a seed makes no pair"
+    if missing := [setting.name for setting in (one, other) if not setting.values(key)]:
+        return [], f"{missing[0]} was not measured on these rows"
+    if _divided(one, key) != _divided(other, key):
+        return [], "the rows that they hold or measure differ, so a seed makes no pair"
     common = [seed for seed in one.seeds if seed in other.seeds]
     rows = [(_rows(one, seed), _rows(other, seed)) for seed in common]
     if any(UNKNOWN in (*a, *b) for a, b in rows):
@@ -64,10 +64,11 @@ def _differences(one: Setting, other: Setting, key: str) -> tuple[list[float], s
     return differences, ""
 
 
-def _divided(setting: Setting) -> dict[str, Any]:
+def _divided(setting: Setting, key: str) -> dict[str, Any]:
     """Return the keys that divide the rows, and that say what of them is measured."""
     values = setting.runs[0].settings
-    return {k: v for k, v in values.items() if k in MEASURED or k.startswith("partition.")}
+    keys = MEASURED if key == "global_test" else (*MEASURED, OF_CLIENTS)
+    return {k: v for k, v in values.items() if k in keys or k.startswith("partition.")}
 
 
 def _rows(setting: Setting, seed: int) -> tuple[str | None, str | None]:

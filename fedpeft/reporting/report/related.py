@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from statistics import mean
+from typing import NamedTuple
 
 from fedpeft.reporting.report.chart import ScatterChart
 from fedpeft.reporting.report.series import in_lines
@@ -10,16 +11,42 @@ from fedpeft.reporting.saved_runs import SavedRun
 
 FEWEST = 10  # settings of a correlation: with fewer, p of the approximation means nothing
 DIGITS = 4  # of a diagnostic; an exact aggregation's interference is rounding, and counts as 0
-# By key of a round's line, the chart's name and what the horizontal axis is called.
-DIAGNOSTICS = {
-    "interference": ("interference_and_quality", "distance of the aggregate"),
-    "update_cosine": ("drift_and_quality", "cosine of two clients' updates"),
+
+
+class Diagnostic(NamedTuple):
+    """A diagnostic of rounds.
+
+    Attributes:
+        chart: name of the chart that has quality beside it.
+        axis: its name on axes and in tables.
+        meaning: one sentence.
+    """
+
+    chart: str
+    axis: str
+    meaning: str
+
+
+DIAGNOSTICS = {  # by key of a round's line
+    "interference": Diagnostic(
+        "interference_and_quality",
+        "interference",
+        "Interference: distance of the aggregate's matrices from the mean of the clients' "
+        "matrices, as a share of how far this mean moved; 0: the aggregation is exact. Only rounds "
+        "that measure have it.",
+    ),
+    "update_cosine": Diagnostic(
+        "drift_and_quality",
+        "cosine of two clients' updates",
+        "Mean cosine of two clients' updates in a round; the smaller, the more clients drift "
+        "apart.",
+    ),
 }
 
 
 def related_charts(runs: Runs) -> Iterator[ScatterChart]:
     """Return a chart for each diagnostic that differs between runs."""
-    for key, (name, axis) in DIAGNOSTICS.items():
+    for key, (name, axis, _) in DIAGNOSTICS.items():
         points = [_points(runs, place, key) for place in range(len(runs.settings))]
         if len({x for of_setting in points for x, _ in of_setting}) < 2:
             continue
@@ -44,14 +71,14 @@ def _points(runs: Runs, place: int, key: str) -> list[tuple[float, float]]:
     for run, row in zip(setting.runs, setting.rows, strict=True):
         value, quality = over_rounds(run, key), row[runs.compared]
         if value is not None and quality is not None:
-            points.append((value, quality))
+            points.append((round(value, DIGITS), quality))
     return points
 
 
 def over_rounds(run: SavedRun, key: str) -> float | None:
     """Return the mean over the rounds of a run's diagnostic; null if no round has it."""
     values = in_lines(key)(run).values()
-    return round(mean(values), DIGITS) if values else None
+    return mean(values) if values else None
 
 
 def _correlation(points: list[list[tuple[float, float]]]) -> str:

@@ -23,8 +23,8 @@ SPREAD_COLUMNS = {
     "baseline": "commonest label",
     "validation": "validation",
 }
-# Of paired tests: the table's name, and what is measured.
-TESTED = {
+# Of paired tests by the rows that are measured: the table's name, and which rows.
+PAIRS = {
     "quality": ("pairs", "the clients' own test rows, mean by rows"),
     "global_test": ("pairs_on_the_servers_rows", "the server's test rows"),
 }
@@ -114,8 +114,8 @@ def pairs_tables(runs: Runs) -> list[Table]:
     """Return the paired tests on each kind of test rows; none if there is one setting only."""
     if len(runs.settings) < 2:
         return []
-    known = {key: any(setting.values(key) for setting in runs.settings) for key in TESTED}
-    return [_pairs_table(runs, key) for key, there in known.items() if there]
+    known = [key for key in PAIRS if any(setting.values(key) for setting in runs.settings)]
+    return [_pairs_table(runs, key) for key in known]
 
 
 def _pairs_table(runs: Runs, key: str) -> Table:
@@ -129,14 +129,17 @@ def _pairs_table(runs: Runs, key: str) -> Table:
         "p": lambda row: _p(row["p"]),
         "p by Holm": lambda row: _p(row["p_holm"]),
     }
-    name, measured = TESTED[key]
+    name, measured = PAIRS[key]
     notes = [
         f"{runs.title.capitalize()} on {measured}: differences by seed, two-sided paired "
         f"t-test. A pair of settings is tested if {FEWEST} seeds or more are common and have the "
         "same rows by client.",
-        f"{len(rows)} comparisons were made. The p by Holm is corrected for them; the interval is "
-        "of one comparison alone.",
     ]
+    if rows:
+        notes.append(
+            f"The p by Holm is corrected for the {len(rows)} comparisons of this table alone; the "
+            "interval is of one comparison."
+        )
     if rows and (older := unsaved_partitions(runs)):
         notes.append(
             f"{older} of the runs are of an earlier version, which did not save who holds which "
@@ -220,17 +223,24 @@ def _mean(values: list[int]) -> float:
 
 def diagnostics_table(runs: Runs) -> Table | None:
     """Return each setting's diagnostics, mean over the rounds; null if no run has any."""
-    rows: Rows = []
-    for setting in runs.settings:
-        row: dict[str, Any] = {"setting": setting.name}
-        for key in DIAGNOSTICS:
-            values = [over_rounds(run, key) for run in setting.runs]
-            row[key], row[f"{key}_sd"] = mean_and_sd([v for v in values if v is not None])
-        rows.append(row)
-    known = [key for key in DIAGNOSTICS if any(row[key] is not None for row in rows)]
+    values: dict[str, list[list[float]]] = {
+        key: [
+            [value for run in setting.runs if (value := over_rounds(run, key)) is not None]
+            for setting in runs.settings
+        ]
+        for key in DIAGNOSTICS
+    }
+    known = [key for key, of_settings in values.items() if any(of_settings)]
+    rows: Rows = [{"setting": setting.name} for setting in runs.settings]
+    for key in known:
+        for row, of_seeds in zip(rows, values[key], strict=True):
+            row[key], row[f"{key}_sd"] = mean_and_sd(of_seeds)
     columns: dict[str, Text] = {"setting": _plain("setting")}
-    columns |= {axis: _spread(key) for key, (_, axis) in DIAGNOSTICS.items() if key in known}
-    notes = ["Mean over the rounds, then mean ± sample standard deviation over the seeds."]
+    columns |= {DIAGNOSTICS[key].axis: _spread(key) for key in known}
+    notes = [
+        "Mean over the rounds that have it, then mean ± sample standard deviation over the seeds.",
+        *(DIAGNOSTICS[key].meaning for key in known),
+    ]
     return Table("diagnostics", "Diagnostics", columns, rows, notes) if known else None
 
 
