@@ -201,8 +201,13 @@ def test_diagnostics_stand_beside_quality_with_their_rank_correlation(tmp_path: 
     (chart,) = related_charts(runs)
     assert chart.name == "interference_and_quality" and chart.names[1] == "lora lr=2.0"
     assert chart.points[1] == [(0.1, pytest.approx(0.71)), (0.1, pytest.approx(0.89))]
-    start = "Spearman's rank correlation of the 10 settings, each the mean of its seeds: -0.99"
-    assert chart.notes[1].startswith(f"{start} (p = 0.000)")
+    start = "Spearman's rank correlation of accuracy and interference, each the mean of a setting's"
+    both = (
+        "-0.99 on the clients' test rows (p = 0.000, 10 settings); -0.99 on the server's test rows"
+    )
+    assert chart.notes[1].startswith(f"{start} seeds: {both} (p = 0.000, 10 settings)")
+    table = diagnostics_table(runs)
+    assert table is not None and chart.notes[1] in table.notes
 
 
 def test_rounding_is_no_interference_and_few_settings_have_no_correlation(tmp_path: Path) -> None:
@@ -699,7 +704,9 @@ def test_measured_values_stand_beside_published_ones(tmp_path: Path) -> None:
     table = published_table(Runs.of(saved_runs([tmp_path])))
     assert table is not None
     (cells,) = table.cells
-    assert cells[1:] == ["RoBERTa-large", "RoLoRA, arXiv 2409.02346, Table 2", "0.500", "0.956"]
+    measured = ["0.500", "0.600"]  # by the clients and by the server
+    source = "RoLoRA, arXiv 2409.02346, Table 2"
+    assert cells[1:] == ["RoBERTa-large", source, *measured, "0.956"]
 
 
 def test_without_published_values_there_is_no_table(tmp_path: Path) -> None:

@@ -161,12 +161,12 @@ def test_the_tables_of_fedtt_are_the_study_s() -> None:
     saved = table(page("results/fedtt_table1/data=sst2/study.md"), "| method | lr")
     whole = table(page("results/README.md"), "| method | rate | global test")
     first = table(page("README.md"), "| method | accuracy")
-    assert {ENTRIES[name] for name in whole} == set(saved) and first.keys() <= ENTRIES.keys()
+    assert {ENTRIES[name] for name in whole} == {ENTRIES[name] for name in first} == set(saved)
     for name, (rate, *shown) in whole.items():
         lr, quality, global_test, seeds, _, sent = saved[ENTRIES[name]]
         assert (float(rate), seeds) == (float(lr), "3")
         measured = [value.replace("0.", ".") for value in (global_test, quality)]
-        assert shown == [*measured, f"{float(sent):.1f}"]
+        assert shown[:2] == measured and abs(float(shown[2]) - float(sent)) < 0.0501
     for name, shown in first.items():
         assert shown in [row[1:] for n, row in whole.items() if ENTRIES[n] == ENTRIES[name]]
 

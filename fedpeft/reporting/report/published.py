@@ -8,8 +8,9 @@ from omegaconf import OmegaConf
 
 from fedpeft.config.choices import choices
 from fedpeft.config.load import CONF
+from fedpeft.reporting.report.related import ROWS
 from fedpeft.reporting.report.settings import Runs, Setting
-from fedpeft.reporting.report.table import Table, Text
+from fedpeft.reporting.report.table import Table, Text, plain, spread
 from fedpeft.reporting.tables import Rows
 
 FILE = CONF / "published.yaml"
@@ -25,13 +26,13 @@ def published_table(runs: Runs) -> Table | None:
     measure = re.sub(rf"({'|'.join(FORMS)})$", "", runs.measure)
     rows: Rows = []
     for setting in runs.settings:
-        mean, sd = setting.spread(runs.compared)
+        spreads = {key: setting.spread(key) for key in ROWS}
         for entry, value in _values(setting, measure):
             rows.append(
                 {
                     "setting": setting.name,
-                    "measured": mean,
-                    "measured_sd": sd,
+                    **{key: mean for key, (mean, _) in spreads.items()},
+                    **{f"{key}_sd": sd for key, (_, sd) in spreads.items()},
                     "published": value,
                     "model": entry["model"],
                     "source": entry["source"],
@@ -41,14 +42,15 @@ def published_table(runs: Runs) -> Table | None:
     if not rows:
         return None
     columns: dict[str, Text] = {
-        "setting": lambda row: row["setting"],
-        "model of the paper": lambda row: row["model"],
+        "setting": plain("setting"),
+        "model of the paper": plain("model"),
         "source": lambda row: row["source"] + (f" ({row['note']})" if row["note"] else ""),
-        "measured": _measured,
+        **{ROWS[key]: spread(key) for key in ROWS if any(row[key] is not None for row in rows)},
         "published": lambda row: f"{row['published']:.3f}",
     }
     notes = [
-        f"Published {measure.replace('_', ' ')} for the same data set, number of clients and "
+        "Columns of test rows are measured; papers measure one model on one set, as the server "
+        f"does. Published {measure.replace('_', ' ')} for the same data set, number of clients and "
         "method. Only a run of the same model, rows, rounds and kind of measure can be compared "
         "with it; elsewhere compare the order of methods within a column. conf/published.yaml has "
         "the values."
@@ -73,10 +75,3 @@ def _values(setting: Setting, measure: str) -> Iterator[tuple[Mapping[str, Any],
             )
             if method == chosen["method"] and fits and measure in measures:
                 yield entry, measures[measure]
-
-
-def _measured(row: Mapping[str, Any]) -> str:
-    if row["measured"] is None:
-        return "-"
-    sd = "" if row["measured_sd"] is None else f" ± {row['measured_sd']:.3f}"
-    return f"{row['measured']:.3f}{sd}"

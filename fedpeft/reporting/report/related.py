@@ -9,6 +9,7 @@ from fedpeft.reporting.report.series import in_lines
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.saved_runs import SavedRun
 
+ROWS = {"quality": "the clients' test rows", "global_test": "the server's test rows"}
 FEWEST = 10  # settings of a correlation: with fewer, p of the approximation means nothing
 DIGITS = 4  # of a diagnostic; an exact aggregation's interference is rounding, and counts as 0
 
@@ -47,53 +48,61 @@ DIAGNOSTICS = {  # by key of a round's line
 def related_charts(runs: Runs) -> Iterator[ScatterChart]:
     """Return a chart for each diagnostic that differs between runs."""
     for key, (name, axis, _) in DIAGNOSTICS.items():
-        points = [_points(runs, place, key) for place in range(len(runs.settings))]
+        points = _points(runs, key, runs.compared)
         if len({x for of_setting in points for x, _ in of_setting}) < 2:
             continue
         drawn = [place for place, of_setting in enumerate(points) if of_setting]
-        where = "clients' test rows" if runs.compared == "quality" else "the data's test rows"
         yield ScatterChart(
             name,
             f"{runs.title.capitalize()} and {axis}",
             f"{axis}, mean over the rounds",
-            f"{runs.title} on {where}",
+            f"{runs.title} on {ROWS[runs.compared]}",
             [runs.settings[place].name for place in drawn],
             drawn,
             [points[place] for place in drawn],
-            notes=["Each point is a run, after its last round.", _correlation(points)],
+            notes=["Each point is a run, after its last round.", *correlations(runs, key)],
         )
 
 
-def _points(runs: Runs, place: int, key: str) -> list[tuple[float, float]]:
-    """Return (mean of the diagnostic over the rounds, quality) of each run that has both."""
-    setting = runs.settings[place]
-    points: list[tuple[float, float]] = []
-    for run, row in zip(setting.runs, setting.rows, strict=True):
-        value, quality = over_rounds(run, key), row[runs.compared]
-        if value is not None and quality is not None:
-            points.append((round(value, DIGITS), quality))
-    return points
+def correlations(runs: Runs, key: str) -> list[str]:
+    """Say how a diagnostic goes together with the measure on each kind of test rows.
+
+    Seeds of a setting are no further evidence, so the means over them are correlated.
+    """
+    from scipy.stats import spearmanr  # takes a second to import
+
+    found: list[str] = []
+    for measured, rows in ROWS.items():
+        means = [
+            (mean(x for x, _ in points), mean(y for _, y in points))
+            for points in _points(runs, key, measured)
+            if points
+        ]
+        if len(means) >= FEWEST and all(len({m[axis] for m in means}) > 1 for axis in (0, 1)):
+            rho, p = spearmanr(means)
+            found.append(f"{rho:+.2f} on {rows} (p = {p:.3f}, {len(means)} settings)")
+    if not found:
+        return [f"A rank correlation needs {FEWEST} settings, and values that differ."]
+    return [
+        f"Spearman's rank correlation of {runs.title} and {DIAGNOSTICS[key].axis}, each the mean "
+        f"of a setting's seeds: {'; '.join(found)}. Settings of one method are alike, so p is too "
+        "small; and a correlation does not say which is the cause."
+    ]
+
+
+def _points(runs: Runs, key: str, measured: str) -> list[list[tuple[float, float]]]:
+    """Return by setting (mean of the diagnostic over the rounds, measure) of runs with both."""
+    return [
+        [
+            (round(value, DIGITS), row[measured])
+            for run, row in zip(setting.runs, setting.rows, strict=True)
+            if (value := over_rounds(run, key)) is not None and row[measured] is not None
+        ]
+        for setting in runs.settings
+    ]
 
 
 def over_rounds(run: SavedRun, key: str) -> float | None:
     """Return the mean over the rounds of a run's diagnostic; null if no round has it."""
     values = in_lines(key)(run).values()
     return mean(values) if values else None
-
-
-def _correlation(points: list[list[tuple[float, float]]]) -> str:
-    """Say how the settings' means over seeds go together.
-
-    Seeds of one setting are no further evidence, so they count once.
-    """
-    from scipy.stats import spearmanr  # takes a second to import
-
-    means = [tuple(map(mean, zip(*p, strict=True))) for p in points if p]
-    if len(means) < FEWEST or any(len({m[axis] for m in means}) < 2 for axis in (0, 1)):
-        return f"A rank correlation needs {FEWEST} settings, and values that differ."
-    rho, p = spearmanr(means)
-    return (
-        f"Spearman's rank correlation of the {len(means)} settings, each the mean of its seeds: "
-        f"{rho:.2f} (p = {p:.3f}). Settings of one method are alike, so p is too small; and a "
-        "correlation does not say which is the cause."
-    )

@@ -11,6 +11,23 @@ from fedpeft.reporting.tables import Rows, escaped_markdown, markdown, write_csv
 Text = Callable[[Mapping[str, Any]], str]
 
 
+def plain(key: str) -> Text:
+    """Return what makes a cell of a row's value."""
+    return lambda row: str(row[key])
+
+
+def spread(key: str) -> Text:
+    """Return what makes a cell of a mean and of the deviation that stands as ``<key>_sd``."""
+
+    def text(row: Mapping[str, Any]) -> str:
+        if row[key] is None:
+            return "-"
+        sd = row[f"{key}_sd"]
+        return f"{row[key]:.3f}" if sd is None else f"{row[key]:.3f} ± {sd:.3f}"
+
+    return text
+
+
 @dataclass(frozen=True)
 class Table:
     """A table.

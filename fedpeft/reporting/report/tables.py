@@ -6,9 +6,9 @@ from typing import Any
 from fedpeft.reporting.brief import below, brief
 from fedpeft.reporting.report.commands import command
 from fedpeft.reporting.report.pairs import FEWEST, LEVEL, paired_tests, unsaved_partitions
-from fedpeft.reporting.report.related import DIAGNOSTICS, over_rounds
+from fedpeft.reporting.report.related import DIAGNOSTICS, ROWS, correlations, over_rounds
 from fedpeft.reporting.report.settings import Runs
-from fedpeft.reporting.report.table import Table, Text
+from fedpeft.reporting.report.table import Table, Text, plain, spread
 from fedpeft.reporting.results import mean_and_sd
 from fedpeft.reporting.saved_runs import differing
 from fedpeft.reporting.tables import Rows
@@ -23,11 +23,8 @@ SPREAD_COLUMNS = {
     "baseline": "commonest label",
     "validation": "validation",
 }
-# Of paired tests by the rows that are measured: the table's name, and which rows.
-PAIRS = {
-    "quality": ("pairs", "the clients' own test rows, mean by rows"),
-    "global_test": ("pairs_on_the_servers_rows", "the server's test rows"),
-}
+# Names of the tables of paired tests, by the rows that are measured.
+PAIRS = {"quality": "pairs", "global_test": "pairs_on_the_servers_rows"}
 SHOWN = 6  # of pairs or runs that a note names
 
 
@@ -44,8 +41,8 @@ def summary_table(runs: Runs) -> Table:
         rows.append(row)
     rows.sort(key=lambda row: _rank(row[runs.compared], runs.sign))
     shown = [key for key in SPREAD_COLUMNS if any(row[key] is not None for row in rows)]
-    columns: dict[str, Text] = {"setting": _plain("setting"), "seeds": _seeds}
-    columns |= {SPREAD_COLUMNS[key]: _spread(key) for key in shown}
+    columns: dict[str, Text] = {"setting": plain("setting"), "seeds": _seeds}
+    columns |= {SPREAD_COLUMNS[key]: spread(key) for key in shown}
     columns |= {
         "MB in all": lambda row: f"{row['bytes'] / 1e6:.2f}",
         "parameters": lambda row: f"{row['trained']:,}",
@@ -96,20 +93,6 @@ def _named(texts: Sequence[str]) -> str:
     return "; ".join(texts[:SHOWN]) + more
 
 
-def _plain(key: str) -> Text:
-    return lambda row: str(row[key])
-
-
-def _spread(key: str) -> Text:
-    def text(row: Mapping[str, Any]) -> str:
-        if row[key] is None:
-            return "-"
-        sd = row[f"{key}_sd"]
-        return f"{row[key]:.3f}" if sd is None else f"{row[key]:.3f} ± {sd:.3f}"
-
-    return text
-
-
 def pairs_tables(runs: Runs) -> list[Table]:
     """Return the paired tests on each kind of test rows; none if there is one setting only."""
     if len(runs.settings) < 2:
@@ -121,17 +104,16 @@ def pairs_tables(runs: Runs) -> list[Table]:
 def _pairs_table(runs: Runs, key: str) -> Table:
     rows, untested = paired_tests(runs, key)
     columns: dict[str, Text] = {
-        "setting": _plain("a"),
-        "against": _plain("b"),
-        "seeds": _plain("n"),
+        "setting": plain("a"),
+        "against": plain("b"),
+        "seeds": plain("n"),
         "mean difference": lambda row: f"{row['difference']:+.3f}",
         f"{LEVEL:.0%} interval": lambda row: f"{row['low']:+.3f} to {row['high']:+.3f}",
         "p": lambda row: _p(row["p"]),
         "p by Holm": lambda row: _p(row["p_holm"]),
     }
-    name, measured = PAIRS[key]
     notes = [
-        f"{runs.title.capitalize()} on {measured}: differences by seed, two-sided paired "
+        f"{runs.title.capitalize()} on {ROWS[key]}: differences by seed, two-sided paired "
         f"t-test. A pair of settings is tested if {FEWEST} seeds or more are common and have the "
         "same rows by client.",
     ]
@@ -152,7 +134,7 @@ def _pairs_table(runs: Runs, key: str) -> Table:
             "so few cannot show, and it finds only large ones."
         )
     notes += [f"Not tested, because {why}: {_named(pairs)}." for why, pairs in untested.items()]
-    return Table(name, f"Differences on {measured}", columns, rows, notes, texts=2)
+    return Table(PAIRS[key], f"Differences on {ROWS[key]}", columns, rows, notes, texts=2)
 
 
 def _p(value: float) -> str:
@@ -186,7 +168,7 @@ def cost_table(runs: Runs) -> Table:
             }
         )
     columns: dict[str, Text] = {
-        "setting": _plain("setting"),
+        "setting": plain("setting"),
         "trained": lambda row: f"{row['trained']:,}",
         "of the model": lambda row: f"{row['trained'] / row['total_parameters']:.3%}",
         "sent up": _count("sent_up"),
@@ -235,11 +217,12 @@ def diagnostics_table(runs: Runs) -> Table | None:
     for key in known:
         for row, of_seeds in zip(rows, values[key], strict=True):
             row[key], row[f"{key}_sd"] = mean_and_sd(of_seeds)
-    columns: dict[str, Text] = {"setting": _plain("setting")}
-    columns |= {DIAGNOSTICS[key].axis: _spread(key) for key in known}
+    columns: dict[str, Text] = {"setting": plain("setting")}
+    columns |= {DIAGNOSTICS[key].axis: spread(key) for key in known}
     notes = [
         "Mean over the rounds that have it, then mean ± sample standard deviation over the seeds.",
         *(DIAGNOSTICS[key].meaning for key in known),
+        *(sentence for key in known for sentence in correlations(runs, key)),
     ]
     return Table("diagnostics", "Diagnostics", columns, rows, notes) if known else None
 
@@ -257,7 +240,7 @@ def differences_table(runs: Runs) -> Table | None:
         values = [_value(run.settings, key) for run in firsts]
         rows.append({"key": key} | dict(zip(names, values, strict=True)))
         short[key] = brief(values)
-    columns: dict[str, Text] = {"key": _plain("key")}
+    columns: dict[str, Text] = {"key": plain("key")}
     for place, name in enumerate(names):
         columns[name] = lambda row, place=place: short[row["key"]][place]
     notes = ["All other keys that can change a result are the same. A dash: there is no such key."]
@@ -291,10 +274,10 @@ def runs_table(runs: Runs) -> Table:
     ]
     folder, inside = _below(rows)
     columns: dict[str, Text] = {
-        "setting": _plain("setting"),
-        "seed": _plain("seed"),
+        "setting": plain("setting"),
+        "seed": plain("seed"),
         "directory": inside,
-        "command": _plain("command"),
+        "command": plain("command"),
         runs.title: lambda row: "-" if row["quality"] is None else f"{row['quality']:.3f}",
         "s": lambda row: f"{row['seconds']:.0f}",
     }
@@ -315,7 +298,7 @@ def left_out_table(runs: Runs) -> Table | None:
         for run, status, reason in runs.left_out
     ]
     notes, inside = _below(rows)
-    columns = {"directory": inside, "state": _plain("state"), "reason": _plain("reason")}
+    columns = {"directory": inside, "state": plain("state"), "reason": plain("reason")}
     return Table("left_out", "Runs that are not counted", columns, rows, notes, texts=3)
 
 
