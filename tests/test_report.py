@@ -255,6 +255,16 @@ def test_the_servers_rows_are_tested_too(report: Path) -> None:
     assert server.rows[0]["difference"] == pytest.approx(0.2)  # .1 and a third of .3
 
 
+def test_a_page_unfolds_the_rows_beyond_the_first(tmp_path: Path) -> None:
+    """Of eight settings with three seeds, 28 pairs: 20 rows are shown at once."""
+    qualities = [[0.1 * i, 0.1 * i + 0.02 * i**2, 0.5] for i in range(8)]
+    _with_interference(tmp_path / "runs", [0.1] * 8, qualities)
+    page, *_ = write_report([tmp_path / "runs"], tmp_path / "report")
+    section = page.read_text().partition('<h2 id="paired-tests">')[2].partition("</section>")[0]
+    first, folded = section.partition("<summary>8 more rows</summary>")[::2]
+    assert first.count("<tr>") == 21 and folded.partition("</details>")[0].count("<tr>") == 9
+
+
 def test_diagnostics_are_means_over_rounds_and_seeds(tmp_path: Path) -> None:
     """The first run's cosine is .2 in one round and .5 in the other."""
     runs = _with_interference(tmp_path, [0.1, 0.3], [[0.5, 0.6], [0.7]])

@@ -14,6 +14,8 @@ from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.report.table import Table
 from fedpeft.versions import SHOWN
 
+MOST_ROWS = 20  # of a table that are shown before the reader asks for more
+
 
 @dataclass(frozen=True)
 class Section:
@@ -57,6 +59,7 @@ def html(runs: Runs, sections: Sequence[Section]) -> str:
         facts=_facts(runs),
         sections=[s for s in sections if s.tables or s.charts or s.notes],
         left_out=len(runs.left_out),
+        most_rows=MOST_ROWS,
         legend=[
             (s.name, COLOURS[i % len(COLOURS)], " ".join(map(str, dashes(i))))
             for i, s in enumerate(runs.settings)
