@@ -256,7 +256,7 @@ def test_the_servers_rows_are_tested_too(report: Path) -> None:
 
 
 def test_a_page_unfolds_the_rows_beyond_the_first(tmp_path: Path) -> None:
-    """Of eight settings with three seeds, 28 pairs: 20 rows are shown at once."""
+    """Eight settings with three seeds make 28 pairs, of which 20 are shown at once."""
     qualities = [[0.1 * i, 0.1 * i + 0.02 * i**2, 0.5] for i in range(8)]
     _with_interference(tmp_path / "runs", [0.1] * 8, qualities)
     page, *_ = write_report([tmp_path / "runs"], tmp_path / "report")

@@ -1,5 +1,6 @@
 """The pages' code runs as printed, and their tables hold what the code does."""
 
+import csv
 import json
 import re
 import sys
@@ -169,6 +170,33 @@ def test_the_tables_of_fedtt_are_the_study_s() -> None:
         assert shown[:2] == measured and abs(float(shown[2]) - float(sent)) < 0.0501
     for name, shown in first.items():
         assert shown in [row[1:] for n, row in whole.items() if ENTRIES[n] == ENTRIES[name]]
+
+
+def test_the_table_of_scl_is_the_study_s() -> None:
+    with (ROOT / "results/scl_table2/data=medquad_num_clients=3/runs.csv").open() as file:
+        chosen = {row["method"]: row for row in csv.DictReader(file) if row["chosen"] == "True"}
+    targets = "+method.targets=[q,k,v]"
+    entries = {
+        "LoRA, all rows in one place": f"lora+strategy=centralized{targets}",
+        "SCL, residual, rank 10": "scl+method.init=residual+method.rank=10",
+        "FedSA-LoRA": f"fedsa_lora{targets}",
+        "LoRA, each client alone": f"lora+strategy=local_only{targets}",
+        "SCL, residual, rank 64": "scl+method.init=residual",
+        "LoRA": f"lora{targets}",
+        "FFA-LoRA": f"ffa_lora{targets}",
+        "untuned": f"lora+lr=1e-3+num_rounds=0{targets}",
+        "SCL, svd, rank 64": "scl+method.init=svd",
+        "SCL, random_pinv, rank 64 (the paper's)": "scl+method.init=random_pinv",
+    }
+    shown = table(page("results/README.md"), "| method | rate | validation loss")
+    assert shown.keys() == entries.keys() and chosen.keys() == set(entries.values())
+    for name, (rate, loss, *measured, sent) in shown.items():
+        run = chosen[entries[name]]
+        assert name == "untuned" or float(rate) == float(run["lr"])
+        assert loss == f"{float(run['validation']):.3f}"
+        assert sent == f"{float(run['bytes']) / 1e6:.1f}"
+        for cell, key in zip(measured, ("quality", "global_test"), strict=True):
+            assert cell == (f"{float(run[key]):.3f}".removeprefix("0") if run[key] else "-")
 
 
 def test_the_quickstart_s_table_is_the_saved_one() -> None:
