@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -253,6 +254,16 @@ def test_the_servers_rows_are_tested_too(report: Path) -> None:
     (clients, server) = pairs_tables(Runs.of(saved_runs([changed])))
     assert clients.rows[0]["difference"] == pytest.approx(0.1)
     assert server.rows[0]["difference"] == pytest.approx(0.2)  # .1 and a third of .3
+
+
+def test_commands_in_markdown_are_code_that_can_be_copied(tmp_path: Path) -> None:
+    path = _save(tmp_path / "runs" / "a", "lora", 0, 0.5)
+    given = ["study.cells=['data=sst2']", "data.prompt='{{ a | upper }}`'"]
+    (path / "overrides.yaml").write_text(json.dumps(given))
+    write_report([tmp_path / "runs"], tmp_path / "report")
+    line = (tmp_path / "report/tables/runs.md").read_text().splitlines()[2]
+    code = line.partition("`` ")[2].partition(" ``")[0].replace("\\|", "|")
+    assert shlex.split(code) == ["fedpeft", "run", *given]
 
 
 def test_a_page_unfolds_the_rows_beyond_the_first(tmp_path: Path) -> None:

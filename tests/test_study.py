@@ -193,7 +193,10 @@ def finished(plan: StudyPlan, *ranked: Ranked) -> list[tuple[bool, Study]]:
 
 def test_tables_grow_one_seed_at_a_time(tmp_path: Path) -> None:
     base = [CELLS, "study.methods=[lora]", "study.common=['num_rounds=2']", "study.extend=1"]
-    plan = StudyPlan.of(tmp_path, base, OPTIONS | {"--seeds": "5,6", "--data": "/data"}, "scl")
+    for name in ("sst2", "mrpc"):
+        (tmp_path / name).mkdir()
+    options = OPTIONS | {"--seeds": "5,6", "--data": str(tmp_path)}
+    plan = StudyPlan.of(tmp_path, base, options, "scl")
     names = ["data=sst2_num_clients=3", "data=mrpc_num_clients=4"]
     passes = finished(plan)
     assert [(last, s.folder.name, list(s.seeds)) for last, s in passes] == [
@@ -203,7 +206,17 @@ def test_tables_grow_one_seed_at_a_time(tmp_path: Path) -> None:
     assert plan.settings.extend == 1 and passes[0][1].entries == ["lora"]
     last = composed(passes[-1][1].runs()[-1].overrides)
     assert (last.num_clients, last.num_rounds, last.seed) == (4, 2, 6)
-    assert (last.data.subset, last.data.path) == ("mrpc", "/data/mrpc")
+    assert (last.data.subset, last.data.path) == ("mrpc", str(tmp_path / "mrpc"))
+    (tmp_path / "mrpc").rmdir()
+    with pytest.raises(ValueError, match=rf"^--data {tmp_path} must hold a folder mrpc, got none$"):
+        finished(plan)
+
+
+def test_a_run_s_command_holds_no_key_of_the_study(tmp_path: Path) -> None:
+    base = ["study.lrs=[0.1]", "num_rounds=3", "study.methods=[lora]"]
+    (run,) = Study(tmp_path, base, ["lora"], lrs=[0.5], seeds=[2]).runs()
+    given = ["num_rounds=3", "method=lora", "lr=0.5", "seed=2"]
+    assert run.overrides == [*given, f"run_dir='{run.path}'", "resume=true"]
 
 
 def test_options_come_before_the_configuration_and_a_study_alone_is_one_table(

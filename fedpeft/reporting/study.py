@@ -157,7 +157,9 @@ class Study:
 
     def _runs_of(self, entry: str) -> Iterator[Run]:
         method, *extra = _parts(entry)
-        common = [*self.base, f"method={method}", *extra]
+        # Keys of the study say nothing of one run, and would make its command longer.
+        base = [override for override in self.base if not override.startswith("study.")]
+        common = [*base, f"method={method}", *extra]
         self._check(extra, common)
         tree = composed([*common, "resume=true"])
         if not self.flat:

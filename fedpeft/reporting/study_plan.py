@@ -138,8 +138,10 @@ class StudyPlan:
     def _with_data(self, overrides: list[str]) -> list[str]:
         if self.data is None:
             return overrides
-        name = choices(leaves(composed(overrides), resolve=False))["data"]
-        return [*overrides, f"data.path={quoted(self.data / str(name))}"]
+        folder = self.data / str(choices(leaves(composed(overrides), resolve=False))["data"])
+        if not folder.is_dir():
+            raise ValueError(f"--data {self.data} must hold a folder {folder.name}, got none")
+        return [*overrides, f"data.path={quoted(folder)}"]
 
 
 def _narrowed(ended: Finished, finalists: int) -> Study:

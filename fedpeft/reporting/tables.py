@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,19 +97,37 @@ class Page:
         return "\n".join([markdown(self.header, self.cells), *notes, *lower])
 
 
-def markdown(header: Sequence[str], cells: Sequence[Sequence[str]], texts: int = 1) -> str:
+def markdown(
+    header: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    texts: int = 1,
+    code: Collection[str] = (),
+) -> str:
     """Return a table in Markdown.
 
     Args:
         header: the columns' names.
         cells: the rows as text.
         texts: number of columns, from the left, that are text; the others are numbers.
+        code: names of columns whose cells are code, which readers copy.
     """
     rule = "|---" * texts + "|---:" * (len(header) - texts) + "|"
-    head, *lines = [
-        "| " + " | ".join(map(escaped_markdown, row)) + " |" for row in (header, *cells)
+    written = [
+        [
+            as_code(cell) if name in code else escaped_markdown(cell)
+            for name, cell in zip(header, row, strict=True)
+        ]
+        for row in cells
     ]
-    return "\n".join([head, rule, *lines]) + "\n"
+    lines = ["| " + " | ".join(row) + " |" for row in (map(escaped_markdown, header), *written)]
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def as_code(text: str) -> str:
+    """Return a text as a code span of a table, where only ``|`` needs an escape."""
+    ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    space = " " if len(ticks) > 1 else ""
+    return f"{ticks}{space}{text.replace('|', chr(92) + '|')}{space}{ticks}"
 
 
 def escaped_markdown(text: str) -> str:

@@ -199,6 +199,12 @@ def test_the_table_of_scl_is_the_study_s() -> None:
             assert cell == (f"{float(run[key]):.3f}".removeprefix("0") if run[key] else "-")
 
 
+def test_the_run_to_make_again_has_the_committed_hash() -> None:
+    run = ROOT / "results/fedtt_table1/data=sst2/ia3/lr=0.11/seed=2/summary.json"
+    saved = json.loads(run.read_text())["shared_state_sha256"]
+    assert f"`{saved}`" in page("docs/reproducible.md")
+
+
 def test_the_quickstart_s_table_is_the_saved_one() -> None:
     saved = table(page("results/quickstart/comparison.md"), "| method | quality")
     shown = table(page("docs/results.md"), "| method | quality")

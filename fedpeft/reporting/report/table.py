@@ -40,6 +40,7 @@ class Table:
         notes: sentences below it.
         texts: number of columns, from the left, that are text; the others are numbers.
         long: titles of columns that LaTeX's table leaves out, because no page has room for them.
+        code: titles of columns whose cells are code, which readers copy from Markdown.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Table:
     notes: Sequence[str] = field(default=())
     texts: int = 1
     long: Collection[str] = ()
+    code: Collection[str] = ()
 
     @property
     def header(self) -> list[str]:
@@ -67,7 +69,7 @@ class Table:
         csv, md, tex = (folder / f"{self.name}.{end}" for end in ("csv", "md", "tex"))
         write_csv(csv, self.rows)
         notes = "".join(f"\n{escaped_markdown(note)}\n" for note in self.notes)
-        md.write_text(markdown(self.header, self.cells, self.texts) + notes)
+        md.write_text(markdown(self.header, self.cells, self.texts, self.code) + notes)
         tex.write_text(self.latex())
         return [csv, md, tex]
 

@@ -283,10 +283,20 @@ def runs_table(runs: Runs) -> Table:
     }
     notes = [
         *folder,
-        "The command is without run_dir. The CSV has the SHA-256 of the shared state, too.",
+        "The command is without run_dir, and paths in it are relative to the folder where it was "
+        "given. The CSV has the hash of the shared state, too.",
     ]
     long = ("directory", "command")
-    return Table("runs", "Runs and their commands", columns, rows, notes, texts=4, long=long)
+    return Table(
+        "runs",
+        "Runs and their commands",
+        columns,
+        rows,
+        notes,
+        texts=4,
+        long=long,
+        code=("command",),
+    )
 
 
 def left_out_table(runs: Runs) -> Table | None:
