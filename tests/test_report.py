@@ -37,6 +37,7 @@ from fedpeft.reporting.report.tables import (
 from fedpeft.reporting.report.write import write_report
 from fedpeft.reporting.run_directory import RunDirectory
 from fedpeft.reporting.saved_runs import SavedRun, saved_runs
+from fedpeft.reporting.tables import as_code
 
 EVIL = "<script>alert(1)</script>"
 QUALITY = {"lora": (0.50, 0.60, 0.70), "scl": (0.40, 0.45, 0.65)}
@@ -204,9 +205,9 @@ def test_diagnostics_stand_beside_quality_with_their_rank_correlation(tmp_path: 
     assert chart.points[1] == [(0.1, pytest.approx(0.71)), (0.1, pytest.approx(0.89))]
     start = "Spearman's rank correlation of accuracy and interference, each the mean of a setting's"
     both = (
-        "-0.99 on the clients' test rows (p = 0.000, 10 settings); -0.99 on the server's test rows"
+        "-0.99 on the clients' test rows (p 9.3e-08, 10 settings); -0.99 on the server's test rows"
     )
-    assert chart.notes[1].startswith(f"{start} seeds: {both} (p = 0.000, 10 settings)")
+    assert chart.notes[1].startswith(f"{start} seeds: {both} (p 9.3e-08, 10 settings)")
     table = diagnostics_table(runs)
     assert table is not None and chart.notes[1] in table.notes
 
@@ -216,7 +217,10 @@ def test_rounding_is_no_interference_and_few_settings_have_no_correlation(tmp_pa
     assert not list(related_charts(exact))
     few = _with_interference(tmp_path / "few", [0.1, 0.2, 0.3], [[0.1], [0.2], [0.3]])
     (chart,) = related_charts(few)
-    assert chart.notes[1] == "A rank correlation needs 10 settings, and values that differ."
+    needs = "needs 10 settings, and values that differ."
+    assert chart.notes[1] == f"A rank correlation of accuracy and interference {needs}"
+    table = diagnostics_table(few)
+    assert table is not None and len(set(table.notes)) == len(table.notes)
 
 
 def test_a_curve_with_one_seed_has_no_band(tmp_path: Path) -> None:
@@ -264,6 +268,7 @@ def test_commands_in_markdown_are_code_that_can_be_copied(tmp_path: Path) -> Non
     line = (tmp_path / "report/tables/runs.md").read_text().splitlines()[2]
     code = line.partition("`` ")[2].partition(" ``")[0].replace("\\|", "|")
     assert shlex.split(code) == ["fedpeft", "run", *given]
+    assert as_code("") == "" and as_code("a\nb|c") == r"a b\|c"  # no span has line breaks
 
 
 def test_a_page_unfolds_the_rows_beyond_the_first(tmp_path: Path) -> None:
@@ -295,7 +300,7 @@ def test_diagnostics_are_means_over_rounds_and_seeds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"num_clients": 3}, "the rows that they hold or measure differ, so a seed makes no pair"),
+        ({"num_clients": 3}, "they differ in num_clients, so a seed makes no pair"),
         ({"seed": 5}, "a test needs 3 common seeds of the same rows by client, got 2"),
         ({"partition": "q"}, "a test needs 3 common seeds of the same rows by client, got 0"),
         (
@@ -327,7 +332,7 @@ def test_the_number_of_clients_rows_that_are_measured_concerns_their_table_alone
         few = {"max_client_rows": 9}
         _save(tmp_path / f"b{seed}", "scl", seed, quality - 0.1 * seed, evaluation=few)
     clients, server = pairs_tables(Runs.of(saved_runs([tmp_path])))
-    assert "the rows that they hold or measure differ" in clients.notes[-1] and not clients.rows
+    assert "differ in evaluation.max_client_rows" in clients.notes[-1] and not clients.rows
     assert server.rows[0]["difference"] == pytest.approx(0.1)  # of 0, .1 and .2
 
 

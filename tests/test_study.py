@@ -207,13 +207,19 @@ def test_tables_grow_one_seed_at_a_time(tmp_path: Path) -> None:
     last = composed(passes[-1][1].runs()[-1].overrides)
     assert (last.num_clients, last.num_rounds, last.seed) == (4, 2, 6)
     assert (last.data.subset, last.data.path) == ("mrpc", str(tmp_path / "mrpc"))
-    (tmp_path / "mrpc").rmdir()
+
+
+def test_the_folder_of_the_data_must_hold_each_table_s_before_the_first_run(tmp_path: Path) -> None:
+    (tmp_path / "sst2").mkdir()
+    options = OPTIONS | {"--seeds": "5", "--data": str(tmp_path)}
+    plan = StudyPlan.of(tmp_path, [CELLS, "study.methods=[lora]"], options, "scl")
+    assert [study.folder.name for study in plan.studies()]  # an estimate needs no data
     with pytest.raises(ValueError, match=rf"^--data {tmp_path} must hold a folder mrpc, got none$"):
         finished(plan)
 
 
 def test_a_run_s_command_holds_no_key_of_the_study(tmp_path: Path) -> None:
-    base = ["study.lrs=[0.1]", "num_rounds=3", "study.methods=[lora]"]
+    base = ["study.lrs=[0.1]", "num_rounds=3", "++study.methods=[lora]"]
     (run,) = Study(tmp_path, base, ["lora"], lrs=[0.5], seeds=[2]).runs()
     given = ["num_rounds=3", "method=lora", "lr=0.5", "seed=2"]
     assert run.overrides == [*given, f"run_dir='{run.path}'", "resume=true"]

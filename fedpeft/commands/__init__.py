@@ -1,1 +1,1 @@
-"""The commands of the command line but for deployment's; only ``cli.py`` imports them."""
+"""Commands, except node, server and deploy, which ``deployment`` holds; for ``cli.py`` alone."""

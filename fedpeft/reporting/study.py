@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 from omegaconf import DictConfig
 
 from fedpeft.config.load import composed
-from fedpeft.config.overrides import quoted
+from fedpeft.config.overrides import key_of, quoted
 from fedpeft.reporting.run_directory import CONFIG, check_same
 from fedpeft.reporting.saved_runs import Outcome, SavedRun, directory
 
@@ -158,7 +158,7 @@ class Study:
     def _runs_of(self, entry: str) -> Iterator[Run]:
         method, *extra = _parts(entry)
         # Keys of the study say nothing of one run, and would make its command longer.
-        base = [override for override in self.base if not override.startswith("study.")]
+        base = [override for override in self.base if not key_of(override).startswith("study.")]
         common = [*base, f"method={method}", *extra]
         self._check(extra, common)
         tree = composed([*common, "resume=true"])

@@ -89,8 +89,14 @@ class StudyPlan:
         Args:
             finish_one: finishes a table's study. It is also told whether this is the table's last
                 time.
+
+        Raises:
+            ValueError: ``data`` lacks the folder of a table.
         """
-        first, *others = self.studies()
+        first, *others = studies = self.studies()
+        for data in [self._data_of(study.base) for study in studies]:
+            if data is not None and not data.is_dir():
+                raise ValueError(f"--data {self.data} must hold a folder {data.name}, got none")
         if not self.settings.reuse_lrs:
             self._grow([first, *others], finish_one)
             return
@@ -136,12 +142,14 @@ class StudyPlan:
         ]
 
     def _with_data(self, overrides: list[str]) -> list[str]:
+        data = self._data_of(overrides)
+        return overrides if data is None else [*overrides, f"data.path={quoted(data)}"]
+
+    def _data_of(self, overrides: Sequence[str]) -> Path | None:
+        """Return the folder of a table's data; null if each is read from its own path."""
         if self.data is None:
-            return overrides
-        folder = self.data / str(choices(leaves(composed(overrides), resolve=False))["data"])
-        if not folder.is_dir():
-            raise ValueError(f"--data {self.data} must hold a folder {folder.name}, got none")
-        return [*overrides, f"data.path={quoted(folder)}"]
+            return None
+        return self.data / str(choices(leaves(composed(overrides), resolve=False))["data"])
 
 
 def _narrowed(ended: Finished, finalists: int) -> Study:

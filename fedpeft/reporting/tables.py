@@ -124,7 +124,9 @@ def markdown(
 
 
 def as_code(text: str) -> str:
-    """Return a text as a code span of a table, where only ``|`` needs an escape."""
+    """Return a text as a code span of a table; one with line breaks, which no span has, as text."""
+    if not text or "\n" in text:
+        return escaped_markdown(text)
     ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     space = " " if len(ticks) > 1 else ""
     return f"{ticks}{space}{text.replace('|', chr(92) + '|')}{space}{ticks}"

@@ -3,21 +3,25 @@
 import csv
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 import fedpeft
-from fedpeft.config.load import CONF, load_config
+from fedpeft.config.load import CONF, composed, load_config
 from fedpeft.engine.roles import Roles
 from fedpeft.methods.base import At, Round
+from fedpeft.reporting.run_directory import check_same
 from fedpeft.state import TRAINED as TRAINS
 from fedpeft.state import Role
 from tests.conftest import ROOT
@@ -160,14 +164,19 @@ ENTRIES = {  # of the study, by the names in the tables of README.md and results
 
 def test_the_tables_of_fedtt_are_the_study_s() -> None:
     saved = table(page("results/fedtt_table1/data=sst2/study.md"), "| method | lr")
+    sizes: dict[str, list[float]] = {}
+    with (ROOT / "results/fedtt_table1/data=sst2/runs.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["chosen"] == "True":
+                sizes.setdefault(row["method"], []).append(float(row["bytes"]))
     whole = table(page("results/README.md"), "| method | rate | global test")
     first = table(page("README.md"), "| method | accuracy")
     assert {ENTRIES[name] for name in whole} == {ENTRIES[name] for name in first} == set(saved)
     for name, (rate, *shown) in whole.items():
-        lr, quality, global_test, seeds, _, sent = saved[ENTRIES[name]]
+        lr, quality, global_test, seeds, _, _ = saved[ENTRIES[name]]
         assert (float(rate), seeds) == (float(lr), "3")
         measured = [value.replace("0.", ".") for value in (global_test, quality)]
-        assert shown[:2] == measured and abs(float(shown[2]) - float(sent)) < 0.0501
+        assert shown == [*measured, f"{fmean(sizes[ENTRIES[name]]) / 1e6:.1f}"]
     for name, shown in first.items():
         assert shown in [row[1:] for n, row in whole.items() if ENTRIES[n] == ENTRIES[name]]
 
@@ -186,7 +195,7 @@ def test_the_table_of_scl_is_the_study_s() -> None:
         "FFA-LoRA": f"ffa_lora{targets}",
         "untuned": f"lora+lr=1e-3+num_rounds=0{targets}",
         "SCL, svd, rank 64": "scl+method.init=svd",
-        "SCL, random_pinv, rank 64 (the paper's)": "scl+method.init=random_pinv",
+        "SCL, random_pinv (the paper's), rank 64 (ours)": "scl+method.init=random_pinv",
     }
     shown = table(page("results/README.md"), "| method | rate | validation loss")
     assert shown.keys() == entries.keys() and chosen.keys() == set(entries.values())
@@ -199,10 +208,18 @@ def test_the_table_of_scl_is_the_study_s() -> None:
             assert cell == (f"{float(run[key]):.3f}".removeprefix("0") if run[key] else "-")
 
 
-def test_the_run_to_make_again_has_the_committed_hash() -> None:
-    run = ROOT / "results/fedtt_table1/data=sst2/ia3/lr=0.11/seed=2/summary.json"
-    saved = json.loads(run.read_text())["shared_state_sha256"]
-    assert f"`{saved}`" in page("docs/reproducible.md")
+def test_the_run_to_make_again_is_the_committed_one() -> None:
+    run = ROOT / "results/fedtt_table1/data=sst2/ia3/lr=0.11/seed=2"
+    saved = json.loads((run / "summary.json").read_text())["shared_state_sha256"]
+    text = page("docs/reproducible.md")
+    assert f"`{saved}`" in text
+    (given,) = re.findall(r"^fedpeft run (.*?[^\\])\n", text, re.MULTILINE | re.DOTALL)
+    now, then = (
+        composed(shlex.split(given.replace("\\\n", ""))),
+        OmegaConf.load(run / "config.yaml"),
+    )
+    check_same(then, now, run)
+    assert now.runtime.threads == then.runtime.threads == 1
 
 
 def test_the_quickstart_s_table_is_the_saved_one() -> None:

@@ -11,8 +11,9 @@ from fedpeft.reporting.tables import Rows
 
 FEWEST = 3  # pairs of a test
 LEVEL = 0.95  # of confidence intervals
-MEASURED = ("num_clients", "data.max_answer_length", "data.cut_references")
-OF_CLIENTS = "evaluation.max_client_rows"  # how many of its rows a client measures
+# Keys that must be equal, beside those of the partition; the last one concerns clients' rows alone.
+SAME = ("num_clients", "data.max_answer_length", "data.cut_references")
+SAME_FOR_CLIENTS = (*SAME, "evaluation.max_client_rows")
 PARTITION = "partition_sha256"  # in a summary; null where sites hold rows of their own
 UNKNOWN = "unknown"
 
@@ -46,8 +47,9 @@ def _differences(one: Setting, other: Setting, key: str) -> tuple[list[float], s
     """Return the differences by common seed, or the reason why no test is made of them."""
     if missing := [setting.name for setting in (one, other) if not setting.values(key)]:
         return [], f"{missing[0]} was not measured on these rows"
-    if _divided(one, key) != _divided(other, key):
-        return [], "the rows that they hold or measure differ, so a seed makes no pair"
+    a, b = _divided(one, key), _divided(other, key)
+    if unequal := sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name)):
+        return [], f"they differ in {', '.join(unequal)}, so a seed makes no pair"
     common = [seed for seed in one.seeds if seed in other.seeds]
     rows = [(_rows(one, seed), _rows(other, seed)) for seed in common]
     if any(UNKNOWN in (*a, *b) for a, b in rows):
@@ -67,7 +69,7 @@ def _differences(one: Setting, other: Setting, key: str) -> tuple[list[float], s
 def _divided(setting: Setting, key: str) -> dict[str, Any]:
     """Return the keys that divide the rows, and that say what of them is measured."""
     values = setting.runs[0].settings
-    keys = MEASURED if key == "global_test" else (*MEASURED, OF_CLIENTS)
+    keys = SAME if key == "global_test" else SAME_FOR_CLIENTS
     return {k: v for k, v in values.items() if k in keys or k.startswith("partition.")}
 
 

@@ -8,8 +8,7 @@ from omegaconf import OmegaConf
 
 from fedpeft.config.choices import choices
 from fedpeft.config.load import CONF
-from fedpeft.reporting.report.related import ROWS
-from fedpeft.reporting.report.settings import Runs, Setting
+from fedpeft.reporting.report.settings import ROWS, Runs, Setting
 from fedpeft.reporting.report.table import Table, Text, plain, spread
 from fedpeft.reporting.tables import Rows
 
@@ -49,11 +48,11 @@ def published_table(runs: Runs) -> Table | None:
         "published": lambda row: f"{row['published']:.3f}",
     }
     notes = [
-        "Columns of test rows are measured; papers measure one model on one set, as the server "
-        f"does. Published {measure.replace('_', ' ')} for the same data set, number of clients and "
-        "method. Only a run of the same model, rows, rounds and kind of measure can be compared "
-        "with it; elsewhere compare the order of methods within a column. conf/published.yaml has "
-        "the values."
+        f"The columns of test rows hold our {measure.replace('_', ' ')}. A paper measures one "
+        "model on one set, so its value belongs beside the server's column. Published values are "
+        "those of the same data set, number of clients and method. Only a run of the same model, "
+        "rows, rounds and kind of measure can be compared with them; elsewhere compare the order "
+        "of methods within a column. conf/published.yaml has the values."
     ]
     return Table("published", "Measured and published", columns, rows, notes, texts=3)
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from fedpeft.reporting.report.chart import ScatterChart
 from fedpeft.reporting.report.series import in_lines
-from fedpeft.reporting.report.settings import Runs
+from fedpeft.reporting.report.settings import ROWS, Runs
+from fedpeft.reporting.report.table import p_text
 from fedpeft.reporting.saved_runs import SavedRun
 
-ROWS = {"quality": "the clients' test rows", "global_test": "the server's test rows"}
 FEWEST = 10  # settings of a correlation: with fewer, p of the approximation means nothing
 DIGITS = 4  # of a diagnostic; an exact aggregation's interference is rounding, and counts as 0
 
@@ -33,8 +33,8 @@ DIAGNOSTICS = {  # by key of a round's line
         "interference_and_quality",
         "interference",
         "Interference: distance of the aggregate's matrices from the mean of the clients' "
-        "matrices, as a share of how far this mean moved; 0: the aggregation is exact. Only rounds "
-        "that measure have it.",
+        "matrices, as a share of how far this mean moved; 0: the aggregation is exact. Rounds "
+        "without an evaluation have none.",
     ),
     "update_cosine": Diagnostic(
         "drift_and_quality",
@@ -60,11 +60,11 @@ def related_charts(runs: Runs) -> Iterator[ScatterChart]:
             [runs.settings[place].name for place in drawn],
             drawn,
             [points[place] for place in drawn],
-            notes=["Each point is a run, after its last round.", *correlations(runs, key)],
+            notes=["Each point is a run, after its last round.", correlation(runs, key)],
         )
 
 
-def correlations(runs: Runs, key: str) -> list[str]:
+def correlation(runs: Runs, key: str) -> str:
     """Say how a diagnostic goes together with the measure on each kind of test rows.
 
     Seeds of a setting are no further evidence, so the means over them are correlated.
@@ -79,15 +79,16 @@ def correlations(runs: Runs, key: str) -> list[str]:
             if points
         ]
         if len(means) >= FEWEST and all(len({m[axis] for m in means}) > 1 for axis in (0, 1)):
-            rho, p = spearmanr(means)
-            found.append(f"{rho:+.2f} on {rows} (p = {p:.3f}, {len(means)} settings)")
+            rho, p = map(float, spearmanr(means))
+            found.append(f"{rho:+.2f} on {rows} (p {p_text(p)}, {len(means)} settings)")
+    both = f"{runs.title} and {DIAGNOSTICS[key].axis}"
     if not found:
-        return [f"A rank correlation needs {FEWEST} settings, and values that differ."]
-    return [
-        f"Spearman's rank correlation of {runs.title} and {DIAGNOSTICS[key].axis}, each the mean "
-        f"of a setting's seeds: {'; '.join(found)}. Settings of one method are alike, so p is too "
-        "small; and a correlation does not say which is the cause."
-    ]
+        return f"A rank correlation of {both} needs {FEWEST} settings, and values that differ."
+    return (
+        f"Spearman's rank correlation of {both}, each the mean of a setting's seeds: "
+        f"{'; '.join(found)}. Settings of one method are alike, so p is too small; and a "
+        "correlation does not say which is the cause."
+    )
 
 
 def _points(runs: Runs, key: str, measured: str) -> list[list[tuple[float, float]]]:

@@ -18,6 +18,7 @@ from fedpeft.reporting.results import (
 from fedpeft.reporting.saved_runs import SavedRun, by_setting, one_a_seed
 from fedpeft.reporting.tables import Rows
 
+ROWS = {"quality": "the clients' test rows", "global_test": "the server's test rows"}
 LONG_NAME = 40  # characters of a setting's name, above which it says less
 
 

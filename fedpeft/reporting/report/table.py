@@ -16,6 +16,11 @@ def plain(key: str) -> Text:
     return lambda row: str(row[key])
 
 
+def p_text(value: float) -> str:
+    """Return a p value as text, never 0."""
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
+
+
 def spread(key: str) -> Text:
     """Return what makes a cell of a mean and of the deviation that stands as ``<key>_sd``."""
 

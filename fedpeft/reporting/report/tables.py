@@ -6,9 +6,9 @@ from typing import Any
 from fedpeft.reporting.brief import below, brief
 from fedpeft.reporting.report.commands import command
 from fedpeft.reporting.report.pairs import FEWEST, LEVEL, paired_tests, unsaved_partitions
-from fedpeft.reporting.report.related import DIAGNOSTICS, ROWS, correlations, over_rounds
-from fedpeft.reporting.report.settings import Runs
-from fedpeft.reporting.report.table import Table, Text, plain, spread
+from fedpeft.reporting.report.related import DIAGNOSTICS, correlation, over_rounds
+from fedpeft.reporting.report.settings import ROWS, Runs
+from fedpeft.reporting.report.table import Table, Text, p_text, plain, spread
 from fedpeft.reporting.results import mean_and_sd
 from fedpeft.reporting.saved_runs import differing
 from fedpeft.reporting.tables import Rows
@@ -109,8 +109,8 @@ def _pairs_table(runs: Runs, key: str) -> Table:
         "seeds": plain("n"),
         "mean difference": lambda row: f"{row['difference']:+.3f}",
         f"{LEVEL:.0%} interval": lambda row: f"{row['low']:+.3f} to {row['high']:+.3f}",
-        "p": lambda row: _p(row["p"]),
-        "p by Holm": lambda row: _p(row["p_holm"]),
+        "p": lambda row: p_text(row["p"]),
+        "p by Holm": lambda row: p_text(row["p_holm"]),
     }
     notes = [
         f"{runs.title.capitalize()} on {ROWS[key]}: differences by seed, two-sided paired "
@@ -135,10 +135,6 @@ def _pairs_table(runs: Runs, key: str) -> Table:
         )
     notes += [f"Not tested, because {why}: {_named(pairs)}." for why, pairs in untested.items()]
     return Table(PAIRS[key], f"Differences on {ROWS[key]}", columns, rows, notes, texts=2)
-
-
-def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
 
 
 def cost_table(runs: Runs) -> Table:
@@ -222,7 +218,7 @@ def diagnostics_table(runs: Runs) -> Table | None:
     notes = [
         "Mean over the rounds that have it, then mean ± sample standard deviation over the seeds.",
         *(DIAGNOSTICS[key].meaning for key in known),
-        *(sentence for key in known for sentence in correlations(runs, key)),
+        *(correlation(runs, key) for key in known),
     ]
     return Table("diagnostics", "Diagnostics", columns, rows, notes) if known else None
 
