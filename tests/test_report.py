@@ -599,6 +599,17 @@ def test_settings_of_one_method_are_named_by_what_differs(tmp_path: Path) -> Non
     assert [setting.name for setting in runs.settings] == ["lora lr=0.1", "lora lr=0.2", "scl"]
 
 
+def test_a_long_name_loses_the_learning_rate_before_a_value_of_the_method(tmp_path: Path) -> None:
+    target = {"_target_": "fedpeft.methods.scl.SCL"}
+    for lr, start in ((0.1, "normal"), (0.3, "zero_last")):
+        method = {**target, "start": start, "rank": 8}
+        _save(tmp_path / start, "scl", 0, 0.5, lr=lr, rounds_with_a_long_name=lr, method=method)
+    assert {setting.name for setting in Runs.of(saved_runs([tmp_path])).settings} == {
+        "scl start=normal",
+        "scl start=zero_last",
+    }
+
+
 def _mixed(folder: Path) -> Runs:
     """Return runs whose data and models have long paths, and whose prompts differ too."""
     for place, data in enumerate(("news", "mail")):

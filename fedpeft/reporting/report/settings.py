@@ -170,8 +170,8 @@ def _measure(runs: Sequence[SavedRun]) -> str:
 def _names(runs: Sequence[SavedRun]) -> list[str]:
     """Return a name for each setting: its method and, where others have it, what differs.
 
-    Of names that would be long, only as many values stay as tell the settings apart; the table of
-    keys that differ has all.
+    Of names that would be long, only as many values stay as tell the settings apart, the method's
+    values before others such as ``lr``; the table of keys that differ has all.
     """
     facts = [_facts(run) for run in runs]
     by_method: dict[str, list[int]] = {}
@@ -226,11 +226,15 @@ def _facts(run: SavedRun) -> dict[str, Any]:
 
 
 def _apart(facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the keys that tell settings apart, without values of a group that differs itself."""
+    """Return the keys that tell settings apart, those of the method first.
+
+    Values of a group that differs itself are left out.
+    """
     keys = dict.fromkeys(key for fact in facts for key in fact)
     differ = [key for key in keys if len({repr(fact.get(key)) for fact in facts}) > 1]
     groups = {key for key in differ if "." not in key}
-    return [key for key in differ if key in groups or key.partition(".")[0] not in groups]
+    kept = [key for key in differ if key in groups or key.partition(".")[0] not in groups]
+    return sorted(kept, key=lambda key: not key.startswith("method."))
 
 
 def _short(key: str, facts: Iterable[Mapping[str, Any]]) -> str:
