@@ -1,8 +1,12 @@
-"""The packages whose versions a run saves, shows and compares."""
+"""The packages whose versions a run saves, shows and compares, and fedpeft's own commit."""
 
+import json
 import platform
+import subprocess
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
 
 SHOWN = ("fedpeft", "flwr", "torch", "transformers")  # where there is room for few
 # They decide a run's numbers.
@@ -16,3 +20,27 @@ def installed() -> dict[str, str]:
         with suppress(PackageNotFoundError):  # a run in one process does without ray
             versions[name] = version(name)
     return versions
+
+
+@cache
+def commit(root: Path = Path(__file__).parents[1]) -> str | None:
+    """Return the commit of fedpeft's code, because the version is the same over many commits.
+
+    Args:
+        root: folder that holds the package.
+
+    Returns:
+        The checkout's commit, with ``-dirty`` if files of it were changed, or the one that pip
+        installed from; null if neither is known.
+    """
+    if (root / ".git").exists():
+        describe = ("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty")
+        with suppress(OSError, subprocess.SubprocessError):  # no git, or the folder is another's
+            words = ["git", "-C", str(root), *describe]
+            said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=30)
+            return said.stdout.strip()
+        return None
+    with suppress(PackageNotFoundError):
+        origin = json.loads(distribution("fedpeft").read_text("direct_url.json") or "{}")
+        return origin.get("vcs_info", {}).get("commit_id")
+    return None

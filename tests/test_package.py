@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fedpeft import versions
+
 ROOT = Path(__file__).parent.parent
 LICENSE = (ROOT / "LICENSE").read_text()
 
@@ -83,3 +85,51 @@ def test_flower_s_bundle_is_of_format_1_and_holds_the_licence(tmp_path: Path) ->
         names = set(archive.namelist())
     assert {"fedpeft/server/app.py", "fedpeft/client/app.py", "conf/config.yaml"} < names
     assert not any(name.startswith(("tests/", "results/", "benchmarks/")) for name in names)
+
+
+def test_the_commit_is_that_of_the_checkout_and_says_whether_files_were_changed(
+    tmp_path: Path,
+) -> None:
+    def git(*words: str) -> str:
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        said = subprocess.run(["git", *name, *words], cwd=tmp_path, check=True, capture_output=True)
+        return said.stdout.decode().strip()
+
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "-q", "-m", "first")
+    git("tag", "v1")
+    (tmp_path / "run.log").write_text("a file that git does not know is no change of the code")
+    head = git("rev-parse", "HEAD")
+    assert versions.commit.__wrapped__(tmp_path) == head
+    (tmp_path / "code.py").write_text("2")
+    assert versions.commit.__wrapped__(tmp_path) == f"{head}-dirty"
+
+
+@pytest.mark.parametrize(
+    ("origin", "commit"),
+    [
+        ('{"url": "https://a.b/c.git", "vcs_info": {"vcs": "git", "commit_id": "4f2a"}}', "4f2a"),
+        ('{"url": "file:///c", "dir_info": {}}', None),
+        (None, None),  # from an index
+    ],
+)
+def test_the_commit_without_a_checkout_is_what_pip_installed_from(
+    origin: str | None, commit: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Installed:
+        def read_text(self, name: str) -> str | None:
+            return origin if name == "direct_url.json" else None
+
+    monkeypatch.setattr(versions, "distribution", lambda name: Installed())
+    assert versions.commit.__wrapped__(tmp_path) == commit
+
+
+def test_without_git_the_commit_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".git").mkdir()
+    assert versions.commit.__wrapped__(tmp_path) is None  # a folder that is no repository
+    monkeypatch.setenv("PATH", "")
+    assert versions.commit.__wrapped__(tmp_path) is None

@@ -25,7 +25,7 @@ from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.simulation.launch import run as run_here
 from fedpeft.state import State, snapshot
-from tests.conftest import Recorder, Runner, Sent, quiet
+from tests.conftest import ROOT, Recorder, Runner, Sent, quiet
 from tests.expected.methods import EXPECTED, PERSONAL, Expected, names_of
 from tests.grids import one_by_one
 
@@ -55,6 +55,7 @@ SUMMARY = {
     "notes": list,
     "seed": int,
     "versions": dict,
+    "commit": str if (ROOT / ".git").exists() else type(None),
     "command": str,
     "working_directory": str,
     "run_dir": str,

@@ -23,7 +23,7 @@ from fedpeft.server.diagnostics import initial_error
 from fedpeft.server.evaluation import measure
 from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.state import State, save, sha256
-from fedpeft.versions import installed
+from fedpeft.versions import commit, installed
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class Run(Observer):
         strategy.up.folder = directory.path
         self.lines: list[Line] = []
         self.started = time.perf_counter()
+        self.commit = commit()  # now, because the checkout may move on while the run goes
         self.has_personal = strategy.roles.has_personal
         self.selection = strategy.selection
         self.best_state: State = {}
@@ -241,6 +242,7 @@ class Run(Observer):
             "notes": engine.task.notes(),
             "seed": engine.config.seed,
             "versions": installed(),
+            "commit": self.commit,
             "command": self.command,
             "run_dir": str(self.directory.path),
             "working_directory": str(Path.cwd()),  # relative paths of the configuration start there

@@ -17,6 +17,8 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "deploy/README.md": "deploy.md",
     "results/README.md": "answers.md",
+    "results/fedtt_table1/README.md": "fedtt_table1.md",
+    "results/scl_table2/README.md": "scl_table2.md",
 }
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.DOTALL | re.MULTILINE)

@@ -9,8 +9,12 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 DOCUMENTS = [
-    *("README.md", "CONTRIBUTING.md", "deploy/README.md"),
-    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md")),
+    *("README.md", "CONTRIBUTING.md", "deploy/README.md", "results/README.md"),
+    *sorted(
+        str(p.relative_to(ROOT))
+        for name in ("docs/**/*.md", "results/*/README.md")
+        for p in ROOT.glob(name)
+    ),
 ]
 SHELL = ("bash", "sh", "shell", "console")
 _BLOCK = re.compile(

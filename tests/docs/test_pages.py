@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
+from scipy import stats
 
 import fedpeft
 from fedpeft.config.load import CONF, composed, load_config
@@ -144,16 +145,22 @@ def test_the_code_of_the_page_on_python(
 # --- the README ----------------------------------------------------------------------------------
 
 
-ENTRIES = {  # of the study, by the names in the tables of README.md and results/README.md
+ENTRIES = {  # of the study, by the names in the tables
     "LoRA, rank 2": "lora+method.rank=2+method.alpha=4",
     "LoRA, rank 8": "lora",
     "FFA-LoRA, rank 8": "ffa_lora",
     "RoLoRA, rank 8": "rolora",
     "FedTT": "fedtt",
+    "FedTT, rank 2": "fedtt+method.tt_rank=2",
     "FedTT, rank 5": "fedtt",
+    "FedTT, rank 10": "fedtt+method.tt_rank=10",
+    "FedTT, rank 20": "fedtt+method.tt_rank=20",
+    "FedTT, rank 5, 120 rounds": "fedtt+num_rounds=120+evaluation.every=40",
+    "FedTT, rank 5, zero_last": "fedtt+method.init=zero_last",
     "FedTT+": "fedtt_plus",
     "FedTT+, three factors": "fedtt_plus",
     "FedTT+, active=one": "fedtt_plus+method.active=one",
+    "FedTT+, active=one, zero_last": "fedtt_plus+method.active=one+method.init=zero_last",
     "IA3": "ia3",
     "adapter": "adapter",
     "BitFit": "bitfit",
@@ -169,7 +176,7 @@ def test_the_tables_of_fedtt_are_the_study_s() -> None:
         for row in csv.DictReader(file):
             if row["chosen"] == "True":
                 sizes.setdefault(row["method"], []).append(float(row["bytes"]))
-    whole = table(page("results/README.md"), "| method | rate | global test")
+    whole = table(page("results/fedtt_table1/README.md"), "| method | rate | global test")
     first = table(page("README.md"), "| method | accuracy")
     assert {ENTRIES[name] for name in whole} == {ENTRIES[name] for name in first} == set(saved)
     for name, (rate, *shown) in whole.items():
@@ -179,6 +186,32 @@ def test_the_tables_of_fedtt_are_the_study_s() -> None:
         assert shown == [*measured, f"{fmean(sizes[ENTRIES[name]]) / 1e6:.1f}"]
     for name, shown in first.items():
         assert shown in [row[1:] for n, row in whole.items() if ENTRIES[n] == ENTRIES[name]]
+
+
+def test_the_table_of_fedtt_s_variants_is_the_two_studies_own() -> None:
+    saved: dict[str, list[dict[str, str]]] = {}
+    for study in ("fedtt_table1", "fedtt_variants"):
+        with (ROOT / f"results/{study}/data=sst2/runs.csv").open() as file:
+            for row in csv.DictReader(file):
+                if row["chosen"] == "True":
+                    saved.setdefault(row["method"], []).append(row)
+    shown = table(page("results/fedtt_table1/README.md"), "| variant | rate")
+    assert len(shown) == 8
+    base: list[float] = []
+    for name, (rate, validation, test, sent, less) in shown.items():
+        rows = saved[ENTRIES[name]]
+        assert len(rows) == 3 and {float(row["lr"]) for row in rows} == {float(rate)}
+        measured = {key: [float(row[key]) for row in rows] for key in ("validation", "global_test")}
+        for cell, values in zip((validation, test), measured.values(), strict=True):
+            assert cell == f"{fmean(values):.3f} ± {stdev(values):.3f}".replace("0.", ".")
+        assert sent == f"{fmean(float(row['bytes']) for row in rows) / 1e6:.1f}"
+        tests = measured["global_test"]
+        base = base if less else tests  # the rows below it are compared with it
+        if less:
+            lost = [one - other for one, other in zip(base, tests, strict=True)]
+            half = stats.t.ppf(0.975, 2) * stdev(lost) / 3**0.5
+            low, high = fmean(lost) - half, fmean(lost) + half
+            assert less == f"{fmean(lost):+.3f} ({low:+.3f} to {high:+.3f})".replace("0.", ".")
 
 
 def test_the_table_of_scl_is_the_study_s() -> None:
@@ -197,7 +230,7 @@ def test_the_table_of_scl_is_the_study_s() -> None:
         "SCL, svd, rank 64": "scl+method.init=svd",
         "SCL, random_pinv (the paper's), rank 64 (ours)": "scl+method.init=random_pinv",
     }
-    shown = table(page("results/README.md"), "| method | rate | validation loss")
+    shown = table(page("results/scl_table2/README.md"), "| method | rate | validation loss")
     assert shown.keys() == entries.keys() and chosen.keys() == set(entries.values())
     for name, (rate, loss, *measured, sent) in shown.items():
         run = chosen[entries[name]]
