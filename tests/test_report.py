@@ -23,7 +23,7 @@ from fedpeft.reporting.report.pairs import holm, t_test
 from fedpeft.reporting.report.pictures import save_pictures
 from fedpeft.reporting.report.plotly_form import form
 from fedpeft.reporting.report.published import published_table
-from fedpeft.reporting.report.related import related_charts
+from fedpeft.reporting.report.related import correlation, related_charts
 from fedpeft.reporting.report.series import Curve, in_lines, megabytes
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.report.table import Table
@@ -210,6 +210,15 @@ def test_diagnostics_stand_beside_quality_with_their_rank_correlation(tmp_path: 
     assert chart.notes[1].startswith(f"{start} seeds: {both} (p 9.3e-08, 10 settings)")
     table = diagnostics_table(runs)
     assert table is not None and chart.notes[1] in table.notes
+
+
+def test_means_that_differ_by_rounding_alone_are_a_tie(tmp_path: Path) -> None:
+    notes: set[str] = set()
+    for name, third in (("equal", 0.3), ("rounded", 0.1 + 0.2)):
+        qualities = [[0.3], [0.9], [third], *([place / 100] for place in range(7))]
+        runs = _with_interference(tmp_path / name, [i / 10 for i in range(10)], qualities)
+        notes.add(correlation(runs, "interference"))
+    assert len(notes) == 1
 
 
 def test_rounding_is_no_interference_and_few_settings_have_no_correlation(tmp_path: Path) -> None:

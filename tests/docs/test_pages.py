@@ -198,20 +198,21 @@ def test_the_table_of_fedtt_s_variants_is_the_two_studies_own() -> None:
     shown = table(page("results/fedtt_table1/README.md"), "| variant | rate")
     assert len(shown) == 8
     base: list[float] = []
-    for name, (rate, validation, test, sent, less) in shown.items():
+    for name, (rate, *cells, sent, difference) in shown.items():
         rows = saved[ENTRIES[name]]
         assert len(rows) == 3 and {float(row["lr"]) for row in rows} == {float(rate)}
-        measured = {key: [float(row[key]) for row in rows] for key in ("validation", "global_test")}
-        for cell, values in zip((validation, test), measured.values(), strict=True):
+        for cell, key in zip(cells, ("validation", "quality", "global_test"), strict=True):
+            values = [float(row[key]) for row in rows]
             assert cell == f"{fmean(values):.3f} ± {stdev(values):.3f}".replace("0.", ".")
         assert sent == f"{fmean(float(row['bytes']) for row in rows) / 1e6:.1f}"
-        tests = measured["global_test"]
-        base = base if less else tests  # the rows below it are compared with it
-        if less:
-            lost = [one - other for one, other in zip(base, tests, strict=True)]
-            half = stats.t.ppf(0.975, 2) * stdev(lost) / 3**0.5
-            low, high = fmean(lost) - half, fmean(lost) + half
-            assert less == f"{fmean(lost):+.3f} ({low:+.3f} to {high:+.3f})".replace("0.", ".")
+        tests = [float(row["global_test"]) for row in rows]
+        base = base if difference else tests  # the rows below it are compared with it
+        if difference:
+            gained = [one - other for one, other in zip(tests, base, strict=True)]
+            half = stats.t.ppf(0.975, 2) * stdev(gained) / 3**0.5
+            low, high = fmean(gained) - half, fmean(gained) + half
+            wanted = f"{fmean(gained):+.3f} ({low:+.3f} to {high:+.3f})"
+            assert difference == wanted.replace("0.", ".")
 
 
 def test_the_table_of_scl_is_the_study_s() -> None:

@@ -12,6 +12,7 @@ from fedpeft.reporting.saved_runs import SavedRun
 
 FEWEST = 10  # settings of a correlation: with fewer, p of the approximation means nothing
 DIGITS = 4  # of a diagnostic; an exact aggregation's interference is rounding, and counts as 0
+TIED = 9  # digits by which two settings' means are equal
 
 
 class Diagnostic(NamedTuple):
@@ -73,8 +74,8 @@ def correlation(runs: Runs, key: str) -> str:
 
     found: list[str] = []
     for measured, rows in ROWS.items():
-        means = [
-            (mean(x for x, _ in points), mean(y for _, y in points))
+        means = [  # rounded, because sums of the same values in another order are a tie
+            tuple(round(mean(values), TIED) for values in zip(*points, strict=True))
             for points in _points(runs, key, measured)
             if points
         ]
