@@ -82,8 +82,10 @@ def test_methods_of_scl(table: str, alpha: int, scale: str) -> None:
     for number, entry in enumerate(entries):
         if not entry.startswith("scl"):
             method = first(table, scale, entry=number).method
-            assert (method.rank, method.alpha) == (8, alpha)
-            assert list(method.targets) == ["q", "k", "v"]
+            where = [*method.targets]
+            ours = table == "scl_table2" and where == ["down_proj"]  # as large as SCL of rank 10
+            assert (method.rank, method.alpha) == ((10, 10) if ours else (8, alpha))
+            assert ours or where == ["q", "k", "v"]
 
 
 @pytest.mark.parametrize("scale", SCALES)
