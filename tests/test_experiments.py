@@ -176,7 +176,9 @@ def test_data_and_clients_of_fedtt() -> None:
     third = cells("fedtt_table3", "paper")
     assert [c["num_clients"] for c in third] == ["3", "20", "50"] * 4
     assert all(c["batch_size"] == ("64" if c["data"] == "sst2" else "32") for c in third)
-    assert [c["num_clients"] for c in cells("fedtt_table3", "small")] == ["3", "20", "50"]
+    assert [c["num_clients"] for c in cells("fedtt_table3", "small")] == ["3", "3", "20", "50"]
+    skewed = first("fedtt_table3", "small", cell=1).partition
+    assert skewed._target_.endswith(".Dirichlet") and skewed.alpha == 0.1
     ninth = {(c["model"], c["data"]) for c in cells("fedtt_table9", "paper")}
     models, sets = ("llama2_7b", "llama2_13b"), ("copa", "record", "squad")
     assert ninth == {(model, data) for model in models for data in sets}
