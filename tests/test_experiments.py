@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fedpeft.config.load import CONF, composed, load_config
 from fedpeft.engine.parameters import check_on_meta, count_on_meta
+from fedpeft.reporting.run_directory import check_same
 from fedpeft.reporting.study_plan import StudyPlan
 from fedpeft.simulation.estimate import estimate
+from tests.conftest import ROOT
 
 TABLES = (
     "scl_table1",
@@ -249,3 +251,25 @@ def test_the_estimate_of_a_study_counts_its_runs(
     assert "In all 11 runs: about 0.00 hours at 1e+14 operations a second" in text
     assert "lora+method.targets=[q,k]" in text
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("experiment", "data", "run"),
+    [
+        (
+            "best_scl",
+            "data/medquad",
+            "scl_table2/data=medquad_num_clients=3/scl+method.init=residual+method.rank=10/lr=0.009",
+        ),
+        (
+            "best_fedtt",
+            "data/sst2",
+            "fedtt_variants/data=sst2/fedtt_plus+method.active=one+method.init=zero_last/lr=0.033",
+        ),
+    ],
+)
+def test_the_best_of_the_studies_are_their_runs(experiment: str, data: str, run: str) -> None:
+    there = ("runtime=inprocess", "runtime.threads=1", "evaluation.clients=always", "seed=1")
+    path = ROOT / "results" / run / "seed=1"
+    now = composed([f"experiment={experiment}", f"data.path={data}", *there])
+    check_same(OmegaConf.load(path / "config.yaml"), now, path)
