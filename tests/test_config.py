@@ -395,7 +395,7 @@ def test_overrides_arrive_with_their_types() -> None:
 
 
 def test_an_override_of_the_learning_rate_wins_over_the_method_s() -> None:
-    assert load_config("method=scl").lr == 1e-3
+    assert load_config("method=scl").lr == 3e-3
     assert load_config("method=fedtt").lr == 1e-2
     assert load_config("method=scl lr=0.5").lr == 0.5
     assert load_config("lr=0.5 method=scl").lr == 0.5

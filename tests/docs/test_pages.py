@@ -169,77 +169,105 @@ ENTRIES = {  # of the study, by the names in the tables
 }
 
 
+def chosen_rows(*studies: str) -> dict[str, list[dict[str, str]]]:
+    """Return the rows of runs.csv with the chosen rates, by entry and in the order of seeds."""
+    rows: dict[str, list[dict[str, str]]] = {}
+    for study in studies:
+        with (ROOT / "results" / study / "runs.csv").open() as file:
+            for row in csv.DictReader(file):
+                if row["chosen"] == "True":
+                    rows.setdefault(row["method"], []).append(row)
+    assert all([row["seed"] for row in of_entry] == ["0", "1", "2"] for of_entry in rows.values())
+    return rows
+
+
+def over_seeds(rows: list[dict[str, str]], key: str) -> str:
+    """Return a cell: mean and sample standard deviation over the seeds."""
+    values = [float(row[key]) for row in rows if row[key]]
+    if not values:
+        return "-"
+    return f"{fmean(values):.3f} ± {stdev(values):.3f}".replace("0.", ".")
+
+
+def megabytes(rows: list[dict[str, str]]) -> str:
+    return f"{fmean(float(row['bytes']) for row in rows) / 1e6:.1f}"
+
+
+def minus(rows: list[dict[str, str]], others: list[dict[str, str]], key: str) -> str:
+    """Return a cell: mean difference with the 95 % interval of a paired t-test over three seeds."""
+    lost = [float(a[key]) - float(b[key]) for a, b in zip(rows, others, strict=True)]
+    half = stats.t.ppf(0.975, len(lost) - 1) * stdev(lost) / len(lost) ** 0.5
+    low, high = fmean(lost) - half, fmean(lost) + half
+    return f"{fmean(lost):+.3f} ({low:+.3f} to {high:+.3f})".replace("0.", ".")
+
+
 def test_the_tables_of_fedtt_are_the_study_s() -> None:
-    saved = table(page("results/fedtt_table1/data=sst2/study.md"), "| method | lr")
-    sizes: dict[str, list[float]] = {}
-    with (ROOT / "results/fedtt_table1/data=sst2/runs.csv").open() as file:
-        for row in csv.DictReader(file):
-            if row["chosen"] == "True":
-                sizes.setdefault(row["method"], []).append(float(row["bytes"]))
+    saved = chosen_rows("fedtt_table1/data=sst2")
     whole = table(page("results/fedtt_table1/README.md"), "| method | rate | global test")
     first = table(page("README.md"), "| method | accuracy")
     assert {ENTRIES[name] for name in whole} == {ENTRIES[name] for name in first} == set(saved)
     for name, (rate, *shown) in whole.items():
-        lr, quality, global_test, seeds, _, _ = saved[ENTRIES[name]]
-        assert (float(rate), seeds) == (float(lr), "3")
-        measured = [value.replace("0.", ".") for value in (global_test, quality)]
-        assert shown == [*measured, f"{fmean(sizes[ENTRIES[name]]) / 1e6:.1f}"]
+        rows = saved[ENTRIES[name]]
+        assert {float(row["lr"]) for row in rows} == {float(rate)}
+        measured = [over_seeds(rows, key) for key in ("global_test", "quality")]
+        assert shown == [*measured, megabytes(rows)]
     for name, shown in first.items():
         assert shown in [row[1:] for n, row in whole.items() if ENTRIES[n] == ENTRIES[name]]
 
 
 def test_the_table_of_fedtt_s_variants_is_the_two_studies_own() -> None:
-    saved: dict[str, list[dict[str, str]]] = {}
-    for study in ("fedtt_table1", "fedtt_variants"):
-        with (ROOT / f"results/{study}/data=sst2/runs.csv").open() as file:
-            for row in csv.DictReader(file):
-                if row["chosen"] == "True":
-                    saved.setdefault(row["method"], []).append(row)
+    saved = chosen_rows("fedtt_table1/data=sst2", "fedtt_variants/data=sst2")
     shown = table(page("results/fedtt_table1/README.md"), "| variant | rate")
     assert len(shown) == 8
-    base: list[float] = []
+    original: list[dict[str, str]] = []
     for name, (rate, *cells, sent, difference) in shown.items():
         rows = saved[ENTRIES[name]]
-        assert len(rows) == 3 and {float(row["lr"]) for row in rows} == {float(rate)}
-        for cell, key in zip(cells, ("validation", "quality", "global_test"), strict=True):
-            values = [float(row[key]) for row in rows]
-            assert cell == f"{fmean(values):.3f} ± {stdev(values):.3f}".replace("0.", ".")
-        assert sent == f"{fmean(float(row['bytes']) for row in rows) / 1e6:.1f}"
-        tests = [float(row["global_test"]) for row in rows]
-        base = base if difference else tests  # the rows below it are compared with it
+        assert {float(row["lr"]) for row in rows} == {float(rate)}
+        assert cells == [over_seeds(rows, k) for k in ("validation", "quality", "global_test")]
+        assert sent == megabytes(rows)
         if difference:
-            gained = [one - other for one, other in zip(tests, base, strict=True)]
-            half = stats.t.ppf(0.975, 2) * stdev(gained) / 3**0.5
-            low, high = fmean(gained) - half, fmean(gained) + half
-            wanted = f"{fmean(gained):+.3f} ({low:+.3f} to {high:+.3f})"
-            assert difference == wanted.replace("0.", ".")
+            assert difference == minus(rows, original, "global_test")
+        else:
+            original = rows  # those below it are compared with it
 
 
-def test_the_table_of_scl_is_the_study_s() -> None:
-    with (ROOT / "results/scl_table2/data=medquad_num_clients=3/runs.csv").open() as file:
-        chosen = {row["method"]: row for row in csv.DictReader(file) if row["chosen"] == "True"}
-    targets = "+method.targets=[q,k,v]"
-    entries = {
-        "LoRA, all rows in one place": f"lora+strategy=centralized{targets}",
-        "SCL, residual, rank 10": "scl+method.init=residual+method.rank=10",
-        "FedSA-LoRA": f"fedsa_lora{targets}",
-        "LoRA, each client alone": f"lora+strategy=local_only{targets}",
-        "SCL, residual, rank 64": "scl+method.init=residual",
-        "LoRA": f"lora{targets}",
-        "FFA-LoRA": f"ffa_lora{targets}",
-        "untuned": f"lora+lr=1e-3+num_rounds=0{targets}",
-        "SCL, svd, rank 64": "scl+method.init=svd",
-        "SCL, random_pinv (the paper's), rank 64 (ours)": "scl+method.init=random_pinv",
-    }
+OF_SCL = {
+    "LoRA, all rows in one place": "lora+strategy=centralized+method.targets=[q,k,v]",
+    "SCL, residual, rank 10": "scl+method.init=residual+method.rank=10",
+    "LoRA on SCL's matrix, rank 10": (
+        "lora+method.targets=[down_proj]+method.rank=10+method.alpha=10"
+    ),
+    "FedSA-LoRA": "fedsa_lora+method.targets=[q,k,v]",
+    "LoRA, each client alone": "lora+strategy=local_only+method.targets=[q,k,v]",
+    "SCL, residual, rank 64": "scl+method.init=residual",
+    "LoRA": "lora+method.targets=[q,k,v]",
+    "FFA-LoRA": "ffa_lora+method.targets=[q,k,v]",
+    "untuned": "lora+lr=1e-3+num_rounds=0+method.targets=[q,k,v]",
+    "SCL, svd, rank 64": "scl+method.init=svd",
+    "SCL, random_pinv (the paper's), rank 64 (ours)": "scl+method.init=random_pinv",
+}
+
+
+def test_the_tables_of_scl_are_the_study_s() -> None:
+    saved = chosen_rows("scl_table2/data=medquad_num_clients=3")
     shown = table(page("results/scl_table2/README.md"), "| method | rate | validation loss")
-    assert shown.keys() == entries.keys() and chosen.keys() == set(entries.values())
-    for name, (rate, loss, *measured, sent) in shown.items():
-        run = chosen[entries[name]]
-        assert name == "untuned" or float(rate) == float(run["lr"])
-        assert loss == f"{float(run['validation']):.3f}"
-        assert sent == f"{float(run['bytes']) / 1e6:.1f}"
-        for cell, key in zip(measured, ("quality", "global_test"), strict=True):
-            assert cell == (f"{float(run[key]):.3f}".removeprefix("0") if run[key] else "-")
+    assert shown.keys() == OF_SCL.keys() and saved.keys() == set(OF_SCL.values())
+    for name, (rate, *cells, sent) in shown.items():
+        rows = saved[OF_SCL[name]]
+        assert name == "untuned" or {float(row["lr"]) for row in rows} == {float(rate)}
+        keys = ("validation", "quality", "global_test", "test_loss")
+        assert cells == [over_seeds(rows, key) for key in keys]
+        assert sent == megabytes(rows)
+    for name, of_readme in table(page("README.md"), "| method | loss, server's rows").items():
+        _, _, quality, _, loss, sent = shown[name]
+        assert of_readme == [loss, quality, sent]
+    text = page("results/scl_table2/README.md")
+    pairs = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)[1:]
+    assert len(pairs) == 7
+    for first, second, difference in pairs:
+        one, other = saved[OF_SCL[first]], saved[OF_SCL[second]]
+        both = all(row["test_loss"] for row in (*one, *other))
+        assert difference == minus(one, other, "test_loss" if both else "client_test_loss")
 
 
 def test_the_run_to_make_again_is_the_committed_one() -> None:
