@@ -212,6 +212,16 @@ def test_diagnostics_stand_beside_quality_with_their_rank_correlation(tmp_path: 
     assert table is not None and chart.notes[1] in table.notes
 
 
+def test_where_nothing_is_averaged_there_is_no_interference(tmp_path: Path) -> None:
+    values = [i / 10 for i in range(11)]
+    runs = _with_interference(tmp_path, values, [[value] for value in values])
+    assert "+1.00 on the clients' test rows" in correlation(runs, "interference")
+    for place in (9, 10):  # one client trains there: nine settings are left
+        lines = tmp_path / f"{place}_0/metrics.jsonl"
+        lines.write_text(lines.read_text().replace('"update_cosine": 0.5', '"update_cosine": null'))
+    assert "needs 10 settings" in correlation(Runs.of(saved_runs([tmp_path])), "interference")
+
+
 def test_means_that_differ_by_rounding_alone_are_a_tie(tmp_path: Path) -> None:
     notes: set[str] = set()
     for name, third in (("equal", 0.3), ("rounded", 0.1 + 0.2)):

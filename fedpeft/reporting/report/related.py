@@ -105,6 +105,10 @@ def _points(runs: Runs, key: str, measured: str) -> list[list[tuple[float, float
 
 
 def over_rounds(run: SavedRun, key: str) -> float | None:
-    """Return the mean over the rounds of a run's diagnostic; null if no round has it."""
+    """Return the mean over the rounds of a run's diagnostic.
+
+    It is null if no round has it, and where no two clients train, whose interference of 0 would
+    count as an exact aggregation: ``strategy=centralized`` averages nothing.
+    """
     values = in_lines(key)(run).values()
-    return mean(values) if values else None
+    return mean(values) if values and in_lines("update_cosine")(run) else None
