@@ -118,8 +118,8 @@ def test_a_personal_head_of_lora_stays_with_each_client(
 )
 def test_a_pattern_makes_one_method_of_another(method: str, pattern: str, run: Runner) -> None:
     """FedSA-LoRA is LoRA whose B and head are personal, FFA-LoRA is LoRA whose A is frozen."""
-    expected = run(f"method={method}")
-    summary = run("method=lora", pattern)
+    expected = run(f"method={method}", "lr=3e-3")
+    summary = run("method=lora", pattern, "lr=3e-3")
     for key in ("shared_state_sha256", "final", "initial", "selected_by"):
         assert summary[key] == expected[key], key
     assert summary["bytes"]["uplink_bytes"] == expected["bytes"]["uplink_bytes"]
