@@ -270,6 +270,27 @@ def test_the_tables_of_scl_are_the_study_s() -> None:
         assert difference == minus(one, other, "test_loss" if both else "client_test_loss")
 
 
+def test_the_differences_that_the_pages_name_in_words_are_the_studies_own() -> None:
+    with (ROOT / "results/scl_table2/data=medquad_num_clients=3/runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+
+    def of(name: str, lr: float) -> list[dict[str, str]]:
+        return [r for r in rows if r["method"] == OF_SCL[name] and float(r["lr"]) == lr]
+
+    text = page("results/scl_table2/README.md")
+    small, lora = of("SCL, residual, rank 10", 9e-3), of("LoRA", 9e-3)
+    large, shared = of("SCL, residual, rank 64", 3e-3), of("FedSA-LoRA", 3e-3)
+    slow = minus(of("SCL, residual, rank 10", 3e-3), of("LoRA", 3e-3), "test_loss")
+    ffa = minus(of("FFA-LoRA", 9e-3), lora, "test_loss")
+    alone = minus(of("LoRA, each client alone", 3e-3), shared, "validation")
+    personal = minus(shared, lora, "quality")
+    rouge = [minus(a, lora, key) for a in (small, large) for key in ("quality", "global_test")]
+    words = " ".join(text.split())
+    for difference in (slow, ffa, personal, *rouge):
+        assert difference in words
+    assert alone.startswith("+.011 (+.001 to +.020)") and ".011 (.001 to .020) higher" in words
+
+
 def test_the_run_to_make_again_is_the_committed_one() -> None:
     run = ROOT / "results/fedtt_table1/data=sst2/ia3/lr=0.11/seed=2"
     saved = json.loads((run / "summary.json").read_text())["shared_state_sha256"]
