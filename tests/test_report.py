@@ -15,12 +15,13 @@ from omegaconf import OmegaConf
 
 from fedpeft.config.load import CONF, composed, leaves
 from fedpeft.config.overrides import split
+from fedpeft.reporting.figures import pyplot
 from fedpeft.reporting.report.chart import BarChart, Line, LineChart
 from fedpeft.reporting.report.charts import charts, norm_bound, thinned
 from fedpeft.reporting.report.commands import command
 from fedpeft.reporting.report.held import held_charts
 from fedpeft.reporting.report.pairs import holm, t_test
-from fedpeft.reporting.report.pictures import save_pictures
+from fedpeft.reporting.report.pictures import WIDTH, draw, save_pictures
 from fedpeft.reporting.report.plotly_form import form
 from fedpeft.reporting.report.published import published_table
 from fedpeft.reporting.report.related import correlation, related_charts
@@ -555,6 +556,23 @@ def test_a_title_beside_names_has_lines_that_fit_on_a_phone() -> None:
     assert "<br>" not in form(line)["layout"]["yaxis"]["title"]["text"]
 
 
+def test_long_names_and_titles_stay_inside_the_picture() -> None:
+    names = [
+        f"lora rank={r} method.alpha=16 targets=down_proj strategy=centralized" for r in (8, 9)
+    ]
+    lines = [Line(name, place, [1.0], [0.0]) for place, name in enumerate(names)]
+    title = "rouge l teacher forced on clients' test rows, mean by rows"
+    figure, axis = pyplot().subplots(figsize=(WIDTH, 4.2), layout="constrained")
+    draw(LineChart("t", "title", "round", title, lines), figure, axis)
+    figure.draw_without_rendering()
+    width, height = figure.get_size_inches() * figure.dpi
+    for artist in (figure.legends[0], axis.yaxis.label):
+        box = artist.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height
+    assert axis.get_ylabel().replace("\n", " ") == title
+    pyplot().close(figure)
+
+
 def test_the_tables_of_the_page_scroll_and_short_cells_do_not_wrap(report: Path) -> None:
     style = (report / "report.html").read_text().partition("<style>")[2].partition("</style>")[0]
     rules = dict(re.findall(r"^([^{}@\n]+?) \{ ([^{}]*)\}", style, re.MULTILINE))
@@ -618,14 +636,14 @@ def test_settings_of_one_method_are_named_by_what_differs(tmp_path: Path) -> Non
     assert [setting.name for setting in runs.settings] == ["lora lr=0.1", "lora lr=0.2", "scl"]
 
 
-def test_a_long_name_loses_the_learning_rate_before_a_value_of_the_method(tmp_path: Path) -> None:
-    target = {"_target_": "fedpeft.methods.scl.SCL"}
-    for lr, start in ((0.1, "normal"), (0.3, "zero_last")):
-        method = {**target, "start": start, "rank": 8}
+def test_a_long_name_loses_the_learning_rate_and_no_value_of_the_method(tmp_path: Path) -> None:
+    target = {"_target_": "fedpeft.methods.scl.SCL", "alpha": 16}
+    for lr, start, rank in ((0.1, "normal", 8), (0.3, "zero_last", 10)):
+        method = {**target, "rank": rank, "start": start}
         _save(tmp_path / start, "scl", 0, 0.5, lr=lr, rounds_with_a_long_name=lr, method=method)
     assert {setting.name for setting in Runs.of(saved_runs([tmp_path])).settings} == {
-        "scl start=normal",
-        "scl start=zero_last",
+        "scl rank=8 start=normal",
+        "scl rank=10 start=zero_last",
     }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from fedpeft.reporting.figures import COLOURS
 
 MOST_MARKERS = 60  # of a line; more would hide it
+UPRIGHT = 40  # characters of a line of the y axis' title, for which its height has room
 # Lengths of strokes and gaps. Colours repeat after ten settings, and a line then has other dashes.
 DASHES = ((), (2, 2), (9, 3), (9, 3, 2, 3))
 

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from functools import singledispatch
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from fedpeft.reporting.figures import COLOURS, log_scale, plot_partition, pyplot, shortened, style
 from fedpeft.reporting.report.chart import (
     MOST_MARKERS,
+    UPRIGHT,
     BarChart,
     BoxChart,
     Chart,
@@ -78,7 +80,7 @@ def _(chart: LineChart, figure: Any, axis: Any) -> None:
         _draw_line(line, axis)
     if chart.level is not None:
         axis.axhline(chart.level, color="grey", ls="--", lw=1, label=chart.level_name)
-    axis.set(xlabel=chart.x, ylabel=chart.y)
+    axis.set(xlabel=chart.x, ylabel=fill(chart.y, UPRIGHT))
     if chart.log_x:
         log_scale(axis)
     _name_below(figure, axis)
@@ -90,7 +92,8 @@ def _(chart: LineChart, figure: Any, axis: Any) -> None:
 def _name_below(figure: Any, axis: Any) -> None:
     """Name what is drawn below a chart, and make room for it."""
     names = axis.get_legend_handles_labels()[1]
-    columns = 3 if max(map(len, names), default=0) < 20 else 2
+    longest = max(map(len, names), default=0)
+    columns = 3 if longest < 20 else 2 if longest < 48 else 1
     figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=columns)
     rows = -(-len(names) // columns)
     figure.set_size_inches(WIDTH, 4.0 + 0.2 * rows)
@@ -101,7 +104,7 @@ def _(chart: ScatterChart, figure: Any, axis: Any) -> None:
     for name, place, points in zip(chart.names, chart.places, chart.points, strict=True):
         x, y = zip(*points, strict=True)
         axis.plot(x, y, ls="", ms=5, alpha=0.75, **style(place, name))
-    axis.set(xlabel=chart.x, ylabel=chart.y)
+    axis.set(xlabel=chart.x, ylabel=fill(chart.y, UPRIGHT))
     _name_below(figure, axis)
 
 

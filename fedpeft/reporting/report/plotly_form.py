@@ -13,6 +13,7 @@ from typing import Any
 from fedpeft.reporting.figures import COLOURS, shortened
 from fedpeft.reporting.report.chart import (
     MOST_MARKERS,
+    UPRIGHT,
     BarChart,
     BoxChart,
     Chart,
@@ -42,7 +43,9 @@ def form(chart: Chart) -> Form:
 @form.register
 def _(chart: LineChart) -> Form:
     data = [trace for line in chart.lines for trace in _line(line)]
-    layout = _layout(_axis(chart.x, "log" if chart.log_x else "linear"), _axis(chart.y))
+    layout = _layout(
+        _axis(chart.x, "log" if chart.log_x else "linear"), _axis(chart.y, width=UPRIGHT)
+    )
     last = max((line.x[-1] for line in chart.lines), default=0)
     if chart.x == "round" and last <= 12:
         layout["xaxis"]["dtick"] = 1
@@ -92,7 +95,7 @@ def _(chart: ScatterChart) -> Form:
         }
         for name, place, points in zip(chart.names, chart.places, chart.points, strict=True)
     ]
-    return {"data": data, "layout": _layout(_axis(chart.x), _axis(chart.y))}
+    return {"data": data, "layout": _layout(_axis(chart.x), _axis(chart.y, width=UPRIGHT))}
 
 
 @form.register

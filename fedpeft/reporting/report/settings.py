@@ -170,8 +170,8 @@ def _measure(runs: Sequence[SavedRun]) -> str:
 def _names(runs: Sequence[SavedRun]) -> list[str]:
     """Return a name for each setting: its method and, where others have it, what differs.
 
-    Of names that would be long, only as many values stay as tell the settings apart, the method's
-    values before others such as ``lr``; the table of keys that differ has all.
+    Names that would be long keep the method's values and of others, such as ``lr``, only as many as
+    tell the settings apart; the table of keys that differ has all.
     """
     facts = [_facts(run) for run in runs]
     by_method: dict[str, list[int]] = {}
@@ -203,19 +203,31 @@ def _parts(
         keys: those that the names have.
         facts: of all methods, of whose keys a short form must be none.
     """
-    columns = {_short(key, facts): brief([fact.get(key) for fact in same], 24) for key in keys}
+    columns = {
+        _short(key, facts): brief([_text(fact.get(key)) for fact in same], 24) for key in keys
+    }
     return [[f"{key}={column[i]}" for key, column in columns.items()] for i in range(len(same))]
 
 
+def _text(value: Any) -> str:
+    """Return a value as text, a list without brackets and quotes, because names are long."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _needed(same: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
-    """Return the first keys that tell settings apart, without those that tell nothing more."""
-    chosen: list[str] = []
-    apart = 1
-    for key in keys:
-        told = len({repr([fact.get(k) for k in (*chosen, key)]) for fact in same})
+    """Return the method's keys and the first others that tell settings apart."""
+    chosen = [key for key in keys if key.startswith("method.")]
+    apart = _told(same, chosen)
+    for key in keys[len(chosen) :]:
+        told = _told(same, [*chosen, key])
         if told > apart:
             chosen, apart = [*chosen, key], told
     return chosen
+
+
+def _told(same: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> int:
+    """Return the number of settings that some keys tell apart."""
+    return len({repr([fact.get(key) for key in keys]) for fact in same})
 
 
 def _facts(run: SavedRun) -> dict[str, Any]:
