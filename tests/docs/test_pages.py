@@ -1,28 +1,22 @@
 """The pages' code runs as printed, and their tables hold what the code does."""
 
-import csv
 import json
 import re
-import shlex
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean, stdev
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
-from scipy import stats
 
 import fedpeft
-from fedpeft.config.load import CONF, composed, load_config
+from fedpeft.config.load import CONF, load_config
 from fedpeft.engine.roles import Roles
 from fedpeft.methods.base import At, Round
-from fedpeft.reporting.run_directory import check_same
 from fedpeft.state import TRAINED as TRAINS
 from fedpeft.state import Role
 from tests.conftest import ROOT
@@ -143,166 +137,6 @@ def test_the_code_of_the_page_on_python(
 
 
 # --- the README ----------------------------------------------------------------------------------
-
-
-ENTRIES = {  # of the study, by the names in the tables
-    "LoRA, rank 2": "lora+method.rank=2+method.alpha=4",
-    "LoRA, rank 8": "lora",
-    "FFA-LoRA, rank 8": "ffa_lora",
-    "RoLoRA, rank 8": "rolora",
-    "FedTT": "fedtt",
-    "FedTT, rank 2": "fedtt+method.tt_rank=2",
-    "FedTT, rank 5": "fedtt",
-    "FedTT, rank 10": "fedtt+method.tt_rank=10",
-    "FedTT, rank 20": "fedtt+method.tt_rank=20",
-    "FedTT, rank 5, 120 rounds": "fedtt+num_rounds=120+evaluation.every=40",
-    "FedTT, rank 5, zero_last": "fedtt+method.init=zero_last",
-    "FedTT+": "fedtt_plus",
-    "FedTT+, three factors": "fedtt_plus",
-    "FedTT+, active=one": "fedtt_plus+method.active=one",
-    "FedTT+, active=one, zero_last": "fedtt_plus+method.active=one+method.init=zero_last",
-    "IA3": "ia3",
-    "adapter": "adapter",
-    "BitFit": "bitfit",
-    "prompt": "prompt",
-    "P-tuning": "p_tuning",
-}
-
-
-def chosen_rows(*studies: str) -> dict[str, list[dict[str, str]]]:
-    """Return the rows of runs.csv with the chosen rates, by entry and in the order of seeds."""
-    rows: dict[str, list[dict[str, str]]] = {}
-    for study in studies:
-        with (ROOT / "results" / study / "runs.csv").open() as file:
-            for row in csv.DictReader(file):
-                if row["chosen"] == "True":
-                    rows.setdefault(row["method"], []).append(row)
-    assert all([row["seed"] for row in of_entry] == ["0", "1", "2"] for of_entry in rows.values())
-    return rows
-
-
-def over_seeds(rows: list[dict[str, str]], key: str) -> str:
-    """Return a cell: mean and sample standard deviation over the seeds."""
-    values = [float(row[key]) for row in rows if row[key]]
-    if not values:
-        return "-"
-    return f"{fmean(values):.3f} ± {stdev(values):.3f}".replace("0.", ".")
-
-
-def megabytes(rows: list[dict[str, str]]) -> str:
-    return f"{fmean(float(row['bytes']) for row in rows) / 1e6:.1f}"
-
-
-def minus(rows: list[dict[str, str]], others: list[dict[str, str]], key: str) -> str:
-    """Return a cell: mean difference with the 95 % interval of a paired t-test over three seeds."""
-    lost = [float(a[key]) - float(b[key]) for a, b in zip(rows, others, strict=True)]
-    half = stats.t.ppf(0.975, len(lost) - 1) * stdev(lost) / len(lost) ** 0.5
-    low, high = fmean(lost) - half, fmean(lost) + half
-    return f"{fmean(lost):+.3f} ({low:+.3f} to {high:+.3f})".replace("0.", ".")
-
-
-def test_the_tables_of_fedtt_are_the_study_s() -> None:
-    saved = chosen_rows("fedtt_table1/data=sst2")
-    whole = table(page("results/fedtt_table1/README.md"), "| method | rate | global test")
-    first = table(page("README.md"), "| method | accuracy")
-    assert {ENTRIES[name] for name in whole} == {ENTRIES[name] for name in first} == set(saved)
-    for name, (rate, *shown) in whole.items():
-        rows = saved[ENTRIES[name]]
-        assert {float(row["lr"]) for row in rows} == {float(rate)}
-        measured = [over_seeds(rows, key) for key in ("global_test", "quality")]
-        assert shown == [*measured, megabytes(rows)]
-    for name, shown in first.items():
-        assert shown in [row[1:] for n, row in whole.items() if ENTRIES[n] == ENTRIES[name]]
-
-
-def test_the_table_of_fedtt_s_variants_is_the_two_studies_own() -> None:
-    saved = chosen_rows("fedtt_table1/data=sst2", "fedtt_variants/data=sst2")
-    shown = table(page("results/fedtt_table1/README.md"), "| variant | rate")
-    assert len(shown) == 8
-    original: list[dict[str, str]] = []
-    for name, (rate, *cells, sent, difference) in shown.items():
-        rows = saved[ENTRIES[name]]
-        assert {float(row["lr"]) for row in rows} == {float(rate)}
-        assert cells == [over_seeds(rows, k) for k in ("validation", "quality", "global_test")]
-        assert sent == megabytes(rows)
-        if difference:
-            assert difference == minus(rows, original, "global_test")
-        else:
-            original = rows  # those below it are compared with it
-
-
-OF_SCL = {
-    "LoRA, all rows in one place": "lora+strategy=centralized+method.targets=[q,k,v]",
-    "SCL, residual, rank 10": "scl+method.init=residual+method.rank=10",
-    "LoRA on SCL's matrix, rank 10": (
-        "lora+method.targets=[down_proj]+method.rank=10+method.alpha=10"
-    ),
-    "FedSA-LoRA": "fedsa_lora+method.targets=[q,k,v]",
-    "LoRA, each client alone": "lora+strategy=local_only+method.targets=[q,k,v]",
-    "SCL, residual, rank 64": "scl+method.init=residual",
-    "LoRA": "lora+method.targets=[q,k,v]",
-    "FFA-LoRA": "ffa_lora+method.targets=[q,k,v]",
-    "untuned": "lora+lr=1e-3+num_rounds=0+method.targets=[q,k,v]",
-    "SCL, svd, rank 64": "scl+method.init=svd",
-    "SCL, random_pinv (the paper's), rank 64 (ours)": "scl+method.init=random_pinv",
-}
-
-
-def test_the_tables_of_scl_are_the_study_s() -> None:
-    saved = chosen_rows("scl_table2/data=medquad_num_clients=3")
-    shown = table(page("results/scl_table2/README.md"), "| method | rate | validation loss")
-    assert shown.keys() == OF_SCL.keys() and saved.keys() == set(OF_SCL.values())
-    for name, (rate, *cells, sent) in shown.items():
-        rows = saved[OF_SCL[name]]
-        assert name == "untuned" or {float(row["lr"]) for row in rows} == {float(rate)}
-        keys = ("validation", "quality", "global_test", "test_loss")
-        assert cells == [over_seeds(rows, key) for key in keys]
-        assert sent == megabytes(rows)
-    for name, of_readme in table(page("README.md"), "| method | loss, server's rows").items():
-        _, _, quality, _, loss, sent = shown[name]
-        assert of_readme == [loss, quality, sent]
-    text = page("results/scl_table2/README.md")
-    pairs = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)[1:]
-    assert len(pairs) == 7
-    for first, second, difference in pairs:
-        one, other = saved[OF_SCL[first]], saved[OF_SCL[second]]
-        both = all(row["test_loss"] for row in (*one, *other))
-        assert difference == minus(one, other, "test_loss" if both else "client_test_loss")
-
-
-def test_the_differences_that_the_pages_name_in_words_are_the_studies_own() -> None:
-    with (ROOT / "results/scl_table2/data=medquad_num_clients=3/runs.csv").open() as file:
-        rows = list(csv.DictReader(file))
-
-    def of(name: str, lr: float) -> list[dict[str, str]]:
-        return [r for r in rows if r["method"] == OF_SCL[name] and float(r["lr"]) == lr]
-
-    text = page("results/scl_table2/README.md")
-    small, lora = of("SCL, residual, rank 10", 9e-3), of("LoRA", 9e-3)
-    large, shared = of("SCL, residual, rank 64", 3e-3), of("FedSA-LoRA", 3e-3)
-    slow = minus(of("SCL, residual, rank 10", 3e-3), of("LoRA", 3e-3), "test_loss")
-    ffa = minus(of("FFA-LoRA", 9e-3), lora, "test_loss")
-    alone = minus(of("LoRA, each client alone", 3e-3), shared, "validation")
-    personal = minus(shared, lora, "quality")
-    rouge = [minus(a, lora, key) for a in (small, large) for key in ("quality", "global_test")]
-    words = " ".join(text.split())
-    for difference in (slow, ffa, personal, *rouge):
-        assert difference in words
-    assert alone.startswith("+.011 (+.001 to +.020)") and ".011 (.001 to .020) higher" in words
-
-
-def test_the_run_to_make_again_is_the_committed_one() -> None:
-    run = ROOT / "results/fedtt_table1/data=sst2/ia3/lr=0.11/seed=2"
-    saved = json.loads((run / "summary.json").read_text())["shared_state_sha256"]
-    text = page("docs/reproducible.md")
-    assert f"`{saved}`" in text
-    (given,) = re.findall(r"^fedpeft run (.*?[^\\])\n", text, re.MULTILINE | re.DOTALL)
-    now, then = (
-        composed(shlex.split(given.replace("\\\n", ""))),
-        OmegaConf.load(run / "config.yaml"),
-    )
-    check_same(then, now, run)
-    assert now.runtime.threads == then.runtime.threads == 1
 
 
 def test_the_quickstart_s_table_is_the_saved_one() -> None:

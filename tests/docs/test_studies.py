@@ -1,0 +1,205 @@
+"""The numbers on the studies' pages are those of the committed runs."""
+
+import csv
+import json
+import re
+import shlex
+from statistics import fmean, stdev
+
+import pytest
+from omegaconf import OmegaConf
+from scipy import stats
+
+from fedpeft.config.load import composed
+from fedpeft.reporting.run_directory import check_same
+from tests.conftest import ROOT
+from tests.docs.documents import page, table
+
+Rows = list[dict[str, str]]  # of runs.csv, one a seed
+FEDTT, SCL = "results/fedtt_table1/README.md", "results/scl_table2/README.md"
+SST2, MEDQUAD = "fedtt_table1/data=sst2", "scl_table2/data=medquad_num_clients=3"
+VARIANTS = "fedtt_variants/data=sst2"
+ENTRIES = {  # of the studies, by the names on the pages
+    "LoRA, rank 2": "lora+method.rank=2+method.alpha=4",
+    "LoRA, rank 8": "lora",
+    "FFA-LoRA, rank 8": "ffa_lora",
+    "RoLoRA, rank 8": "rolora",
+    "FedTT": "fedtt",
+    "FedTT, rank 2": "fedtt+method.tt_rank=2",
+    "FedTT, rank 5": "fedtt",
+    "FedTT, rank 10": "fedtt+method.tt_rank=10",
+    "FedTT, rank 20": "fedtt+method.tt_rank=20",
+    "FedTT, rank 5, 120 rounds": "fedtt+num_rounds=120+evaluation.every=40",
+    "FedTT, rank 5, zero_last": "fedtt+method.init=zero_last",
+    "FedTT+": "fedtt_plus",
+    "FedTT+, three factors": "fedtt_plus",
+    "FedTT+, active=one": "fedtt_plus+method.active=one",
+    "FedTT+, active=one, zero_last": "fedtt_plus+method.active=one+method.init=zero_last",
+    "IA3": "ia3",
+    "adapter": "adapter",
+    "BitFit": "bitfit",
+    "prompt": "prompt",
+    "P-tuning": "p_tuning",
+    "LoRA, all rows in one place": "lora+strategy=centralized+method.targets=[q,k,v]",
+    "SCL, residual, rank 10": "scl+method.init=residual+method.rank=10",
+    "LoRA on SCL's matrix, rank 10": (
+        "lora+method.targets=[down_proj]+method.rank=10+method.alpha=10"
+    ),
+    "FedSA-LoRA": "fedsa_lora+method.targets=[q,k,v]",
+    "LoRA, each client alone": "lora+strategy=local_only+method.targets=[q,k,v]",
+    "SCL, residual, rank 64": "scl+method.init=residual",
+    "LoRA": "lora+method.targets=[q,k,v]",
+    "FFA-LoRA": "ffa_lora+method.targets=[q,k,v]",
+    "untuned": "lora+lr=1e-3+num_rounds=0+method.targets=[q,k,v]",
+    "SCL, svd, rank 64": "scl+method.init=svd",
+    "SCL, random_pinv (the paper's), rank 64 (ours)": "scl+method.init=random_pinv",
+}
+OF_FEDTT = ("lr", "global_test", "quality", "bytes")
+OF_README = ("test_loss", "quality", "bytes")
+OF_SCL = ("lr", "validation", "quality", "global_test", "test_loss", "bytes")
+# Page, beginning of the table's heading, folder of the study, columns, and whether the table has
+# all methods.
+TABLES = [
+    (FEDTT, "| method | rate | global test", SST2, OF_FEDTT, True),
+    ("README.md", "| method | accuracy", SST2, OF_FEDTT[1:], True),
+    (SCL, "| on MedQuAD | rate", MEDQUAD, OF_SCL, True),
+    (
+        "README.md",
+        "| method | loss, server's rows",
+        MEDQUAD,
+        ("test_loss", "quality", "bytes"),
+        False,
+    ),
+]
+# Page, beginning of the table's heading, folder of the study and number of pairs.
+PAIRS = [(SCL, "| on MedQuAD, first |", MEDQUAD, 7)]
+
+
+# --- cells ---------------------------------------------------------------------------------------
+
+
+def rows_of(study: str, rate: float | None = None) -> dict[str, Rows]:
+    """Return a study's rows by entry and in the order of seeds.
+
+    Args:
+        study: its folder in ``results``.
+        rate: the learning rate; null for the one that the study chose.
+    """
+    with (ROOT / "results" / study / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found: dict[str, Rows] = {}
+    for row in rows:
+        if row["chosen"] == "True" if rate is None else float(row["lr"]) == rate:
+            found.setdefault(row["method"], []).append(row)
+    return found
+
+
+def named(study: str, name: str, rate: float | None = None) -> Rows:
+    """Return the rows of a method, all three seeds, by its name on the pages."""
+    rows = rows_of(study, rate)[ENTRIES[name]]
+    assert [row["seed"] for row in rows] == ["0", "1", "2"]
+    return rows
+
+
+def cell(rows: Rows, key: str) -> str:
+    """Return a cell: mean and sample standard deviation over the seeds."""
+    values = [float(row[key]) for row in rows if row[key]]
+    if key == "bytes":
+        return f"{fmean(values) / 1e6:.1f}"
+    return bare(f"{fmean(values):.3f} ± {stdev(values):.3f}") if values else "-"
+
+
+def minus(rows: Rows, others: Rows, key: str) -> str:
+    """Return a cell: mean difference with the 95 % interval of a paired t-test over three seeds."""
+    lost = [float(a[key]) - float(b[key]) for a, b in zip(rows, others, strict=True)]
+    half = stats.t.ppf(0.975, len(lost) - 1) * stdev(lost) / len(lost) ** 0.5
+    low, high = fmean(lost) - half, fmean(lost) + half
+    return bare(f"{fmean(lost):+.3f} ({low:+.3f} to {high:+.3f})")
+
+
+def bare(numbers: str) -> str:
+    """Return numbers without the zero before the point."""
+    return re.sub(r"\b0\.", ".", numbers)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("document", "heading", "study", "keys", "all_methods"), TABLES)
+def test_a_table_is_the_study_s(
+    document: str, heading: str, study: str, keys: tuple[str, ...], all_methods: bool
+) -> None:
+    shown = table(page(document), heading)
+    assert not all_methods or {ENTRIES[name] for name in shown} == rows_of(study).keys()
+    for name, cells in shown.items():
+        rows = named(study, name)
+        for key, shows in zip(keys, cells, strict=True):
+            if key == "lr":
+                assert name == "untuned" or {float(row["lr"]) for row in rows} == {float(shows)}
+            else:
+                assert shows == cell(rows, key), (name, key)
+
+
+@pytest.mark.parametrize(("document", "heading", "study", "count"), PAIRS)
+def test_a_table_of_pairs_is_the_study_s(
+    document: str, heading: str, study: str, count: int
+) -> None:
+    text = page(document)
+    body = text[text.index(heading) :].partition("\n\n")[0]
+    pairs = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", body, re.MULTILINE)[1:]
+    assert len(pairs) == count
+    for first, second, difference in pairs:
+        one, other = named(study, first), named(study, second)
+        both = all(row["test_loss"] for row in (*one, *other))
+        assert difference == minus(one, other, "test_loss" if both else "client_test_loss")
+
+
+def test_the_table_of_fedtt_s_variants_is_the_two_studies_own() -> None:
+    shown = table(page(FEDTT), "| variant | rate")
+    assert len(shown) == 8
+    original: Rows = []
+    for name, (rate, *cells, sent, difference) in shown.items():
+        study = VARIANTS if ENTRIES[name] in rows_of(VARIANTS) else SST2
+        rows = named(study, name)
+        assert {float(row["lr"]) for row in rows} == {float(rate)}
+        assert cells == [cell(rows, key) for key in ("validation", "quality", "global_test")]
+        assert sent == cell(rows, "bytes")
+        if difference:
+            assert difference == minus(rows, original, "global_test")
+        else:
+            original = rows  # those below it are compared with it
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def test_the_differences_that_the_page_on_scl_names_in_words_are_the_study_s() -> None:
+    words = " ".join(page(SCL).split())
+    small, lora = named(MEDQUAD, "SCL, residual, rank 10"), named(MEDQUAD, "LoRA")
+    large, shared = named(MEDQUAD, "SCL, residual, rank 64"), named(MEDQUAD, "FedSA-LoRA")
+    at_3e3 = [named(MEDQUAD, name, 3e-3) for name in ("SCL, residual, rank 10", "LoRA")]
+    alone = minus(named(MEDQUAD, "LoRA, each client alone"), shared, "validation")
+    assert minus(at_3e3[0], at_3e3[1], "test_loss") in words
+    assert minus(named(MEDQUAD, "FFA-LoRA"), lora, "test_loss") in words
+    assert minus(shared, lora, "quality") in words
+    for scl in (small, large):
+        assert minus(scl, lora, "quality") in words
+        assert minus(scl, lora, "global_test") in words
+    assert alone.startswith("+.011 (+.001 to +.020)") and ".011 (.001 to .020) higher" in words
+
+
+# --- runs to make again --------------------------------------------------------------------------
+
+
+def test_the_run_to_make_again_is_the_committed_one() -> None:
+    run = ROOT / "results/fedtt_table1/data=sst2/ia3/lr=0.11/seed=2"
+    saved = json.loads((run / "summary.json").read_text())["shared_state_sha256"]
+    text = page("docs/reproducible.md")
+    assert f"`{saved}`" in text
+    (given,) = re.findall(r"^fedpeft run (.*?[^\\])\n", text, re.MULTILINE | re.DOTALL)
+    now, then = (
+        composed(shlex.split(given.replace("\\\n", ""))),
+        OmegaConf.load(run / "config.yaml"),
+    )
+    check_same(then, now, run)
+    assert now.runtime.threads == then.runtime.threads == 1
