@@ -113,9 +113,9 @@ CASES = [
     ("lr=fast", "lr must be Float, got fast"),
     ("bucketing=perhaps", "bucketing must be bool, got perhaps"),
     ("optimizer.warmup=x", "optimizer.warmup must be Float, got x"),
-    ("optimizer=sgd", "expected key=value pairs of Optimization, got sgd"),
+    ("optimizer=sgd", "optimizer takes optimizer.name=…, got sgd"),
     ("clients_per_round=half", "clients_per_round must be Optional[Union[int, float]], got half"),
-    ("optimizer=null", "expected key=value pairs of Optimization, got null"),
+    ("optimizer=null", "optimizer takes optimizer.name=…, got null"),
     ("clients_per_round=[1]", "clients_per_round must be Optional[Union[int, float]], got [1]"),
     ("run_dir=[1]", "run_dir must be str, got [1]"),
     ("data.max_train_rows=x", "data.max_train_rows must be Integer, got x"),
@@ -129,6 +129,11 @@ CASES = [
     ("lr.x=1", "unknown key lr.x"),
     ("method={a:1}", "unknown key method.a"),
     ("~method", "no method is set"),
+    (
+        "data.path=/x",
+        "data.path must not be set, because data=docstrings builds its own rows, got /x: choose a "
+        "set that reads a folder, such as data=table",
+    ),
     # interpolations
     ("lr=${x}", "lr: Interpolation key 'x' not found"),
     # impossible values

@@ -1,7 +1,7 @@
 """Rounds go on with the nodes that are there, and end with too few."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ from flwr.app import Context, Message, MessageType, RecordDict
 
 from fedpeft.client.app import app as client_app
 from fedpeft.config.schema import Settings
+from fedpeft.server import strategy
 from fedpeft.server.nodes import Nodes, exchange
-from fedpeft.server.seen import RoundFailed
+from fedpeft.server.seen import Asked, RoundFailed
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.wire import identify, wire_bytes
 from tests.conftest import Answer, Runner
@@ -158,6 +159,30 @@ def test_who_is_late_is_waited_for_a_while(enough: int, wait: float | None, seco
     """The time counts from the reply that makes enough; the timeout stays the upper bound."""
     messages = asked(lambda node: Message(RecordDict(), node, MessageType.TRAIN))
     begun = time.monotonic()
-    replies = dict(exchange(Slow(), messages, 1.5, enough=enough, wait=wait))
+    replies: dict[int, Message] = {}
+    coming = exchange(Slow(), messages, 1.5, enough=lambda: len(replies) >= enough, wait=wait)
+    for client, reply in coming:
+        replies[client] = reply
     assert sorted(replies) == [0, 1]
     assert seconds <= time.monotonic() - begun < seconds + 0.9
+
+
+def test_only_usable_replies_are_enough(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three must be usable, and one of them fails."""
+    seen: list[list[bool]] = []
+
+    def noting(*args: Any) -> Iterator[tuple[int, Message]]:
+        seen.append([])
+        for answer in exchange(*args):
+            yield answer
+            seen[-1].append(args[4]())
+
+    monkeypatch.setattr(strategy, "exchange", noting)
+    run("num_rounds=1", "evaluation.clients=always", answer=failing({0}))
+    evaluated, trained, *_ = seen
+    assert trained == [False, False, True] and evaluated == [False, True, True]
+
+
+def test_a_client_without_a_node_gives_no_usable_reply() -> None:
+    asked = Asked("train", [0, 1, 2], [0, 1], {0, 1}, {1: "it failed", 2: "no node"})
+    assert asked.usable == 1

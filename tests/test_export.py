@@ -39,6 +39,9 @@ from fedpeft.methods.parts.exported import INNER
 from fedpeft.methods.prompt import Prompt
 from fedpeft.methods.ravan import Ravan
 from fedpeft.methods.scl import SCL
+from fedpeft.reporting.run_directory import CHECKPOINTS
+from fedpeft.server.checkpoint import Checkpoints
+from fedpeft.server.selection import Selection
 from fedpeft.simulation import launch
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import read, save
@@ -325,6 +328,30 @@ def test_a_client_s_model_has_the_measures_that_the_client_found(
     rows = ClientRows(model.config, model.replica.processor, False).client_examples(client)
     metrics, _ = scored(model.replica.model, model.config, model.replica.processor, rows["test"])
     assert metrics["loss"] == pytest.approx(found["test_loss"], abs=1e-6)
+
+
+def test_a_client_s_best_model_has_the_rank_of_the_best_round(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its factors were cut to the rank of the last round, because pruning goes on."""
+    monkeypatch.setattr(Selection, "better", lambda _, line: line["round"] == 1)
+    found: dict[int, Any] = {}
+
+    def answer(message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        if run.recorder.kind == "evaluate" and run.recorder.client == 1:
+            found[run.recorder.round] = reply.content.metric_records["metrics"]["test_loss"]
+        return reply
+
+    fields = ("method.prune=0.5", "method.penalty=1", "num_rounds=3", "lr=0.05")
+    run("method=hetlora", *fields, "evaluation.clients=always", answer=answer)
+    (last,) = Checkpoints(run.run_dir / CHECKPOINTS, 1).load()[-1:]
+    ranks = [memory.get("ranks", {}) for memory in (last.best_method_memory, last.method_memory)]
+    assert int(ranks[1]["1"]) < int(ranks[0].get("1", torch.tensor(4)))
+    model = open_run(run.run_dir, best=True, client=1)
+    rows = ClientRows(model.config, model.replica.processor, False).client_examples(1)
+    metrics, _ = scored(model.replica.model, model.config, model.replica.processor, rows["test"])
+    assert metrics["loss"] == pytest.approx(found[2], abs=1e-6)  # measured as of the next round
 
 
 def test_what_changed_beside_an_adapter_is_not_left_out(finished: Finished, tmp_path: Path) -> None:
@@ -649,6 +676,19 @@ def test_the_file_that_a_run_was_trained_on_is_measured_on_its_test_rows(
             assert err.endswith(said) == (count == 24)
             if count == 24:
                 assert measures["test_accuracy"] == pytest.approx(final["test_accuracy"])
+
+
+def test_a_limit_of_the_run_s_test_rows_is_none_of_a_new_set(
+    finished: Finished, fedpeft: Command, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, new = finished("lora", "data.max_test_rows=5"), table.parent / "new.parquet"
+    pq.write_table(pq.read_table(table / "test.parquet").slice(0, 20), new)
+    for own, count, said in (([], 20, "all rows"), (["data.max_test_rows=7"], 7, "at most 7 rows")):
+        capsys.readouterr()
+        commands.evaluate([str(run), "--json", f"data.path={new}", *own])
+        out, err = capsys.readouterr()
+        assert json.loads(out)["test_rows"] == count
+        assert f"has no split test, so {said} are measured, " in err
 
 
 def test_evaluate_measures_in_the_precision_of_the_run(

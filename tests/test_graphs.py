@@ -11,7 +11,6 @@ from fedpeft.engine.engine import Engine
 from fedpeft.engine.graphs import rehearsed
 from fedpeft.engine.passes import Passes
 from fedpeft.engine.plan import plan
-from fedpeft.methods.base import Phase
 
 Opened = Callable[..., Engine]
 X = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
@@ -43,7 +42,7 @@ def passes_of(engine: Engine) -> tuple[Passes, Batch]:
     replica.set_trainable(set(replica.roles.trained(1)))
     replica.model.train()
     passes = Passes(replica.model, lambda m, batch: task.loss(task.forward(m, batch), batch))
-    ((batch,), *_) = plan(engine.config, *engine.rows.training(0), [1, 0], Phase()).steps
+    ((batch,), *_) = plan(engine.config, *engine.rows.training(0), [1, 0]).steps
     return passes, batch
 
 

@@ -189,6 +189,8 @@ def test_slora_is_sparse_first_and_lora_then() -> None:
     sparse, lora = 24 * 708, 294_912
     assert found["trained"] == found["sent_up"] == [sparse + BASE_HEAD, lora + BASE_HEAD]
     assert found["sent_down"] == [sparse + BASE_HEAD, sparse + lora + BASE_HEAD]
+    late = count(*BASE, "method=slora", "method.sparse_rounds=30", "num_rounds=31")
+    assert late["trained"] == found["trained"]  # also of the rounds after the 24th
 
 
 def test_fedftg_sends_whole_mlps() -> None:

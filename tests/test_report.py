@@ -647,6 +647,20 @@ def test_a_long_name_loses_the_learning_rate_and_no_value_of_the_method(tmp_path
     }
 
 
+def test_a_strategy_s_value_tells_its_settings_apart(tmp_path: Path) -> None:
+    """A choice explains its values only where each choice has one."""
+    of = "fedpeft.algorithms"
+    plain, prox = {"_target_": f"{of}.base.FedAvg"}, {"_target_": f"{of}.fedprox.FedProx"}
+    strategies = (plain, {**prox, "proximal_mu": 0.01}, {**prox, "proximal_mu": 1.0})
+    for place, strategy in enumerate(strategies):
+        _save(tmp_path / str(place), "lora", 0, 0.5, strategy=strategy)
+    assert [setting.name for setting in Runs.of(saved_runs([tmp_path])).settings] == [
+        "lora strategy=fedavg proximal_mu=None",
+        "lora strategy=fedprox proximal_mu=0.01",
+        "lora strategy=fedprox proximal_mu=1.0",
+    ]
+
+
 def _mixed(folder: Path) -> Runs:
     """Return runs whose data and models have long paths, and whose prompts differ too."""
     for place, data in enumerate(("news", "mail")):

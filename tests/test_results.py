@@ -306,6 +306,19 @@ def test_one_row_a_run_round_and_measure_is_exported(
     assert list(rows[0]) == ["path", "seed", "round", "measure", "value"]
 
 
+def test_runs_without_a_round_have_no_table_of_rounds(
+    fedpeft: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("method: {_target_: fedpeft.methods.lora.LoRA}\n")
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        fedpeft("results", str(tmp_path), "--rounds", "--to", "x.csv")
+    assert "no run has ended a round yet" in capsys.readouterr().err
+    assert not (tmp_path / "x.csv").exists()
+
+
 def _read(file: Path) -> list[dict[str, Any]]:
     """Return the rows of a file; CSV's cells as JSON where they are numbers."""
     if file.suffix == ".parquet":

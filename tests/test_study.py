@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from fedpeft.config.load import composed
+from fedpeft.config.load import composed, settings
 from fedpeft.reporting.figures import plot_study
 from fedpeft.reporting.pages import save_comparison, save_study
 from fedpeft.reporting.results import Measures, edges, ranked_lrs, run_rows, study_row
@@ -66,6 +66,10 @@ class Fake:
         directory = RunDirectory(tree.run_dir, tree, resume=True)
         directory.keep_lines(-1)
         directory.append({"round": 0, "client_validation_accuracy": 0.1})
+        for round in (1, 2):
+            directory.append(
+                {"round": round, "cohort": [*range(settings(overrides).cohort_size())]}
+            )
         if isinstance(outcome, dict):
             directory.finish(outcome)
         return outcome
@@ -548,7 +552,7 @@ def test_the_same_command_goes_on_where_it_stopped(tmp_path: Path) -> None:
     done = study.finish(again)
     assert again.launched == [("LoRA", 0.001, 1)]
     assert [one.outcome["final"]["client_test_accuracy"] for one in done] == [0.7, 0.5]  # type: ignore[index]
-    assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 1
+    assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 3
     more = Fake(steady)
     Study(tmp_path, [], ["lora", "scl"], [0.001], [1, 0, 2]).finish(more)
     assert more.launched == [("LoRA", 0.001, 2), *(("SCL", 0.001, seed) for seed in (1, 0, 2))]

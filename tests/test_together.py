@@ -16,7 +16,6 @@ from fedpeft.engine.plan import Job, plan
 from fedpeft.engine.probing import Vectorised, probe
 from fedpeft.engine.stacked import Unsupported
 from fedpeft.engine.together import Together
-from fedpeft.methods.base import Phase
 from fedpeft.methods.parts.pull import Pull
 from tests.data.files import image, write
 from tests.pairs import names_in
@@ -63,7 +62,7 @@ def alone(engine: Engine, group: Sequence[Job]) -> list[Result]:
 def steps_of(engine: Engine, client: int) -> list[list[Batch]]:
     """Return a client's batches in round 1."""
     rows, steps = engine.rows.training(client)
-    return plan(engine.config, rows, steps, [1, client], Phase()).steps
+    return plan(engine.config, rows, steps, [1, client]).steps
 
 
 def assert_equal(

@@ -23,7 +23,6 @@ from fedpeft.engine.evaluate import evaluate
 from fedpeft.engine.passes import Passes, train
 from fedpeft.engine.plan import WEIGHT, plan
 from fedpeft.engine.together import Member, Together
-from fedpeft.methods.base import Phase
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import State
 from tests.conftest import Runner
@@ -196,7 +195,7 @@ def in_parts(engine: Engine, count: int) -> tuple[list[Batch], float, Tensor]:
         The parts, the loss, and the gradient of all parameters, flat.
     """
     task, config = engine.task, replace(engine.config, accumulate=count)
-    (parts, *_) = plan(config, *engine.rows.training(0), [1, 0], Phase()).steps
+    (parts, *_) = plan(config, *engine.rows.training(0), [1, 0]).steps
     engine.replica.load()
     engine.replica.set_trainable(set(engine.replica.roles.names))
     passes = Passes(engine.replica.model, lambda m, batch: task.loss(task.forward(m, batch), batch))

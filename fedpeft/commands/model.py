@@ -70,7 +70,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     model = _open(args)
     keys = {*map(key_of, args.overrides)}
     if keys & {"data", "data.path"} and "data.test_split" not in keys:
-        task, note = _tested(model.config.data, _rows_of(args.path))
+        most = model.config.data.max_test_rows if "data.max_test_rows" in keys else None
+        task, note = _tested(model.config.data, _rows_of(args.path), most)
         if note:
             print(f"note: {note}", file=sys.stderr)
         model = model._replace(config=replace(model.config, data=task))
@@ -82,14 +83,15 @@ def evaluate(arguments: Sequence[str]) -> None:
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
 
 
-def _tested(task: Task, rows_of_run: str | None) -> tuple[Task, str]:
+def _tested(task: Task, rows_of_run: str | None, most: int | None) -> tuple[Task, str]:
     """Return a task with the test rows of a new set, and a sentence on which they are.
 
     Args:
         task: reads the new set.
         rows_of_run: hash of the rows that the run had, see ``Source.fingerprint``; null if unknown.
+        most: number of rows at most, if the set has no test split; null for all.
     """
-    whole = task.all_as_test()
+    whole = task.all_as_test(most)
     if whole is task:
         return task, ""
     if rows_of_run is not None and _hash_of(task) == rows_of_run:
@@ -97,8 +99,9 @@ def _tested(task: Task, rows_of_run: str | None) -> tuple[Task, str]:
             f"{task.folder()} holds the rows of the run, so only the rows that the run set aside "
             "for its test are measured"
         )
+    count = "all rows" if most is None else f"at most {most} rows"
     return whole, (
-        f"{task.folder()} has no split test, so all rows are measured, with any that the model was "
+        f"{task.folder()} has no split test, so {count} are measured, with any that the model was "
         "trained on"
     )
 

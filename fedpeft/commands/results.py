@@ -40,7 +40,10 @@ def results(arguments: Sequence[str]) -> None:
     if args.sort:
         rows = ordered(rows, args.sort, args.reverse)
     if args.to:
-        export(listing.rounds() if args.rounds else rows, args.to)
+        written = listing.rounds() if args.rounds else rows
+        if not written:
+            raise ValueError("no run has ended a round yet, so --rounds has nothing to write")
+        export(written, args.to)
     if args.json:
         print(_json(rows, columns))
     elif args.columns:

@@ -1,7 +1,7 @@
-"""The files of ``conf/`` that a composed configuration comes from: it does not name them."""
+"""Finds the files of ``conf/`` from which a configuration was composed."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,23 @@ def choices(settings: Mapping[str, Any]) -> dict[str, str | None]:
     for group in reversed(GROUPS):  # method last, because its file may choose other groups too
         chosen[group] = _choice(group, {**settings, **chosen})
     return {group: chosen[group] for group in GROUPS}
+
+
+def of_choice(key: str, groups: Collection[str], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether a setting differs between rows only because the choice of its group does.
+
+    Args:
+        key: dotted, of the setting.
+        groups: whose choice differs.
+        rows: settings by dotted key, and choices by group.
+    """
+    group, inner, _ = key.partition(".")
+    if not inner or group not in groups:
+        return False
+    values: dict[Any, set[str]] = {}
+    for row in rows:
+        values.setdefault(row.get(group), set()).add(repr(row.get(key)))
+    return all(len(of_one) == 1 for of_one in values.values())
 
 
 def _choice(group: str, values: Mapping[str, Any]) -> str | None:

@@ -291,14 +291,14 @@ def _numbers(tree: DictConfig) -> dict[str, Any]:
 
 
 def _check_nested(tree: DictConfig) -> None:
-    """Refuse one value in place of a nested dataclass, because OmegaConf's error names no key."""
+    """Refuse one value in place of a group of keys, because OmegaConf's error names no key."""
     for field in fields(Settings):
         cls = field.type
         if not (isinstance(cls, type) and is_dataclass(cls)):
             continue
         if not OmegaConf.is_dict(node := tree.get(field.name, {})):
             got = "null" if node is None else node
-            raise ConfigError(f"expected key=value pairs of {cls.__name__}, got {got}")
+            raise ConfigError(f"{field.name} takes {field.name}.{fields(cls)[0].name}=…, got {got}")
 
 
 def _plain(tree: Any, key: str) -> Any:

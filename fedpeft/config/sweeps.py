@@ -31,7 +31,7 @@ class SweepPlan:
         arguments: overrides for Hydra, with the sweep's folder.
         folder: holds the runs' directories.
         swept: the keys that have several values.
-        jobs: overrides of each job; of a sweeper that chooses values itself, of one possible job.
+        jobs: overrides of each job; one example if the sweeper chooses values itself.
         sweeper: Hydra's configuration of the sweeper.
         all_known: the jobs are all that there will be.
     """

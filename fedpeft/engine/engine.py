@@ -137,7 +137,7 @@ class Engine:
         trained = self.replica.roles.trained(at.round)
         phases = [p for p in self.config.method.phases(at) if any(map(p.trains, trained))]
         counted = [p for p in phases if any(map(p.trains, shared))] or phases
-        return sum(num_steps(self.config, rows, phase) for phase in counted)
+        return len(counted) * num_steps(self.config, rows)
 
     def _ready(self, names: Sequence[str], setting: str) -> Passes:
         """Return the cached passes over some trained parameters, and let only these train."""
@@ -205,7 +205,7 @@ class Engine:
             return rng_state(self.replica.device)
 
     def _plan(self, client: int, part: Part) -> Plan:
-        return plan(self.config, *self.rows.training(client), part.path, part.phase)
+        return plan(self.config, *self.rows.training(client), part.path)
 
     # --- clients in a pass ---------------------------------------------------------------------
 

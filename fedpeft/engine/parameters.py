@@ -10,6 +10,7 @@ from fedpeft.engine.replica import check_choices, injected
 from fedpeft.engine.roles import Roles
 from fedpeft.models.precision import train_in_float32
 
+FEWEST_ROUNDS = 24  # because a method may train other parameters in other rounds
 COUNTED = ("trained", "sent_up", "sent_down", "bytes_up", "bytes_down")
 
 
@@ -39,12 +40,11 @@ def parameter_counts(roles: Roles, model: nn.Module) -> dict[str, Any]:
     return counts | {"total": sum(sizes.values())}
 
 
-def count_on_meta(config: Config, rounds: int = 24) -> dict[str, Any]:
+def count_on_meta(config: Config) -> dict[str, Any]:
     """Count the real architecture's parameters without its weights.
 
     Args:
-        config: the run.
-        rounds: number of rounds; the default gives every factor of FedTT+ its turn.
+        config: the run, whose rounds are counted; of a short one ``FEWEST_ROUNDS``.
 
     Returns:
         ``parameter_counts``, with ``total`` without the method's parameters, and
@@ -53,6 +53,7 @@ def count_on_meta(config: Config, rounds: int = 24) -> dict[str, Any]:
     model = _on_meta(config)
     base = sum(p.numel() for p in model.parameters())
     model = _injected_on_meta(config, model)
+    rounds = max(config.num_rounds, FEWEST_ROUNDS)
     counts = parameter_counts(Roles(config, model, rounds), model)
     return counts | {"total": base, "trained_percent": 100 * counts["trained"][1] / base}
 

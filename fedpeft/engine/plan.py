@@ -95,9 +95,7 @@ class Plan(NamedTuple):
     rate: Callable[[int], float]
 
 
-def plan(
-    config: Config, examples: Examples, steps: int | None, path: Sequence[int], phase: Phase
-) -> Plan:
+def plan(config: Config, examples: Examples, steps: int | None, path: Sequence[int]) -> Plan:
     """Draw the batches of a phase.
 
     Args:
@@ -105,43 +103,22 @@ def plan(
         examples: the client's training rows.
         steps: number of steps of the round; null for ``local_epochs`` passes over the rows.
         path: round, client and, except for the first phase, the phase's number; it seeds the draws.
-        phase: multiplies steps and learning rate.
     """
-    count, epochs = _count(config, len(examples), steps, phase.steps)
     draws = generator(config.seed, "batches", *path)
     rows = training_batches(
-        examples.lengths, config.batch_size, count, epochs, draws, config.bucketing
+        examples.lengths, config.batch_size, steps, config.local_epochs, draws, config.bucketing
     )
     batches = [_parts(config, examples, chosen) for chosen in rows]
 
     def rate(step: int) -> float:
-        lr = config.optimizer.rate(config.lr, path[0], config.num_rounds, step, len(batches))
-        return phase.lr * lr
+        return config.optimizer.rate(config.lr, path[0], config.num_rounds, step, len(batches))
 
     return Plan(len(examples), batches, rate)
 
 
-def num_steps(config: Config, rows: int, phase: Phase) -> int:
-    """Return how many steps a client takes in a phase.
-
-    Args:
-        config: the run.
-        rows: training rows of the client.
-        phase: multiplies the round's steps.
-    """
-    steps, epochs = _count(config, rows, config.local_steps, phase.steps)
-    return steps or -(-rows // config.batch_size) * (epochs or 1)
-
-
-def _count(
-    config: Config, rows: int, steps: int | None, multiple: float
-) -> tuple[int | None, int | None]:
-    """Return the number of steps, null for whole epochs, and the number of epochs."""
-    if multiple == 1.0:
-        return steps, config.local_epochs
-    if steps is None:
-        steps = -(-rows // config.batch_size) * (config.local_epochs or 1)
-    return max(1, round(steps * multiple)), None
+def num_steps(config: Config, rows: int) -> int:
+    """Return how many steps a client of so many training rows takes in a phase."""
+    return config.local_steps or -(-rows // config.batch_size) * (config.local_epochs or 1)
 
 
 def _parts(config: Config, examples: Examples, rows: np.ndarray) -> list[Batch]:

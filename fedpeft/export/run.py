@@ -16,8 +16,8 @@ from fedpeft.config.schema import Config
 from fedpeft.engine.replica import Replica
 from fedpeft.export.folder import with_labels
 from fedpeft.methods.base import At
-from fedpeft.reporting.run_directory import CONFIG, SUMMARY
-from fedpeft.server.checkpoint import Checkpoint, Checkpoints
+from fedpeft.reporting.run_directory import CHECKPOINTS, CONFIG, SUMMARY
+from fedpeft.server.checkpoint import Checkpoints
 from fedpeft.state import Role, State, read
 
 
@@ -171,25 +171,26 @@ def _of_client(folder: Path, replica: Replica, best: bool, client: int) -> tuple
     Raises:
         ValueError: there is no such client, or what it keeps is not here.
     """
-    config, checkpoints = replica.config, Checkpoints(folder / "checkpoints", 1).load()
+    config, checkpoints = replica.config, Checkpoints(folder / CHECKPOINTS, 1).load()
     if not 0 <= client < config.num_clients:
         raise ValueError(f"--client must be from 0 to {config.num_clients - 1}, got {client}")
     if not checkpoints:
         raise ValueError(f"{folder} has no checkpoint, which says what each client keeps")
     last = checkpoints[-1]
-    at = replica.roles.at(last.round + 1, client)
-    at = at._replace(memory=config.method.down(last.method_memory, at))
-    return at, _kept(folder, replica, last, best, client)
-
-
-def _kept(folder: Path, replica: Replica, last: Checkpoint, best: bool, client: int) -> State:
-    if not replica.roles.has_personal:
-        return {}
-    measured = best and last.best is not None  # else the last round counts as the best
-    generation = (last.best_accepted if measured else last.accepted).get(client, 0)
-    if generation == 0:  # it had not trained yet, so it was measured with the seeded start
-        return {}
+    round, memory, accepted = last.round, last.method_memory, last.accepted
+    if best and last.best is not None:  # else the last round counts as the best
+        round, memory, accepted = last.best, last.best_method_memory, last.best_accepted
+    at = replica.roles.at(round + 1, client)
+    at = at._replace(memory=config.method.down(memory, at))
     store = Store(folder / "clients" / last.run / f"client_{client}")
+    return at, _kept(store, replica, accepted.get(client, 0), client)
+
+
+def _kept(store: Store, replica: Replica, generation: int, client: int) -> State:
+    if (
+        not replica.roles.has_personal or generation == 0
+    ):  # it had not trained yet, so it was measured with the seeded start
+        return {}
     if generation not in store.generations:
         raise ValueError(
             f"{store.folder} lacks {generation:05}.safetensors, which client {client} keeps: in a "

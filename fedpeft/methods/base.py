@@ -120,19 +120,17 @@ def every(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a client's training in a round, with a fresh optimizer and batches of its own.
+    """A part of a client's training in a round, with batches of its own.
+
+    Its optimizer is fresh unless ``optimizer.keep_state``.
 
     Args:
         trains: selects, by name, among the parameters that train in this round by their role.
         setting: passed to ``Method.arrange`` before the phase begins.
-        steps: multiple of the round's steps, > 0.
-        lr: multiple of the learning rate, > 0.
     """
 
     trains: Callable[[str], bool] = every
     setting: str = ""
-    steps: float = 1.0
-    lr: float = 1.0
 
 
 class Method(ABC):

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedpeft.config.choices import choices
+from fedpeft.config.choices import choices, of_choice
 from fedpeft.config.load import GROUPS
 from fedpeft.reporting.brief import MOST, below, brief
 from fedpeft.reporting.conditions import Condition, check_known
@@ -94,17 +94,7 @@ class Listing:
         """The settings that differ; where a group's choice differs, the choice alone."""
         groups = [g for g in GROUPS if len({row[g] for row in self.whole}) > 1]
         keys = [key for key in differing(self.runs) if not key.endswith("._target_")]
-        return [*groups, *(key for key in keys if not self._of_choice(key, groups))]
-
-    def _of_choice(self, key: str, groups: Sequence[str]) -> bool:
-        """Tell whether a setting differs only because the choice of its group does."""
-        group = key.partition(".")[0]
-        if group not in groups:
-            return False
-        values: dict[Any, set[str]] = {}
-        for row in self.whole:
-            values.setdefault(row[group], set()).add(repr(row.get(key)))
-        return all(len(of_choice) == 1 for of_choice in values.values())
+        return [*groups, *(key for key in keys if not of_choice(key, groups, self.whole))]
 
     @property
     def _by_length(self) -> list[str]:
@@ -175,7 +165,6 @@ def _row(run: SavedRun) -> dict[str, Any]:
     values |= {
         "measure": measure or None,
         "baseline": common_label(summary, values["quality"]),
-        "global_test": final.get(f"test_{measure}"),
         "selected_by": summary["selected_by"],
         "selection": final.get(summary["selected_by"]),
         "best_round": summary["best"]["round"],

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import NamedTuple
 
-from fedpeft.config.load import settings
 from fedpeft.reporting.figures import plot_comparison, plot_study
 from fedpeft.reporting.results import (
     CLIENTS,
@@ -101,16 +100,17 @@ def save_comparison(
     """
     failed, floor = _failures(run_rows(done, measures)), baseline(done)
     ended = [(r, s) for r, s in done if isinstance(s, dict) and not measures.missing(s, False)]
-    rows = [
-        comparison_row(r.entry, s, measures, settings(r.overrides).cohort_size()) for r, s in ended
-    ]
+    curves = {run.entry: read_metrics(run.path) for run, _ in ended}
+    asked = {
+        entry: sum(len(line.get("cohort", ())) for line in lines) for entry, lines in curves.items()
+    }
+    rows = [comparison_row(r.entry, s, measures, asked[r.entry]) for r, s in ended]
     rows.sort(key=lambda row: _rank(row["quality"], measures))
     notes = [comparison_note(measures), *_floor_notes(floor), *failed, f"Made by: {command}"]
     title = f"{measures.quality} after the last round, mean by rows"
     page = Page(title, COMPARISON, comparison_cells(rows), notes)
     page.save(study.folder / "comparison.md")
     write_csv(study.folder / "comparison.csv", rows)
-    curves = {run.entry: read_metrics(run.path) for run, _ in ended}
     picture = study.folder / "comparison.png"
     plot_comparison(picture, rows, curves, measures.quality, measures.selects, floor)
     return Results(page, rows, floor)

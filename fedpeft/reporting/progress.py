@@ -46,8 +46,9 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         lines.append(f"ended early after round {stopped['round']}: {stopped['reason']}")
     for key in sorted(final):
         if key.startswith(("test_", "client_test_")) and not key.endswith(SPREAD):
-            best = summary["best"].get(key, 0)
-            lines.append(f"{key}: {final[key]:.4f} (best round {best:.4f}){_spread(final, key)}")
+            best = summary["best"].get(key)  # some are measured after the last round alone
+            at_best = "" if best is None else f" (best round {best:.4f})"
+            lines.append(f"{key}: {final[key]:.4f}{at_best}{_spread(final, key)}")
     for reason, count in summary["data"]["skipped"].items():
         lines.append(f"left out: {count} rows, each {reason}")
     for split, counts in summary["data"]["cut"].items():
@@ -82,6 +83,7 @@ class Display(Observer):
         self.console = console or Console(soft_wrap=True)
         self._live: Progress | None = None
         self._started = time.monotonic()
+        self._earlier: int | None = None
 
     @classmethod
     def beside_json(cls, as_json: bool, quiet: bool = False) -> "Display":
@@ -94,7 +96,7 @@ class Display(Observer):
 
     def start(self, title: str, num_rounds: int) -> None:
         """Begin a run."""
-        self.num_rounds, self._started = num_rounds, time.monotonic()
+        self.num_rounds, self._started, self._earlier = num_rounds, time.monotonic(), None
         self.show(title)
         if self.console.is_terminal:
             self._live = Progress(
@@ -129,8 +131,8 @@ class Display(Observer):
         done = line["round"]
         if self._live is not None:
             self._live.update(self._rounds, completed=done)
-        elif done:
-            left = (time.monotonic() - self._started) / done * (self.num_rounds - done)
+        elif done > (before := self._before_this_start(done)):
+            left = (time.monotonic() - self._started) / (done - before) * (self.num_rounds - done)
             text += f"  about {left:.0f} s left" if left >= 1 else ""
         self.show(text)
         if "repeated" in line:
@@ -140,6 +142,12 @@ class Display(Observer):
         if line.get("restarted"):
             clients = ", ".join(map(str, line["restarted"]))
             self.show(f"  kept state was lost and began anew: clients {clients}")
+
+    def _before_this_start(self, round: int) -> int:
+        """Return how many rounds an earlier start had done; ``round`` has just ended."""
+        if self._earlier is None:
+            self._earlier = max(0, round - 1)
+        return self._earlier
 
     def stop(self, status: str = "completed", reason: str = "") -> None:
         """End a run; the command itself says the reason."""

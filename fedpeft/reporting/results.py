@@ -124,7 +124,7 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 
 def comparison_row(
-    name: str, summary: Mapping[str, Any], measures: Measures, cohort: int
+    name: str, summary: Mapping[str, Any], measures: Measures, asked: int
 ) -> dict[str, Any]:
     """Return a run's row.
 
@@ -137,13 +137,13 @@ def comparison_row(
         name: the row's label.
         summary: the run's summary.json.
         measures: names of the measures.
-        cohort: clients of a round.
+        asked: clients that were asked to train, summed over the rounds.
 
     Returns:
         The columns of comparison.csv.
     """
-    values, final, sent = run_values(summary, measures), summary["final"], summary["bytes"]
-    client_rounds = max(1, final["round"]) * cohort
+    values, sent = run_values(summary, measures), summary["bytes"]
+    client_rounds = max(1, asked)
     return {
         "method": name,
         **{key: values[key] for key in ("quality", "quality_unweighted", "quality_worst")},

@@ -37,11 +37,12 @@ def check_run_dir(path: Path, resume: bool) -> None:
     Raises:
         ValueError: it cannot be made, or holds a run.
     """
-    _check_makeable(path)
+    check_makeable(path)
     _check_empty(path, resume)
 
 
-def _check_makeable(path: Path) -> None:
+def check_makeable(path: Path) -> None:
+    """Raise ValueError if a directory is not there and cannot be made."""
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir():
         raise ValueError(f"run_dir={path} cannot be made, because {there} is a file")
@@ -90,7 +91,7 @@ class RunDirectory:
     ) -> None:
         # Not resolved, so that shared files do not name folders of this machine.
         self.path = Path(path)
-        _check_makeable(self.path)
+        check_makeable(self.path)
         self._made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / LOCK)
@@ -123,7 +124,7 @@ class RunDirectory:
         self._lock.release()
 
     def discard(self) -> None:
-        """Close the directory, as this start found it if no file but the configuration's is new."""
+        """Close the directory, and remove the configuration's files if nothing else is new."""
         new = {path.name for path in self.path.iterdir()} - {LOCK}
         begun = {CONFIG, OVERRIDES} if not self._before else set()
         self.close()

@@ -101,7 +101,7 @@ class SavedRun:
 
     @property
     def hash(self) -> str:
-        """Twelve hexadecimal digits that two runs share if the same results are due to them."""
+        """Twelve hexadecimal digits, the same for two runs that must give the same results."""
         return hash_of(self.settings)
 
     @property

@@ -60,6 +60,7 @@ class Broadcaster:
         state: every parameter that the server has set so far, full.
         memory: what the server keeps for the strategy from round to round.
         method_memory: the same for the method.
+        best_method_memory: as it was after the best round so far.
         run: names what clients keep for this run.
         generations: of what clients keep.
     """
@@ -70,6 +71,7 @@ class Broadcaster:
         self.state: State = {}
         self.memory: Memory = {}
         self.method_memory: Memory = {}
+        self.best_method_memory: Memory = {}
         self.run = uuid4().hex[:16]
         self.generations = Generations()
         self._broadcasts: dict[int, Broadcast] = {}  # the last one, by its round
@@ -80,9 +82,15 @@ class Broadcaster:
         last = checkpoints[-1]
         self.state, self.run, self._begun = dict(last.state), last.run, True
         self.memory, self.method_memory = last.memory, last.method_memory
+        self.best_method_memory = last.best_method_memory
         self.generations.accepted, self.generations.best = last.accepted, last.best_accepted
         self.generations.checkpoints = [checkpoint.accepted for checkpoint in checkpoints]
         self._broadcasts.clear()
+
+    def note_best(self) -> None:
+        """Remember what a model of the round that has just ended is put together from."""
+        self.generations.best = self.generations.accepted
+        self.best_method_memory = self.method_memory
 
     def begin(self) -> None:
         """Let the method set its start, once, before anything is sent or measured."""

@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 NOTES = "checkpoint"
 
 
+PARTS = ("state", "memory", "method_memory", "best_method_memory")  # of a file's tensors
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The server after a round.
@@ -36,6 +39,8 @@ class Checkpoint:
         best_state: the same after the best round; null if its file is broken or gone.
         memory: the strategy's.
         method_memory: the method's.
+        best_method_memory: the method's after the best round; empty in the checkpoints of earlier
+            versions.
         data: hash of the server's rows; null in the checkpoints of earlier versions.
         partition: hash of who holds which rows; null where clients have rows of their own, which
             their nodes check themselves.
@@ -56,6 +61,7 @@ class Checkpoint:
     best_state: State | None
     memory: Memory
     method_memory: Memory
+    best_method_memory: Memory = field(default_factory=dict)
     data: str | None = None
     partition: str | None = None
     own_rows: Sequence[int] = ()
@@ -85,6 +91,7 @@ class Checkpoints:
         tensors = _named("state", {"": checkpoint.state})
         tensors |= _named("memory", checkpoint.memory)
         tensors |= _named("method_memory", checkpoint.method_memory)
+        tensors |= _named("best_method_memory", checkpoint.best_method_memory)
         notes = {
             "round": checkpoint.round,
             "run": checkpoint.run,
@@ -134,7 +141,7 @@ class Checkpoints:
         tensors, text = read_with_notes(self._file(round))
         try:
             notes: dict[str, Any] = json.loads(text[NOTES])
-            parts: dict[str, Memory] = {"state": {}, "memory": {}, "method_memory": {}}
+            parts: dict[str, Memory] = {name: {} for name in PARTS}
             for key, value in tensors.items():
                 part, memory, name = json.loads(key)
                 parts[part].setdefault(memory, {})[name] = value
@@ -148,6 +155,7 @@ class Checkpoints:
                 best_state=self._best_state(notes["best"], {**states, round: state}),
                 memory=parts["memory"],
                 method_memory=parts["method_memory"],
+                best_method_memory=parts["best_method_memory"],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             file = self._file(round)

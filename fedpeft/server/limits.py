@@ -42,8 +42,8 @@ def a_step(
     Args:
         norms: of the updates, by client.
         steps: likewise, at least one each.
-        saying: clients with rows of their own, which say how many steps they took. Of these no
-            more than ``MOST_STEPS`` times the median count.
+        saying: clients with rows of their own, which say how many steps they took. They count at
+            most ``MOST_STEPS`` times the median of all clients' steps.
     """
     most = MOST_STEPS * lower_median(steps.values())
     return {

@@ -143,7 +143,7 @@ def exchange(
     messages: Mapping[int, Message],
     timeout: float,
     on_reply: Callable[[int], None] = lambda count: None,
-    enough: int = 0,
+    enough: Callable[[], bool] = lambda: False,
     wait: float | None = None,
     most: int = FRAME,
 ) -> Iterator[tuple[int, Message]]:
@@ -156,7 +156,7 @@ def exchange(
         messages: by client.
         timeout: seconds.
         on_reply: is told how many replies came.
-        enough: number of replies after which the time left is at most ``wait``.
+        enough: tells whether the replies so far are enough; the time left is then at most ``wait``.
         wait: seconds; null leaves the time as it is.
         most: bytes that the arrays of a reply may take.
 
@@ -187,7 +187,7 @@ def exchange(
             if isinstance(reply, Exception):
                 reply = Message(Error(0, unreadable(reply)), reply_to=messages[client])
             yield client, reply
-        if wait is not None and len(messages) - len(waiting) >= enough:
+        if wait is not None and enough():
             deadline, wait = min(deadline, time.monotonic() + wait), None
         if not some:
             pause(begun, asked)

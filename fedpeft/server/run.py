@@ -127,7 +127,7 @@ class Run(Observer):
         if self.selection.better(self.lines[-1]):
             self.selection.restore(self.lines, last.round)
             self.best_state = last.state
-            self.strategy.down.generations.best = last.accepted
+            self.strategy.down.note_best()
 
     def _check_rows(self, last: Checkpoint) -> None:
         """Refuse to go on with other rows, because their results would mix with the old ones'."""
@@ -171,7 +171,7 @@ class Run(Observer):
         self.observer.round_done(line)
         if self.selection.best is line:
             self.best_state = dict(self.strategy.state)
-            self.strategy.down.generations.best = self.strategy.down.generations.accepted
+            self.strategy.down.note_best()
         round = line["round"]
         last = round == self.engine.config.num_rounds or self.selection.stopped
         if round % self.every == 0 or last:
@@ -195,6 +195,7 @@ class Run(Observer):
                 best_state=self.best_state,
                 memory=down.memory,
                 method_memory=down.method_memory,
+                best_method_memory=down.best_method_memory,
                 data=self.data["sha256"],
                 partition=self.partition,
                 own_rows=sorted(nodes.own_rows),

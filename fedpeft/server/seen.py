@@ -38,6 +38,11 @@ class Asked:
             return LATE
         return REFUSED if client in self.refused else REPLIED
 
+    @property
+    def usable(self) -> int:
+        """Number of replies that came in time and were not refused, so far."""
+        return len(self.answered - self.refused.keys())
+
     def counts(self) -> dict[str, int]:
         """Count the clients by outcome, under the keys of a line in metrics.jsonl."""
         counts = Counter(map(self.outcome, self.clients))

@@ -213,11 +213,11 @@ class FederatedPEFT(Strategy):
             messages: by client.
             most: bytes that the arrays of a reply may take.
         """
-        enough = self.config.fewest_replies(len(messages))
-        wait = self.config.runtime.wait_after_min
-        done = self.observer.clients_done
+        asked, wait = self.seen.last, self.config.runtime.wait_after_min
+        least = self.config.fewest_replies(len(asked.clients))
+        done, enough = self.observer.clients_done, lambda: asked.usable >= least
         for client, reply in exchange(grid, messages, self._timeout, done, enough, wait, most):
-            self.seen.last.answered.add(client)
+            asked.answered.add(client)
             yield client, reply
 
     @property
@@ -364,7 +364,6 @@ class FederatedPEFT(Strategy):
         Too few clients give no measure, because the measure chooses the best round.
         """
         read: dict[int, tuple[dict[str, float], float | None]] = {}
-        refused: dict[int, str] = {}
         late = dict.fromkeys(self._sent, self._late())
         for client, reply in replies:  # a reply that was read is not kept
             try:
@@ -372,11 +371,11 @@ class FederatedPEFT(Strategy):
                     raise ValueError("the client replied twice")
                 read[client] = self._measured(client, reply), seconds(reply)
             except Exception as error:  # whatever a client sends, it must not end the run
-                refused[client] = printable(sentence(error))
-        for client, why in sorted((refused | late).items()):
+                self.seen.refuse(client, f"evaluation: {printable(sentence(error))}")
+        for client, why in late.items():
             self.seen.refuse(client, f"evaluation: {why}")
         measures: dict[int, dict[str, float]] = {}
-        for client in sorted(read.keys() - refused.keys()):
+        for client in sorted(read.keys() - self.seen.last.refused.keys()):
             measures[client], took = read[client]
             self.seen.note(client, **noted(measures[client]), evaluation_seconds=took)
         asked, count = self.config.num_clients, len(measures)  # also those that have no node now

@@ -16,7 +16,7 @@ from fedpeft.config.overrides import quoted, split
 from fedpeft.config.schema import Config, Runtime
 from fedpeft.files import check_path
 from fedpeft.reporting.progress import Display, Tally
-from fedpeft.reporting.run_directory import check_run_dir, finished, run_path
+from fedpeft.reporting.run_directory import check_makeable, check_run_dir, finished, run_path
 from fedpeft.simulation.stop import sigterm_kept
 
 if TYPE_CHECKING:
@@ -160,7 +160,10 @@ def run(overrides: str | Sequence[str], display: Display | None = None) -> dict[
 def _check_early(overrides: Sequence[str]) -> None:
     """Find mistakes in values and paths before Ray starts and data load, which takes seconds."""
     settings = configuration.settings(overrides)
-    check_run_dir(Path(settings.run_dir or "runs"), settings.resume)
+    if settings.run_dir:
+        check_run_dir(Path(settings.run_dir), settings.resume)
+    else:
+        check_makeable(Path("runs"))  # a run without a name gets a directory in it
     configuration.trackers(overrides)
     tree = configuration.composed(overrides)
     for key in configuration.PATHS:

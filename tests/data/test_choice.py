@@ -255,6 +255,18 @@ def test_rows_that_have_no_choice(tmp_path: Path, case: str) -> None:
     assert str(error.value) == f"row 2 of train (line 2) {reason}: {NO_ROW}"
 
 
+@pytest.mark.parametrize("column", ["entities", "answers"])
+@pytest.mark.parametrize(("cell", "kind"), [("rain;team", "text"), ([1, 2], "a list")])
+def test_candidates_that_are_no_list_of_texts(
+    tmp_path: Path, column: str, cell: Any, kind: str
+) -> None:
+    """A CSV file has one text, whose letters would be candidates."""
+    rows = [row | {column: cell} for row in RECORD]
+    task = replace(composed("data=record").data, path=write(tmp_path, train=rows), bad_rows="error")
+    with pytest.raises(ValueError, match=f"has {kind} in {column}, must be a list of texts"):
+        task.split_rows("train")
+
+
 @pytest.mark.parametrize("label", [2, -1, None])
 def test_a_label_that_names_no_candidate(tmp_path: Path, label: int | None) -> None:
     path = write(tmp_path, train=[*COPA, COPA[0] | {"label": label}], validation=COPA)

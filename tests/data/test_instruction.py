@@ -297,6 +297,9 @@ ANSWERS = {
     "list": (["x", "y"], ["x", "y"]),
     "struct": ({"text": ["x", "y"], "answer_start": [0, 1]}, ["x", "y"]),
     "text": ("x", ["x"]),
+    "number": (1969, ["1969"]),
+    "list of numbers": ([1969, 2001], ["1969", "2001"]),
+    "struct of numbers": ({"text": [1.5]}, ["1.5"]),
 }
 
 
@@ -328,6 +331,11 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
         {"generation": {"max_length": 90}},
         "data.generation.max_length counts the prompt too, got 90: "
         "set data.generation.max_new_tokens",
+    ),
+    (
+        {"generation": {"num_return_sequences": 2}},
+        "data.generation.num_return_sequences must be 1, because one answer a question is scored, "
+        "got 2",
     ),
 ]
 

@@ -259,6 +259,16 @@ def test_configured_metrics_by_hand() -> None:
     assert metrics["matthews"] == pytest.approx((2 * 1 - 1 * 1) / np.sqrt(3 * 3 * 2 * 2))
 
 
+def test_f1_is_of_two_classes(tmp_path: Path) -> None:
+    """With more a run would end at its first evaluation, or a client measure another thing."""
+    path = write(tmp_path, train=[{"text": "rain", "label": name} for name in "abc"])
+    for given in ({"labels": ["a", "b", "c"]}, {"path": path}):
+        task = TextClassification(metrics=["f1"], **given)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="second of two classes, got 3 classes: choose f1_"):
+            _ = task.num_labels
+    assert TextClassification(metrics=["f1"], labels=["a", "b"]).num_labels == 2
+
+
 def test_baseline_answers_the_commonest_training_label() -> None:
     task = TextClassification(labels=["a", "b", "c"])
     train, test = np.array([1, 1, 2, 0, 1]), np.array([1, 2, 2, 2])

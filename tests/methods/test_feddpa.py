@@ -34,8 +34,7 @@ def gradients(engine: Engine, values: State, setting: str, names: list[str]) -> 
     replica.model.train()
     number = 1 if setting else 0
     path = [1, 0] + ([number] if number else [])
-    phase = engine.config.method.phases(At(1, 0, 2))[number]
-    (batch,) = plan(engine.config, *engine.rows.training(0), path, phase).steps[0]
+    (batch,) = plan(engine.config, *engine.rows.training(0), path).steps[0]
     loss = engine.task.loss(engine.task.forward(replica.model, batch), batch)
     parameters = [replica.model.get_parameter(name) for name in names]
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))

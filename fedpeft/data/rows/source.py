@@ -219,9 +219,15 @@ class Source(ABC):
         read = {self.train_split, self.validation_split, self.test_split, *SPLITS}
         return name if self.tables.keys() - read - {*self.extra_tests.values()} else None
 
-    def all_as_test(self) -> Self:
-        """Return the set with all rows of train for test rows, if none are of its own."""
-        return self if self._name("test") else replace(self, test_split=self.train_split)
+    def all_as_test(self, most: int | None) -> Self:
+        """Return the set with the rows of train for test rows, if it has none of its own.
+
+        Args:
+            most: number of rows at most; null for all.
+        """
+        if self._name("test"):
+            return self
+        return replace(self, test_split=self.train_split, max_test_rows=most)
 
     @cached_property
     def _carved(self) -> "dict[str, Dataset]":

@@ -81,7 +81,7 @@ class MultipleChoice(Task):
     def candidates(self, rows: "Dataset") -> list[list[str]]:
         """Return the texts of each row's candidates; repeats in a list are dropped."""
         if len(self.choices) == 1:
-            return [list(dict.fromkeys(texts or [])) for texts in values(rows, self.choices[0])]
+            return [list(dict.fromkeys(_texts(cell))) for cell in values(rows, self.choices[0])]
         return [list(texts) for texts in zip(*(values(rows, c) for c in self.choices), strict=True)]
 
     def right(self, rows: "Dataset") -> list[list[int]]:
@@ -93,12 +93,18 @@ class MultipleChoice(Task):
                 for label, candidates in zip(values(rows, self.target), all_candidates, strict=True)
             ]
         return [
-            [i for i, text in enumerate(candidates) if text in (answers or [])]
+            [i for i, text in enumerate(candidates) if text in _texts(answers)]
             for candidates, answers in zip(all_candidates, values(rows, self.answers), strict=True)
         ]
 
     def problems(self, rows: "Dataset") -> dict[int, str]:
         problems = super().problems(rows)
+        lists = self.choices if len(self.choices) == 1 else []
+        for column in [*lists, *filter(None, [self.answers])]:
+            for i, cell in enumerate(values(rows, column)):
+                if cell is not None and not _texts(cell) and cell != []:
+                    stored = f"has {kind(cell)} in {column}"
+                    problems.setdefault(i, f"{stored}, must be a list of texts")
         for i, (texts, right) in enumerate(
             zip(self.candidates(rows), self.right(rows), strict=True)
         ):
@@ -213,3 +219,9 @@ def _by_row(values: Tensor, sizes: Tensor, fill: float | bool) -> Tensor:
     """Return values (sequences,) as (B, most sequences of a row), filled up with ``fill``."""
     groups = values.split(sizes.tolist())
     return nn.utils.rnn.pad_sequence(list(groups), True, fill)
+
+
+def _texts(cell: Any) -> list[str]:
+    """Return a cell's list of texts; empty if it is anything else."""
+    texts = isinstance(cell, list) and all(isinstance(text, str) for text in cell)
+    return cell if texts else []

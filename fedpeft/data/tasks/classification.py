@@ -40,9 +40,15 @@ class Classification(Task):
         """Class names by number: ``labels``, the column's own names, or its sorted values.
 
         Raises:
-            ValueError: there is only one.
+            ValueError: there is only one, or ``metrics`` has ``f1`` and there are more than two.
         """
-        return list(self.labels) or self.remembered("labels", self._labels_of_data)
+        names = list(self.labels) or self.remembered("labels", self._labels_of_data)
+        if "f1" in self.metrics and len(names) != 2:
+            raise ValueError(
+                f"data.metrics=[f1] is F1 of the second of two classes, got {len(names)} classes: "
+                "choose f1_macro or f1_weighted"
+            )
+        return names
 
     def _labels_of_data(self) -> list[str]:
         rows = self.as_given(self.train_split)

@@ -114,6 +114,11 @@ class InstructionTuning(Task):
                     "data.generation.max_length counts the prompt too, got "
                     f"{self.generation['max_length']}: set data.generation.max_new_tokens"
                 )
+            if (count := self.generation.get("num_return_sequences", 1)) != 1:
+                raise ValueError(
+                    "data.generation.num_return_sequences must be 1, because one answer a question "
+                    f"is scored, got {count}"
+                )
         if self.loss_on not in ("answer", "all"):
             raise ValueError(f"data.loss_on must be answer or all, got {self.loss_on}")
         if self.generate not in ("last", "always", "never"):
@@ -332,8 +337,8 @@ class QuestionAnswering(InstructionTuning):
     """Answers questions by generation, as in SQuAD: several references, exact match and F1.
 
     Args:
-        answer: column with ``{"text": [references]}``, a list of references, or one text. The
-            first trains.
+        answer: column with ``{"text": [references]}``, a list of references, or one text or
+            number. The first trains.
     """
 
     prompt: str = "{{ context }}\n\n{{ question }}"
@@ -347,8 +352,9 @@ class QuestionAnswering(InstructionTuning):
             return super().references(rows)
         references = []
         for value in values(rows, self.answer):
-            texts = value.get("text") if isinstance(value, dict) else value
-            references.append([texts] if isinstance(texts, str) else list(texts or []))
+            found = value.get("text") if isinstance(value, dict) else value
+            texts = found if isinstance(found, list) else [found]
+            references.append([str(text) for text in texts if text is not None])
         return references
 
 

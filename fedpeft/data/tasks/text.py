@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fedpeft.cache import cache_folder
 from fedpeft.data.batching import Batch, flat
 from fedpeft.data.rows import docstrings
+from fedpeft.data.rows.source import Source
 from fedpeft.data.rows.tables import kind, values
 from fedpeft.data.tasks.base import Outputs, Task
 from fedpeft.data.tasks.classification import Classification, join
@@ -127,14 +128,22 @@ class Regression(Texts):
 
 
 @dataclass(frozen=True)
-class DocstringsRows:
-    """Rows of the docstrings set, in place of those at ``path``; a task names it as first base.
+class DocstringsRows(Source):
+    """Rows of the docstrings set, which takes no ``path``; a task names it as first base.
 
     Args:
         rows_per_label: rows of each of ten packages, 80 % of them for training.
     """
 
     rows_per_label: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path is not None:
+            raise ValueError(
+                "data.path must not be set, because data=docstrings builds its own rows, got "
+                f"{self.path}: choose a set that reads a folder, such as data=table"
+            )
 
     def folder(self) -> str:
         """Return the set's folder, built from the installed packages if it is not there yet."""

@@ -11,7 +11,7 @@ from fedpeft.reporting.tables import Rows
 
 FEWEST = 3  # pairs of a test
 LEVEL = 0.95  # of confidence intervals
-# Keys that must be equal, beside those of the partition; the last one concerns clients' rows alone.
+# Keys that must be equal, beside those of the partition; one more counts for clients' rows.
 SAME = ("num_clients", "data.max_answer_length", "data.cut_references")
 SAME_FOR_CLIENTS = (*SAME, "evaluation.max_client_rows")
 PARTITION = "partition_sha256"  # in a summary; null where sites hold rows of their own

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fedpeft.config.choices import choices
+from fedpeft.config.choices import choices, of_choice
 from fedpeft.reporting.brief import brief
 from fedpeft.reporting.results import (
     Measures,
@@ -138,7 +138,6 @@ def _row(run: SavedRun, measures: Measures) -> dict[str, Any]:
     summary = run.summary or {}
     values = run_values(summary, measures)
     return values | {
-        "global_test": summary["final"].get(f"test_{measures.quality}"),
         "baseline": common_label(summary, values["quality"]),
     }
 
@@ -170,8 +169,8 @@ def _measure(runs: Sequence[SavedRun]) -> str:
 def _names(runs: Sequence[SavedRun]) -> list[str]:
     """Return a name for each setting: its method and, where others have it, what differs.
 
-    Names that would be long keep the method's values and of others, such as ``lr``, only as many as
-    tell the settings apart; the table of keys that differ has all.
+    A long name keeps all values of the method. It keeps others, such as ``lr``, only until the
+    settings differ. The table of keys that differ has all.
     """
     facts = [_facts(run) for run in runs]
     by_method: dict[str, list[int]] = {}
@@ -240,12 +239,12 @@ def _facts(run: SavedRun) -> dict[str, Any]:
 def _apart(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the keys that tell settings apart, those of the method first.
 
-    Values of a group that differs itself are left out.
+    A value that differs because the choice of its group does is left out.
     """
     keys = dict.fromkeys(key for fact in facts for key in fact)
     differ = [key for key in keys if len({repr(fact.get(key)) for fact in facts}) > 1]
     groups = {key for key in differ if "." not in key}
-    kept = [key for key in differ if key in groups or key.partition(".")[0] not in groups]
+    kept = [key for key in differ if not of_choice(key, groups, facts)]
     return sorted(kept, key=lambda key: not key.startswith("method."))
 
 
