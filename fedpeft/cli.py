@@ -16,9 +16,11 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
   compare    several methods under one budget: fedpeft compare [--methods scl,lora] [overrides]
   study      methods x learning rates x seeds: fedpeft study --methods scl,lora+strategy=local_only
                                            --lrs 1e-4,1e-3 --seeds 0,1,2 run_dir=FOLDER [overrides]
+                                           [--extend N] [--data DIR] [--estimate]
                                            or of a paper's table: experiment=scl_table2 scale=small
   results    runs below folders, compared: fedpeft results [DIR ...] [--where method=lora 'lr<0.01']
-                                           [--over-seeds] [--sort COLUMN] [--to FILE.parquet]
+                                           [--columns A,B] [--over-seeds] [--sort COLUMN]
+                                           [--to FILE.parquet [--rounds]]
   params     what a method trains and sends: fedpeft params model=roberta_base [method=fedtt]
   show       what each client got:         fedpeft show RUN [--round N]
   report     a page, figures and tables:   fedpeft report DIR... [--chosen] [--to FOLDER]

@@ -89,6 +89,10 @@ def test_partition_counts_and_draws(fedpeft: Command, base: list[str]) -> None:
         (["compare", "--methods"], "--methods needs a value"),
         (["run", "model.path=/nowhere", "runtime=inprocess"], "/nowhere"),
         (["partition", "num_clients=2000", "data=table", "data.path=/nowhere"], "/nowhere"),
+        (["study", "method=scl"], "the methods are given by --methods scl, got method=scl"),
+        (["compare", "method=scl"], "the methods are given by --methods scl, got method=scl"),
+        (["predict", "runs/x", "a text"], "texts come on standard input: echo 'a text' | fedpeft"),
+        (["study", "--data", "/nowhere", "data=sst2"], "--data: there is no folder /nowhere"),
         (["deploy"], "deploy must be followed by trial, got ''"),
         (["deploy", "trail", "num_rounds=1"], "deploy must be followed by trial, got 'trail'"),
     ],
@@ -179,8 +183,8 @@ def test_a_study_tries_every_method_before_its_first_run(
     with pytest.raises(SystemExit):
         fedpeft("compare", "--methods", methods, *rest, "run_dir=out")
     error = capsys.readouterr().err
-    assert "scl: method.rank must be <= 32" in error and error.count("\n") == 1
-    assert "; adapter: method.bottleneck must be <= 64" in error
+    assert "scl+method.rank=33: method.rank must be <= 32" in error and error.count("\n") == 1
+    assert "; adapter+method.bottleneck=65: method.bottleneck must be <= 64" in error
     assert not Path("out").exists()
 
 

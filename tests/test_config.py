@@ -250,6 +250,7 @@ CASES = [
     ),
     # no overrides at all
     ("num_clients", "num_clients is no override: write key=value"),
+    ("--lr", "unknown option --lr: fedpeft COMMAND --help shows a command's options"),
     ("'num_clients=3 num_rounds=2'", "num_clients must be Integer, got 3 num_rounds=2"),
     (
         "data.labels=[ä,b]",
@@ -511,3 +512,14 @@ def test_a_bad_path_is_named(base: list[str], tmp_path: Path) -> None:
 
 def test_iid_is_a_partition_of_its_own() -> None:
     assert load_config("partition=iid").partition == IID()
+
+
+def test_a_fault_of_a_method_s_own_module_is_not_a_missing_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedpeft.methods
+
+    (tmp_path / "own.py").write_text("from fedpeft.methods.lora import LoRAA\n")
+    monkeypatch.setattr(fedpeft.methods, "__path__", [*fedpeft.methods.__path__, str(tmp_path)])
+    with pytest.raises(ConfigError, match="methods.own cannot be imported, ImportError: .*'LoRAA'"):
+        load_config("method._target_=fedpeft.methods.own.Own")

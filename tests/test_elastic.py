@@ -53,6 +53,11 @@ def test_one_of_three_is_no_average(run: Runner, tmp_path: Path) -> None:
     assert len(run.recorder.of("train", 1)) == 2  # client 1, in the round and in its repetition
 
 
+def test_a_run_that_diverged_is_not_told_to_go_on(run: Runner) -> None:
+    with pytest.raises(RoundFailed, match="stopped after round 0, and would diverge again: give a"):
+        run("lr=1e30", "optimizer.max_grad_norm=null")
+
+
 def test_fewer_may_be_allowed(run: Runner) -> None:
     summary = run("num_rounds=1", "runtime.min_replies=1", answer=failing({0, 2}))
     assert sorted(summary["refused"]["1"]) == ["0", "2"]

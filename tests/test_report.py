@@ -17,7 +17,7 @@ from fedpeft.config.load import CONF, composed, leaves
 from fedpeft.config.overrides import split
 from fedpeft.reporting.figures import pyplot
 from fedpeft.reporting.report.chart import BarChart, Line, LineChart
-from fedpeft.reporting.report.charts import charts, norm_bound, thinned
+from fedpeft.reporting.report.charts import _level, charts, norm_bound, thinned
 from fedpeft.reporting.report.commands import command
 from fedpeft.reporting.report.held import held_charts
 from fedpeft.reporting.report.pairs import holm, t_test
@@ -535,6 +535,13 @@ def test_files_of_an_earlier_report_are_removed_and_no_others(tmp_path: Path) ->
         to / "figures" / "own.png",
     }
     assert (tmp_path / "mine").exists()
+
+
+def test_the_commonest_label_s_line_stands_in_charts_of_test_rows_alone(tmp_path: Path) -> None:
+    _save(tmp_path / "run", "lora", 0, 0.5)
+    runs = Runs.of(saved_runs([tmp_path]))
+    assert _level(runs, "client_test_accuracy") is not None
+    assert _level(runs, "validation_accuracy") is None
 
 
 def test_settings_of_one_colour_have_other_dashes(tmp_path: Path) -> None:

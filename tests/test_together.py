@@ -120,7 +120,7 @@ def test_a_method_that_cannot_says_so_and_trains_alone(
     with caplog.at_level(logging.WARNING):
         results = trained(engine, group)
     (warning,) = [r.message for r in caplog.records if r.name == "fedpeft.engine.probing"]
-    assert "clients train one by one, for " in warning
+    assert "clients train one by one, which is slower, because " in warning
     assert_same(results, alone(engine, group))
 
 

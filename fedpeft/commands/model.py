@@ -51,6 +51,8 @@ def predict(arguments: Sequence[str]) -> None:
         "predict", "directory of a finished run, or an exported folder", predict.__doc__
     )
     args = parser.parse_intermixed_args(arguments)
+    if texts := [word for word in args.overrides if "=" not in word]:
+        raise ValueError(f"texts come on standard input: echo '{texts[0]}' | fedpeft predict RUN")
     model = _open(args)
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 are found line by line
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")

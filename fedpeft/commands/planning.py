@@ -10,6 +10,8 @@ from fedpeft.commands.shared import flag, option
 from fedpeft.config.load import CONF, check_fields, load_config, settings
 from fedpeft.reporting.tables import print_table, span, span_of_bytes
 
+DEFAULTS = {"model": "minilm", "data": "docstrings"}  # as in conf/config.yaml
+
 
 def params(arguments: list[str]) -> None:
     """Count parameters and bytes of one method, or of all that fit the model."""
@@ -37,7 +39,9 @@ def params(arguments: list[str]) -> None:
         for name, c in counts.items()
     ]
     total = next(iter(counts.values()))["total"]
-    title = f"{' '.join(base) or 'model=minilm'}: {total:,} parameters; a round and client:"
+    given = {argument.partition("=")[0] for argument in base}
+    defaults = [f"{key}={name}" for key, name in DEFAULTS.items() if key not in given]
+    title = f"{' '.join([*base, *defaults])}: {total:,} parameters; a round and client:"
     header = ("method", "trained", "sent up", "sent down", "MB up", "MB down", "of the whole")
     print_table(title, header, cells)
     print("MB: 10^6 bytes of the arrays, uncompressed; strategy=scaffold sends as much again.")

@@ -152,7 +152,15 @@ class Command(NamedTuple):
 
 
 def _folder_and_base(arguments: list[str], default: str) -> tuple[Path, list[str]]:
-    """Return a study's folder, and the overrides that all of its runs have."""
+    """Return a study's folder, and the overrides that all of its runs have.
+
+    Raises:
+        ValueError: ``method`` is among them.
+    """
+    for argument in arguments:
+        if argument.startswith("method="):
+            name = argument.removeprefix("method=")
+            raise ValueError(f"the methods are given by --methods {name}, got {argument}")
     folder = Path(composed(arguments).run_dir or default)
     base = [a for a in arguments if not a.startswith("run_dir=")]
     return folder, [*base, "evaluation.clients=always"]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from functools import cache, lru_cache
+from importlib import import_module
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -16,7 +17,6 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -69,6 +69,10 @@ def _override(text: str) -> str:
     key = key_of(text)
     if key in _OLD:
         raise ConfigError(f"{key} {_OLD[key]}")
+    if text.startswith("--"):
+        raise ConfigError(
+            f"unknown option {text}: fedpeft COMMAND --help shows a command's options"
+        )
     if "=" not in text and not text.startswith("~"):
         raise ConfigError(f"{text} is no override: write key=value")
     if not _KEY.fullmatch(key):
@@ -283,6 +287,28 @@ def _config_errors() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
+def _class(name: str, target: str) -> type:
+    """Import the class of a group.
+
+    Raises:
+        ConfigError: there is none, or its module has a fault.
+    """
+    module, _, cls = target.rpartition(".")
+    found = None
+    try:
+        found = getattr(import_module(module), cls, None)
+    except Exception as error:  # whatever a module does while it is imported
+        absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(
+            f"{error.name}."
+        )
+        if not absent:
+            fault = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"{name}._target_: {module} cannot be imported, {fault}") from error
+    if not isinstance(found, type):
+        raise ConfigError(f"{name}._target_: there is no class {target}")
+    return found
+
+
 def _numbers(tree: DictConfig) -> dict[str, Any]:
     keys = [str(key) for key in tree if key not in GROUPS and key != "logger"]
     _check_nested(tree)
@@ -326,11 +352,7 @@ def _group(chosen: Any, name: str, base: str) -> Any:
     target = node.pop("_target_", None)
     if not str(target).startswith("fedpeft."):
         raise ConfigError(f"{name}._target_ must be a class of fedpeft, got {target}")
-    try:
-        cls = get_class(str(target))
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{name}._target_: there is no class {target}") from error
-    wanted = get_class(base)
+    cls, wanted = _class(name, str(target)), _class(name, base)
     if not issubclass(cls, wanted):
         raise ConfigError(f"{name}._target_ must be a {wanted.__name__}, got {target}")
     try:

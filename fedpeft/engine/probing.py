@@ -48,7 +48,7 @@ def vectorised(replica: Replica, rows: Examples) -> Vectorised:
         draws = [probe(model, config.data, names, batch, precision) for batch in batches]
     except Unsupported as reason:
         name = type(config.method).__name__
-        log.warning("%s: clients train one by one, for %s", name, reason)
+        log.warning("%s: clients train one by one, which is slower, because %s", name, reason)
         return Vectorised.NO
     return Vectorised.WITH_DRAWS if any(draws) else Vectorised.WITHOUT_DRAWS
 

@@ -7,11 +7,13 @@ from fedpeft.export.run import FinishedRun
 from fedpeft.reporting.observer import SPREAD
 
 LOADS = {
-    "peft": """from peft import PeftModel
+    "peft": """import torch
+from peft import PeftConfig, PeftModel
 from transformers import {processor}, {auto}
 
 processor = {processor}.from_pretrained("DIR")
-base = {auto}.from_pretrained("{base}"{labels})
+source = PeftConfig.from_pretrained("DIR").base_model_name_or_path  # or your folder of the base
+base = {auto}.from_pretrained(source, dtype=torch.{dtype}{labels})
 {pad}{names}model = PeftModel.from_pretrained(base, "DIR").eval()""",
     "transformers": """from transformers import {processor}, {auto}
 
@@ -27,7 +29,9 @@ model = fedpeft.load("DIR")  # base="FOLDER" if the base model is elsewhere""",
 ASKS = """
 
 inputs = processor("A text to classify.", return_tensors="pt")
-print(model.config.id2label[model(**inputs).logits.argmax(-1).item()])"""
+{within}print(model.config.id2label[model(**inputs).logits.argmax(-1).item()])"""
+# An adapter stays in float32, whatever the base model is in.
+AUTOCAST = 'with torch.autocast("cpu", torch.{dtype}):  # because the adapter is in float32\n    '
 
 
 def card(run: FinishedRun, form: str, difference: float) -> str:
@@ -83,12 +87,14 @@ def _loading(run: FinishedRun, form: str) -> str:
     loading = LOADS[form].format(
         processor="AutoTokenizer" if reads_text else "AutoImageProcessor",
         auto=task.auto_class,
-        base=_base(run),
+        dtype=run.config.model.dtype,
         labels="" if task.num_labels is None else _labels(task.num_labels),
         pad="base.config.pad_token_id = processor.pad_token_id\n" if reads_text else "",
         names=f"base.config.id2label = {dict(enumerate(labels))}\n" if labels else "",
     )
-    return loading + (ASKS if reads_text and labels else "")
+    mixed = form == "peft" and run.config.model.dtype != "float32"
+    within = AUTOCAST.format(dtype=run.config.model.dtype) if mixed else ""
+    return loading + (ASKS.format(within=within) if reads_text and labels else "")
 
 
 def _labels(count: int) -> str:

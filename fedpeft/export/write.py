@@ -21,7 +21,7 @@ from fedpeft.models.sites import head_names
 from fedpeft.state import save
 
 HOW = {
-    "peft": "PeftModel.from_pretrained(base, DIR)",
+    "peft": "PeftModel.from_pretrained(base, DIR), as its README.md shows, or fedpeft.load(DIR)",
     "transformers": "AutoModel....from_pretrained(DIR)",
     "fedpeft": "fedpeft.load(DIR)",
 }

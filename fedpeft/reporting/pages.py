@@ -15,7 +15,7 @@ from fedpeft.reporting.results import (
     run_rows,
     study_row,
 )
-from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.reporting.run_directory import CONFIG, read_metrics
 from fedpeft.reporting.study import Done, Study
 from fedpeft.reporting.tables import (
     COMPARISON,
@@ -72,13 +72,23 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
         *_edge_notes(rows),
         *_start_notes(done, measures),
     ]
-    notes += [*_floor_notes(floor), *failed, f"Made by: {command}"]
+    notes += [*_floor_notes(floor), *failed, *_other_runs(study, done), f"Made by: {command}"]
     title = f"{measures.quality} after the last round, mean by rows"
     page = Page(title, STUDY, study_cells(rows), notes, below=_further_measures(rows, measures))
     page.save(study.folder / "study.md")
     shown = [row for row in rows if row["quality"] is not None]
     plot_study(study.folder / "study.png", shown, measures.quality, floor)
     return Results(page, rows, floor)
+
+
+def _other_runs(study: Study, done: Sequence[Done]) -> list[str]:
+    """Say how many runs of earlier commands are in the folder, too."""
+    named = {run.path / CONFIG for run, _ in done}
+    others = [file for file in study.folder.glob(f"*/lr=*/seed=*/{CONFIG}") if file not in named]
+    if not others:
+        return []
+    runs = "1 run" if len(others) == 1 else f"{len(others)} runs"
+    return [f"Not in this table: {runs} of other commands in {study.folder}."]
 
 
 def save_comparison(

@@ -30,6 +30,11 @@ _DIVERGED = re.compile(r"\bnot finite\b|\btraining loss is ")
 COMPLETED, DIVERGED, UNFINISHED = "completed", "diverged", "unfinished"  # states of a saved run
 
 
+def diverged(reason: str) -> bool:
+    """Tell whether a run ended because training diverged, as it would again."""
+    return bool(_DIVERGED.search(reason))
+
+
 @dataclass(frozen=True)
 class SavedRun:
     """A run's directory, whose files are read when they are first asked for.
@@ -74,7 +79,7 @@ class SavedRun:
 
     def note(self, outcome: Outcome) -> None:
         """Note in the directory, if there is one, that training diverged."""
-        if isinstance(outcome, Exception) and _DIVERGED.search(str(outcome)) and self.path.is_dir():
+        if isinstance(outcome, Exception) and diverged(str(outcome)) and self.path.is_dir():
             (self.path / FAILURE).write_text(str(outcome))
 
     @property

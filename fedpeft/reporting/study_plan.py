@@ -96,7 +96,7 @@ class StudyPlan:
         first, *others = studies = self.studies()
         for data in [self._data_of(study.base) for study in studies]:
             if data is not None and not data.is_dir():
-                raise ValueError(f"--data {self.data} must hold a folder {data.name}, got none")
+                raise ValueError(self._lacking(data))
         if not self.settings.reuse_lrs:
             self._grow([first, *others], finish_one)
             return
@@ -104,6 +104,14 @@ class StudyPlan:
         best = {entry: rates[:1] for entry, rates in ended.ranked_lrs.items()}
         name = first.folder.name
         self._grow([replace(study, more=best, rates_from=name) for study in others], finish_one)
+
+    def _lacking(self, data: Path) -> str:
+        """Say why the folder of a table's data is not there."""
+        parent = data.parent
+        if not parent.is_dir():
+            return f"--data: there is no folder {parent}"
+        advice = f": give the folder above, --data {parent.parent}" * (parent.name == data.name)
+        return f"--data {parent} must hold a folder {data.name}, got none{advice}"
 
     def _grow(self, studies: Sequence[Study], finish_one: Finish) -> list[Finished]:
         """Finish tables, and return each as it was after its last time."""

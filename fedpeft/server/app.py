@@ -121,8 +121,8 @@ def _run(run: Run, grid: Grid, label: str) -> dict[str, Any]:
         ended = "stopped", run.stopped()
         raise type(stopped)(run.stopped()) from None
     except RoundFailed as failed:
-        ended = "failed", f"{failed}; {run.stopped()}"
-        raise RoundFailed(f"{failed}; {run.stopped()}") from failed
+        ended = "failed", f"{failed}; {run.stopped(str(failed))}"
+        raise RoundFailed(ended[1]) from failed
     except Exception as error:
         ended = "failed", sentence(error)
         raise

@@ -18,6 +18,7 @@ from fedpeft.engine.passes import autocast
 from fedpeft.models.hub import weights_sha256
 from fedpeft.reporting.observer import Line, Observer
 from fedpeft.reporting.run_directory import CHECKPOINTS, LAST_ENTRY, METRICS, RunDirectory
+from fedpeft.reporting.saved_runs import diverged
 from fedpeft.server.checkpoint import Checkpoint, Checkpoints
 from fedpeft.server.diagnostics import initial_error
 from fedpeft.server.evaluation import measure
@@ -149,10 +150,16 @@ class Run(Observer):
         self.strategy.start(grid)
         return self.summarize()
 
-    def stopped(self) -> str:
-        """Say how far the run is and how it goes on."""
+    def stopped(self, reason: str = "") -> str:
+        """Say how far the run is and how it goes on.
+
+        Args:
+            reason: the error that stopped it.
+        """
         path = self.directory.path
         done = f"after round {self.lines[-1]['round']}" if self.lines else "before round 0 ended"
+        if diverged(reason):
+            return f"stopped {done}, and would diverge again: give a new run_dir"
         return f"stopped {done}: the same command with run_dir={path} resume=true goes on"
 
     def phase(self, name: str, clients: int) -> None:

@@ -203,8 +203,14 @@ def _try_all(runs: Sequence[Sequence[str]], configs: Sequence[Config]) -> None:
         try:
             check_on_meta(config)
         except ValueError as error:
-            chosen = [o.partition("=")[2] for o in overrides if o.startswith("method=")]
-            name = chosen[-1] if chosen else type(config.method).__name__
-            misfits[f"{name}: {error}"] = None
+            misfits[f"{_entry(overrides, runs)}: {error}"] = None
     if misfits:
         raise ValueError("; ".join(misfits))
+
+
+def _entry(overrides: Sequence[str], runs: Sequence[Sequence[str]]) -> str:
+    """Return a run's method and the overrides that not all runs have, as a study writes them."""
+    common = set(runs[0]).intersection(*runs)
+    same = ("run_dir=", "lr=", "seed=")  # an entry has several of them
+    own = [o for o in overrides if o not in common and not o.startswith(same)]
+    return "+".join(o.removeprefix("method=") for o in own)

@@ -103,13 +103,20 @@ class Classification(Task):
         return problems
 
     def _notes(self) -> list[str]:
-        """See ``Source.notes``; labels that differ by blanks or case only are named."""
+        """See ``Source.notes``; labels that are perhaps none, or differ by blanks or case only."""
         numbers = self.class_numbers(self._table(self.train_split))
         counts = np.bincount(numbers, minlength=len(self.label_names)).tolist()
         alike: dict[str, list[str]] = {}
         for name, count in zip(self.label_names, counts, strict=True):
             alike.setdefault(_plain(name), []).append(f"'{name}' ({count} rows)")
-        return super()._notes() + [
+        notes = super()._notes()
+        if 2 * len(counts) > len(numbers):
+            notes.append(
+                f"column {self.target} has {len(counts)} labels in {len(numbers)} rows: to learn "
+                "a number, set data._target_=fedpeft.data.tasks.text.Regression and "
+                "data.metrics=[spearman]"
+            )
+        return notes + [
             f"labels of column {self.target} differ by blanks or case only: {', '.join(names)}"
             for names in alike.values()
             if len(names) > 1

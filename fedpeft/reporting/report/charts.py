@@ -52,8 +52,9 @@ def _most_rounds(runs: Runs, key: str) -> int:
 
 
 def _level(runs: Runs, key: str) -> float | None:
-    """Return the height of the commonest label's line; null if the chart has another measure."""
-    return common_baseline(runs) if key.endswith(f"_{runs.measure}") else None
+    """Return the height of the commonest label's line; null if the chart is not of test rows."""
+    tested = key.removeprefix("client_") == f"test_{runs.measure}"
+    return common_baseline(runs) if tested else None
 
 
 def _by_round(runs: Runs) -> LineChart | None:
