@@ -160,6 +160,16 @@ def test_too_few_rows_to_set_aside_end_a_run_before_it_begins(run: Runner, tmp_p
 # --- notes --------------------------------------------------------------------------------------
 
 
+def test_a_column_of_numbers_that_are_hardly_labels(tmp_path: Path) -> None:
+    rows = [{"text": "rain", "label": i / 7} for i in range(40)]
+    (note,) = TextClassification(
+        path=write(tmp_path, train=rows, validation=rows, test=rows)
+    ).notes()
+    assert note.startswith(
+        "column label has 40 labels in 40 rows: to learn a number, set data._tar"
+    )
+
+
 def test_labels_that_differ_by_blanks_or_case(tmp_path: Path) -> None:
     names = ["heart", "lung", "Lung", "heart ", "skin in", "skin  in", "heart"]
     path = write(tmp_path, train=rows(7, lambda i: names[i]), validation=rows(1), test=rows(1))

@@ -110,7 +110,7 @@ class Classification(Task):
         for name, count in zip(self.label_names, counts, strict=True):
             alike.setdefault(_plain(name), []).append(f"'{name}' ({count} rows)")
         notes = super()._notes()
-        if 2 * len(counts) > len(numbers):
+        if len(counts) > max(20, len(numbers) / 2):
             notes.append(
                 f"column {self.target} has {len(counts)} labels in {len(numbers)} rows: to learn "
                 "a number, set data._target_=fedpeft.data.tasks.text.Regression and "
