@@ -96,15 +96,21 @@ def test_the_commit_is_that_of_the_checkout_and_says_whether_files_were_changed(
         return said.stdout.decode().strip()
 
     git("init", "-q")
-    (tmp_path / "code.py").write_text("1")
-    git("add", "code.py")
+    for name in ("fedpeft/code.py", "conf/a.yaml", "results/table.md"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("1")
+    git("add", ".")
     git("commit", "-q", "-m", "first")
     git("tag", "v1")
     (tmp_path / "run.log").write_text("a file that git does not know is no change of the code")
     head = git("rev-parse", "HEAD")
     assert versions.commit.__wrapped__(tmp_path) == head
-    (tmp_path / "code.py").write_text("2")
-    assert versions.commit.__wrapped__(tmp_path) == f"{head}-dirty"
+    (tmp_path / "results/table.md").write_text("a study writes it, too")
+    assert versions.commit.__wrapped__(tmp_path) == head
+    for name in ("fedpeft/code.py", "conf/a.yaml"):
+        (tmp_path / name).write_text("2")
+        assert versions.commit.__wrapped__(tmp_path) == f"{head}-dirty"
+        git("checkout", name)
 
 
 @pytest.mark.parametrize(
