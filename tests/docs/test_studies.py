@@ -46,6 +46,9 @@ ENTRIES = {  # of the studies, by the names on the pages
         "lora+method.targets=[down_proj]+method.rank=10+method.alpha=10"
     ),
     "FedSA-LoRA": "fedsa_lora+method.targets=[q,k,v]",
+    "FedSA-LoRA on SCL's matrix, rank 10": (
+        "fedsa_lora+method.targets=[down_proj]+method.rank=10+method.alpha=10"
+    ),
     "LoRA, each client alone": "lora+strategy=local_only+method.targets=[q,k,v]",
     "SCL, residual, rank 64": "scl+method.init=residual",
     "LoRA": "lora+method.targets=[q,k,v]",
@@ -72,7 +75,7 @@ TABLES = [
     ),
 ]
 # Page, beginning of the table's heading, folder of the study and number of pairs.
-PAIRS = [(SCL, "| on MedQuAD, first |", MEDQUAD, 7)]
+PAIRS = [(SCL, "| on MedQuAD, first |", MEDQUAD, 9)]
 
 
 # --- cells ---------------------------------------------------------------------------------------
