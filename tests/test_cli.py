@@ -93,6 +93,8 @@ def test_partition_counts_and_draws(fedpeft: Command, base: list[str]) -> None:
         (["compare", "method=scl"], "the methods are given by --methods scl, got method=scl"),
         (["predict", "runs/x", "a text"], "texts come on standard input: echo 'a text' | fedpeft"),
         (["study", "--data", "/nowhere", "data=sst2"], "--data: there is no folder /nowhere"),
+        (["show", "runs/x", "--round", "1,2"], "--round must be one whole number, got 1,2"),
+        (["study", "--extend", "1,5"], "--extend must be one whole number, got 1,5"),
         (["deploy"], "deploy must be followed by trial, got ''"),
         (["deploy", "trail", "num_rounds=1"], "deploy must be followed by trial, got 'trail'"),
     ],

@@ -384,7 +384,7 @@ def test_tokenizer_labels_and_card_go_along(
     assert [config["id2label"][str(i)] for i in range(4)] == names
     assert config["label2id"] == {name: i for i, name in enumerate(names)}
     about = json.loads((tmp_path / "adapter/fedpeft.json").read_text())
-    assert [about["id2label"][str(i)] for i in range(4)] == names
+    assert about["labels"] == names
     assert about["config"]["data"]["path"] is None
     adapter = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(checkpoint)

@@ -346,6 +346,10 @@ def _cell(text: str) -> Any:
         (["--where", "lr=7"], "none of 4 runs meets lr=7"),
         (["--sort", "qality"], "no run has a column qality: did you mean quality?"),
         (["--to", "x.xlsx"], "--to must be a file .parquet or .csv, got x.xlsx"),
+        (
+            ["--over-seeds", "--columns", "seed"],
+            "seed differs between the runs that --over-seeds makes one row of",
+        ),
         (["--rounds"], "--rounds writes each run's rounds: it goes with --to FILE alone"),
     ],
 )

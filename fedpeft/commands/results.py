@@ -36,6 +36,8 @@ def results(arguments: Sequence[str]) -> None:
     known = list(dict.fromkeys(key for row in rows for key in row))
     columns = _columns(listing, args, known)
     for name in [*columns, *([args.sort] if args.sort else [])]:
+        if name not in known and name in listing.known:
+            raise ValueError(f"{name} differs between the runs that --over-seeds makes one row of")
         check_known(name, known)
     if args.sort:
         rows = ordered(rows, args.sort, args.reverse)

@@ -7,16 +7,16 @@ from fedpeft.commands.shared import flag, option
 from fedpeft.reporting.clients import ClientTable
 from fedpeft.reporting.report.write import write_report
 from fedpeft.reporting.saved_runs import chosen_runs
-from fedpeft.reporting.study import numbers
+from fedpeft.reporting.study import number
 
 
 def show(arguments: list[str]) -> None:
     """Show what each client of a run got in one round: rows, measures, bytes and seconds."""
     as_json, arguments = flag(arguments, "--json")
-    number, arguments = option(arguments, "--round")
+    given, arguments = option(arguments, "--round")
     if len(arguments) != 1:
         raise ValueError("show needs the directory of one run: fedpeft show RUN [--round N]")
-    round = next(iter(numbers("--round", number, int)), None)
+    round = number("--round", given, int)
     table = ClientTable.of(Path(arguments[0]), round)
     if as_json:
         print(table.as_json())

@@ -83,7 +83,7 @@ def _sentence(run: FinishedRun) -> str:
 def _loading(run: FinishedRun, form: str) -> str:
     task = run.config.data
     reads_text = task.needs == "tokenizer"
-    labels = getattr(task, "label_names", None)
+    labels = task.label_names
     loading = LOADS[form].format(
         processor="AutoTokenizer" if reads_text else "AutoImageProcessor",
         auto=task.auto_class,
@@ -105,7 +105,7 @@ def _labels(count: int) -> str:
 def _facts(run: FinishedRun) -> dict[str, Any]:
     config, summary = run.config, run.summary
     data = summary["data"]
-    labels = getattr(config.data, "label_names", None)
+    labels = config.data.label_names
     return {
         "base model": _base(run),
         "revision": config.model.revision,

@@ -98,3 +98,10 @@ def with_labels(tree: DictConfig, labels: Sequence[str] | None) -> DictConfig:
             f"data.labels must name the model's {len(labels)} classes, got {len(tree.data.labels)}"
         )
     return tree
+
+
+def name_labels(model: Any, labels: Sequence[str] | None) -> None:
+    """Put class names into a transformers model's configuration; null changes nothing."""
+    if labels:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {name: number for number, name in enumerate(labels)}

@@ -82,9 +82,7 @@ def opened(folder: Path, overrides: Sequence[str] = ()) -> Opened:
         config.method.arrange(model, about["setting"])
     if config.data.needs == "tokenizer":
         model.config.pad_token_id = processor.pad_token_id
-    if about["labels"]:
-        model.config.id2label = dict(enumerate(about["labels"]))
-        model.config.label2id = {name: number for number, name in enumerate(about["labels"])}
+    files.name_labels(model, about["labels"])
     return Opened(model.eval(), config, processor)
 
 

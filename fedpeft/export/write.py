@@ -76,7 +76,7 @@ def _written(run: FinishedRun, draft: Path, form: str | None) -> Written:
     inputs, precision = made_up(run), run.replica.config.precision
     expected = logits(run.replica.model, inputs, precision)
     chosen, save_weights = _plan(run, form)
-    labels: Any = getattr(run.config.data, "label_names", None)
+    labels = run.config.data.label_names
     save_weights(draft)
     _processor(run).save_pretrained(draft)
     files.write(
@@ -86,8 +86,6 @@ def _written(run: FinishedRun, draft: Path, form: str | None) -> Written:
         setting=run.setting if chosen == "fedpeft" else "",
         labels=labels,
         rows_sha256=run.summary["data"]["sha256"],
-        id2label=None if labels is None else dict(enumerate(labels)),
-        label2id=None if labels is None else {name: i for i, name in enumerate(labels)},
     )
     largest = difference(logits(opened(draft).model, inputs, precision), expected, run)
     (draft / "README.md").write_text(card(run, chosen, largest))
@@ -205,9 +203,7 @@ def _plain(run: FinishedRun) -> Writer:
 def _save_plain(run: FinishedRun, folder: Path) -> None:
     """Fold the method into the model, which is no longer the run's then, and save it."""
     model: Any = run.config.method.folded(run.replica.model)
-    if labels := getattr(run.config.data, "label_names", None):
-        model.config.id2label = dict(enumerate(labels))
-        model.config.label2id = {name: i for i, name in enumerate(labels)}
+    files.name_labels(model, run.config.data.label_names)
     model.save_pretrained(folder)
 
 

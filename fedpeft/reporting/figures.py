@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from fedpeft.reporting.brief import brief
+from fedpeft.reporting.tables import Rows
 
 # Functions import matplotlib, because it takes a second and most commands draw nothing.
 
-Rows = list[dict[str, Any]]
 # Readable on a white page and on a dark one.
 COLOURS = (
     *("#2f7ed8", "#e8730c", "#2ca05a", "#d6423b", "#9467bd"),

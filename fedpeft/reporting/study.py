@@ -228,3 +228,21 @@ def numbers(name: str, text: str, kind: Callable[[str], T]) -> list[T]:
         return [kind(part) for part in text.split(",")] if text else []
     except ValueError as error:
         raise ValueError(f"{name} must be numbers by commas, got {text}") from error
+
+
+def number(name: str, text: str, kind: Callable[[str], T]) -> T | None:
+    """Parse one number.
+
+    Args:
+        name: the option, for the error.
+        text: the option's value; empty for null.
+        kind: ``int`` or ``float``.
+
+    Raises:
+        ValueError: the text is no such number.
+    """
+    try:
+        return kind(text) if text else None
+    except ValueError as error:
+        whole = "whole " if kind is int else ""
+        raise ValueError(f"{name} must be one {whole}number, got {text}") from error

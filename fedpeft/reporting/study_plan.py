@@ -10,7 +10,7 @@ from fedpeft.config.load import composed, leaves
 from fedpeft.config.load import settings as settings_of
 from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Studying
-from fedpeft.reporting.study import Study, listed, numbers
+from fedpeft.reporting.study import Study, listed, number, numbers
 
 
 class Finished(NamedTuple):
@@ -66,8 +66,9 @@ class StudyPlan:
             "methods": listed(options["--methods"]) if options["--methods"] else chosen.methods,
             "lrs": numbers("--lrs", options["--lrs"], float) or chosen.lrs,
             "seeds": numbers("--seeds", options["--seeds"], int) or chosen.seeds,
-            "extend": (numbers("--extend", options["--extend"], int) or [chosen.extend])[0],
         }
+        if (extend := number("--extend", options["--extend"], int)) is not None:
+            changes["extend"] = extend
         changes["methods"] = changes["methods"] or listed(methods)
         data = Path(options["--data"]) if options["--data"] else None
         return cls(folder, [*chosen.common, *base], replace(chosen, **changes), data)

@@ -244,7 +244,7 @@ class Run(Observer):
             "shared_state_sha256": sha256(state),
             "weights_sha256": self._weights_hash(),
             "weights": "RANDOM" if engine.config.model.random else "pretrained",
-            "labels": getattr(engine.task, "label_names", None),
+            "labels": engine.task.label_names,
             "data": self.data | {"cut": self._cut()},
             "partition_sha256": self.partition,
             "notes": engine.task.notes(),

@@ -131,6 +131,11 @@ class Task(Source):
         return {"loss": (0.0, MOST_LOSS)} | shares | metrics
 
     @property
+    def label_names(self) -> list[str] | None:
+        """Class names by number; null if the task has no classes."""
+        return None
+
+    @property
     def num_labels(self) -> int | None:
         """Number of outputs of the model's head; null if the task needs no head."""
         return None

@@ -35,13 +35,17 @@ class Classification(Task):
         if len(self.labels) == 1:
             raise ValueError(f"data.labels must name two classes or more, got {self.labels[0]}")
 
-    @cached_property
+    @property
     def label_names(self) -> list[str]:
         """Class names by number: ``labels``, the column's own names, or its sorted values.
 
         Raises:
             ValueError: there is only one, or ``metrics`` has ``f1`` and there are more than two.
         """
+        return self._label_names
+
+    @cached_property
+    def _label_names(self) -> list[str]:
         names = list(self.labels) or self.remembered("labels", self._labels_of_data)
         if "f1" in self.metrics and len(names) != 2:
             raise ValueError(

@@ -7,7 +7,7 @@ from fedpeft.reporting.report.clients import last_round
 from fedpeft.reporting.report.held import held_charts
 from fedpeft.reporting.report.related import DIAGNOSTICS, related_charts
 from fedpeft.reporting.report.series import Curve, Points, in_lines, megabytes, summed
-from fedpeft.reporting.report.settings import Runs, Setting
+from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.saved_runs import SavedRun
 
 MOST_POINTS = 300  # of a setting, because each is drawn in three files and has a text on the page
@@ -272,7 +272,7 @@ def _bound_note(bounds: int, lines: int) -> str:
 
 def _bytes(runs: Runs) -> BarChart:
     bars = {
-        way: [_mean_bytes(setting, key) / 1e6 for setting in runs.settings]
+        way: [setting.mean_bytes(key) / 1e6 for setting in runs.settings]
         for way, key in (("up", "uplink_bytes"), ("down", "downlink_bytes"))
     }
     sizes = [size for values in bars.values() for size in values if size > 0]
@@ -282,11 +282,6 @@ def _bytes(runs: Runs) -> BarChart:
         notes.append("The axis is logarithmic, so there are points for bars, and none for a 0.")
     names = [setting.name for setting in runs.settings]
     return BarChart("bytes", "Megabytes up and down", "MB", names, bars, log, notes=notes)
-
-
-def _mean_bytes(setting: Setting, key: str) -> float:
-    sizes = [(run.summary or {})["bytes"].get(key, 0) for run in setting.runs]
-    return sum(sizes) / len(sizes)
 
 
 def _seconds(runs: Runs) -> BarChart:

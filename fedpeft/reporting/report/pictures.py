@@ -125,7 +125,9 @@ def _(chart: BoxChart, figure: Any, axis: Any) -> None:
     places = range(len(chart.names))
     axis.boxplot(chart.values, orientation="horizontal", positions=places, showfliers=False)
     for y, place, values in zip(places, chart.places, chart.values, strict=True):
-        axis.plot(values, [y] * len(values), "o", ms=4, alpha=0.6, color=COLOURS[place % 10])
+        axis.plot(
+            values, [y] * len(values), "o", ms=4, alpha=0.6, color=COLOURS[place % len(COLOURS)]
+        )
     _name_rows(chart.names, 0.45, figure, axis)
     axis.set(xlabel=chart.x)
 

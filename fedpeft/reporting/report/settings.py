@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from fedpeft.config.choices import choices, of_choice
@@ -46,6 +47,10 @@ class Setting:
     def values(self, key: str) -> list[Any]:
         """Return a number of each run that has it."""
         return [row[key] for row in self.rows if row[key] is not None]
+
+    def mean_bytes(self, key: str) -> float:
+        """Return the mean over the runs of a count of bytes in their summaries."""
+        return fmean((run.summary or {})["bytes"].get(key, 0) for run in self.runs)
 
     def spread(self, key: str) -> tuple[float | None, float | None]:
         """Return the mean over the seeds and the sample standard deviation of a number."""

@@ -144,7 +144,7 @@ def cost_table(runs: Runs) -> Table:
         summary = setting.runs[0].summary or {}
         counts = summary["parameters"]
         sizes = {
-            key: _mean([(run.summary or {})["bytes"].get(key, 0) for run in setting.runs])
+            key: setting.mean_bytes(key)
             for key in (
                 *("uplink_bytes", "downlink_bytes"),
                 *("evaluation_uplink_bytes", "evaluation_downlink_bytes"),
@@ -193,10 +193,6 @@ def _count(key: str) -> Text:
 
 def _evaluation(row: Mapping[str, Any]) -> float:
     return row["evaluation_uplink_bytes"] + row["evaluation_downlink_bytes"]
-
-
-def _mean(values: list[int]) -> float:
-    return sum(values) / len(values)
 
 
 def diagnostics_table(runs: Runs) -> Table | None:
