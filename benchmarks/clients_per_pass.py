@@ -33,7 +33,6 @@ from fedpeft.data.batching import Batch
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.passes import autocast, to_device
 from fedpeft.engine.plan import Job, plan
-from fedpeft.methods.base import Phase
 
 CLIENTS = 16
 COMMON = (
@@ -159,7 +158,7 @@ def turn(engine: Engine, size: int) -> Callable[[], float]:
 def first_batch(engine: Engine) -> Batch:
     """Return the first batch of client 0 in round 1."""
     rows, steps = engine.rows.training(0)
-    return plan(engine.config, rows, steps, [1, 0], Phase()).steps[0][0]
+    return plan(engine.config, rows, steps, [1, 0]).steps[0][0]
 
 
 def step_flops(engine: Engine) -> int:
