@@ -20,7 +20,7 @@ def checkpoint(round: int, best: int, value: float | None = None) -> Checkpoint:
     """Return a checkpoint in whose states each round's value is its number, or a value of ours."""
     value = round if value is None else value
     best_state = one(value if best == round else best)
-    return Checkpoint(round, "0" * 16, 1.0, best, {}, {}, one(value), best_state, {}, {})
+    return Checkpoint(round, "0" * 16, 1.0, best, {}, {}, one(value), best_state, {}, {}, {})
 
 
 def saved(folder: Path, *rounds: tuple[int, int]) -> Checkpoints:
@@ -78,7 +78,7 @@ def test_a_best_state_of_a_round_that_is_done_again(round: int, tmp_path: Path) 
     checkpoints = Checkpoints(tmp_path, 2)
     (last,) = checkpoints.load()
     assert last.round == 6
-    again = Checkpoint(round, "0" * 16, 1.0, 7, {}, {}, one(round), one(70), {}, {})
+    again = Checkpoint(round, "0" * 16, 1.0, 7, {}, {}, one(round), one(70), {}, {}, {})
     checkpoints.save(again)
     assert values(tmp_path)[-1] == (round, round, 70)
 

@@ -91,7 +91,7 @@ def test_partition_counts_and_draws(fedpeft: Command, base: list[str]) -> None:
         (["partition", "num_clients=2000", "data=table", "data.path=/nowhere"], "/nowhere"),
         (["study", "method=scl"], "the methods are given by --methods scl, got method=scl"),
         (["compare", "method=scl"], "the methods are given by --methods scl, got method=scl"),
-        (["predict", "runs/x", "a text"], "texts come on standard input: echo 'a text' | fedpeft"),
+        (["predict", "runs/x", "a text"], "on standard input, one a line: echo 'a text' | fedpeft"),
         (["study", "--data", "/nowhere", "data=sst2"], "--data: there is no folder /nowhere"),
         (["show", "runs/x", "--round", "1,2"], "--round must be one whole number, got 1,2"),
         (["study", "--extend", "1,5"], "--extend must be one whole number, got 1,5"),
@@ -181,13 +181,17 @@ def test_a_study_tries_every_method_before_its_first_run(
     fedpeft: Command, base: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rest = [o for o in base if not o.startswith("method=")]
-    methods = "lora,scl+method.rank=33,adapter+method.bottleneck=65"
+    methods = "lora,scl+method.rank=33,adapter+method.bottleneck=65,lora+method.rank=99"
     with pytest.raises(SystemExit):
         fedpeft("compare", "--methods", methods, *rest, "run_dir=out")
     error = capsys.readouterr().err
     assert "scl+method.rank=33: method.rank must be <= 32" in error and error.count("\n") == 1
     assert "; adapter+method.bottleneck=65: method.bottleneck must be <= 64" in error
+    assert "; lora+method.rank=99: method.rank must be <= 32" in error
     assert not Path("out").exists()
+    with pytest.raises(SystemExit):
+        fedpeft("study", "--methods", "scl+method.rank=33", "--lrs", "1e-3,1e-2", *rest)
+    assert capsys.readouterr().err.startswith("fedpeft: scl: method.rank must")
 
 
 def test_an_error_that_nobody_expected_leaves_its_traceback(

@@ -113,9 +113,9 @@ CASES = [
     ("lr=fast", "lr must be Float, got fast"),
     ("bucketing=perhaps", "bucketing must be bool, got perhaps"),
     ("optimizer.warmup=x", "optimizer.warmup must be Float, got x"),
-    ("optimizer=sgd", "optimizer takes optimizer.name=…, got sgd"),
+    ("optimizer=sgd", "optimizer is a group of keys: set one, such as optimizer.name=…, got sgd"),
     ("clients_per_round=half", "clients_per_round must be Optional[Union[int, float]], got half"),
-    ("optimizer=null", "optimizer takes optimizer.name=…, got null"),
+    ("optimizer=null", "optimizer is a group of keys: set one, such as optimizer.name=…, got null"),
     ("clients_per_round=[1]", "clients_per_round must be Optional[Union[int, float]], got [1]"),
     ("run_dir=[1]", "run_dir must be str, got [1]"),
     ("data.max_train_rows=x", "data.max_train_rows must be Integer, got x"),
@@ -131,8 +131,8 @@ CASES = [
     ("~method", "no method is set"),
     (
         "data.path=/x",
-        "data.path must not be set, because data=docstrings builds its own rows, got /x: choose a "
-        "set that reads a folder, such as data=table",
+        "data.path must not be set, because this set builds its own rows, got /x: choose a set "
+        "that reads a folder, such as data=table or data=instructions",
     ),
     # interpolations
     ("lr=${x}", "lr: Interpolation key 'x' not found"),

@@ -693,7 +693,7 @@ def test_the_file_that_a_run_was_trained_on_is_measured_on_its_test_rows(
 
 
 def test_a_limit_of_the_run_s_test_rows_is_none_of_a_new_set(
-    finished: Finished, fedpeft: Command, table: Path, capsys: pytest.CaptureFixture[str]
+    finished: Finished, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, new = finished("lora", "data.max_test_rows=5"), table.parent / "new.parquet"
     pq.write_table(pq.read_table(table / "test.parquet").slice(0, 20), new)
@@ -703,6 +703,12 @@ def test_a_limit_of_the_run_s_test_rows_is_none_of_a_new_set(
         out, err = capsys.readouterr()
         assert json.loads(out)["test_rows"] == count
         assert f"has no split test, so {said} are measured, " in err
+    folder = tmp_path / "tested"
+    folder.mkdir()
+    for split in ("train", "test"):
+        pq.write_table(pq.read_table(new), folder / f"{split}.parquet")
+    commands.evaluate([str(run), "--json", f"data.path={folder}"])
+    assert json.loads(capsys.readouterr().out)["test_rows"] == 20
 
 
 def test_evaluate_measures_in_the_precision_of_the_run(

@@ -662,7 +662,7 @@ def test_a_strategy_s_value_tells_its_settings_apart(tmp_path: Path) -> None:
     for place, strategy in enumerate(strategies):
         _save(tmp_path / str(place), "lora", 0, 0.5, strategy=strategy)
     assert [setting.name for setting in Runs.of(saved_runs([tmp_path])).settings] == [
-        "lora strategy=fedavg proximal_mu=None",
+        "lora strategy=fedavg",
         "lora strategy=fedprox proximal_mu=0.01",
         "lora strategy=fedprox proximal_mu=1.0",
     ]

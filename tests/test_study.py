@@ -479,13 +479,13 @@ def test_a_mean_without_all_clients_is_no_result() -> None:
     )
 
 
-def test_runs_of_other_commands_in_the_folder_are_named(tmp_path: Path) -> None:
+def test_runs_that_the_table_leaves_out_are_counted(tmp_path: Path) -> None:
     """A smaller study writes a smaller table over the larger one."""
     for lrs, others in (([0.1, 0.2], 0), ([0.2], 1)):
         study = Study(tmp_path, [], ["lora"], lrs, [0])
         page = save_study(study, study.finish(Fake(steady)), ACCURACY, "fedpeft study").page
         said = [note for note in page.notes if note.startswith("Not in this table")]
-        assert said == [f"Not in this table: 1 run of other commands in {tmp_path}."][:others]
+        assert said == [f"Not in this table: 1 run in {tmp_path}."][:others]
 
 
 def test_a_comparison_counts_bytes_by_each_run_s_own_cohort(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_broken_run_goes_on_from_its_checkpoint(fedpeft: Command, base: list[s
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ("method.rank=4,400", "lora: method.rank must be <= 32"),
+        ("method.rank=4,400", "lora+method.rank=400: method.rank must be <= 32"),
         ("lr=1e-3,-1", "lr must be > 0, got -1"),
         ("method.rnak=4,8", "unknown key method.rnak"),
         ("data.path=/nowhere,/neither", "data.path=/nowhere is no folder or file"),

@@ -51,8 +51,9 @@ def predict(arguments: Sequence[str]) -> None:
         "predict", "directory of a finished run, or an exported folder", predict.__doc__
     )
     args = parser.parse_intermixed_args(arguments)
-    if texts := [word for word in args.overrides if "=" not in word]:
-        raise ValueError(f"texts come on standard input: echo '{texts[0]}' | fedpeft predict RUN")
+    if lines := [word for word in args.overrides if "=" not in word and not word.startswith("~")]:
+        line = f"echo '{lines[0]}' | fedpeft predict RUN"
+        raise ValueError(f"questions come on standard input, one a line: {line}")
     model = _open(args)
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 are found line by line
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -91,12 +92,13 @@ def _tested(task: Task, rows_of_run: str | None, most: int | None) -> tuple[Task
     Args:
         task: reads the new set.
         rows_of_run: hash of the rows that the run had, see ``Source.fingerprint``; null if unknown.
-        most: number of rows at most, if the set has no test split; null for all.
+        most: number of rows of a set other than the run's at most; null for all.
     """
     whole = task.all_as_test(most)
-    if whole is task:
-        return task, ""
-    if rows_of_run is not None and _hash_of(task) == rows_of_run:
+    same = rows_of_run is not None and _hash_of(task) == rows_of_run
+    if whole.test_split == task.test_split:  # it has test rows
+        return task if same else whole, ""
+    if same:
         return task, (
             f"{task.folder()} holds the rows of the run, so only the rows that the run set aside "
             "for its test are measured"

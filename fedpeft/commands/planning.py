@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.commands.shared import flag, option
-from fedpeft.config.load import CONF, check_fields, load_config, settings
+from fedpeft.config.choices import choices
+from fedpeft.config.load import CONF, check_fields, composed, leaves, load_config, settings
 from fedpeft.reporting.tables import print_table, span, span_of_bytes
-
-DEFAULTS = {"model": "minilm", "data": "docstrings"}  # as in conf/config.yaml
 
 
 def params(arguments: list[str]) -> None:
@@ -40,7 +39,8 @@ def params(arguments: list[str]) -> None:
     ]
     total = next(iter(counts.values()))["total"]
     given = {argument.partition("=")[0] for argument in base}
-    defaults = [f"{key}={name}" for key, name in DEFAULTS.items() if key not in given]
+    chosen = choices(leaves(composed(base), resolve=False))
+    defaults = [f"{group}={chosen[group]}" for group in ("model", "data") if group not in given]
     title = f"{' '.join([*base, *defaults])}: {total:,} parameters; a round and client:"
     header = ("method", "trained", "sent up", "sent down", "MB up", "MB down", "of the whole")
     print_table(title, header, cells)

@@ -7,7 +7,7 @@ from fedpeft.commands.shared import flag, option
 from fedpeft.reporting.clients import ClientTable
 from fedpeft.reporting.report.write import write_report
 from fedpeft.reporting.saved_runs import chosen_runs
-from fedpeft.reporting.study import number
+from fedpeft.reporting.study import whole_number
 
 
 def show(arguments: list[str]) -> None:
@@ -16,7 +16,7 @@ def show(arguments: list[str]) -> None:
     given, arguments = option(arguments, "--round")
     if len(arguments) != 1:
         raise ValueError("show needs the directory of one run: fedpeft show RUN [--round N]")
-    round = number("--round", given, int)
+    round = whole_number("--round", given)
     table = ClientTable.of(Path(arguments[0]), round)
     if as_json:
         print(table.as_json())

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fedpeft.commands.shared import flag, going_on, option
 from fedpeft.config.load import composed, load_config, settings
+from fedpeft.config.overrides import key_of
 from fedpeft.reporting.pages import Results, save_comparison, save_study
 from fedpeft.reporting.progress import Display, Tally
 from fedpeft.reporting.results import Measures, edges
@@ -155,11 +156,11 @@ def _folder_and_base(arguments: list[str], default: str) -> tuple[Path, list[str
     """Return a study's folder, and the overrides that all of its runs have.
 
     Raises:
-        ValueError: ``method`` is among them.
+        ValueError: the overrides set ``method``.
     """
     for argument in arguments:
-        if argument.startswith("method="):
-            name = argument.removeprefix("method=")
+        if key_of(argument) == "method":
+            name = argument.partition("=")[2]
             raise ValueError(f"the methods are given by --methods {name}, got {argument}")
     folder = Path(composed(arguments).run_dir or default)
     base = [a for a in arguments if not a.startswith("run_dir=")]

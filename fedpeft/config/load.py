@@ -324,7 +324,9 @@ def _check_nested(tree: DictConfig) -> None:
             continue
         if not OmegaConf.is_dict(node := tree.get(field.name, {})):
             got = "null" if node is None else node
-            raise ConfigError(f"{field.name} takes {field.name}.{fields(cls)[0].name}=…, got {got}")
+            first = f"{field.name}.{fields(cls)[0].name}"
+            rule = f"{field.name} is a group of keys: set one, such as {first}=…"
+            raise ConfigError(f"{rule}, got {got}")
 
 
 def _plain(tree: Any, key: str) -> Any:

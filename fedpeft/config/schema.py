@@ -58,8 +58,8 @@ class Runtime:
         min_replies: usable replies that a round needs: a count (int), or a share (float) of the
             round's clients, rounded up. With fewer the round is repeated once, and then the run
             ends; its last checkpoint goes on.
-        wait_after_min: seconds to wait for the others once so many usable ones are in; null waits
-            until ``round_timeout``.
+        wait_after_min: seconds to wait for the other replies once ``min_replies`` usable ones are
+            in; null waits until ``round_timeout``.
         lost_state: for a client whose node lacks the kept state that the server counts on:
             ``refuse`` leaves it out and says so, ``restart`` begins its kept state anew.
     """

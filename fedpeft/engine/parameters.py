@@ -10,7 +10,7 @@ from fedpeft.engine.replica import check_choices, injected
 from fedpeft.engine.roles import Roles
 from fedpeft.models.precision import train_in_float32
 
-FEWEST_ROUNDS = 24  # because a method may train other parameters in other rounds
+FEWEST_ROUNDS = 24  # so that every factor of FedTT+ has its turn
 COUNTED = ("trained", "sent_up", "sent_down", "bytes_up", "bytes_down")
 
 
@@ -44,7 +44,7 @@ def count_on_meta(config: Config) -> dict[str, Any]:
     """Count the real architecture's parameters without its weights.
 
     Args:
-        config: the run, whose rounds are counted; of a short one ``FEWEST_ROUNDS``.
+        config: the run; at least ``FEWEST_ROUNDS`` rounds are counted.
 
     Returns:
         ``parameter_counts``, with ``total`` without the method's parameters, and

@@ -129,7 +129,5 @@ def mean_loss(losses: Sequence[Tensor]) -> float:
     """
     mean = float(torch.stack(list(losses)).double().mean())
     if not math.isfinite(mean):
-        raise FloatingPointError(
-            f"training loss is {mean}: lower lr, or set precision=fp32 if it is not"
-        )
+        raise FloatingPointError(f"training loss is {mean}: lower lr, or set precision=fp32")
     return mean

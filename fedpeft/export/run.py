@@ -187,9 +187,8 @@ def _of_client(folder: Path, replica: Replica, best: bool, client: int) -> tuple
 
 
 def _kept(store: Store, replica: Replica, generation: int, client: int) -> State:
-    if (
-        not replica.roles.has_personal or generation == 0
-    ):  # it had not trained yet, so it was measured with the seeded start
+    # A client that had not trained yet, of generation 0, was measured with the seeded start.
+    if not replica.roles.has_personal or generation == 0:
         return {}
     if generation not in store.generations:
         raise ValueError(

@@ -82,13 +82,13 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
 
 
 def _other_runs(study: Study, done: Sequence[Done]) -> list[str]:
-    """Say how many runs of earlier commands are in the folder, too."""
+    """Say how many runs of the folder the table leaves out."""
     named = {run.path / CONFIG for run, _ in done}
     others = [file for file in study.folder.glob(f"*/lr=*/seed=*/{CONFIG}") if file not in named]
     if not others:
         return []
     runs = "1 run" if len(others) == 1 else f"{len(others)} runs"
-    return [f"Not in this table: {runs} of other commands in {study.folder}."]
+    return [f"Not in this table: {runs} in {study.folder}."]
 
 
 def save_comparison(

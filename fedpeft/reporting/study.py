@@ -230,19 +230,13 @@ def numbers(name: str, text: str, kind: Callable[[str], T]) -> list[T]:
         raise ValueError(f"{name} must be numbers by commas, got {text}") from error
 
 
-def number(name: str, text: str, kind: Callable[[str], T]) -> T | None:
-    """Parse one number.
-
-    Args:
-        name: the option, for the error.
-        text: the option's value; empty for null.
-        kind: ``int`` or ``float``.
+def whole_number(name: str, text: str) -> int | None:
+    """Return the whole number that an option has; null for an empty text.
 
     Raises:
-        ValueError: the text is no such number.
+        ValueError: the text is none.
     """
     try:
-        return kind(text) if text else None
+        return int(text) if text else None
     except ValueError as error:
-        whole = "whole " if kind is int else ""
-        raise ValueError(f"{name} must be one {whole}number, got {text}") from error
+        raise ValueError(f"{name} must be one whole number, got {text}") from error

@@ -10,7 +10,7 @@ from fedpeft.config.load import composed, leaves
 from fedpeft.config.load import settings as settings_of
 from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Studying
-from fedpeft.reporting.study import Study, listed, number, numbers
+from fedpeft.reporting.study import Study, listed, numbers, whole_number
 
 
 class Finished(NamedTuple):
@@ -67,7 +67,7 @@ class StudyPlan:
             "lrs": numbers("--lrs", options["--lrs"], float) or chosen.lrs,
             "seeds": numbers("--seeds", options["--seeds"], int) or chosen.seeds,
         }
-        if (extend := number("--extend", options["--extend"], int)) is not None:
+        if (extend := whole_number("--extend", options["--extend"])) is not None:
             changes["extend"] = extend
         changes["methods"] = changes["methods"] or listed(methods)
         data = Path(options["--data"]) if options["--data"] else None
@@ -111,7 +111,8 @@ class StudyPlan:
         parent = data.parent
         if not parent.is_dir():
             return f"--data: there is no folder {parent}"
-        advice = f": give the folder above, --data {parent.parent}" * (parent.name == data.name)
+        above = parent.name == data.name
+        advice = f": give the folder above, --data {parent.parent}" if above else ""
         return f"--data {parent} must hold a folder {data.name}, got none{advice}"
 
     def _grow(self, studies: Sequence[Study], finish_one: Finish) -> list[Finished]:

@@ -39,8 +39,7 @@ class Checkpoint:
         best_state: the same after the best round; null if its file is broken or gone.
         memory: the strategy's.
         method_memory: the method's.
-        best_method_memory: the method's after the best round; empty in the checkpoints of earlier
-            versions.
+        best_method_memory: the method's after the best round.
         data: hash of the server's rows; null in the checkpoints of earlier versions.
         partition: hash of who holds which rows; null where clients have rows of their own, which
             their nodes check themselves.
@@ -61,7 +60,7 @@ class Checkpoint:
     best_state: State | None
     memory: Memory
     method_memory: Memory
-    best_method_memory: Memory = field(default_factory=dict)
+    best_method_memory: Memory
     data: str | None = None
     partition: str | None = None
     own_rows: Sequence[int] = ()
@@ -91,7 +90,9 @@ class Checkpoints:
         tensors = _named("state", {"": checkpoint.state})
         tensors |= _named("memory", checkpoint.memory)
         tensors |= _named("method_memory", checkpoint.method_memory)
-        tensors |= _named("best_method_memory", checkpoint.best_method_memory)
+        best = _named("best_method_memory", checkpoint.best_method_memory)
+        # Copies, because the last round may be the best one, and a file has no tensor twice.
+        tensors |= {name: value.clone() for name, value in best.items()}
         notes = {
             "round": checkpoint.round,
             "run": checkpoint.run,
@@ -155,7 +156,8 @@ class Checkpoints:
                 best_state=self._best_state(notes["best"], {**states, round: state}),
                 memory=parts["memory"],
                 method_memory=parts["method_memory"],
-                best_method_memory=parts["best_method_memory"],
+                # Earlier versions did not save it.
+                best_method_memory=parts["best_method_memory"] or parts["method_memory"],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             file = self._file(round)

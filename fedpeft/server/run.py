@@ -159,7 +159,9 @@ class Run(Observer):
         path = self.directory.path
         done = f"after round {self.lines[-1]['round']}" if self.lines else "before round 0 ended"
         if diverged(reason):
-            return f"stopped {done}, and would diverge again: give a new run_dir"
+            return (
+                f"stopped {done}, and would probably diverge again: lower lr and give a new run_dir"
+            )
         return f"stopped {done}: the same command with run_dir={path} resume=true goes on"
 
     def phase(self, name: str, clients: int) -> None:

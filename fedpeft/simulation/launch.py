@@ -203,14 +203,22 @@ def _try_all(runs: Sequence[Sequence[str]], configs: Sequence[Config]) -> None:
         try:
             check_on_meta(config)
         except ValueError as error:
-            misfits[f"{_entry(overrides, runs)}: {error}"] = None
+            misfits[f"{_entry(overrides, runs, config)}: {error}"] = None
     if misfits:
         raise ValueError("; ".join(misfits))
 
 
-def _entry(overrides: Sequence[str], runs: Sequence[Sequence[str]]) -> str:
-    """Return a run's method and the overrides that not all runs have, as a study writes them."""
+def _entry(overrides: Sequence[str], runs: Sequence[Sequence[str]], config: Config) -> str:
+    """Return a run's method and the overrides that not all runs have, as a study writes them.
+
+    Args:
+        overrides: of the run.
+        runs: overrides of all runs.
+        config: of the run, whose method has a name if no override gives it.
+    """
     common = set(runs[0]).intersection(*runs)
-    same = ("run_dir=", "lr=", "seed=")  # an entry has several of them
-    own = [o for o in overrides if o not in common and not o.startswith(same)]
-    return "+".join(o.removeprefix("method=") for o in own)
+    of_run = ("run_dir=", "lr=", "seed=")  # an entry's runs differ in them
+    own = [o for o in overrides if o not in common and not o.startswith((*of_run, "method="))]
+    methods = [o.removeprefix("method=") for o in overrides if o.startswith("method=")]
+    named = methods[-1:] or [type(config.method).__name__]
+    return "+".join([*named, *(o.lstrip("+") for o in own)])

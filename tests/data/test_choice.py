@@ -255,16 +255,20 @@ def test_rows_that_have_no_choice(tmp_path: Path, case: str) -> None:
     assert str(error.value) == f"row 2 of train (line 2) {reason}: {NO_ROW}"
 
 
-@pytest.mark.parametrize("column", ["entities", "answers"])
-@pytest.mark.parametrize(("cell", "kind"), [("rain;team", "text"), ([1, 2], "a list")])
-def test_candidates_that_are_no_list_of_texts(
-    tmp_path: Path, column: str, cell: Any, kind: str
-) -> None:
+@pytest.mark.parametrize(("cell", "stored"), [("rain;team", "text"), ([1, 2], "a list")])
+def test_candidates_that_are_no_list_of_texts(tmp_path: Path, cell: Any, stored: str) -> None:
     """A CSV file has one text, whose letters would be candidates."""
-    rows = [row | {column: cell} for row in RECORD]
+    rows = [row | {"entities": cell} for row in RECORD]
     task = replace(composed("data=record").data, path=write(tmp_path, train=rows), bad_rows="error")
-    with pytest.raises(ValueError, match=f"has {kind} in {column}, must be a list of texts"):
+    with pytest.raises(ValueError, match=f"has {stored} in entities, must be a list of texts"):
         task.split_rows("train")
+
+
+def test_one_text_is_a_right_answer_and_no_part_of_it(tmp_path: Path) -> None:
+    rows = [RECORD[1] | {"entities": ["goal", "goal and team"], "answers": "goal and team"}]
+    path = write(tmp_path, train=rows, validation=rows)
+    task: MultipleChoice = replace(composed("data=record").data, path=path)
+    assert task.right(task.train_rows) == [[1]]
 
 
 @pytest.mark.parametrize("label", [2, -1, None])

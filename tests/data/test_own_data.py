@@ -165,9 +165,9 @@ def test_a_column_of_numbers_that_are_hardly_labels(tmp_path: Path) -> None:
     (note,) = TextClassification(
         path=write(tmp_path, train=rows, validation=rows, test=rows)
     ).notes()
-    assert note.startswith(
-        "column label has 40 labels in 40 rows: to learn a number, set data._tar"
-    )
+    assert note.startswith("column label has 40 labels in 40 rows: to learn a number, set data.")
+    named = [str(i / 7) for i in range(40)]
+    assert TextClassification(path=str(tmp_path), labels=named).notes() == []
 
 
 def test_labels_that_differ_by_blanks_or_case(tmp_path: Path) -> None:

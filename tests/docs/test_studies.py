@@ -66,13 +66,7 @@ TABLES = [
     (FEDTT, "| method | rate | global test", SST2, OF_FEDTT, True),
     ("README.md", "| method | accuracy", SST2, OF_FEDTT[1:], True),
     (SCL, "| on MedQuAD | rate", MEDQUAD, OF_SCL, True),
-    (
-        "README.md",
-        "| method | loss, server's rows",
-        MEDQUAD,
-        ("test_loss", "quality", "bytes"),
-        False,
-    ),
+    ("README.md", "| method | loss, server's rows", MEDQUAD, OF_README, False),
 ]
 # Page, beginning of the table's heading, folder of the study and number of pairs.
 PAIRS = [(SCL, "| on MedQuAD, first |", MEDQUAD, 9)]

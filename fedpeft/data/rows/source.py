@@ -220,14 +220,13 @@ class Source(ABC):
         return name if self.tables.keys() - read - {*self.extra_tests.values()} else None
 
     def all_as_test(self, most: int | None) -> Self:
-        """Return the set with the rows of train for test rows, if it has none of its own.
+        """Return the set with all its test rows, which are those of train if it has none.
 
         Args:
             most: number of rows at most; null for all.
         """
-        if self._name("test"):
-            return self
-        return replace(self, test_split=self.train_split, max_test_rows=most)
+        split = self.test_split if self._name("test") else self.train_split
+        return replace(self, test_split=split, max_test_rows=most)
 
     @cached_property
     def _carved(self) -> "dict[str, Dataset]":

@@ -93,18 +93,18 @@ class MultipleChoice(Task):
                 for label, candidates in zip(values(rows, self.target), all_candidates, strict=True)
             ]
         return [
-            [i for i, text in enumerate(candidates) if text in _texts(answers)]
-            for candidates, answers in zip(all_candidates, values(rows, self.answers), strict=True)
+            [i for i, text in enumerate(candidates) if text in answers]
+            for candidates, answers in zip(
+                all_candidates, map(_answers, values(rows, self.answers)), strict=True
+            )
         ]
 
     def problems(self, rows: "Dataset") -> dict[int, str]:
         problems = super().problems(rows)
-        lists = self.choices if len(self.choices) == 1 else []
-        for column in [*lists, *filter(None, [self.answers])]:
+        for column in self.choices if len(self.choices) == 1 else []:
             for i, cell in enumerate(values(rows, column)):
                 if cell is not None and not _texts(cell) and cell != []:
-                    stored = f"has {kind(cell)} in {column}"
-                    problems.setdefault(i, f"{stored}, must be a list of texts")
+                    problems.setdefault(i, f"has {kind(cell)} in {column}, must be a list of texts")
         for i, (texts, right) in enumerate(
             zip(self.candidates(rows), self.right(rows), strict=True)
         ):
@@ -225,3 +225,8 @@ def _texts(cell: Any) -> list[str]:
     """Return a cell's list of texts; empty if it is anything else."""
     texts = isinstance(cell, list) and all(isinstance(text, str) for text in cell)
     return cell if texts else []
+
+
+def _answers(cell: Any) -> list[str]:
+    """Return the right texts of a cell, which may be one text."""
+    return [cell] if isinstance(cell, str) else _texts(cell)

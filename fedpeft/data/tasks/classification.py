@@ -40,7 +40,7 @@ class Classification(Task):
         """Class names by number: ``labels``, the column's own names, or its sorted values.
 
         Raises:
-            ValueError: there is only one, or ``metrics`` has ``f1`` and there are more than two.
+            ValueError: there is only one, or ``metrics`` has ``f1`` and there are not two.
         """
         return self._label_names
 
@@ -49,8 +49,8 @@ class Classification(Task):
         names = list(self.labels) or self.remembered("labels", self._labels_of_data)
         if "f1" in self.metrics and len(names) != 2:
             raise ValueError(
-                f"data.metrics=[f1] is F1 of the second of two classes, got {len(names)} classes: "
-                "choose f1_macro or f1_weighted"
+                f"data.metrics has f1, which is F1 of the second of two classes, got {len(names)} "
+                "classes: choose f1_macro or f1_weighted"
             )
         return names
 
@@ -107,20 +107,13 @@ class Classification(Task):
         return problems
 
     def _notes(self) -> list[str]:
-        """See ``Source.notes``; labels that are perhaps none, or differ by blanks or case only."""
+        """See ``Source.notes``; labels that differ by blanks or case only are named."""
         numbers = self.class_numbers(self._table(self.train_split))
         counts = np.bincount(numbers, minlength=len(self.label_names)).tolist()
         alike: dict[str, list[str]] = {}
         for name, count in zip(self.label_names, counts, strict=True):
             alike.setdefault(_plain(name), []).append(f"'{name}' ({count} rows)")
-        notes = super()._notes()
-        if len(counts) > max(20, len(numbers) / 2):
-            notes.append(
-                f"column {self.target} has {len(counts)} labels in {len(numbers)} rows: to learn "
-                "a number, set data._target_=fedpeft.data.tasks.text.Regression and "
-                "data.metrics=[spearman]"
-            )
-        return notes + [
+        return super()._notes() + [
             f"labels of column {self.target} differ by blanks or case only: {', '.join(names)}"
             for names in alike.values()
             if len(names) > 1

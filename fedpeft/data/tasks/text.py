@@ -81,6 +81,17 @@ class TextClassification(Classification, Texts):
     def arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
         return self.tokenised(rows, processor) | {"labels": self.class_numbers(rows)}
 
+    def _notes(self) -> list[str]:
+        """See ``Source.notes``; a column of numbers is perhaps no label."""
+        rows, count = len(self._table(self.train_split)), len(self.label_names)
+        if self.labels or count <= max(20, rows / 2):
+            return super()._notes()
+        return [
+            *super()._notes(),
+            f"column {self.target} has {count} labels in {rows} rows: to learn a number, set "
+            "data._target_=fedpeft.data.tasks.text.Regression and data.metrics=[spearman,pearson]",
+        ]
+
 
 @dataclass(frozen=True)
 class Regression(Texts):
@@ -141,8 +152,9 @@ class DocstringsRows(Source):
         super().__post_init__()
         if self.path is not None:
             raise ValueError(
-                "data.path must not be set, because data=docstrings builds its own rows, got "
-                f"{self.path}: choose a set that reads a folder, such as data=table"
+                "data.path must not be set, because this set builds its own rows, got "
+                f"{self.path}: choose a set that reads a folder, such as data=table or "
+                "data=instructions"
             )
 
     def folder(self) -> str:

@@ -207,10 +207,11 @@ def _parts(
         keys: those that the names have.
         facts: of all methods, of whose keys a short form must be none.
     """
-    columns = {
-        _short(key, facts): brief([_text(fact.get(key)) for fact in same], 24) for key in keys
-    }
-    return [[f"{key}={column[i]}" for key, column in columns.items()] for i in range(len(same))]
+    columns = {key: brief([_text(fact.get(key)) for fact in same], 24) for key in keys}
+    return [
+        [f"{_short(key, facts)}={column[i]}" for key, column in columns.items() if key in fact]
+        for i, fact in enumerate(same)
+    ]
 
 
 def _text(value: Any) -> str:
