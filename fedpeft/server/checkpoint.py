@@ -39,7 +39,8 @@ class Checkpoint:
         best_state: the same after the best round; null if its file is broken or gone.
         memory: the strategy's.
         method_memory: the method's.
-        best_method_memory: the method's after the best round.
+        best_method_memory: the method's after the best round; that of the last one in the
+            checkpoints of earlier versions.
         data: hash of the server's rows; null in the checkpoints of earlier versions.
         partition: hash of who holds which rows; null where clients have rows of their own, which
             their nodes check themselves.
@@ -105,6 +106,7 @@ class Checkpoints:
             "own_rows": list(checkpoint.own_rows),
             "shared_rows": list(checkpoint.shared_rows),
             "said": list(checkpoint.said.items()),
+            "best_memory": True,
         }
         save(self._file(checkpoint.round), tensors, {NOTES: json.dumps(notes)})
         self._bests[checkpoint.round] = checkpoint.best
@@ -149,6 +151,7 @@ class Checkpoints:
             for key in ("accepted", "best_accepted"):
                 notes[key] = dict(notes[key])
             notes["said"] = dict(notes.get("said", ()))
+            of_best = notes.pop("best_memory", False)
             state = parts["state"].get("", {})
             return Checkpoint(
                 **notes,
@@ -156,8 +159,7 @@ class Checkpoints:
                 best_state=self._best_state(notes["best"], {**states, round: state}),
                 memory=parts["memory"],
                 method_memory=parts["method_memory"],
-                # Earlier versions did not save it.
-                best_method_memory=parts["best_method_memory"] or parts["method_memory"],
+                best_method_memory=parts["best_method_memory" if of_best else "method_memory"],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             file = self._file(round)

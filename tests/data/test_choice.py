@@ -267,7 +267,9 @@ def test_candidates_that_are_no_list_of_texts(tmp_path: Path, cell: Any, stored:
 def test_one_text_is_a_right_answer_and_no_part_of_it(tmp_path: Path) -> None:
     rows = [RECORD[1] | {"entities": ["goal", "goal and team"], "answers": "goal and team"}]
     path = write(tmp_path, train=rows, validation=rows)
-    task: MultipleChoice = replace(composed("data=record").data, path=path)
+    task: MultipleChoice = replace(
+        composed("data=record").data, path=path, validation_split="validation"
+    )
     assert task.right(task.train_rows) == [[1]]
 
 
