@@ -167,6 +167,25 @@ def test_the_table_of_fedtt_s_variants_is_the_two_studies_own() -> None:
             original = rows  # those below it are compared with it
 
 
+DOLLY = "scl_table2/data=dolly_num_clients=4"
+
+
+def test_the_table_of_dolly_s_first_seed_is_its_runs_own() -> None:
+    """The study is not at its end, so it has no runs.csv."""
+    shown = table(page(SCL), "| on Dolly, seed 0 |")
+    assert len(shown) == 12
+    for name, cells in shown.items():
+        (file,) = (ROOT / "results" / DOLLY / ENTRIES[name]).glob("lr=*/seed=0/summary.json")
+        summary = json.loads(file.read_text())
+        keys = ("client_validation_loss", "client_test_rouge_l_generated", "test_loss")
+        values = [summary["final"].get(key) for key in keys]
+        sent = sum(summary["bytes"][f"{way}link_bytes"] for way in ("up", "down"))
+        assert cells == [
+            *("-" if value is None else bare(f"{value:.3f}") for value in values),
+            f"{sent / 1e6:.1f}",
+        ]
+
+
 # --- words ---------------------------------------------------------------------------------------
 
 
