@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from fedpeft.server.checkpoint import NOTES, Checkpoint, Checkpoints
-from fedpeft.state import State, save
+from fedpeft.state import State, read_with_notes, save
 
 
 def one(value: float) -> State:
@@ -46,6 +47,32 @@ def values(folder: Path) -> list[tuple[int, float, float | None]]:
 def test_states_come_back(tmp_path: Path) -> None:
     saved(tmp_path, (3, 3), (4, 3), (5, 3))
     assert values(tmp_path) == [(4, 4, 3), (5, 5, 3)]
+
+
+def test_the_best_round_s_memory_comes_back_even_if_it_is_empty_or_the_last_one_s(
+    tmp_path: Path,
+) -> None:
+    last = {"ranks": one(2)}
+    for round, best in ((3, {}), (4, last), (5, {"ranks": one(4)})):
+        whole = replace(checkpoint(round, 3), method_memory=last, best_method_memory=best)
+        Checkpoints(tmp_path, 1).save(whole)
+        (found,) = Checkpoints(tmp_path, 1).load()[-1:]
+        assert (found.method_memory, found.best_method_memory) == (last, best)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_the_last_memory_for_the_best(
+    tmp_path: Path,
+) -> None:
+    saved(tmp_path, (3, 3))
+    (file,) = tmp_path.glob("round_00003*")
+    whole = replace(checkpoint(3, 3), method_memory={"ranks": one(2)})
+    Checkpoints(tmp_path, 1).save(whole)
+    tensors, text = read_with_notes(file)
+    notes = json.loads(text[NOTES])
+    assert notes.pop("best_memory") is True
+    save(file, tensors, {NOTES: json.dumps(notes)})
+    (found,) = Checkpoints(tmp_path, 1).load()
+    assert found.best_method_memory == {"ranks": one(2)}
 
 
 @pytest.mark.parametrize("lose", [cut, Path.unlink])
