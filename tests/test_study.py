@@ -590,6 +590,32 @@ def test_training_that_diverged_is_not_run_again_and_other_failures_are(tmp_path
     assert again.launched == [("LoRA", 0.1, 1), ("LoRA", 0.1, 2)]
 
 
+@pytest.mark.parametrize("command", ["study", "compare"])
+def test_a_command_of_which_a_run_failed_has_status_2_unless_training_diverged(
+    command: str,
+    fedpeft: Callable[..., str],
+    base: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def result(lr: float, seed: int) -> Outcome:
+        return reasons[lr] if lr in reasons else summary_of(0.5, 0.5)
+
+    reasons: dict[float, Exception] = {2.0: RuntimeError(NAN), 3.0: RuntimeError("disk is full")}
+    monkeypatch.setattr("fedpeft.simulation.launch.run_all", lambda runs, *rest: fake(runs))
+    methods = "lora+lr=1,lora+lr=2,lora+lr=3"
+    words = [command, "--methods", methods, *(o for o in base if not o.startswith("method"))]
+    words += ["run_dir=out", "method.rank=4"]
+    fake = Fake(result)
+    with pytest.raises(SystemExit) as ended:
+        fedpeft(*words)
+    assert ended.value.code == 2
+    assert "fedpeft: 1 run failed, for the reasons in the tables of out" in capsys.readouterr().err
+    fake = Fake(lambda *_: summary_of(0.5, 0.5))
+    fedpeft(*words)
+    assert [lr for _, lr, _ in fake.launched] == [3.0]
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_run_of_another_configuration_is_refused_and_kept(tmp_path: Path, finished: bool) -> None:
     outcome = summary_of(0.5, 0.5) if finished else RuntimeError("the worker that was at it died")

@@ -21,7 +21,11 @@ METHODS = "lora,ffa_lora,fedsa_lora,scl,fedtt,fedtt_plus"  # if the command name
 
 
 def compare(arguments: list[str]) -> None:
-    """Run several methods on the same clients, rows and budget: a study of one run a method."""
+    """Run several methods on the same clients, rows and budget: a study of one run a method.
+
+    Raises:
+        RuntimeError: a run failed; the table, which is saved, says why.
+    """
     as_json, arguments = flag(arguments, "--json")
     methods, rest = option(arguments, "--methods")
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -45,6 +49,7 @@ def compare(arguments: list[str]) -> None:
         ended = {row["method"] for row in results.rows}
         paths = {run.entry: run.path for run in planned.runs() if run.entry in ended}
         _ask(paths, chosen.questions, folder, as_json)
+    _check_none_failed(results.again, folder)
 
 
 def _ask(runs: dict[str, Path], count: int, folder: Path, as_json: bool) -> None:
@@ -61,7 +66,7 @@ def study(arguments: list[str]) -> None:
     """Run methods x learning rates x seeds; the same command goes on where it stopped.
 
     Raises:
-        RuntimeError: no run of a table came to its end; the other tables are there.
+        RuntimeError: a run failed, or no run of a table came to its end; the other tables are there.
     """
     as_json, words = flag(arguments, "--json")
     only_estimate, rest = flag(words, "--estimate")
@@ -78,6 +83,7 @@ def study(arguments: list[str]) -> None:
         return
     command = Command(["study", *words], folder, as_json, save_study, plan.settings.extend)
     failed: dict[Path, str] = {}
+    again: dict[Path, int] = {}
 
     def finish_one(last: bool, planned: Study) -> Finished:
         try:
@@ -86,6 +92,7 @@ def study(arguments: list[str]) -> None:
             failed[planned.folder] = str(error)
             return Finished(planned, {})
         failed.pop(planned.folder, None)
+        again[planned.folder] = results.again
         if not as_json:
             results.page.show()
             print(f"saved {planned.folder}/study.md, study.png, runs.csv")
@@ -97,6 +104,21 @@ def study(arguments: list[str]) -> None:
     plan.finish_tables(finish_one)
     if failed:
         raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
+    _check_none_failed(sum(again.values()), folder)
+
+
+def _check_none_failed(count: int, folder: Path) -> None:
+    """Give a command status 2 if runs failed for another reason than training that diverged.
+
+    Raises:
+        RuntimeError: some did.
+    """
+    if count:
+        runs = "1 run" if count == 1 else f"{count} runs"
+        raise RuntimeError(
+            f"{runs} failed, for the reasons in the tables of {folder}: the same command tries "
+            "again and keeps all that is finished"
+        )
 
 
 class Command(NamedTuple):

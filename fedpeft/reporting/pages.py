@@ -36,11 +36,13 @@ class Results(NamedTuple):
         page: the table as text.
         rows: the same with all digits, the best quality first.
         baseline: quality of a client's commonest label, or None.
+        again: runs that failed and that the next command tries again.
     """
 
     page: Page
     rows: Rows
     baseline: float | None
+    again: int
 
 
 def save_study(study: Study, done: Sequence[Done], measures: Measures, command: str) -> Results:
@@ -78,7 +80,7 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
     page.save(study.folder / "study.md")
     shown = [row for row in rows if row["quality"] is not None]
     plot_study(study.folder / "study.png", shown, measures.quality, floor)
-    return Results(page, rows, floor)
+    return Results(page, rows, floor, sum(one.again for one in done))
 
 
 def _other_runs(study: Study, done: Sequence[Done]) -> list[str]:
@@ -123,7 +125,7 @@ def save_comparison(
     write_csv(study.folder / "comparison.csv", rows)
     picture = study.folder / "comparison.png"
     plot_comparison(picture, rows, curves, measures.quality, measures.selects, floor)
-    return Results(page, rows, floor)
+    return Results(page, rows, floor, sum(one.again for one in done))
 
 
 def _further_measures(rows: Rows, measures: Measures) -> list[Page]:
