@@ -37,6 +37,18 @@ def check_path(key: str, path: str) -> Path:
     return local
 
 
+def not_below(path: str) -> str:
+    """Say that a folder is here but nothing in it has a path's name; empty if the folder is not.
+
+    Args:
+        path: is nowhere here, so it is perhaps a misspelt folder and no name of the hub.
+    """
+    folder, name = Path(path).expanduser().parent, Path(path).name
+    return (
+        f" (the folder {folder} is, and has no {name})" if "/" in path and folder.is_dir() else ""
+    )
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a draft's path; at the end the draft takes the place of ``path``, on the disk.

@@ -766,9 +766,9 @@ def empty_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_offline_one_sentence_says_what_to_download(empty_hub: Path) -> None:
     model = published("roberta_large")
     expected = (
-        "model FacebookAI/roberta-large (revision 722cf37) is not in the hub cache and the hub "
-        "cannot be reached: download it where there is a network, with 'hf download "
-        "FacebookAI/roberta-large --revision 722cf37b1afa9454edce342e7895e588b6ff1d59 "
+        "model FacebookAI/roberta-large (revision 722cf37) is no folder here and not in the hub "
+        "cache, and the hub cannot be reached: download it where there is a network, with "
+        "'hf download FacebookAI/roberta-large --revision 722cf37b1afa9454edce342e7895e588b6ff1d59 "
         "--local-dir FOLDER', and give model.path=FOLDER"
     )
     for load_part in (lambda: model.build(TEXT, 2, 0), model.tokenizer):

@@ -66,7 +66,7 @@ def study(arguments: list[str]) -> None:
     """Run methods x learning rates x seeds; the same command goes on where it stopped.
 
     Raises:
-        RuntimeError: a run failed, or no run of a table came to its end; the other tables are there.
+        RuntimeError: a run failed, or no run of a table came to its end; all other runs are saved.
     """
     as_json, words = flag(arguments, "--json")
     only_estimate, rest = flag(words, "--estimate")

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import constants, errors, utils
 
 from fedpeft.errors import PartlyPublic
+from fedpeft.files import not_below
 
 PATIENCE = 5.0  # seconds; transformers' retries take over 20 a file
 
@@ -75,12 +76,14 @@ def _in_one_sentence(source: str, revision: str | None, key: str, error: Excepti
         )
     if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes):
         return ValueError(
-            f"model {source} is neither a folder here nor a public model of the hub: {give}"
+            f"model {source} is neither a folder here{not_below(source)} nor a public model of the "
+            f"hub: {give}"
         )
     if not reachable():
         return ValueError(
-            f"model {named} is not in the hub cache and the hub cannot be reached: download it "
-            f"where there is a network, with {download}, and {give}"
+            f"model {named} is no folder here{not_below(source)} and not in the hub cache, and the "
+            f"hub cannot be reached: download it where there is a network, with {download}, "
+            f"and {give}"
         )
     return PartlyPublic(f"model {named} cannot be loaded", said)
 

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from fedpeft.data.rows.text_files import PLAIN, RECODE, TextFormat
 from fedpeft.errors import PartlyPublic, named_row
-from fedpeft.files import check_path
+from fedpeft.files import check_path, not_below
 from fedpeft.models.hub import reachable
 from fedpeft.seeding import generator
 
@@ -150,7 +150,7 @@ def _from_hub(path: str, subset: str | None, revision: str | None) -> "dict[str,
         inside = f"--include '{subset}/*' " if subset else ""
         folder = f"FOLDER/{subset}" if subset else "FOLDER"
         raise PartlyPublic(
-            f"data set {path} is no folder here and cannot be had from the hub "
+            f"data set {path} is no folder here{not_below(path)} and cannot be had from the hub "
             f"({type(error).__name__}): where there is a network, run `hf download {wanted} "
             f"--repo-type dataset {inside}--local-dir FOLDER`, then give data.path={folder}",
             f"; {first}",
