@@ -19,17 +19,12 @@ class DoRA(LoRA):
     the norm of W0, and the norm counts as a constant in the gradient. The matrix is not linear in
     A, B and m together, so their mean is not exact.
 
-    ``dropout`` must be 0, because PEFT calls A on the identity matrix too: with dropout, clients
-    that train in one pass would mix.
+    Clients train one by one, because PEFT also calls A on the identity matrix, which holds no row
+    of the batch.
 
     The paper is not federated, so it leaves open how the clients' m are aggregated. Here it is by
     the weighted mean. ``personal=*lora_magnitude*`` keeps m on the client.
     """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dropout:
-            raise ValueError(f"dropout must be 0 with DoRA, got {self.dropout}")
 
     def config(self, model: nn.Module, **more: Any) -> LoraConfig:
         return super().config(model, use_dora=True, **more)

@@ -63,9 +63,8 @@ def test_the_dense_matrix_is_the_one_that_the_layer_applies(
     torch.testing.assert_close(dense.float().norm(dim=1), magnitude.abs())
 
 
-def test_the_dense_matrix_by_hand() -> None:
-    """W0 + 2 B A = [[3, 4]], of length 5; m = 10 doubles it."""
-    method = DoRA(rank=1, alpha=2.0, targets=["query"])
+def by_hand(method: DoRA) -> Any:
+    """Return a layer with W0 + 2 B A = [[3, 4]], of length 5; m = 10 doubles it."""
     layer = nn.Linear(2, 1, bias=False)
     module: Any = method.inject(Tiny(layer, "bert")).query
     values = {
@@ -77,8 +76,21 @@ def test_the_dense_matrix_by_hand() -> None:
     with torch.no_grad():
         for name, value in values.items():
             module.get_parameter(name).copy_(torch.tensor(value))
-    dense = method.effective(module)
+    return module
+
+
+def test_the_dense_matrix_by_hand() -> None:
+    method = DoRA(rank=1, alpha=2.0, targets=["query"])
+    dense = method.effective(by_hand(method))
     assert dense is not None and dense.tolist() == [[6.0, 8.0]]
+
+
+def test_dropout_by_hand() -> None:
+    """W0 sees all of x = (1, 1), which gives 5; the rest, 5 x1 + 4 x2, sees entries 0 or 2."""
+    module = by_hand(DoRA(rank=1, alpha=2.0, targets=["query"], dropout=0.5)).train()
+    torch.manual_seed(0)
+    assert {*module(torch.ones(200, 2)).flatten().tolist()} == {5.0, 13.0, 15.0, 23.0}
+    assert {*module.eval()(torch.ones(200, 2)).flatten().tolist()} == {14.0}
 
 
 def test_dora_starts_as_the_base_model() -> None:
@@ -103,8 +115,3 @@ def test_a_b_magnitude_and_head_are_shared() -> None:
 
 def test_other_modules_have_no_dense_matrix() -> None:
     assert DoRA().effective(nn.Linear(2, 2)) is None
-
-
-def test_dropout_is_refused() -> None:
-    with pytest.raises(ValueError, match="dropout must be 0 with DoRA, got 0.1"):
-        DoRA(dropout=0.1)
