@@ -9,7 +9,7 @@ from pkgutil import resolve_name
 from fedpeft.errors import explained
 from fedpeft.simulation.stop import Terminated, stop_on_sigterm
 
-USAGE = """usage: fedpeft COMMAND [--json] [overrides]
+USAGE = """usage: fedpeft COMMAND [options] [overrides]
 
   run        one run, or with -m a sweep:  fedpeft run method=scl num_clients=4
                                            fedpeft run -m method=scl,fedtt partition.alpha=0.1,1
@@ -25,6 +25,7 @@ USAGE = """usage: fedpeft COMMAND [--json] [overrides]
   show       what each client got:         fedpeft show RUN [--round N]
   report     a page, figures and tables:   fedpeft report DIR... [--chosen] [--to FOLDER]
   partition  who holds what:               fedpeft partition num_clients=10 partition.alpha=0.1
+                                           [--out FOLDER]
   check      a dry run, which trains nothing: fedpeft check method=scl num_clients=4
   export     the model as a folder:        fedpeft export RUN --to DIR [--merge] [--client N]
   predict    answers to lines of text:     fedpeft predict RUN < texts

@@ -22,7 +22,7 @@ from fedpeft.errors import PartlyPublic
 from fedpeft.models.hub import reachable
 
 # Functions import evaluate and datasets, because they take seconds and few runs use them.
-if TYPE_CHECKING:  # imported late, because it takes seconds
+if TYPE_CHECKING:
     import evaluate
 
 PREFIX = "evaluate:"
@@ -32,7 +32,7 @@ _lock = Lock()  # a module keeps rows while it computes, and seeds numpy's globa
 
 
 def named(name: str) -> tuple[str, str] | None:
-    """Return a module's path or hub name, and its key or an empty text; None for another metric."""
+    """Return a module's path or hub name, and its key or an empty text; null for another metric."""
     if not name.startswith((PREFIX, *LOCAL)):
         return None
     path, _, key = name.removeprefix(PREFIX).partition(":")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedpeft.server.limits import a_step, capped, lower_median, too_far, update_norms
+from fedpeft.server.limits import capped, lower_median, norms_per_step, too_far, update_norms
 
 
 def test_norms_are_of_updates_and_of_blocks() -> None:
@@ -63,8 +63,8 @@ def test_the_reason_names_the_last_good_round() -> None:
 def test_steps_that_a_client_says_divide_its_norm_to_a_bound() -> None:
     steps = {0: 4, 1: 5, 2: 6 * 10**16}
     norms = {0: 8.0, 1: 5.0, 2: 1e6}
-    assert a_step(norms, steps, {2}) == {0: 2.0, 1: 1.0, 2: 1e6 / 500}
-    assert a_step(norms, steps, set())[2] == 1e6 / steps[2]  # the server knows its steps
+    assert norms_per_step(norms, steps, {2}) == {0: 2.0, 1: 1.0, 2: 1e6 / 500}
+    assert norms_per_step(norms, steps, set())[2] == 1e6 / steps[2]  # the server knows its steps
 
 
 def test_the_lower_median() -> None:

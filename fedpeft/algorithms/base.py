@@ -34,10 +34,11 @@ class FedAvg:
     Args:
         weights: of the clients: ``examples`` (number of training rows) or ``uniform``.
         max_weight: share of a round, in (0, 1], beyond which no client weighs. Null means 1, but
-            0.5 in a run with clients that train on rows of their own, because the server then has
-            nothing but their word for how many these are.
-        max_norm_ratio: a client is left out of a round if its update's norm a step is more than so
-            many times the round's median, > 1.
+            0.5 in a round with a client that trains on rows of its own, because the server cannot
+            check how many these are.
+        max_norm_ratio: > 1. A client is left out of a round if the norm of its update, divided by
+            its steps, is more than this many times the median of the round, or of the last good
+            round if that is larger.
     """
 
     weights: str = "examples"

@@ -23,8 +23,8 @@ class Scaffold(FedAvg):
     """Clients step by g - c_i + c; c_i stays on the client, its change is sent to the server.
 
     Only parameters that are shared in a round are corrected in it, and only their controls change
-    and are sent, which doubles the numbers sent both ways. A client whose reply is lost keeps its
-    new c_i, which c then does not contain.
+    and are sent, which doubles the numbers sent both ways. A client whose reply is lost goes on
+    from the c_i of its last accepted reply, so c contains the change of every c_i.
 
     Args:
         weights: ``uniform`` as in the paper, or ``examples``.

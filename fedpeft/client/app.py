@@ -41,11 +41,11 @@ def query(message: Message, context: Context) -> Message:
 def _facts(message: Message, context: Context) -> ConfigRecord:
     """Open model and rows, and return versions, a hash, counts and sizes, see ``facts``."""
     from fedpeft.client.client import engine_of
-    from fedpeft.engine.facts import facts, own_rows
+    from fedpeft.engine.facts import facts, rows_by_split
 
     try:
         engine = engine_of(message, context)
-        rows = own_rows(engine, int(context.node_config["partition-id"]))
+        rows = rows_by_split(engine, int(context.node_config["partition-id"]))
         return ConfigRecord({**facts(engine), **rows})
     except Exception as error:
         raise _public(error, context) from None

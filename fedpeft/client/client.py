@@ -269,8 +269,8 @@ class Client:
     def evaluate(self) -> RecordDict:
         """Measure the client's model on its own validation and test rows.
 
-        A site with rows of its own does not send the baseline, because that times the number of
-        its rows is how many of them have its commonest label.
+        A site with rows of its own does not send the baseline, because the
+        baseline times the number of rows tells how many rows have the commonest label.
         """
         engine, begun = self.engine, time.perf_counter()
         self._check_rows()

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from fedpeft.config.overrides import key_of
-from fedpeft.data.rows.source import SPLITS
+from fedpeft.data.rows.source import prefix_of
 from fedpeft.data.tasks.base import Task
 from fedpeft.engine.evaluate import scored
 from fedpeft.export.answers import answers
@@ -20,7 +20,7 @@ from fedpeft.export.load import Opened, opened
 from fedpeft.export.run import open_run
 from fedpeft.export.write import HOW
 from fedpeft.export.write import export as write
-from fedpeft.reporting.run_directory import SUMMARY
+from fedpeft.reporting.saved_runs import SavedRun
 
 AT_ONCE = 64  # lines that are answered together
 
@@ -122,7 +122,8 @@ def _rows_of(path: Path) -> str | None:
     """Return the hash of the rows that a run or an exported folder had; null if it has none."""
     if is_exported(path):
         return read(path).get("rows_sha256")
-    return json.loads((path / SUMMARY).read_text()).get("data", {}).get("sha256")
+    summary = SavedRun(path).summary
+    return None if summary is None else summary.get("data", {}).get("sha256")
 
 
 def measured(model: Opened) -> dict[str, float | int]:
@@ -135,7 +136,7 @@ def measured(model: Opened) -> dict[str, float | int]:
     for split in (*task.extra_tests, "test"):
         examples = task.encode(split, model.processor)
         values, _ = scored(*model, examples, os.cpu_count() or 1, last=True)
-        prefix = split if split in SPLITS else f"test_{split}"
+        prefix = prefix_of(split)
         measures |= {f"{prefix}_{name}": value for name, value in values.items()}
         measures[f"{prefix}_rows"] = len(examples.rows)
     return measures

@@ -15,6 +15,7 @@ from fedpeft.reporting.progress import Display, Tally
 from fedpeft.reporting.results import Measures, edges
 from fedpeft.reporting.study import Done, Study, listed
 from fedpeft.reporting.study_plan import Finished, StudyPlan
+from fedpeft.reporting.tables import counted
 from fedpeft.simulation import launch
 
 METHODS = "lora,ffa_lora,fedsa_lora,scl,fedtt,fedtt_plus"  # if the command names none
@@ -24,7 +25,8 @@ def compare(arguments: list[str]) -> None:
     """Run several methods on the same clients, rows and budget: a study of one run a method.
 
     Raises:
-        RuntimeError: a run failed; the table, which is saved, says why.
+        RuntimeError: a run failed for another reason than training that diverged, which the saved
+            table names; or no run came to its end, and then there is no table.
     """
     as_json, arguments = flag(arguments, "--json")
     methods, rest = option(arguments, "--methods")
@@ -66,7 +68,8 @@ def study(arguments: list[str]) -> None:
     """Run methods x learning rates x seeds; the same command goes on where it stopped.
 
     Raises:
-        RuntimeError: a run failed, or no run of a table came to its end; all other runs are saved.
+        RuntimeError: a run failed for another reason than training that diverged, or no run of a
+            table came to its end; all other runs are saved.
     """
     as_json, words = flag(arguments, "--json")
     only_estimate, rest = flag(words, "--estimate")
@@ -114,10 +117,9 @@ def _check_none_failed(count: int, folder: Path) -> None:
         RuntimeError: some did.
     """
     if count:
-        runs = "1 run" if count == 1 else f"{count} runs"
         raise RuntimeError(
-            f"{runs} failed, for the reasons in the tables of {folder}: the same command tries "
-            "again and keeps all that is finished"
+            f"{counted(count, 'run')} failed, for the reasons in the tables of {folder}: the same "
+            "command tries again and keeps all that is finished"
         )
 
 

@@ -87,15 +87,15 @@ class LargestOfAll(Codec):
 class TopK(Compression):
     """The entries of largest magnitude of each tensor of a client's update.
 
-    The client keeps what is left out and adds it to its next update (error feedback). A client
-    whose reply is lost has kept the error as if the reply had arrived. Clients alone compress, and
+    The client keeps what is left out and adds it to its next update (error feedback). If a reply is
+    lost, the next update adds the error of the last accepted reply. Clients alone compress, and
     only for methods whose server takes the mean: where it sets factors anew, the error would be
     added to other factors.
 
     Args:
-        ratio: share of a tensor's entries that is sent, in (0, 1]; one entry at least. Each takes 4
-            bytes. The places take a bit for each entry of the tensor, or 4 bytes for each entry
-            sent where that is not more.
+        ratio: share of a tensor's entries that is sent, in (0, 1]; one entry at least. Each entry
+            sent takes 4 bytes. The places take one bit for each entry of the tensor, or 4 bytes for
+            each entry sent if that is not more.
     """
 
     ratio: float = 0.1

@@ -44,7 +44,7 @@ class Runtime:
         num_cpus: cores of a worker; cores / num_cpus workers run at once.
         num_gpus: share of a GPU of a worker, e.g. 0.5 for two workers a GPU.
         total_cpus: cores that workers may take altogether; null for all. A Ray that is started here
-            has so many; of a running cluster a run takes no more.
+            has this many. On a running cluster, a run takes at most this many.
         address: a running Ray cluster that this machine belongs to: ``HOST:PORT``, or ``auto`` for
             the one on this machine. ``local`` starts a Ray of this machine alone. Null takes the
             environment's RAY_ADDRESS if it is set, and else is ``local``.
@@ -56,8 +56,8 @@ class Runtime:
         round_timeout: seconds to wait for a round's replies; late clients are left out.
         join_timeout: seconds to wait until all clients have a node.
         min_replies: usable replies that a round needs: a count (int), or a share (float) of the
-            round's clients, rounded up. With fewer the round is repeated once, and then the run
-            ends; its last checkpoint goes on.
+            round's clients, rounded up. With fewer, the round is repeated once. If that
+            fails too, the run ends, and ``resume=true`` goes on from its last checkpoint.
         wait_after_min: seconds to wait for the other replies once ``min_replies`` usable ones are
             in; null waits until ``round_timeout``.
         lost_state: for a client whose node lacks the kept state that the server counts on:
@@ -143,9 +143,9 @@ class Evaluation:
         clients: every client evaluates on its own validation and test rows: ``auto`` (if any
             parameter is personal), ``always`` or ``never``.
         batch_size: most rows in a batch.
-        max_tokens: most tokens in a batch, its sequences x its longest length. Of a language
-            model that caps or scales its logits, such as Gemma 2, these take 4 bytes x these tokens
-            x the size of the vocabulary; else few are held at once.
+        max_tokens: most tokens in a batch, its sequences x its longest length. A language model
+            that caps or scales its logits, such as Gemma 2, holds those of the whole batch: 4 bytes
+            x tokens x size of the vocabulary. Other models hold a few at a time.
         max_client_rows: most rows of each of a client's own splits; null for all.
         interference: compute the aggregation's interference in the rounds that are evaluated.
     """
@@ -260,7 +260,8 @@ class Settings:
     In a round, a client takes ``local_steps`` batches or, if that is null, ``local_epochs`` epochs.
 
     Args:
-        seed: all draws of the run derive from it; >= 0.
+        seed: the run's draws derive from it, except those of rows that are set aside or limited,
+            and those with a seed of the method; >= 0.
         num_clients: parts into which the training rows are divided, one a client.
         num_rounds: rounds of the run; 0 to measure the model as it is before training.
         local_steps: batches that a client trains on in a round; null with ``local_epochs``.

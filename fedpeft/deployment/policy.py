@@ -20,7 +20,8 @@ from fedpeft.config.overrides import join, key_of
 from fedpeft.config.schema import ConfigError
 from fedpeft.errors import PartlyPublic
 
-# Neither model nor data, because these name paths, columns, templates and labels of the site.
+# Nothing of the model, and of the data only sizes, because the other keys name paths, columns,
+# templates and labels of the site.
 ALLOW = (
     *("method.*", "strategy.*", "compression.*", "optimizer.*", "evaluation.*", "runtime.*"),
     *("partition._target_", "partition.alpha", "partition.min_size"),

@@ -23,7 +23,12 @@ log = logging.getLogger(__name__)
 
 
 class Program(NamedTuple):
-    """A program and its arguments; a name without a folder is one of this environment's."""
+    """A program that this process starts.
+
+    Attributes:
+        name: of its log and in messages.
+        command: the program and its arguments; one without a folder is of this environment.
+    """
 
     name: str
     command: Sequence[str | Path]
@@ -99,7 +104,7 @@ class Processes:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """End all programs, the last first, because the later ones sign off at the first."""
+        """End all programs in reverse order, because later ones sign off at earlier ones."""
         # A second signal would leave some behind.
         numbers = (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]

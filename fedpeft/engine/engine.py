@@ -32,6 +32,7 @@ class Result(NamedTuple):
     """The outcome of one client's training.
 
     Attributes:
+        trained: counts and means, see ``Trained``.
         after: all parameters that can change, full.
         moments: the optimizer's state to keep; empty unless ``optimizer.keep_state``.
         seconds: that the training took; of clients in one pass, the whole pass.

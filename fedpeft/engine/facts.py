@@ -45,7 +45,7 @@ def facts(engine: Engine) -> dict[str, str | int]:
     }
 
 
-def own_rows(engine: Engine, client: int) -> dict[str, int]:
+def rows_by_split(engine: Engine, client: int) -> dict[str, int]:
     """Count a client's rows by split.
 
     Raises:

@@ -90,18 +90,18 @@ class Stepper:
     ) -> None:
         self.flat, self.optimization = flat, optimization
         moments = moments or {}
-        self._runs = _runs(flat, moments)
-        self._tensors = [flat.vector] if len(self._runs) == 1 else self._slices()
+        self._stretches = _stretches(flat, moments)
+        self._tensors = [flat.vector] if len(self._stretches) == 1 else self._slices()
         self._optimizer = optimization.build(self._tensors, lr)
-        for tensor, names in zip(self._tensors, self._runs, strict=True):
-            if state := _state_of(names, flat, moments, tensor.device):
+        for tensor, names in zip(self._tensors, self._stretches, strict=True):
+            if state := _state_of(names, moments, tensor.device):
                 self._optimizer.state[tensor] = state
 
     def _slices(self) -> list[nn.Parameter]:
-        """Return views of the vector, one a run, whose gradients are views too."""
+        """Return views of the vector, one a stretch, whose gradients are views too."""
         assert self.flat.vector.grad is not None
         slices, at = [], 0
-        for names in self._runs:
+        for names in self._stretches:
             end = at + sum(self.flat.named[name].numel() for name in names)
             part = nn.Parameter(self.flat.vector.data[at:end])
             part.grad = self.flat.vector.grad[at:end]
@@ -132,7 +132,7 @@ class Stepper:
         ``step``, a scalar.
         """
         moments: State = {}
-        for tensor, names in zip(self._tensors, self._runs, strict=True):
+        for tensor, names in zip(self._tensors, self._stretches, strict=True):
             for kind, value in self._optimizer.state[tensor].items():
                 if value is None:
                     continue
@@ -144,17 +144,17 @@ class Stepper:
         return moments
 
 
-def _runs(flat: Flat, moments: State) -> list[list[str]]:
+def _stretches(flat: Flat, moments: State) -> list[list[str]]:
     """Cut the names, in order, wherever the number of steps changes."""
-    runs: list[list[str]] = []
+    stretches: list[list[str]] = []
     last: object = None
     for name in flat.named:
         count = _count(name, moments)
-        if not runs or count != last:
-            runs.append([])
-        runs[-1].append(name)
+        if not stretches or count != last:
+            stretches.append([])
+        stretches[-1].append(name)
         last = count
-    return runs
+    return stretches
 
 
 def _count(name: str, moments: State) -> float | None:
@@ -164,10 +164,8 @@ def _count(name: str, moments: State) -> float | None:
     return 0.0 if f"momentum_buffer:{name}" in moments else None
 
 
-def _state_of(
-    names: Sequence[str], flat: Flat, moments: State, device: torch.device
-) -> dict[str, Tensor]:
-    """Join the moments of a run's parameters."""
+def _state_of(names: Sequence[str], moments: State, device: torch.device) -> dict[str, Tensor]:
+    """Join the moments of neighbouring parameters with equal numbers of steps."""
     state: dict[str, Tensor] = {}
     for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
         if f"{kind}:{names[0]}" in moments:

@@ -54,7 +54,7 @@ class Job(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A phase of one client in one round.
+    """A phase of one client in which something trains.
 
     Attributes:
         path: round, client and, after the first phase, its number: the place of the draws.
@@ -82,7 +82,7 @@ class Ended(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One phase of one client in one round.
+    """The batches and learning rates of one client's phase.
 
     Attributes:
         num_examples: rows that the client has.

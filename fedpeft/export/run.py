@@ -21,7 +21,7 @@ from fedpeft.server.checkpoint import Checkpoints
 from fedpeft.state import Role, State, read
 
 
-class OneModel(Replica):
+class ReplicaWithBase(Replica):
     """A replica that remembers which parameters are the base model's."""
 
     def base_model(self) -> nn.Module:
@@ -62,7 +62,7 @@ class FinishedRun:
     summary: dict[str, Any]
     best: bool
     client: int | None
-    replica: OneModel
+    replica: ReplicaWithBase
     setting: str
 
     @property
@@ -106,7 +106,7 @@ def open_run(
     saved = _located(OmegaConf.load(folder / CONFIG), summary.get("working_directory"))
     tree: Any = changed(saved, overrides)
     config = typed(with_labels(tree, summary.get("labels")))
-    replica = OneModel(_whole(config) if whole else config)
+    replica = ReplicaWithBase(_whole(config) if whole else config)
     saved_state = read(folder / f"{'best_' if best else ''}shared_state.safetensors")
     state = as_received(config.compression, saved_state, config.seed)
     setting = ""

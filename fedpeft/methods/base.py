@@ -235,7 +235,7 @@ class Method(ABC):
         return type(self).aggregate is Method.aggregate
 
     def effective(self, module: nn.Module) -> Tensor | None:
-        """Return the dense matrix that a module's trained factors stand for, or None.
+        """Return the dense matrix that a module's trained factors stand for, or null.
 
         Examples are B A alpha/r, W2' C, and a TT's product. The interference diagnostic reads it.
         """

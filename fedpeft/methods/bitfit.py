@@ -30,7 +30,8 @@ class BitFit(Method):
         if not biases:
             raise ValueError(
                 f"{type(model).__name__} has no biases in its blocks, and this method trains "
-                "nothing else: choose another method, or a model with biases, such as gpt2"
+                "only biases and the head: choose another method, or a model with biases, such as "
+                "gpt2"
             )
         freeze_all_but_head(model)
         for parameter in biases:

@@ -71,7 +71,7 @@ class LoRA(Method):
         return self.product(module, "default")
 
     def product(self, module: nn.Module, adapter: str) -> Tensor | None:
-        """Return (alpha/r) B A of a module's PEFT adapter, or None if it has no LoRA."""
+        """Return (alpha/r) B A of a module's PEFT adapter, or null if it has no LoRA."""
         if not isinstance(module, LoraLayer) or not isinstance(module, nn.Module):
             return None
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight

@@ -95,7 +95,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def weights_sha256(source: str) -> str | None:
-    """Hash a folder's safetensors files in the order of their names; None if there are none."""
+    """Hash a folder's safetensors files in the order of their names; null if there are none."""
     files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
     return sha256_of(files) if files else None
 

@@ -93,7 +93,7 @@ def converted(file: Path, sha256: str | None, within: Path, lacking: str = "") -
     Args:
         file: of weights.
         sha256: that it must have; null does not check.
-        within: the cache's folder.
+        within: the cache's folder, which only keeps apart what is remembered for two of them.
         lacking: what the file lacks, as JSON.
 
     Raises:

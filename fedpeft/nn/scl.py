@@ -18,7 +18,7 @@ class CompressedProjection(nn.Module):
 
     Args:
         weight: W2 as (d, f).
-        bias: b2 (d,), frozen, or None.
+        bias: b2 (d,), frozen, or null.
         rank: r, 1 <= r <= min(d, f).
         init: one of the starts above.
         transposed: true if the layer that this one replaces holds its weight as (f, d), as GPT-2's

@@ -97,7 +97,6 @@ class TensorTrain(nn.Module):
         shape: axes k_1..k_J with product in_features * out_features.
         rank: inner TT rank, >= 1.
         device: of the parameters.
-        dtype: of the parameters.
     """
 
     def __init__(
@@ -107,7 +106,6 @@ class TensorTrain(nn.Module):
         shape: Sequence[int],
         rank: int,
         device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if rank < 1:
@@ -117,9 +115,9 @@ class TensorTrain(nn.Module):
         ranks = [1, *[rank] * (len(self.shape) - 1), 1]
         self._names = [f"factor_{j + 1}_of_{len(self.shape)}" for j in range(len(self.shape))]
         for j, name in enumerate(self._names):
-            factor = torch.empty(ranks[j], self.shape[j], ranks[j + 1], device=device, dtype=dtype)
+            factor = torch.empty(ranks[j], self.shape[j], ranks[j + 1], device=device)
             self.register_parameter(name, nn.Parameter(factor))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device))
         self.cut = self._cut()
         self.reset_parameters()
 
@@ -140,7 +138,7 @@ class TensorTrain(nn.Module):
         return [getattr(self, name) for name in self._names]
 
     def _cut(self) -> tuple[int, int, int] | None:
-        """Return the cheapest cut (j, s, q), or None if W costs no more multiply-adds a token.
+        """Return the cheapest cut (j, s, q), or null if W costs no more multiply-adds a token.
 
         L is made of the first j factors, R of the others. Where the axes' product meets the input's
         width only across an axis, either s slots of the input stay for R, or q slots of the output
@@ -230,7 +228,6 @@ class TTAdapter(nn.Module):
         zero_last: start the last factor of ``up`` and its bias at zero, so that the adapter starts
             as the identity.
         device: of the parameters.
-        dtype: of the parameters.
     """
 
     def __init__(
@@ -241,12 +238,11 @@ class TTAdapter(nn.Module):
         shapes: Mapping[str, Sequence[int]] | None = None,
         zero_last: bool = False,
         device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         down, up = tt_shape(width, bottleneck, shapes), tt_shape(bottleneck, width, shapes)
-        self.down = TensorTrain(width, bottleneck, down, rank, device, dtype)
-        self.up = TensorTrain(bottleneck, width, up, rank, device, dtype)
+        self.down = TensorTrain(width, bottleneck, down, rank, device)
+        self.up = TensorTrain(bottleneck, width, up, rank, device)
         if zero_last:
             nn.init.zeros_(self.up.factors()[-1])
             nn.init.zeros_(self.up.bias)

@@ -17,7 +17,8 @@ ROOM = {"cpu": 2**25, "cuda": 2**29}
 def token_losses(head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
     """Return each token's loss and the most likely token, in float32 (B, T, 2); 0 where ignored.
 
-    Only tokens with a target are read, on a GPU all, because a captured graph has fixed shapes.
+    On a CPU, a head that does not train reads only tokens with a target. On a GPU it reads all,
+    because a captured graph has fixed shapes. A head that trains reads all, see ``_by_columns``.
 
     Args:
         head: maps vectors (..., d) to logits (..., V).

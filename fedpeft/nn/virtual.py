@@ -218,7 +218,7 @@ class Prefixed(_Around):
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """Return how many tokens a model can read; None if its positions are not learned."""
+    """Return how many tokens a model can read; null if its positions are not learned."""
     for name, module in model.named_modules():
         if name.endswith(POSITIONS) and isinstance(module, nn.Embedding):
             # RoBERTa's positions start after that of padding, and OPT's at an offset.
@@ -228,6 +228,6 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def text_limit(model: nn.Module) -> int | None:
-    """Return how many tokens of a text a model can read beside its virtual tokens, or None."""
+    """Return how many tokens of a text a model can read beside its virtual tokens, or null."""
     limit = position_limit(model)
     return None if limit is None else limit - getattr(model, "num_tokens", 0)

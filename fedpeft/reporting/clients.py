@@ -13,11 +13,11 @@ from fedpeft.reporting.run_directory import (
     CLIENTS,
     METRICS,
     PACKED,
-    SUMMARY,
     in_columns,
     read_lines,
     read_metrics,
 )
+from fedpeft.reporting.saved_runs import SavedRun
 from fedpeft.reporting.tables import Page, Rows
 
 SPLITS = ("validation_", "test_")  # begin the names of what clients measure
@@ -167,9 +167,9 @@ class ClientTable:
 
     def _ended(self) -> list[str]:
         """Say how the run ended; nothing if it has no summary yet."""
-        if not (self.run / SUMMARY).exists():
+        summary = SavedRun(self.run).summary
+        if summary is None:
             return []
-        summary = json.loads((self.run / SUMMARY).read_text())
         notes = [f"Best round by {summary['selected_by']}: {summary['best']['round']}."]
         if stopped := summary.get("stopped_early"):
             notes.append(f"Ended early after round {stopped['round']}: {stopped['reason']}.")

@@ -35,7 +35,7 @@ def plot_comparison(
         curves: lines of metrics.jsonl, by method.
         metric: name of the measure of quality.
         selects: name of the measure that selects the best round.
-        baseline: quality of a client's commonest label, or None.
+        baseline: quality of a client's commonest label, or null.
     """
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
@@ -65,7 +65,7 @@ def plot_study(path: Path, rows: Rows, metric: str, baseline: float | None) -> N
         path: the picture's file.
         rows: one for each method that has a quality.
         metric: name of the measure of quality.
-        baseline: quality of a client's commonest label, or None.
+        baseline: quality of a client's commonest label, or null.
     """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(9, 5.4), layout="constrained")

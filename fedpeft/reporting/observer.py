@@ -10,7 +10,7 @@ REPLIED, LATE, REFUSED, ABSENT = OUTCOMES = ("replied", "late", "refused", "abse
 
 
 class Observer:
-    """Is told how a run goes on; this one does nothing."""
+    """The base of what is told how a run goes on; it does nothing."""
 
     def start(self, title: str, num_rounds: int) -> None:
         """Note that a run begins."""

@@ -23,6 +23,7 @@ from fedpeft.reporting.tables import (
     Page,
     Rows,
     comparison_cells,
+    counted,
     measures_page,
     study_cells,
     write_csv,
@@ -35,7 +36,7 @@ class Results(NamedTuple):
     Attributes:
         page: the table as text.
         rows: the same with all digits, the best quality first.
-        baseline: quality of a client's commonest label, or None.
+        baseline: quality of a client's commonest label, or null.
         again: runs that failed and that the next command tries again.
     """
 
@@ -89,8 +90,7 @@ def _other_runs(study: Study, done: Sequence[Done]) -> list[str]:
     others = [file for file in study.folder.glob(f"*/lr=*/seed=*/{CONFIG}") if file not in named]
     if not others:
         return []
-    runs = "1 run" if len(others) == 1 else f"{len(others)} runs"
-    return [f"Not in this table: {runs} in {study.folder}."]
+    return [f"Not in this table: {counted(len(others), 'run')} in {study.folder}."]
 
 
 def save_comparison(

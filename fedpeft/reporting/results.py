@@ -216,7 +216,7 @@ def study_row(rows: Rows, sign: int) -> dict[str, Any]:
     Returns:
         Mean and sample standard deviation of the quality and of the measure on the server's test
         rows, and by name of the further ``measures``, over ``seeds`` of ``of`` seeds; mean of the
-        bytes. They are None if every run failed, or if the server has no model of its own to test.
+        bytes. They are null if every run failed, or if the server has no model of its own to test.
     """
     ranked, grid = ranked_lrs(rows, sign), {row["lr"] for row in rows}
     lr = ranked[0] if ranked else None

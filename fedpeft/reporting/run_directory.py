@@ -24,6 +24,7 @@ LOCK = ".lock"  # is locked while a process has the directory
 STOPPED = "stopped.txt"  # the reason why a run ended before its end
 CHECKPOINTS = "checkpoints"  # folder of states from which a run goes on
 LAST_ENTRY = "initial_error"  # of a summary; without it the run was killed before its end
+MOST_SAMPLES = 100  # of samples.jsonl
 HELD = "partition.parquet"  # rows by client and label, where the server knows them
 
 
@@ -109,7 +110,7 @@ class RunDirectory:
     def _claim(self, config: DictConfig, resume: bool, overrides: Sequence[str] | None) -> None:
         _check_empty(self.path, resume)
         held = _holds_run(self.path)
-        if not held:  # of a run that was killed before its first line
+        if not held:  # the file is left by a run that was killed before its first line
             (self.path / CLIENTS).unlink(missing_ok=True)
         written = self.path / CONFIG
         if held and written.exists():
@@ -178,9 +179,9 @@ class RunDirectory:
         """Write ``stopped.txt``, which the next start in this directory removes."""
         self._write(STOPPED, reason + "\n")
 
-    def save_samples(self, samples: Sequence[Mapping[str, str]], most: int = 100) -> None:
-        """Write ``samples.jsonl``: at most ``most`` generated texts beside their references."""
-        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples[:most]]
+    def save_samples(self, samples: Sequence[Mapping[str, str]]) -> None:
+        """Write ``samples.jsonl``: the first generated texts beside their references."""
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples[:MOST_SAMPLES]]
         (self.path / "samples.jsonl").write_text("".join(lines))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -261,11 +262,11 @@ def new_path(label: str) -> str:
 def run_path(run_dir: str | None, label: str) -> Iterator[str]:
     """Yield the path of a run's directory, which is made if the run names none.
 
+    A new directory that is still empty after an error is removed.
+
     Args:
         run_dir: that the run names; null for a new one.
         label: ends a new one's name.
-
-    An error that leaves a new directory empty removes it.
     """
     if run_dir:
         yield run_dir

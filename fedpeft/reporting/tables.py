@@ -222,3 +222,8 @@ def _study_cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['trained']:,}",
         f"{row['bytes'] / 1e6:.2f}",
     ]
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number and what it counts: ``1 run``, ``2 runs``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -14,10 +14,10 @@ from fedpeft.server.diagnostics import drift, interference
 from fedpeft.server.limits import (
     FRAME,
     MOST_ROWS,
-    a_step,
     capped,
     check_size,
     lower_median,
+    norms_per_step,
     too_far,
     update_norms,
 )
@@ -146,7 +146,10 @@ class Aggregator:
         return filled(self.replica.blocks(shared, at), shared)
 
     def _interference(self, round: Round, mean: State) -> float | None:
-        """Return null if a factor stays on the client, because its product is then unknown."""
+        """Return the round's interference.
+
+        It is null if a factor stays on a client, because its product is then unknown.
+        """
         if Role.PERSONAL in self.roles.by_name(round.number).values():
             return None
         method, states = self.config.method, round.states
@@ -170,7 +173,7 @@ class Aggregator:
                 train_seconds=reply.seconds,
             )
         steps = {client: reply.steps for client, reply in usable.items()}
-        by_step = a_step(by_client, steps, self.nodes.own_rows)
+        by_step = norms_per_step(by_client, steps, self.nodes.own_rows)
         far = too_far(by_step, self.config.strategy.max_norm_ratio, self.median)
         for client, reason in far.items():
             del usable[client]

@@ -10,7 +10,7 @@ import numpy as np
 from flwr.app import Message
 
 from fedpeft.compression.base import as_received
-from fedpeft.data.rows.source import SPLITS
+from fedpeft.data.rows.source import prefix_of
 from fedpeft.engine.engine import Engine
 from fedpeft.reporting.observer import P10, UNWEIGHTED, WORST
 from fedpeft.server.limits import MOST_ROWS, capped
@@ -35,8 +35,7 @@ def measure(engine: Engine, split: str, state: State, last: bool = False) -> dic
     """
     engine.replica.load(as_received(engine.config.compression, state, engine.config.seed))
     metrics = engine.evaluate(engine.rows.examples(split), os.cpu_count() or 1, last)
-    prefix = split if split in SPLITS else f"test_{split}"
-    return {f"{prefix}_{key}": value for key, value in metrics.items()}
+    return {f"{prefix_of(split)}_{key}": value for key, value in metrics.items()}
 
 
 def measured(reply: Message, ranges: Ranges, rows: int | None) -> dict[str, float]:

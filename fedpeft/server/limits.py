@@ -34,20 +34,20 @@ def _square(before: torch.Tensor, after: torch.Tensor) -> float:
     return float((after.double() - start.double()).square().sum())
 
 
-def a_step(
-    norms: Mapping[int, float], steps: Mapping[int, int], saying: Collection[int]
+def norms_per_step(
+    norms: Mapping[int, float], steps: Mapping[int, int], own_rows: Collection[int]
 ) -> dict[int, float]:
     """Divide norms by steps, because a client of many rows takes many steps.
 
     Args:
         norms: of the updates, by client.
         steps: likewise, at least one each.
-        saying: clients with rows of their own, which say how many steps they took. They count at
+        own_rows: clients with rows of their own, which say how many steps they took. They count at
             most ``MOST_STEPS`` times the median of all clients' steps.
     """
     most = MOST_STEPS * lower_median(steps.values())
     return {
-        client: norm / (min(steps[client], most) if client in saying else steps[client])
+        client: norm / (min(steps[client], most) if client in own_rows else steps[client])
         for client, norm in norms.items()
     }
 

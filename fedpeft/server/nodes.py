@@ -28,7 +28,7 @@ class Nodes:
         own_rows: clients that train on rows of their own, which the server does not know; those
             that joined the run before it was resumed are among them.
         left_out: by node id, why a node holds no client of this run.
-        goes_on: earlier rounds are over, so the run goes on without nodes that do not come.
+        goes_on: true in a resumed run, which goes on without nodes that do not come.
     """
 
     def __init__(self, num_clients: int, timeout: float) -> None:

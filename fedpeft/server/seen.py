@@ -18,7 +18,7 @@ class Asked:
 
     Attributes:
         phase: ``train`` or ``evaluate``.
-        clients: of the phase, those that no node holds too.
+        clients: all clients of the phase, including those that no node holds.
         sent: clients to which a message went.
         answered: clients whose reply came in time.
         refused: clients that the phase went on without, and why.

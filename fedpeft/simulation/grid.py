@@ -27,7 +27,7 @@ class LocalGrid(Grid):
     """Nodes 1 to ``num_clients``, each of which holds one partition.
 
     Messages of one Flower ``group_id`` may be answered together, so the grid hands them to workers
-    in passes. Subclasses say who the workers are.
+    in parcels. Subclasses say who the workers are.
 
     Args:
         num_clients: one node each.
@@ -90,7 +90,7 @@ class LocalGrid(Grid):
     answers_here = True  # what it replies was made by this process or its own workers
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Queue messages in passes and return their ids; drop messages whose time is up."""
+        """Queue messages in parcels and return their ids; drop messages whose time is up."""
         self._forget()
         ids, groups = [], dict[str, list[Message]]()
         for message in messages:
@@ -102,7 +102,7 @@ class LocalGrid(Grid):
             else:
                 groups.setdefault(message.metadata.group_id or str(self._sent), []).append(message)
         for group in groups.values():
-            self._queue.extend(self._in_passes(group))
+            self._queue.extend(self._in_parcels(group))
         self._hand_out()
         return ids
 
@@ -133,8 +133,8 @@ class LocalGrid(Grid):
                 time.sleep(POLL_SECONDS)
         return replies
 
-    def _in_passes(self, group: list[Message]) -> Iterable[list[Message]]:
-        """Divide the messages of one group into passes."""
+    def _in_parcels(self, group: list[Message]) -> Iterable[list[Message]]:
+        """Divide the messages of one group into parcels."""
         if group[0].metadata.message_type == MessageType.EVALUATE:
             size = -(-len(group) // MOST_EVALUATIONS)
             return [group[i : i + size] for i in range(0, len(group), size)]
@@ -144,8 +144,8 @@ class LocalGrid(Grid):
     def _forget(self) -> None:
         """Drop messages and replies whose time is up."""
         now = time.time()
-        passes = ([m for m in group if _alive(m, now)] for group in self._queue)
-        self._queue = deque(group for group in passes if group)
+        parcels = ([m for m in group if _alive(m, now)] for group in self._queue)
+        self._queue = deque(group for group in parcels if group)
         self._replies = {i: reply for i, reply in self._replies.items() if _alive(reply, now)}
 
     def _reply(self, message: Message, answer: Message | Exception) -> None:
@@ -155,7 +155,7 @@ class LocalGrid(Grid):
         self._replies[message.metadata.message_id] = answer
 
     def _hand_out(self) -> None:  # noqa: B027
-        """Give queued passes to workers that have room; the base has no workers."""
+        """Give queued parcels to workers that have room; the base has no workers."""
 
     @abstractmethod
     def _work(self) -> None:
@@ -167,7 +167,7 @@ class InProcessGrid(LocalGrid):
 
     Args:
         num_clients: one node each.
-        answer_all: answers the messages of a pass; by default fedpeft's clients do.
+        answer_all: answers the messages of a parcel; by default fedpeft's clients do.
     """
 
     def __init__(self, num_clients: int, answer_all: AnswerAll = answer_all) -> None:
@@ -175,7 +175,7 @@ class InProcessGrid(LocalGrid):
         self._answer_all = answer_all
 
     def _work(self) -> None:
-        """Answer the oldest pass."""
+        """Answer the oldest parcel."""
         if not self._queue:
             return
         group = self._queue.popleft()
@@ -187,7 +187,7 @@ class InProcessGrid(LocalGrid):
 def _all_tried(
     answer_all: AnswerAll, messages: Sequence[Message], contexts: Sequence[Context]
 ) -> Sequence[Message | Exception]:
-    """Answer a pass; an error outside of one client's work becomes every client's answer."""
+    """Answer a parcel; an error outside of one client's work becomes every client's answer."""
     try:
         return answer_all(messages, contexts)
     except Exception as error:

@@ -18,7 +18,7 @@ from fedpeft.wire import identify, sentence
 WAIT_SECONDS = 1.0  # as long as the server lets pass between two questions, see server/nodes.py
 START_SECONDS = 60
 Answer = Message | Exception
-Files = Sequence[bytes | None]  # kept states that travel with the messages of a pass
+Files = Sequence[bytes | None]  # kept states that travel with the messages of a parcel
 log = logging.getLogger(__name__)
 
 
@@ -44,7 +44,7 @@ class Worker:
     def answer(
         self, messages: Sequence[Message], configs: Sequence[NodeConfig], files: Files | None
     ) -> tuple[Sequence[Answer], Files]:
-        """Answer the messages of a pass.
+        """Answer the messages of a parcel.
 
         Args:
             messages: of one kind, round and configuration.
@@ -73,12 +73,12 @@ def _portable(answer: Answer) -> Answer:
 
 
 class RayGrid(LocalGrid):
-    """Hands passes to Ray's workers; whichever is free takes the next one.
+    """Hands parcels to Ray's workers; whichever is free takes the next one.
 
-    A worker gets its next pass before it has answered the last one, unless few are left, but none
+    A worker gets its next parcel before it has answered the last one, unless few are left, but none
     before it runs, because Ray may wait for cores that others use. If a worker dies, another takes
-    its place where a machine has room, and errors answer the pass that it was working on. One that
-    cannot start is given up.
+    its place where a machine has room, and errors answer the parcel that it was working on. One
+    that cannot start is given up.
 
     Args:
         num_clients: one node each.
@@ -103,7 +103,7 @@ class RayGrid(LocalGrid):
         self._workers: list[Any] = [self._start() for _ in range(count)]
         self._machines: dict[Any, Machine] = {}  # of the workers that run
         self._lost = ""  # the reason for which the last worker was given up
-        # Worker and pass, by Ray's future of the answers.
+        # Worker and parcel, by Ray's future of the answers.
         self._running: dict[Any, tuple[Any, list[Message]]] = {}
 
     def __enter__(self) -> "RayGrid":
@@ -146,7 +146,7 @@ class RayGrid(LocalGrid):
             self._give(worker, self._queue.popleft())
 
     def _give(self, worker: Any, group: list[Message]) -> None:
-        """Send a pass to a worker, with the clients' kept states if it is on another machine."""
+        """Send a parcel to a worker, with the clients' kept states if it is on another machine."""
         configs, files = [self._config(message) for message in group], None
         try:
             if not self._is_here(worker):
@@ -175,7 +175,7 @@ class RayGrid(LocalGrid):
         self._hand_out()
 
     def _started(self, future: Any) -> None:
-        """Let a worker take passes, unless it could not start or runs other code."""
+        """Let a worker take parcels, unless it could not start or runs other code."""
         worker, _ = self._starting.pop(future)
         try:
             machine: Machine = ray.get(future)
@@ -195,7 +195,7 @@ class RayGrid(LocalGrid):
         ray.kill(worker)
 
     def _ended(self, future: Any) -> None:
-        """Take the answers of a pass."""
+        """Take the answers of a parcel."""
         try:
             self._done(future, *ray.get(future))
         except RayTaskError as error:
@@ -225,7 +225,7 @@ class RayGrid(LocalGrid):
             self._reply(message, error)
 
     def _replace(self, dead: Any, error: RayError) -> None:
-        """Fail the pass that a dead worker was working on; queue those behind it again."""
+        """Fail the parcel that a dead worker was working on; queue those behind it again."""
         first, *waiting = [f for f, (worker, _) in self._running.items() if worker is dead]
         reason = f"the worker that was at it died, perhaps for want of memory: {error}"
         self._failed(first, ValueError(reason))

@@ -54,7 +54,7 @@ def unpacked(
     """Lay the kept states that came with messages into a folder of this machine.
 
     Args:
-        messages: of a pass.
+        messages: of a parcel.
         configs: of the nodes, whose state-folder is not here.
         files: came with each message, see ``sent_along``.
 

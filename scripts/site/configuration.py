@@ -105,7 +105,10 @@ def _settings() -> Iterator[str]:
     nested = {f.name: f.type for f in fields(Settings) if is_dataclass(f.type)}
     values = {str(key): value for key, value in tree.items() if key not in nested}
     yield "## Keys of every run\n"
-    yield "Each method's YAML sets `lr`, and some set `personal`; here are the values without it.\n"
+    yield (
+        "Each method's YAML sets `lr`, and that of `fedsa_lora` sets `personal`; here are the "
+        "values without it.\n"
+    )
     yield from _table("", keys_of(Settings, values, frozenset(nested)))
     for name, cls in nested.items():
         if name == "runtime":  # a group

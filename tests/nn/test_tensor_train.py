@@ -24,7 +24,7 @@ PAIRS = [(768, 64), (64, 768), (64, 1024), (1024, 64), (1280, 64), (64, 1600), (
 
 def layer(i: int, o: int, rank: int, shape: tuple[int, ...] | None = None) -> TTLinear:
     torch.manual_seed(i + o + rank)
-    return TTLinear(i, o, shape or tt_shape(i, o), rank, dtype=torch.float64)
+    return TTLinear(i, o, shape or tt_shape(i, o), rank).double()
 
 
 def product(factors: list[Tensor], i: int, o: int) -> Tensor:
@@ -259,7 +259,7 @@ def test_the_dense_matrix_where_it_is_cheaper(
 
 def test_adapter_is_x_plus_up_of_relu_of_down() -> None:
     torch.manual_seed(0)
-    adapter = TTAdapter(768, 64, rank=5, dtype=torch.float64)
+    adapter = TTAdapter(768, 64, rank=5).double()
     x = torch.randn(2, 4, 768, dtype=torch.float64)
     down = product(adapter.down.factors(), 768, 64)
     up = product(adapter.up.factors(), 64, 768)

@@ -119,9 +119,9 @@ class EqualSize(Partition):
     """FedPETuning's label skew (arXiv 2212.10025): equal shares with different mixes of labels.
 
     A client's shares of labels come from Dirichlet(alpha x the labels' shares of all rows), as in
-    the official code. If a label runs out, the missing rows are drawn from all rows left, so those
-    who come last hold what others did not want; clients come in a random order. Sizes differ by one
-    row at most; the official code gives the remainder to the last client.
+    the official code. If a label runs out, the missing rows are drawn from all rows left, so the
+    last clients get what is left. The order of clients is random. Sizes differ by one row at most;
+    the official code gives the remainder to the last client.
 
     flwr-datasets' ``InnerDirichlet`` is not used, because it draws from Dirichlet(alpha), ends in
     an error if alpha is small and a label has run out, and takes more than a minute for 10,000

@@ -378,3 +378,8 @@ class Source(ABC):
             "sha256": hashlib.sha256("".join(map(self.sha256, splits)).encode()).hexdigest(),
             "skipped": self.skipped,
         }
+
+
+def prefix_of(split: str) -> str:
+    """Return how the names of a split's measures begin: ``test_more`` for a further test split."""
+    return split if split in SPLITS else f"test_{split}"

@@ -12,6 +12,7 @@ from fedpeft.reporting.report.chart import Chart, dashes
 from fedpeft.reporting.report.plotly_form import form
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.report.table import Table
+from fedpeft.reporting.tables import counted
 from fedpeft.versions import SHOWN
 
 MOST_ROWS = 20  # of a table that are shown before the reader asks for more
@@ -55,7 +56,7 @@ def html(runs: Runs, sections: Sequence[Section]) -> str:
         lstrip_blocks=True,
     )
     return jinja.get_template("page.html.j2").render(
-        title=f"{runs.title.capitalize()} of {_counted(len(runs.settings), 'setting')}",
+        title=f"{runs.title.capitalize()} of {counted(len(runs.settings), 'setting')}",
         facts=_facts(runs),
         sections=[s for s in sections if s.tables or s.charts or s.notes],
         left_out=len(runs.left_out),
@@ -72,7 +73,7 @@ def html(runs: Runs, sections: Sequence[Section]) -> str:
 def _facts(runs: Runs) -> str:
     """Return a line on the runs: how many, of which data, made with which versions."""
     summaries = [run.summary or {} for setting in runs.settings for run in setting.runs]
-    parts = [_counted(len(summaries), "run")]
+    parts = [counted(len(summaries), "run")]
     data = {s["data"]["sha256"][:12] for s in summaries if s.get("data", {}).get("sha256")}
     parts.append(f"data, by SHA-256: {', '.join(sorted(data)) or 'not saved'}")
     weights = {s["weights"] for s in summaries if "weights" in s}
@@ -80,7 +81,3 @@ def _facts(runs: Runs) -> str:
     made = {f"{n} {v}" for s in summaries for n, v in s.get("versions", {}).items() if n in SHOWN}
     parts.append(f"made with {', '.join(sorted(made)) or 'versions that were not saved'}")
     return "; ".join(parts) + "."
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
