@@ -1,10 +1,23 @@
-"""Answers to a grid's messages."""
+"""Grids, and answers to their messages."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message
 
-from fedpeft.simulation.grid import AnswerAll
+from fedpeft.simulation.grid import AnswerAll, InProcessGrid
+
+
+def own_rows(client: int, folder: Path) -> type[InProcessGrid]:
+    """Return a kind of grid on which one client's node has rows of its own, in a folder."""
+
+    class OwnRows(InProcessGrid):
+        def node_config(self, node: int) -> dict[str, Any]:
+            own = {"data-path": str(folder)} if node == client + 1 else {}
+            return super().node_config(node) | own
+
+    return OwnRows
 
 
 def one_by_one(client_app: Callable[[Message, Context], Message]) -> AnswerAll:

@@ -20,7 +20,7 @@ from fedpeft.server.replies import seconds
 from fedpeft.server.seen import Asked, Seen
 from fedpeft.simulation.launch import run as run_here
 from fedpeft.wire import identify
-from tests.conftest import Runner
+from tests.conftest import Runner, Stopping
 
 MEASURED = {
     0: {"test-num-examples": 1, "test_accuracy": 0.0, "test_loss": 4.0},
@@ -183,14 +183,6 @@ def test_a_client_that_is_left_out_has_a_row(run: Runner) -> None:
 # --- broken off and gone on with -----------------------------------------------------------------
 
 
-class Stopping(Display):
-    """Stops a run at round 3, before its checkpoint."""
-
-    def round_done(self, line: Any) -> None:
-        if line["round"] == 3:
-            raise KeyboardInterrupt
-
-
 def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
 
@@ -200,7 +192,7 @@ def test_rounds_that_are_done_again_replace_their_rows(base: list[str], tmp_path
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_here([*given, f"run_dir={whole}"], Display(Console(quiet=True)))
     with pytest.raises(KeyboardInterrupt):
-        run_here([*given, f"run_dir={broken}"], Stopping(Console(quiet=True)))
+        run_here([*given, f"run_dir={broken}"], Stopping(3))
     rows = read_clients(whole)
     killed = read_clients(broken)
     assert [row["round"] for row in killed] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3

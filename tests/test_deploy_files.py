@@ -1,5 +1,6 @@
 """The files in deploy/ start the commands that there are, with arguments that these accept."""
 
+import os
 import re
 import shlex
 import shutil
@@ -16,7 +17,8 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 from fedpeft.deployment import node, server
-from fedpeft.deployment.policy import ALLOW, LIMITS
+from fedpeft.deployment.keys import write_node_keys
+from fedpeft.deployment.policy import ALLOW, LIMITS, Policy
 from tests.conftest import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -324,3 +326,37 @@ def test_the_page_names_every_file() -> None:
     linked = re.findall(r"\]\(([^)#]+)", page)
     assert all((DEPLOY / link).exists() for link in linked), linked
     assert "(../deploy/README.md)" in (ROOT / "docs" / "deployment.md").read_text()
+
+
+def mode(path: Path) -> int:
+    """Return who may do what with a file, beyond its owner."""
+    return path.stat().st_mode & 0o077
+
+
+def local(program: Any) -> bool:
+    """Tell whether a program listens on this machine alone."""
+    words = [str(word) for word in program.command]
+    return words[words.index("--host") + 1] == "127.0.0.1"
+
+
+def test_keys_and_what_flower_keeps_are_their_owner_s_alone(tmp_path: Path) -> None:
+    """Whoever reaches the SuperLink's other addresses can submit runs, so they are local."""
+    before = os.umask(0o022)
+    try:
+        private, _ = write_node_keys(tmp_path, "ward")
+        (tmp_path / "c").touch()
+        folder, file = str(tmp_path / "kept"), str(tmp_path / "c")
+        given = ["--folder", folder, "--certificate", file, "--key", file]
+        superlink, *_ = server.programs(server.parse(given))
+    finally:
+        os.umask(before)
+    assert mode(private) == 0 and mode(tmp_path / "kept") == 0
+    assert local(superlink) and "--enable-supernode-auth" in superlink.command
+
+
+def test_a_node_s_programs_talk_on_this_machine_alone(tmp_path: Path) -> None:
+    (tmp_path / "c").touch()
+    given = ["--superlink", "host:1", "--partition", "0", "--certificate", str(tmp_path / "c")]
+    args = node.parse([*given, "--key", str(tmp_path / "c")])
+    supernode, worker = node.programs(args, Policy(), tmp_path)
+    assert local(supernode) and str(worker.command[3]).startswith("127.0.0.1:")

@@ -150,8 +150,8 @@ class Slow(InProcessGrid):
             3, lambda messages, _: [Message(RecordDict(), reply_to=m) for m in messages]
         )
 
-    def _in_passes(self, group: list[Message]) -> Any:
-        return [p for p in super()._in_passes(group) if p[0].metadata.dst_node_id != 3]
+    def _in_parcels(self, group: list[Message]) -> Any:
+        return [p for p in super()._in_parcels(group) if p[0].metadata.dst_node_id != 3]
 
 
 def asked(take: Callable[[int], Message]) -> dict[int, Message]:

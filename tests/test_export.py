@@ -45,7 +45,7 @@ from fedpeft.server.selection import Selection
 from fedpeft.simulation import launch
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import read, save
-from tests.conftest import ROOT, Runner, quiet, with_fields
+from tests.conftest import ROOT, Runner, Stopping, quiet, with_fields
 from tests.data.files import image, write
 from tests.expected.architectures import logits, tiny
 from tests.expected.methods import PERSONAL
@@ -278,6 +278,7 @@ def test_the_best_round_of_a_personal_method_can_be_measured_again(
         ["layers=[0]"],
         ["frozen=head"],
         ["compression=int8"],
+        ["method=flasc"],
         ["precision=bf16", "model.dtype=bfloat16"],
         ["model.gradient_checkpointing=true"],
         ["method=hetlora", "method.ranks=[2,4]", "method.prune=0.9"],
@@ -352,6 +353,33 @@ def test_a_client_s_best_model_has_the_rank_of_the_best_round(
     rows = ClientRows(model.config, model.replica.processor, False).client_examples(1)
     metrics, _ = scored(model.replica.model, model.config, model.replica.processor, rows["test"])
     assert metrics["loss"] == pytest.approx(found[2], abs=1e-6)  # measured as of the next round
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["method=fedsa_lora", "method.rank=4"],
+        ["method=hetlora", "method.rank=4", "method.prune=0.5", "method.penalty=1", "lr=0.05"],
+    ],
+    ids=["kept parameters", "ranks"],
+)
+def test_a_client_s_best_model_survives_a_resume(
+    given: list[str], base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round 2 is the best, and only the checkpoint of round 3 is left when the run goes on."""
+    monkeypatch.setattr(Selection, "better", lambda _, line: line["round"] == 2)
+
+    def go(folder: str, *more: str, stop: int = -1) -> Any:
+        path = tmp_path / folder
+        whole = [*base, *given, "num_rounds=5", "checkpoint.keep=1", f"run_dir={path}", *more]
+        launch.run(whole, Stopping(stop))
+        return [open_run(path, best=True, client=client).replica.model for client in range(3)]
+
+    whole = go("whole")
+    with pytest.raises(KeyboardInterrupt):
+        go("broken", stop=4)
+    for one, other in zip(whole, go("broken", "resume=true"), strict=True):
+        torch.testing.assert_close(dict(one.named_parameters()), dict(other.named_parameters()))
 
 
 def test_what_changed_beside_an_adapter_is_not_left_out(finished: Finished, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from flwr.app import Context, Message
 
 from fedpeft.client.app import app as client_app
+from fedpeft.deployment.processes import free_ports
 from fedpeft.reporting.json_log import JsonLog
 from fedpeft.reporting.observer import Line
 from fedpeft.reporting.progress import line_text
@@ -41,9 +42,9 @@ def failing(*clients: int) -> Answer:
 class Silent(InProcessGrid):
     """Node 3 never answers a training."""
 
-    def _in_passes(self, group: list[Message]) -> Any:
+    def _in_parcels(self, group: list[Message]) -> Any:
         silent = [m for m in group if m.metadata.message_type == "train"]
-        passes = super()._in_passes(group)
+        passes = super()._in_parcels(group)
         return [p for p in passes if p[0] not in silent or p[0].metadata.dst_node_id != 3]
 
 
@@ -178,16 +179,11 @@ def test_logs_and_metrics_change_nothing(run: Runner, tmp_path: Path) -> None:
     assert run("logs=json", folder)["shared_state_sha256"] == text["shared_state_sha256"]
     assert sent() == before
     (tmp_path / "json" / "summary.json").unlink()
-    again = run(folder, "resume=true", f"metrics_port={free_port()}")
+    again = run(folder, "resume=true", f"metrics_port={free_ports(1)[0]}")
     assert again["shared_state_sha256"] == text["shared_state_sha256"]
 
 
 # --- Prometheus ------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as opened:
-        return opened.getsockname()[1]
 
 
 def scraped(port: int) -> dict[str, float]:
@@ -198,7 +194,7 @@ def scraped(port: int) -> dict[str, float]:
 
 
 def test_prometheus_reads_a_run(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    port, read = free_port(), dict[int, dict[str, float]]()
+    port, read = free_ports(1)[0], dict[int, dict[str, float]]()
     done = Metrics.round_done
 
     def noted(self: Metrics, line: Line) -> None:
@@ -232,7 +228,7 @@ def test_prometheus_reads_a_run(run: Runner, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_next_run_has_the_port(run: Runner) -> None:
-    port = f"metrics_port={free_port()}"
+    port = f"metrics_port={free_ports(1)[0]}"
     with pytest.raises(RoundFailed):
         run(port, answer=failing(0, 1, 2))
     assert run(port)["refused"] == {}

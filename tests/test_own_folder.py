@@ -11,7 +11,9 @@ from fedpeft.client.app import app as client_app
 from fedpeft.config.overrides import join
 from fedpeft.engine.engine import open_engine
 from fedpeft.reporting.clients import read_clients
-from tests.conftest import TOPICS, sentences
+from tests.conftest import TOPICS, Runner, sentences, state_of
+from tests.grids import own_rows
+from tests.test_refusals import rewritten
 
 LABELS = f"data.labels=[{','.join(TOPICS)}]"
 
@@ -69,3 +71,48 @@ def test_the_node_names_its_folder(base: list[str], ward: Path, run: Any) -> Non
     ]
     assert "client_test_accuracy" in summary["final"]
     assert list(summary["baseline"]) == ["test_baseline"]  # the server's; of two clients is none's
+
+
+def test_whatever_a_client_says_of_its_rows_it_weighs_no_more_than_half(
+    run: Runner, ward: Path
+) -> None:
+    """Neither in the aggregate nor in the clients' mean."""
+
+    def boasting(message: Message, context: Context) -> Message:
+        reply = client_app(message=message, context=context)
+        if context.node_config["partition-id"] == 1:
+            metrics = reply.content.metric_records["metrics"]
+            for key in [key for key in metrics if key.endswith("num-examples")]:
+                metrics[key] = 10**8
+        return reply
+
+    given = (LABELS, "num_rounds=1", "evaluation.clients=always")
+    run(*given, answer=boasting, grid=own_rows(1, ward))
+    line = run.lines()[1]
+
+    def said(kind: str, round: int, key: str) -> list[Any]:
+        sent = run.recorder.of(kind, round)
+        return [e.up.content.metric_records["metrics"][key] for e in sent]
+
+    rows, weights = said("train", 1, "num-examples"), line["weights"]
+    assert rows[1] == 10**8 and weights["1"] == 0.5
+    assert weights["0"] / weights["2"] == pytest.approx(rows[0] / rows[2])
+    losses, tested = said("evaluate", 2, "test_loss"), said("evaluate", 2, "test-num-examples")
+    others = (losses[0] * tested[0] + losses[2] * tested[2]) / (tested[0] + tested[2])
+    assert line["client_test_loss"] == pytest.approx((losses[1] + others) / 2)
+
+
+def test_steps_that_a_client_says_excuse_no_norm(run: Runner, ward: Path) -> None:
+    """A million steps would make an update of a million times the size look like the others'."""
+
+    def answer(message: Message, context: Context) -> Message:
+        reply = client_app(message=message, context=context)
+        if context.node_config["partition-id"] != 1 or message.metadata.message_type != "train":
+            return reply
+        start, end = state_of(message), state_of(reply)
+        far = {name: start[name] + 1e6 * (value - start[name]) for name, value in end.items()}
+        return rewritten(reply, message, far, **{"num-examples": 8 * 10**6, "num-steps": 10**6})
+
+    given = (LABELS, "num_rounds=1", "local_steps=null", "local_epochs=1")
+    (refused,) = run(*given, answer=answer, grid=own_rows(1, ward))["refused"].values()
+    assert list(refused) == ["1"] and "its update's norm a step is " in refused["1"]

@@ -17,10 +17,11 @@ from fedpeft.config.overrides import split
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.plan import Job
 from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.server import strategy
 from fedpeft.server.limits import FRAME
 from fedpeft.server.seen import RoundFailed
 from fedpeft.simulation.grid import InProcessGrid
-from fedpeft.state import State
+from fedpeft.state import State, payload_bytes
 from fedpeft.wire import pack, wire_bytes
 from tests.conftest import Answer, Runner, state_of
 
@@ -290,6 +291,67 @@ def test_three_clients_unequal_weights(run: Runner) -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-8)
 
 
+def test_a_line_has_the_clients_weights(run: Runner) -> None:
+    run("num_rounds=1")
+    sent = run.recorder.of("train", 1)
+    rows: list[Any] = [e.up.content.metric_records["metrics"]["num-examples"] for e in sent]
+    expected = {str(e.client): n / sum(rows) for e, n in zip(sent, rows, strict=True)}
+    assert run.lines()[1]["weights"] == pytest.approx(expected)
+    assert max(expected.values()) > 0.4
+    run("num_rounds=1", "strategy.max_weight=0.4")
+    assert max(run.lines()[1]["weights"].values()) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_client_says_no_more_rows_than_it_trains_on(
+    more: int, run: Runner, opened: Callable[..., Engine]
+) -> None:
+    has = len(opened().rows.client_examples(1)["train"])
+
+    def spoil(reply: Message, message: Message) -> Message:
+        return rewritten(reply, message, state_of(reply), **{"num-examples": has + more})
+
+    refused = run("num_rounds=1", answer=spoiling(spoil, {1}, {1}))["refused"]
+    reason = f"num-examples is {has + 1}, but the client has {has}"
+    assert refused == ({"1": {"1": reason}} if more else {})
+
+
+def test_the_server_reads_a_reply_to_its_room(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deployment's grid reads no more than the strategy tells it, and the local one all."""
+    rooms: list[int] = []
+    exchange = strategy.exchange
+
+    def noting(*arguments: Any) -> Any:
+        rooms.append(arguments[6])
+        return exchange(*arguments)
+
+    monkeypatch.setattr(strategy, "exchange", noting)
+    run("num_rounds=1", "evaluation.clients=never")
+    assert rooms == [2 * payload_bytes(run.recorder.of("train")[0].up_state()) + FRAME]
+
+
+def still(reply: Message, message: Message) -> Message:
+    """Move hardly at all."""
+    start, end = state_of(message), state_of(reply)
+    moved = {name: start[name] + 1e-6 * (value - start[name]) for name, value in end.items()}
+    return rewritten(reply, message, moved)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_two_who_stand_still_make_no_attacker_of_the_third(resumed: bool, run: Runner) -> None:
+    """In round 2 the median is theirs, but client 0 moves no more than in the good round 1."""
+
+    def stop(reply: Message, message: Message) -> Message:
+        raise KeyboardInterrupt
+
+    given = ["strategy.max_norm_ratio=10", "resume=true", f"run_dir={run.folder / 'run'}"]
+    if resumed:
+        with pytest.raises(KeyboardInterrupt):
+            run(*given, answer=spoiling(stop, {0}, {2}))
+    summary = run(*given, answer=spoiling(still, {1, 2}, {2}))
+    assert summary["refused"] == {} and summary["final"]["round"] == 2
+
+
 def test_a_client_s_text_is_cut_and_steers_nothing(run: Runner) -> None:
     """It may hold a path in brackets, which rich would read as markup, or a terminal's codes."""
 
@@ -318,6 +380,25 @@ def test_a_round_that_is_not_finite_is_dropped(run: Runner) -> None:
     assert run.lines()[1]["unchanged"] == 1.0
     assert run.lines()[1]["validation_loss"] == run.lines()[0]["validation_loss"]
     assert summary["shared_state_sha256"] != honest and run.saved() == {}
+
+
+@pytest.mark.parametrize("method", ["lora", "fedsa_lora"])
+def test_a_dropped_round_leaves_no_trace(method: str, run: Runner) -> None:
+    """Momentum of the spoiled round would spoil the next; clients go on from what they had."""
+
+    def spoil(reply: Message, message: Message) -> Message:
+        state = {name: torch.full_like(value, 1e38) for name, value in state_of(reply).items()}
+        spoiled = rewritten(reply, message, state)
+        spoiled.content.config_records["config"]["kept"] = True
+        return spoiled
+
+    given = [f"method={method}", "strategy=fedavgm", "strategy.server_lr=100", "num_rounds=2"]
+    run(*given, answer=spoiling(spoil, {0, 1, 2}, {1}))
+    lines = run.lines()
+    assert lines[1]["unchanged"] == 1.0
+    assert "unchanged" not in lines[2] and "refused" not in lines[2]
+    configs = [e.down.content.config_records["config"] for e in run.recorder.of("train", 2)]
+    assert [config["generation"] for config in configs] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

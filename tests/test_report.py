@@ -36,7 +36,7 @@ from fedpeft.reporting.report.tables import (
     runs_table,
 )
 from fedpeft.reporting.report.write import write_report
-from fedpeft.reporting.run_directory import RunDirectory
+from fedpeft.reporting.run_directory import SUMMARY, RunDirectory
 from fedpeft.reporting.saved_runs import SavedRun, saved_runs
 from fedpeft.reporting.tables import as_code
 
@@ -45,7 +45,13 @@ QUALITY = {"lora": (0.50, 0.60, 0.70), "scl": (0.40, 0.45, 0.65)}
 
 
 def _save(
-    path: Path, name: str, of_seed: int, quality: float, partition: str | None = "p", **config: Any
+    path: Path,
+    name: str,
+    of_seed: int,
+    quality: float,
+    partition: str | None = "p",
+    data: str = "data",
+    **config: Any,
 ) -> Path:
     """Write the directory of an imagined run of two rounds with two clients.
 
@@ -55,6 +61,7 @@ def _save(
         of_seed: the run's seed.
         quality: the clients' accuracy on test rows after round 2.
         partition: hash of who holds which rows.
+        data: begins the hash of the rows, which the seed ends.
         config: more values.
     """
     path.mkdir(parents=True)
@@ -85,7 +92,7 @@ def _save(
         "parameters": counts | {"total": 1000},
         "bytes": {"uplink_bytes": 4_000_000, "downlink_bytes": 6_000_000},
         "seconds": 1.5,
-        "data": {"sha256": f"data{of_seed}"},
+        "data": {"sha256": f"{data}{of_seed}"},
         "partition_sha256": partition,
     }
     (path / "summary.json").write_text(json.dumps(summary))
@@ -323,6 +330,7 @@ def test_diagnostics_are_means_over_rounds_and_seeds(tmp_path: Path) -> None:
         ({"num_clients": 3}, "they differ in num_clients, so a seed makes no pair"),
         ({"seed": 5}, "a test needs 3 common seeds of the same rows by client, got 2"),
         ({"partition": "q"}, "a test needs 3 common seeds of the same rows by client, got 0"),
+        ({"data": "edited"}, "a test needs 3 common seeds of the same rows by client, got 0"),
         (
             {"partition": None},
             "sites hold rows of their own, so nobody knows that both had the same rows",
@@ -342,6 +350,22 @@ def test_without_common_seeds_and_clients_no_pair_is_tested(
         assert table.rows == []
         assert table.notes[-1] == f"Not tested, because {sentence}: lora and scl."
         assert table.save(tmp_path) == []  # there is nothing to write
+
+
+def test_runs_that_did_not_save_who_holds_what_are_no_pair_if_they_divide_otherwise(
+    tmp_path: Path,
+) -> None:
+    """An earlier version saved no hash of the partition."""
+    for seed, quality in enumerate(QUALITY["lora"]):
+        for name, alpha in (("lora", 0.1), ("scl", 1.0)):
+            run = _save(tmp_path / f"{name}{seed}", name, seed, quality)
+            config, summary = (json.loads((run / f).read_text()) for f in ("config.yaml", SUMMARY))
+            (run / "config.yaml").write_text(json.dumps(config | {"partition": {"alpha": alpha}}))
+            del summary["partition_sha256"]
+            (run / SUMMARY).write_text(json.dumps(summary))
+    for table in pairs_tables(Runs.of(saved_runs([tmp_path]))):
+        assert not table.rows
+        assert "they differ in partition.alpha, so a seed makes no pair" in table.notes[-1]
 
 
 def test_the_number_of_clients_rows_that_are_measured_concerns_their_table_alone(

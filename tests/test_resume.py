@@ -27,6 +27,7 @@ from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.simulation.launch import run as run_here
 from fedpeft.state import read_with_notes, save
 from tests.conftest import TOPICS, Stopping, without_time
+from tests.grids import own_rows
 
 
 @pytest.fixture
@@ -98,6 +99,29 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(
     spoil(folder / "round_00003.safetensors")
     resumed = launched("broken", "method=fedsa_lora", "method.rank=4", "resume=true")
     assert resumed["shared_state_sha256"] == whole["shared_state_sha256"]
+
+
+def test_an_older_checkpoint_is_whole_after_a_resume(launched: Launched, tmp_path: Path) -> None:
+    """Clients keep what the checkpoints count on, also those from before the resume."""
+    given = ["method=fedsa_lora", "method.rank=4"]
+    whole = launched("whole", *given)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            launched("broken", *given, "resume=true", stop=3)
+    spoil(tmp_path / "broken" / "checkpoints" / "round_00002.safetensors")
+    resumed = launched("broken", *given, "resume=true")
+    assert resumed["shared_state_sha256"] == whole["shared_state_sha256"]
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_its_parts(
+    launched: Launched, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        launched("run", "num_rounds=2", stop=2)
+    file = tmp_path / "run" / "checkpoints" / "round_00001.safetensors"
+    tensors, notes = read_with_notes(file)
+    save(file, tensors, {NOTES: json.dumps(json.loads(notes[NOTES]) | {"seconds": 1000.0})})
+    assert 1000 < launched("run", "num_rounds=2", "resume=true")["seconds"] < 1100
 
 
 def test_no_checkpoint_that_can_be_read_is_said(launched: Launched, tmp_path: Path) -> None:
@@ -384,21 +408,10 @@ def test_a_run_does_not_go_on_with_another_partition(
         launched("run", *given)
 
 
-class _OwnRows(InProcessGrid):
-    """Client 1's node has rows of its own."""
-
-    folder: Path
-
-    def node_config(self, node: int) -> dict[str, Any]:
-        own = {"data-path": str(self.folder)} if node == 2 else {}
-        return super().node_config(node) | own
-
-
 def test_a_run_remembers_who_had_rows_of_its_own(run: Any, own_table: Path, tmp_path: Path) -> None:
     """The server knows of them by the checkpoint, because client 1's node is not back yet."""
-    _OwnRows.folder = own_table
     given = [f"data.labels=[{','.join(TOPICS)}]", "num_rounds=1", f"run_dir={tmp_path / 'own'}"]
-    assert run(*given, grid=_OwnRows)["partition_sha256"] is None
+    assert run(*given, grid=own_rows(1, own_table))["partition_sha256"] is None
     again = run(*given, "resume=true")
     assert again["partition_sha256"] is None
     held = parquet.read_table(tmp_path / "own" / "partition.parquet")["client"].to_pylist()
@@ -410,7 +423,7 @@ def test_a_resumed_run_remembers_how_many_rows_a_client_said(
 ) -> None:
     """The server cannot count them, so the first number is the most that client 1 may say."""
 
-    _OwnRows.folder, stopped = own_table, False
+    stopped = False
 
     def more(message: Message, context: Context) -> Message:
         nonlocal stopped
@@ -426,10 +439,28 @@ def test_a_resumed_run_remembers_how_many_rows_a_client_said(
 
     given = [f"data.labels=[{','.join(TOPICS)}]", "num_rounds=2", f"run_dir={tmp_path / 'said'}"]
     with pytest.raises(KeyboardInterrupt):
-        run(*given, answer=more, grid=_OwnRows)
-    refused = run(*given, "resume=true", answer=more, grid=_OwnRows)["refused"]
+        run(*given, answer=more, grid=own_rows(1, own_table))
+    refused = run(*given, "resume=true", answer=more, grid=own_rows(1, own_table))["refused"]
     rows = re.fullmatch(r"num-examples is (\d+), but the client has (\d+)", refused["2"]["1"])
     assert rows and int(rows[1]) == int(rows[2]) + 1
+
+
+def test_a_resumed_run_goes_on_without_a_node_that_does_not_come(run: Any, tmp_path: Path) -> None:
+    """A new run would wait for all nodes and then end."""
+
+    class Fewer(InProcessGrid):
+        def get_node_ids(self) -> list[int]:
+            return [1, 2]
+
+    def stopping(message: Message, context: Context) -> Message:
+        if message.content.config_records.get("config", {}).get("round") == 2:
+            raise KeyboardInterrupt
+        return client_app(message=message, context=context)
+
+    given = [f"run_dir={tmp_path / 'fewer'}", "num_rounds=2", "runtime.join_timeout=0.3"]
+    with pytest.raises(KeyboardInterrupt):
+        run(*given, answer=stopping)
+    assert list(run(*given, "resume=true", grid=Fewer)["refused"]["2"]) == ["2"]
 
 
 def test_what_clients_say_of_the_servers_rows_is_not_remembered(run: Any, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.simulation.launch import run as run_here
 from fedpeft.state import State, snapshot
-from tests.conftest import ROOT, Recorder, Runner, Sent, quiet
+from tests.conftest import ROOT, Recorder, Runner, Sent, quiet, without_time
 from tests.expected.methods import EXPECTED, PERSONAL, Expected, names_of
 from tests.grids import one_by_one
 
@@ -60,15 +60,6 @@ SUMMARY = {
     "working_directory": str,
     "run_dir": str,
 }
-
-
-def without_time(value: Any) -> Any:
-    """Return a summary or a line without the values that may differ between two equal runs."""
-    if isinstance(value, list):
-        return [without_time(v) for v in value]
-    if not isinstance(value, dict):
-        return value
-    return {k: without_time(v) for k, v in value.items() if k not in ("seconds", "run_dir")}
 
 
 def serialised(message: Message) -> int:

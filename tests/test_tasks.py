@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flwr.app import Message, RecordDict
 
 from fedpeft.deployment import tasks as module
 from fedpeft.deployment.tasks import Tasks
+from fedpeft.errors import PartlyPublic
 
 ECHO: Callable[[Any, Any], Any] = lambda message, context: message  # noqa: E731
 
@@ -56,10 +58,10 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return said
 
 
-def answered_in_time(tasks: Tasks) -> None:
+def answered_in_time(tasks: Tasks, app: Callable[[Any, Any], Any] = ECHO) -> None:
     """Answer one message, which comes within nine seconds."""
     deadline = time.monotonic() + 9
-    while not tasks.answer(ECHO):
+    while not tasks.answer(app):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -106,3 +108,19 @@ def test_a_message_that_cannot_be_read_stops_no_later_one(
     assert [(r.message, str(r.exc_info[1])) for r in caplog.records if r.exc_info] == [
         ("the message could not be read", "no such object type")
     ]
+
+
+def test_a_node_tells_only_the_public_part_of_an_error(
+    said: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = Message(RecordDict(), 5, "train")
+    monkeypatch.setattr(module, "pull_task_input", lambda client: (message, "context"))
+
+    def app(message: Any, context: Any) -> Any:
+        raise PartlyPublic("row 3 has no label", ": tested positive")
+
+    SuperNode.tokens = ["here"]
+    answered_in_time(Tasks("", b"secret"), app)
+    (_, reply), (_, _, status, details) = said
+    assert status == "failed" and reply.error.reason == details
+    assert details == "row 3 has no label (this node's log says more)"

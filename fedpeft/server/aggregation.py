@@ -253,26 +253,25 @@ class Aggregator:
         shared = {name: self.down.values[name] for name in self.roles.shared(round)}
         return _most_bytes(shared | prefixed(zeros(self.config.strategy.up(shared)), STRATEGY))
 
-    def known_rows(self, client: int) -> int | None:
-        """Return how many rows a client has in all; null for rows of its own."""
+    def known_rows(self, client: int) -> dict[str, int] | None:
+        """Return how many rows a client has, by split; null for rows of its own."""
         if client in self.nodes.own_rows:
             return None
-        return len(self.engine.rows.by_client[client])
+        return {s: len(rows) for s, rows in self.engine.rows.client_examples(client).items()}
 
     def _check_counts(self, at: At, reply: Reply) -> None:
         """Check what a client says of its rows and steps against what the server knows.
 
         Raises:
-            ValueError: it says more rows than it holds or has said before, or other steps than it
-                was told to take.
+            ValueError: it says more training rows than it holds or has said before, or other steps
+                than it was told to take.
         """
         if self.config.strategy.pooled:
             return
         client = at.client
         assert client is not None
-        most = self.known_rows(client)
-        if most is None:
-            most = self.said.get(client, MOST_ROWS)
+        known = self.known_rows(client)
+        most = self.said.get(client, MOST_ROWS) if known is None else known["train"]
         if reply.num_examples > most:
             raise ValueError(f"num-examples is {reply.num_examples}, but the client has {most}")
         steps = self.engine.shared_steps(at, reply.num_examples)

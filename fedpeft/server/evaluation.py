@@ -38,13 +38,13 @@ def measure(engine: Engine, split: str, state: State, last: bool = False) -> dic
     return {f"{prefix_of(split)}_{key}": value for key, value in metrics.items()}
 
 
-def measured(reply: Message, ranges: Ranges, rows: int | None) -> dict[str, float]:
+def measured(reply: Message, ranges: Ranges, rows: Mapping[str, int] | None) -> dict[str, float]:
     """Read and check a client's metrics.
 
     Args:
         reply: to a message to evaluate.
         ranges: least and greatest value of each metric that the task gives.
-        rows: that the client has in all; null if the server does not know.
+        rows: number of rows that the client has, by split; null if the server does not know.
 
     Raises:
         ValueError: the reply is an error, or lacks or holds something that it should not.
@@ -119,8 +119,8 @@ def over_clients(
     return result
 
 
-def _check_rows(metrics: Mapping[str, float], most: int | None) -> None:
+def _check_rows(metrics: Mapping[str, float], most: Mapping[str, int] | None) -> None:
     for split in OWN_SPLITS:
-        number, bound = metrics[f"{split}-num-examples"], MOST_ROWS if most is None else most
+        number, bound = metrics[f"{split}-num-examples"], MOST_ROWS if most is None else most[split]
         if number > bound:
             raise ValueError(f"{split}-num-examples is {number}, but the client has {bound} rows")

@@ -1,8 +1,10 @@
 """Fed-SB starts from the first gradient of full fine-tuning."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from fedpeft.engine.server_model import EngineModel
 from fedpeft.methods.base import At
 from fedpeft.methods.fed_sb import FedSB
 from fedpeft.nn.cores import CoreAdapter
-from fedpeft.state import Role
+from fedpeft.state import Role, State
 from tests.conftest import Runner
 
 ONE = ("method=fed_sb", "method.start_batches=1", "method.start_batch_size=8", "lr=0.01")
@@ -52,6 +54,33 @@ def test_the_start_is_the_best_approximation_of_adamws_first_step(
         torch.testing.assert_close(product.double(), best, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(a @ a.T, torch.eye(8), rtol=0, atol=1e-5)
         assert best.norm() > 0.03
+
+
+def test_the_server_s_batches_are_of_validation_rows(opened: Callable[..., Engine]) -> None:
+    """There are 40, so five batches of eight are all of them; test rows never train."""
+    engine = opened("method=fed_sb")
+
+    def texts(batch: Mapping[str, Any]) -> set[tuple[int, ...]]:
+        return {tuple(token for token in row if token) for row in batch["input_ids"].tolist()}
+
+    rows = {s: texts(engine.rows.examples(s).batch(np.arange(40))) for s in ("validation", "test")}
+    batches = islice(EngineModel(engine).batches(8, "start"), 5)
+    assert set().union(*map(texts, batches)) == rows["validation"] != rows["test"]
+
+
+def test_the_first_gradient_is_that_of_all_batches(opened: Callable[..., Engine]) -> None:
+    quiet = "model.settings={hidden_dropout_prob:0,attention_probs_dropout_prob:0}"
+
+    def started(batches: int, size: int) -> State:
+        sizes = (f"method.start_batches={batches}", f"method.start_batch_size={size}")
+        engine = opened("method=fed_sb", *sizes, quiet)
+        return engine.config.method.start(EngineModel(engine))
+
+    four, one = started(4, 10), started(1, 40)
+    cores = [name for name in one if name.endswith(".core")]
+    assert len(cores) == 4
+    for name in cores:
+        torch.testing.assert_close(four[name], one[name], rtol=1e-2, atol=1e-6)
 
 
 def test_bases_are_received_before_round_1_and_frozen_afterwards() -> None:

@@ -1,11 +1,13 @@
 """FedDPA trains its two adapters in turns, never at once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
+from fedpeft.engine import engine as module
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.plan import Job, plan
 from fedpeft.methods.base import At
@@ -102,7 +104,18 @@ def test_a_run_of_after(run: Runner) -> None:
     assert lines[3]["client_test_loss"] != lines[2]["client_test_loss"]
 
 
-def test_turns_train_twice_the_steps(run: Runner) -> None:
-    run("method=feddpa", "local_steps=2")
+def test_a_turn_trains_twice_the_steps_and_says_those_of_what_is_shared(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    train = module.train
+
+    def counting(passes: Any, steps: Any, *rest: Any, **more: Any) -> Any:
+        counts.append(len(steps))
+        return train(passes, steps, *rest, **more)
+
+    monkeypatch.setattr(module, "train", counting)
+    run("method=feddpa", "local_steps=2", "num_rounds=1")
     (first, *_) = run.recorder.of("train", 1)
+    assert counts == [2, 2] * 3
     assert first.up.content.metric_records["metrics"]["num-steps"] == 2

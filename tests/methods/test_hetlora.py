@@ -1,11 +1,15 @@
 """HetLoRA's ranks shrink where a client's last components lose weight."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from fedpeft.config.load import load_config
+from fedpeft.engine.engine import Engine
 from fedpeft.engine.parameters import check_on_meta
+from fedpeft.engine.plan import Job
 from fedpeft.methods.base import At, Memory, Round
 from fedpeft.methods.hetlora import HetLoRA, TailPenalty
 from fedpeft.state import State, sha256
@@ -91,6 +95,30 @@ def test_ranks_shrink_in_a_run(run: Runner) -> None:
     assert min(by_round[-1] for by_round in ranks.values()) < 4
     lines = run.lines()
     assert lines[6]["uplink_payload_bytes"] < lines[1]["uplink_payload_bytes"]
+
+
+def test_moments_beyond_a_rank_that_shrank_are_gone(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW would train entries that the client no longer has."""
+    jobs: list[Job] = []
+    train = Engine.train_client
+
+    def noting(engine: Engine, job: Job) -> Any:
+        jobs.append(job)
+        return train(engine, job)
+
+    monkeypatch.setattr(Engine, "train_client", noting)
+    shrinking = ("method=hetlora", "method.prune=0.5", "method.penalty=1", "lr=0.05")
+    run(*shrinking, "num_rounds=6", "optimizer.keep_state=true")
+    shrunk = [(int(j.at.memory["rank"]), j.moments) for j in jobs if j.at.memory["rank"] < 4]
+    beyond = [
+        value[rank:]
+        for rank, moments in shrunk
+        for key, value in moments.items()
+        if key.startswith("exp_avg") and ".lora_A." in key
+    ]
+    assert beyond and not any(value.any() for value in beyond)
 
 
 def test_wrong_values() -> None:

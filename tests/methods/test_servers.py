@@ -173,6 +173,18 @@ def test_fedrot_lora_undoes_rotations(align: str) -> None:
     torch.testing.assert_close(after[A], start[A], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("b", "a", "sign"), [(1.0, -3.0, -1.0), (3.0, -1.0, 1.0)], ids=["as A says", "as B says"]
+)
+def test_fedrot_lora_aligns_both_factors_by_the_sum_of_their_matches(
+    b: float, a: float, sign: float
+) -> None:
+    """At rank 1 a rotation is a sign; the server's B and A are 1, so the match is b + a."""
+    client, start = state([[b]], [[a]]), state([[1.0]], [[1.0]])
+    after = aggregated(FedRotLoRA(rank=1), [client], [1.0], start)
+    assert (after[B].item(), after[A].item()) == (sign * b, sign * a)
+
+
 def test_fedrot_lora_keeps_one_client_s_product() -> None:
     start, other = random_states(3)
     one = aggregated(FedRotLoRA(rank=3), [other], [1.0], start)
