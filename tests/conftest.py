@@ -293,6 +293,11 @@ class Stopping(Display):
             raise KeyboardInterrupt
 
 
+def cut(file: Path) -> None:
+    """Leave out the end of a file, as a crash of the machine may."""
+    file.write_bytes(file.read_bytes()[:-3])
+
+
 @pytest.fixture
 def run(base: list[str], tmp_path: Path) -> Runner:
     """``run("method=scl", ...)`` gives the summary of a run in process."""

@@ -11,6 +11,7 @@ import torch
 
 from fedpeft.server.checkpoint import NOTES, Checkpoint, Checkpoints
 from fedpeft.state import State, read_with_notes, save
+from tests.conftest import cut
 
 
 def one(value: float) -> State:
@@ -30,10 +31,6 @@ def saved(folder: Path, *rounds: tuple[int, int]) -> Checkpoints:
     for round, best in rounds:
         checkpoints.save(checkpoint(round, best))
     return checkpoints
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-3])
 
 
 def values(folder: Path) -> list[tuple[int, float, float | None]]:

@@ -26,7 +26,7 @@ from fedpeft.server.seen import RoundFailed
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.simulation.launch import run as run_here
 from fedpeft.state import read_with_notes, save
-from tests.conftest import TOPICS, Stopping, without_time
+from tests.conftest import TOPICS, Stopping, cut, without_time
 from tests.grids import own_rows
 
 
@@ -81,10 +81,6 @@ def test_rounds_since_the_last_checkpoint_are_done_again(launched: Launched, eve
     assert resumed["shared_state_sha256"] == whole["shared_state_sha256"]
 
 
-def spoil(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-3])
-
-
 def test_a_broken_checkpoint_gives_way_to_the_one_before(
     launched: Launched, tmp_path: Path
 ) -> None:
@@ -96,7 +92,7 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(
         "round_00002.safetensors",
         "round_00003.safetensors",
     ]
-    spoil(folder / "round_00003.safetensors")
+    cut(folder / "round_00003.safetensors")
     resumed = launched("broken", "method=fedsa_lora", "method.rank=4", "resume=true")
     assert resumed["shared_state_sha256"] == whole["shared_state_sha256"]
 
@@ -108,7 +104,7 @@ def test_an_older_checkpoint_is_whole_after_a_resume(launched: Launched, tmp_pat
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             launched("broken", *given, "resume=true", stop=3)
-    spoil(tmp_path / "broken" / "checkpoints" / "round_00002.safetensors")
+    cut(tmp_path / "broken" / "checkpoints" / "round_00002.safetensors")
     resumed = launched("broken", *given, "resume=true")
     assert resumed["shared_state_sha256"] == whole["shared_state_sha256"]
 
@@ -128,7 +124,7 @@ def test_no_checkpoint_that_can_be_read_is_said(launched: Launched, tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         launched("broken", stop=3)
     for path in (tmp_path / "broken" / "checkpoints").glob("round*"):
-        spoil(path)
+        cut(path)
     with pytest.raises(ValueError, match="no checkpoint can be read: .*round_00002.*is broken"):
         launched("broken", "resume=true")
 
@@ -148,7 +144,7 @@ def test_a_lost_best_state_changes_no_later_round(
     with pytest.raises(KeyboardInterrupt):
         launched("broken", *given, stop=4)
     assert whole["best"]["round"] == best_round(tmp_path / "broken") == 0
-    spoil(tmp_path / "broken" / "checkpoints" / "best_00000.safetensors")
+    cut(tmp_path / "broken" / "checkpoints" / "best_00000.safetensors")
     resumed = launched("broken", *given, "resume=true")
     assert resumed["shared_state_sha256"] == whole["shared_state_sha256"]
     assert resumed["best"]["round"] == 3
@@ -163,7 +159,7 @@ def test_a_lost_best_state_stays_lost(launched: Launched, tmp_path: Path) -> Non
     given = ["lr=1e-30", "num_rounds=6"]
     with pytest.raises(KeyboardInterrupt):
         launched("broken", *given, stop=4)
-    spoil(tmp_path / "broken" / "checkpoints" / "best_00000.safetensors")
+    cut(tmp_path / "broken" / "checkpoints" / "best_00000.safetensors")
     with pytest.raises(KeyboardInterrupt):
         launched("broken", *given, "resume=true", stop=5)
     assert launched("broken", *given, "resume=true")["best"]["round"] == 3

@@ -18,6 +18,7 @@ from tests.docs.documents import page, table
 Rows = list[dict[str, str]]  # of runs.csv, one a seed
 FEDTT, SCL = "results/fedtt_table1/README.md", "results/scl_table2/README.md"
 SST2, MEDQUAD = "fedtt_table1/data=sst2", "scl_table2/data=medquad_num_clients=3"
+DOLLY = "scl_table2/data=dolly_num_clients=4"
 VARIANTS = "fedtt_variants/data=sst2"
 ENTRIES = {  # of the studies, by the names on the pages
     "LoRA, rank 2": "lora+method.rank=2+method.alpha=4",
@@ -66,10 +67,14 @@ TABLES = [
     (FEDTT, "| method | rate | global test", SST2, OF_FEDTT, True),
     ("README.md", "| method | accuracy", SST2, OF_FEDTT[1:], True),
     (SCL, "| on MedQuAD | rate", MEDQUAD, OF_SCL, True),
+    (SCL, "| on Dolly | validation", DOLLY, OF_SCL[1:], True),
     ("README.md", "| method | loss, server's rows", MEDQUAD, OF_README, False),
 ]
 # Page, beginning of the table's heading, folder of the study and number of pairs.
-PAIRS = [(SCL, "| on MedQuAD, first |", MEDQUAD, 9)]
+PAIRS = [
+    (SCL, "| on MedQuAD, first |", MEDQUAD, 9),
+    (SCL, "| on Dolly, first |", DOLLY, 9),
+]
 
 
 # --- cells ---------------------------------------------------------------------------------------
@@ -165,25 +170,6 @@ def test_the_table_of_fedtt_s_variants_is_the_two_studies_own() -> None:
             assert difference == minus(rows, original, "global_test")
         else:
             original = rows  # those below it are compared with it
-
-
-DOLLY = "scl_table2/data=dolly_num_clients=4"
-
-
-def test_the_table_of_dolly_s_first_seed_is_its_runs_own() -> None:
-    """The study is not at its end, so it has no runs.csv."""
-    shown = table(page(SCL), "| on Dolly, seed 0 |")
-    assert len(shown) == 12
-    for name, cells in shown.items():
-        (file,) = (ROOT / "results" / DOLLY / ENTRIES[name]).glob("lr=*/seed=0/summary.json")
-        summary = json.loads(file.read_text())
-        keys = ("client_validation_loss", "client_test_rouge_l_generated", "test_loss")
-        values = [summary["final"].get(key) for key in keys]
-        sent = sum(summary["bytes"][f"{way}link_bytes"] for way in ("up", "down"))
-        assert cells == [
-            *("-" if value is None else bare(f"{value:.3f}") for value in values),
-            f"{sent / 1e6:.1f}",
-        ]
 
 
 # --- words ---------------------------------------------------------------------------------------
