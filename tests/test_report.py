@@ -50,7 +50,7 @@ def _save(
     of_seed: int,
     quality: float,
     partition: str | None = "p",
-    data: str = "data",
+    rows: str = "data",
     **config: Any,
 ) -> Path:
     """Write the directory of an imagined run of two rounds with two clients.
@@ -61,7 +61,7 @@ def _save(
         of_seed: the run's seed.
         quality: the clients' accuracy on test rows after round 2.
         partition: hash of who holds which rows.
-        data: begins the hash of the rows, which the seed ends.
+        rows: begins the hash of the rows, which the seed ends.
         config: more values.
     """
     path.mkdir(parents=True)
@@ -92,7 +92,7 @@ def _save(
         "parameters": counts | {"total": 1000},
         "bytes": {"uplink_bytes": 4_000_000, "downlink_bytes": 6_000_000},
         "seconds": 1.5,
-        "data": {"sha256": f"{data}{of_seed}"},
+        "data": {"sha256": f"{rows}{of_seed}"},
         "partition_sha256": partition,
     }
     (path / "summary.json").write_text(json.dumps(summary))
@@ -330,7 +330,7 @@ def test_diagnostics_are_means_over_rounds_and_seeds(tmp_path: Path) -> None:
         ({"num_clients": 3}, "they differ in num_clients, so a seed makes no pair"),
         ({"seed": 5}, "a test needs 3 common seeds of the same rows by client, got 2"),
         ({"partition": "q"}, "a test needs 3 common seeds of the same rows by client, got 0"),
-        ({"data": "edited"}, "a test needs 3 common seeds of the same rows by client, got 0"),
+        ({"rows": "edited"}, "a test needs 3 common seeds of the same rows by client, got 0"),
         (
             {"partition": None},
             "sites hold rows of their own, so nobody knows that both had the same rows",
