@@ -58,6 +58,11 @@ ENTRIES = {  # of the studies, by the names on the pages
     "SCL, svd, rank 64": "scl+method.init=svd",
     "SCL, random_pinv (the paper's), rank 64 (ours)": "scl+method.init=random_pinv",
 }
+LEFT_OUT = (  # of what is said of methods that train and keep the model intact
+    "untuned",
+    "SCL, svd, rank 64",
+    "SCL, random_pinv (the paper's), rank 64 (ours)",
+)
 OF_FEDTT = ("lr", "global_test", "quality", "bytes")
 OF_README = ("test_loss", "quality", "bytes")
 OF_SCL = ("lr", "validation", "quality", "global_test", "test_loss", "bytes")
@@ -188,6 +193,27 @@ def test_the_differences_that_the_page_on_scl_names_in_words_are_the_study_s() -
         assert minus(scl, lora, "quality") in words
         assert minus(scl, lora, "global_test") in words
     assert alone.startswith("+.011 (+.001 to +.020)") and ".011 (.001 to .020) higher" in words
+
+
+def test_the_differences_on_dolly_that_the_page_names_in_words_are_the_study_s() -> None:
+    words = " ".join(page(SCL).partition("## Dolly")[2].split())
+    large, small = (named(DOLLY, f"SCL, residual, rank {rank}") for rank in (64, 10))
+    assert f"rank 64 has {minus(large, small, 'quality')}" in words
+    lost = minus(named(DOLLY, "FFA-LoRA"), named(DOLLY, "LoRA"), "test_loss")
+    assert f"Minus LoRA it is {lost} on the server's rows" in words
+    trained = rows_of(DOLLY).keys() - {ENTRIES[name] for name in LEFT_OUT}
+    losses = [[float(row["validation"]) for row in rows_of(DOLLY)[entry]] for entry in trained]
+    means = [fmean(values) for values in losses]
+    assert bare(f"differ by {max(means) - min(means):.3f}") in words
+    assert bare(f"deviation of {min(map(stdev, losses)):.3f} or more") in words
+    by_seed = [
+        float(b["test_loss"]) - float(a["test_loss"])
+        for study in (MEDQUAD, DOLLY)
+        for a, b in zip(
+            *(named(study, f"SCL, residual, rank {rank}") for rank in (64, 10)), strict=True
+        )
+    ]
+    assert bare(f"by {min(by_seed):.3f} to {max(by_seed):.3f}") in words
 
 
 # --- runs to make again --------------------------------------------------------------------------
