@@ -34,6 +34,7 @@ USAGE = """usage: fedpeft COMMAND [options] [overrides]
   server     the server of a deployment:   fedpeft server --help
   deploy     both on this machine:         fedpeft deploy trial method=fedsa_lora num_rounds=2
 
+All but predict, node, server and deploy take --json.
 Overrides are those of Hydra: key=value, group=name. Groups and names stand in conf/.
 """
 # By command, the function that answers it. Names, because its module may import torch, which takes
@@ -96,8 +97,8 @@ def main() -> None:
 
 
 def usage_of(command: str) -> str:
-    """Return the lines of USAGE on one command, and the last one, on overrides."""
+    """Return the lines of USAGE on one command, and its last two, on --json and overrides."""
     lines = USAGE.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"  {command} "))
     more = takewhile(lambda line: line.startswith("    "), lines[start + 1 :])
-    return "\n".join([lines[start].strip(), *more, "", lines[-1]])
+    return "\n".join([lines[start].strip(), *more, "", *lines[-2:]])

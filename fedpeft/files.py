@@ -38,15 +38,15 @@ def check_path(key: str, path: str) -> Path:
 
 
 def not_below(path: str) -> str:
-    """Say that a folder is here but nothing in it has a path's name; empty if the folder is not.
+    """Say that a folder is here but holds nothing of a path's name; empty if that is not so.
 
     Args:
-        path: is nowhere here, so it is perhaps a misspelt folder and no name of the hub.
+        path: of no folder here, so it is perhaps a misspelt one and no name of the hub.
     """
-    folder, name = Path(path).expanduser().parent, Path(path).name
-    return (
-        f" (the folder {folder} is, and has no {name})" if "/" in path and folder.is_dir() else ""
-    )
+    local = Path(path).expanduser()
+    if "/" not in path or local.exists() or not local.parent.is_dir():
+        return ""
+    return f" (the folder {local.parent} is here, but holds no {local.name})"
 
 
 @contextmanager

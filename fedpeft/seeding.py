@@ -1,4 +1,4 @@
-"""Every draw of a run derives from (seed, purpose, round, client): nothing else is random."""
+"""Seeded draws: each derives from (seed, purpose, round, client)."""
 
 import hashlib
 from collections.abc import Iterator

@@ -21,7 +21,7 @@ def own_rows(client: int, folder: Path) -> type[InProcessGrid]:
 
 
 def one_by_one(client_app: Callable[[Message, Context], Message]) -> AnswerAll:
-    """Return a function that answers a pass's messages one after another by any ClientApp."""
+    """Return a function that answers a parcel's messages one after another by any ClientApp."""
 
     def tried(message: Message, context: Context) -> Message | Exception:
         try:

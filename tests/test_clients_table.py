@@ -337,7 +337,7 @@ def test_a_client_of_rows_of_its_own_says_no_more_than_anybody_has() -> None:
     metrics = {"validation-num-examples": 5, "test-num-examples": 10**18, "test_accuracy": 1.0}
     record = MetricRecord(metrics)
     reply = Message(RecordDict({"metrics": record}), reply_to=message)
-    with pytest.raises(ValueError, match="000, but the client has 1000000000 rows$"):
+    with pytest.raises(ValueError, match="000, but the client measures 1000000000 rows at most$"):
         measured(reply, {"accuracy": (-1.0, 1.0)}, None)
 
 

@@ -25,26 +25,26 @@ ONE_BY_ONE = ("runtime.clients_per_pass=1", "evaluation.clients=always")
 
 
 class Simulated:
-    """Runs a configuration as ``fedpeft run`` does in one process, and notes each pass."""
+    """Runs a configuration as ``fedpeft run`` does in one process, and notes each parcel."""
 
     def __init__(self, run: Runner) -> None:
         self.run = run
-        self.passes: list[tuple[str, list[int]]] = []
+        self.parcels: list[tuple[str, list[int]]] = []
 
     def __call__(self, *overrides: str, answer: Any = answer_all) -> dict[str, Any]:
         def noted(messages: Sequence[Message], contexts: Sequence[Context]) -> Any:
             clients = [int(context.node_config["partition-id"]) for context in contexts]
-            self.passes.append((messages[0].metadata.message_type, clients))
+            self.parcels.append((messages[0].metadata.message_type, clients))
             return answer(messages, contexts)
 
-        self.run.run_dir = self.run.folder / f"simulated{len(self.passes)}"
+        self.run.run_dir = self.run.folder / f"simulated{len(self.parcels)}"
         whole = with_fields(self.run.base, [*overrides, f"run_dir={self.run.run_dir}"])
         open_engine.cache_clear()
         return simulate(InProcessGrid(1, noted), whole, quiet())
 
     def trained(self) -> list[list[int]]:
         """Return the clients of each training pass, in the order in which they ran."""
-        return [clients for kind, clients in self.passes if kind == "train"]
+        return [clients for kind, clients in self.parcels if kind == "train"]
 
 
 @pytest.fixture

@@ -763,6 +763,20 @@ def empty_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "hub"
 
 
+def test_a_misspelt_folder_beside_others_is_said(
+    empty_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/bert").mkdir(parents=True)
+    (tmp_path / "models/weights").touch()
+    there = "is no folder here (the folder models is here, but holds no bret) and not in the hub"
+    for path, says in (("bret", there), ("weights", "is no folder here and not in the hub cache")):
+        model = replace(published("roberta_large"), path=f"models/{path}", revision=None)
+        with pytest.raises(ValueError) as caught:
+            model.tokenizer()
+        assert says in str(caught.value)
+
+
 def test_offline_one_sentence_says_what_to_download(empty_hub: Path) -> None:
     model = published("roberta_large")
     expected = (
@@ -865,6 +879,18 @@ def test_the_hub_s_refusals(cause: str, sentence: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(hub, "reachable", lambda: True)
     with pytest.raises(ValueError, match=sentence), hub.one_sentence("a/b", "12345678"):
         raise OSError("no file\nat all") from kind.__new__(kind)
+
+
+def test_a_misspelt_folder_is_no_name_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.errors import RepositoryNotFoundError as Missing
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    says = r"neither a folder here \(the folder models is here, but holds no bret\) nor a public"
+    with pytest.raises(ValueError, match=says), hub.one_sentence("models/bret", None):
+        raise OSError("nothing") from Missing.__new__(Missing)
 
 
 def test_a_folder_s_missing_files_are_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ class Silent(InProcessGrid):
 
     def _in_parcels(self, group: list[Message]) -> Any:
         silent = [m for m in group if m.metadata.message_type == "train"]
-        passes = super()._in_parcels(group)
-        return [p for p in passes if p[0] not in silent or p[0].metadata.dst_node_id != 3]
+        parcels = super()._in_parcels(group)
+        return [p for p in parcels if p[0] not in silent or p[0].metadata.dst_node_id != 3]
 
 
 class Leaving(InProcessGrid):

@@ -316,6 +316,22 @@ def test_a_client_says_no_more_rows_than_it_trains_on(
     assert refused == ({"1": {"1": reason}} if more else {})
 
 
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_client_says_no_more_rows_than_it_measures(split: str, more: int, run: Runner) -> None:
+    """Client 1 has 8 rows or more of each split, of which it measures 5."""
+
+    def change(reply: Message) -> Message:
+        reply.content.metric_records["metrics"][f"{split}-num-examples"] = 5 + more
+        return reply
+
+    limit = "evaluation.max_client_rows=5"
+    given = ("num_rounds=1", "evaluation.clients=always", limit)
+    refused = run(*given, answer=measuring({1}, change))["refused"]
+    reason = f"evaluation: {split}-num-examples is 6, but the client measures 5 rows at most"
+    assert refused.get("1", {}) == ({"1": reason} if more else {})
+
+
 def test_the_server_reads_a_reply_to_its_room(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """A deployment's grid reads no more than the strategy tells it, and the local one all."""
     rooms: list[int] = []

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -590,30 +591,33 @@ def test_training_that_diverged_is_not_run_again_and_other_failures_are(tmp_path
     assert again.launched == [("LoRA", 0.1, 1), ("LoRA", 0.1, 2)]
 
 
+UNMEASURED = {"refused": {"2": {"1": "evaluation: no reply came in time"}}}
+
+
 @pytest.mark.parametrize("command", ["study", "compare"])
+@pytest.mark.parametrize("why", [RuntimeError("disk is full"), summary_of(0.5, 0.5, **UNMEASURED)])
 def test_a_command_of_which_a_run_failed_has_status_2_unless_training_diverged(
     command: str,
+    why: Outcome,
     fedpeft: Callable[..., str],
     base: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def result(lr: float, seed: int) -> Outcome:
-        return reasons[lr] if lr in reasons else summary_of(0.5, 0.5)
-
-    reasons: dict[float, Exception] = {2.0: RuntimeError(NAN), 3.0: RuntimeError("disk is full")}
+    """The error names the command that tries again a run that did not come to its end."""
+    by_lr: dict[float, Outcome] = {2.0: RuntimeError(NAN), 3.0: why}
+    fake = Fake(lambda lr, _: by_lr.get(lr, summary_of(0.5, 0.5)))
     monkeypatch.setattr("fedpeft.simulation.launch.run_all", lambda runs, *rest: fake(runs))
-    methods = "lora+lr=1,lora+lr=2,lora+lr=3"
-    words = [command, "--methods", methods, *(o for o in base if not o.startswith("method"))]
-    words += ["run_dir=out", "method.rank=4"]
-    fake = Fake(result)
+    methods = ["--methods", "lora+lr=1,lora+lr=2,lora+lr=3", "method.rank=4"]
     with pytest.raises(SystemExit) as ended:
-        fedpeft(*words)
-    assert ended.value.code == 2
-    assert "fedpeft: 1 run failed, for the reasons in the tables of out" in capsys.readouterr().err
+        fedpeft(command, *methods, *(o for o in base if not o.startswith("method")))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "fedpeft: 1 run failed, for the reasons in the" in said
+    again = shlex.split(said.partition(" is tried again by: fedpeft ")[2])
     fake = Fake(lambda *_: summary_of(0.5, 0.5))
-    fedpeft(*words)
-    assert [lr for _, lr, _ in fake.launched] == [3.0]
+    if isinstance(why, Exception):
+        fedpeft(*again)
+        assert [lr for _, lr, _ in fake.launched] == [3.0]
 
 
 @pytest.mark.parametrize("finished", [True, False])

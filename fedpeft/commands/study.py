@@ -51,7 +51,7 @@ def compare(arguments: list[str]) -> None:
         ended = {row["method"] for row in results.rows}
         paths = {run.entry: run.path for run in planned.runs() if run.entry in ended}
         _ask(paths, chosen.questions, folder, as_json)
-    _check_none_failed(results.again, folder)
+    command.check(results.failed)
 
 
 def _ask(runs: dict[str, Path], count: int, folder: Path, as_json: bool) -> None:
@@ -86,7 +86,7 @@ def study(arguments: list[str]) -> None:
         return
     command = Command(["study", *words], folder, as_json, save_study, plan.settings.extend)
     failed: dict[Path, str] = {}
-    again: dict[Path, int] = {}
+    failures: dict[Path, int] = {}
 
     def finish_one(last: bool, planned: Study) -> Finished:
         try:
@@ -95,7 +95,7 @@ def study(arguments: list[str]) -> None:
             failed[planned.folder] = str(error)
             return Finished(planned, {})
         failed.pop(planned.folder, None)
-        again[planned.folder] = results.again
+        failures[planned.folder] = results.failed
         if not as_json:
             results.page.show()
             print(f"saved {planned.folder}/study.md, study.png, runs.csv")
@@ -107,20 +107,7 @@ def study(arguments: list[str]) -> None:
     plan.finish_tables(finish_one)
     if failed:
         raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
-    _check_none_failed(sum(again.values()), folder)
-
-
-def _check_none_failed(count: int, folder: Path) -> None:
-    """Give a command status 2 if runs failed for another reason than training that diverged.
-
-    Raises:
-        RuntimeError: some did.
-    """
-    if count:
-        raise RuntimeError(
-            f"{counted(count, 'run')} failed, for the reasons in the tables of {folder}: the same "
-            "command tries again and keeps all that is finished"
-        )
+    command.check(sum(failures.values()))
 
 
 class Command(NamedTuple):
@@ -160,6 +147,19 @@ class Command(NamedTuple):
             study = study.widened(at_edge)
             done = self._run_left(study)
         return study, self.save(study, done, measures, shlex.join(["fedpeft", *self.words]))
+
+    def check(self, failed: int) -> None:
+        """Give the command status 2 if runs failed for another reason than diverged training.
+
+        Raises:
+            RuntimeError: some did.
+        """
+        if failed:
+            again = going_on(self.words, self.folder, self.as_json)
+            raise RuntimeError(
+                f"{counted(failed, 'run')} failed, for the reasons in the tables of {self.folder}; "
+                f"what did not come to its end is tried again by: {again}"
+            )
 
     def _run_left(self, study: Study) -> list[Done]:
         """Run a study's runs that are not there yet, and return all."""

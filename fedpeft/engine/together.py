@@ -24,7 +24,7 @@ from fedpeft.state import State
 # A client whose step has more tokens than STEP_TOKENS trains alone; with fewer, clients fill a pass
 # up to PASS_TOKENS. On a CPU (MiniLM, LoRA, float32, results/benchmarks/clients_per_pass.json) 16
 # clients of 21 tokens train 1.48 times as fast as one by one, 16 of 85 tokens 1.03 times, and 4 of
-# 85 tokens .97 times. The numbers for CUDA are a guess.
+# 85 tokens .97 times; 56 lies between and is not measured. The numbers for CUDA are a guess.
 STEP_TOKENS = {"cpu": 56, "cuda": 16384}
 PASS_TOKENS = {"cpu": 384, "cuda": 16384}
 IMAGE_TOKENS = 196  # an image of 224 pixels in patches of 16

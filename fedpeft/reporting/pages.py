@@ -16,6 +16,7 @@ from fedpeft.reporting.results import (
     study_row,
 )
 from fedpeft.reporting.run_directory import CONFIG, read_metrics
+from fedpeft.reporting.saved_runs import diverged
 from fedpeft.reporting.study import Done, Study
 from fedpeft.reporting.tables import (
     COMPARISON,
@@ -37,13 +38,13 @@ class Results(NamedTuple):
         page: the table as text.
         rows: the same with all digits, the best quality first.
         baseline: quality of a client's commonest label, or null.
-        again: runs that failed and that the next command tries again.
+        failed: number of runs that failed, without those whose training diverged.
     """
 
     page: Page
     rows: Rows
     baseline: float | None
-    again: int
+    failed: int
 
 
 def save_study(study: Study, done: Sequence[Done], measures: Measures, command: str) -> Results:
@@ -81,7 +82,7 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
     page.save(study.folder / "study.md")
     shown = [row for row in rows if row["quality"] is not None]
     plot_study(study.folder / "study.png", shown, measures.quality, floor)
-    return Results(page, rows, floor, sum(one.again for one in done))
+    return Results(page, rows, floor, _number_failed(runs))
 
 
 def _other_runs(study: Study, done: Sequence[Done]) -> list[str]:
@@ -110,7 +111,8 @@ def save_comparison(
     Raises:
         RuntimeError: no run came to its end.
     """
-    failed, floor = _failures(run_rows(done, measures)), baseline(done)
+    runs = run_rows(done, measures)
+    failed, floor = _failures(runs), baseline(done)
     ended = [(r, s) for r, s in done if isinstance(s, dict) and not measures.missing(s, False)]
     curves = {run.entry: read_metrics(run.path) for run, _ in ended}
     asked = {
@@ -125,7 +127,7 @@ def save_comparison(
     write_csv(study.folder / "comparison.csv", rows)
     picture = study.folder / "comparison.png"
     plot_comparison(picture, rows, curves, measures.quality, measures.selects, floor)
-    return Results(page, rows, floor, sum(one.again for one in done))
+    return Results(page, rows, floor, _number_failed(runs))
 
 
 def _further_measures(rows: Rows, measures: Measures) -> list[Page]:
@@ -219,6 +221,10 @@ def _floor_notes(floor: float | None) -> list[str]:
     if floor is None:
         return []
     return [f"Always answering a client's commonest label scores {floor:.3f}."]
+
+
+def _number_failed(rows: Rows) -> int:
+    return sum(row["failed"] is not None and not diverged(row["failed"]) for row in rows)
 
 
 def _failures(rows: Rows) -> list[str]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from fedpeft.config.load import composed
 from fedpeft.config.overrides import key_of, quoted
 from fedpeft.reporting.run_directory import CONFIG, check_same
-from fedpeft.reporting.saved_runs import Outcome, SavedRun, directory, diverged
+from fedpeft.reporting.saved_runs import Outcome, SavedRun, directory
 
 T = TypeVar("T")
 RunAll = Callable[[list[list[str]]], Sequence[Outcome]]
@@ -55,11 +55,6 @@ class Done(NamedTuple):
 
     run: Run
     outcome: Outcome
-
-    @property
-    def again(self) -> bool:
-        """True if the run failed and the next command tries it again."""
-        return isinstance(self.outcome, Exception) and not diverged(str(self.outcome))
 
 
 @dataclass(frozen=True)

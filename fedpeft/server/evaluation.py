@@ -123,4 +123,6 @@ def _check_rows(metrics: Mapping[str, float], most: Mapping[str, int] | None) ->
     for split in OWN_SPLITS:
         number, bound = metrics[f"{split}-num-examples"], MOST_ROWS if most is None else most[split]
         if number > bound:
-            raise ValueError(f"{split}-num-examples is {number}, but the client has {bound} rows")
+            raise ValueError(
+                f"{split}-num-examples is {number}, but the client measures {bound} rows at most"
+            )

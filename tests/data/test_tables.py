@@ -155,7 +155,7 @@ def test_a_hub_name_without_network() -> None:
 def test_a_misspelt_folder_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tables/sst2").mkdir(parents=True)
-    rule = r"set tables/sst3 is no folder here \(the folder tables is, and has no sst3\) and cannot"
+    rule = r"sst3 is no folder here \(the folder tables is here, but holds no sst3\) and cannot be"
     with pytest.raises(ValueError, match=rule):
         load("tables/sst3")
 

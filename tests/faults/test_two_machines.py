@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import ray
 from flwr.app import MessageType
 
 from fedpeft.config.schema import Runtime
+from fedpeft.deployment.processes import free_ports
 from fedpeft.simulation import machines
 from fedpeft.simulation.launch import run, simulate
 from fedpeft.simulation.ray import RayGrid
@@ -52,12 +52,6 @@ class Cluster(NamedTuple):
     address: str
     hidden: Path
     second: int
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]
 
 
 def started(words: Sequence[str], folder: Path, **environment: str) -> "subprocess.Popen[bytes]":
@@ -91,11 +85,11 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0:
         pytest.skip("this system does not let us have a mount namespace (unshare -m)")
-    hidden, port = tmp_path_factory.mktemp("hidden"), free_port()
+    hidden, (port, of_clients) = tmp_path_factory.mktemp("hidden"), free_ports(2)
     folder = Path(mkdtemp(prefix="ray-"))  # short, because the paths of sockets are limited
     running = []
     try:
-        ports = [f"--port={port}", f"--ray-client-server-port={free_port()}"]
+        ports = [f"--port={port}", f"--ray-client-server-port={of_clients}"]
         head = [RAY, "start", "--head", "--include-dashboard=false", *ports]
         # so that the loss of a machine is noticed within seconds
         running.append(started(head, folder / "1", RAY_health_check_period_ms="1000"))

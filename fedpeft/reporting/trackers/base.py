@@ -194,9 +194,8 @@ class Tracking(Observer):
         file = self.folder / STATE
         known = json.loads(file.read_text()) if file.exists() else {}
         self.hash = run.hash
-        if (
-            known.get("hash") != self.hash
-        ):  # it is of another run, which ended before its first round
+        # The file may be of another run, which ended before its first round.
+        if known.get("hash") != self.hash:
             known = {"id": None, "round": -1}
         done = max(self.last, known["round"])
         self.session = self.tracker.open(run, self.folder, known["id"], done)
