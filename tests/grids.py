@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from fedpeft.simulation.grid import AnswerAll, InProcessGrid
+from fedpeft.state import State
+from fedpeft.wire import pack
 
 
 def own_rows(client: int, folder: Path) -> type[InProcessGrid]:
@@ -35,3 +37,25 @@ def one_by_one(client_app: Callable[[Message, Context], Message]) -> AnswerAll:
         return [tried(m, c) for m, c in zip(messages, contexts, strict=True)]
 
     return answer_all
+
+
+def rewritten(reply: Message, message: Message, state: State, **metrics: Any) -> Message:
+    """Return a reply with another state and other metrics.
+
+    Args:
+        reply: whose metrics are taken over.
+        message: that is answered.
+        state: in place of the reply's.
+        metrics: set anew; null leaves one out.
+    """
+    arrays, index = pack(state)
+    numbers = dict(reply.content.metric_records["metrics"]) | metrics
+    numbers = {key: value for key, value in numbers.items() if value is not None}
+    content = RecordDict(
+        {
+            "arrays": arrays,
+            "config": ConfigRecord({"index": index}),
+            "metrics": MetricRecord(numbers),
+        }
+    )
+    return Message(content, reply_to=message)

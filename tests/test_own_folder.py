@@ -12,8 +12,7 @@ from fedpeft.config.overrides import join
 from fedpeft.engine.engine import open_engine
 from fedpeft.reporting.clients import read_clients
 from tests.conftest import TOPICS, Runner, sentences, state_of
-from tests.grids import own_rows
-from tests.test_refusals import rewritten
+from tests.grids import own_rows, rewritten
 
 LABELS = f"data.labels=[{','.join(TOPICS)}]"
 

@@ -22,33 +22,12 @@ from fedpeft.server.limits import FRAME
 from fedpeft.server.seen import RoundFailed
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import State, payload_bytes
-from fedpeft.wire import pack, wire_bytes
+from fedpeft.wire import wire_bytes
 from tests.conftest import Answer, Runner, state_of
+from tests.grids import rewritten
 
 HEAD = "classifier.bias"
 Spoil = Callable[[Message, Message], Message]
-
-
-def rewritten(reply: Message, message: Message, state: State, **metrics: Any) -> Message:
-    """Return a reply with another state and other metrics.
-
-    Args:
-        reply: whose metrics are taken over.
-        message: that is answered.
-        state: in place of the reply's.
-        metrics: set anew; null leaves one out.
-    """
-    arrays, index = pack(state)
-    numbers = dict(reply.content.metric_records["metrics"]) | metrics
-    numbers = {key: value for key, value in numbers.items() if value is not None}
-    content = RecordDict(
-        {
-            "arrays": arrays,
-            "config": ConfigRecord({"index": index}),
-            "metrics": MetricRecord(numbers),
-        }
-    )
-    return Message(content, reply_to=message)
 
 
 def with_value(value: float) -> Spoil:
