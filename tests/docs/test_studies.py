@@ -17,14 +17,21 @@ from tests.docs.documents import page, table
 
 Rows = list[dict[str, str]]  # of runs.csv, one a seed
 FEDTT, SCL = "results/fedtt_table1/README.md", "results/scl_table2/README.md"
+TABLE3 = "results/fedtt_table3/README.md"
 SST2, MEDQUAD = "fedtt_table1/data=sst2", "scl_table2/data=medquad_num_clients=3"
 DOLLY = "scl_table2/data=dolly_num_clients=4"
 VARIANTS = "fedtt_variants/data=sst2"
+IID, SKEWED = (
+    f"fedtt_table3/data=sst2_num_clients=3{skew}"
+    for skew in ("", "_partition=dirichlet_partition.alpha=0.1")
+)
 ENTRIES = {  # of the studies, by the names on the pages
     "LoRA, rank 2": "lora+method.rank=2+method.alpha=4",
     "LoRA, rank 8": "lora",
     "FFA-LoRA, rank 8": "ffa_lora",
     "RoLoRA, rank 8": "rolora",
+    "RoLoRA, rank 2": "rolora+method.rank=2+method.alpha=4",
+    "FFA-LoRA, rank 2": "ffa_lora+method.rank=2+method.alpha=4",
     "FedTT": "fedtt",
     "FedTT, rank 2": "fedtt+method.tt_rank=2",
     "FedTT, rank 5": "fedtt",
@@ -71,6 +78,8 @@ OF_SCL = ("lr", "validation", "quality", "global_test", "test_loss", "bytes")
 TABLES = [
     (FEDTT, "| method | rate | global test", SST2, OF_FEDTT, True),
     ("README.md", "| method | accuracy", SST2, OF_FEDTT[1:], True),
+    (TABLE3, "| iid clients | rate", IID, OF_FEDTT, True),
+    (TABLE3, "| clients with label skew | global test", SKEWED, OF_FEDTT[1:], True),
     (SCL, "| on MedQuAD | rate", MEDQUAD, OF_SCL, True),
     (SCL, "| on Dolly | validation", DOLLY, OF_SCL[1:], True),
     ("README.md", "| method | loss, server's rows", MEDQUAD, OF_README, False),
@@ -214,6 +223,32 @@ def test_the_differences_on_dolly_that_the_page_names_in_words_are_the_study_s()
         )
     ]
     assert bare(f"by {min(by_seed):.3f} to {max(by_seed):.3f}") in words
+
+
+def test_the_differences_that_the_page_on_table_3_names_in_words_are_the_study_s() -> None:
+    iid, skewed = " ".join(page(TABLE3).split()).split("## Three clients with label skew")
+    for words, study in ((iid, IID), (skewed, SKEWED)):
+        for rank, key in ((2, "global_test"), (8, "global_test"), (8, "quality")):
+            lora = named(study, f"LoRA, rank {rank}")
+            lost, _, interval = minus(named(study, "FedTT"), lora, key).partition(" (")
+            assert lost[1:] in words and interval.rstrip(")") in words
+    for name in ("FedTT+", "FedTT+, active=one"):
+        assert minus(named(SKEWED, name), named(SKEWED, "FedTT"), "global_test") in skewed
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def test_the_last_line_of_each_committed_run_is_its_summary_s() -> None:
+    """Files of two runs must not mix when results are brought together."""
+    summaries = sorted((ROOT / "results").glob("**/seed=*/summary.json"))
+    assert len(summaries) > 400
+    for file in summaries:
+        final = json.loads(file.read_text())["final"]
+        line = json.loads(file.with_name("metrics.jsonl").read_text().splitlines()[-1])
+        measured = [key for key in line if key.startswith(("client_", "validation_"))]
+        assert measured and {k: final[k] for k in measured} == {k: line[k] for k in measured}, file
+        assert line["round"] == final["round"]
 
 
 # --- runs to make again --------------------------------------------------------------------------
