@@ -4,12 +4,14 @@ import csv
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
@@ -220,7 +222,41 @@ def test_the_folder_of_the_data_must_hold_each_table_s_before_the_first_run(tmp_
     plan = StudyPlan.of(tmp_path, [CELLS, "study.methods=[lora]"], options, "scl")
     assert [study.folder.name for study in plan.studies()]  # an estimate needs no data
     with pytest.raises(ValueError, match=rf"^--data {tmp_path} must hold a folder mrpc, got none$"):
-        finished(plan)
+        plan.untried()
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        ("num_clients=3 data.path=broken", "row 7 of train (counted from 1) has an empty text"),
+        ("num_clients=3 method.rank=4000", "lora+method.rank=4000: method.rank must be <= 32"),
+        ("num_clients=3 partition=dirichlet partition.min_size=99", "partition.min_size"),
+        ("num_clients=3 data.label=no_such", "no_such"),
+    ],
+)
+def test_what_is_wrong_with_the_last_table_is_found_before_the_first_one_runs(
+    cell: str,
+    says: str,
+    fedpeft: Callable[..., str],
+    base: list[str],
+    table: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake = Fake(steady)
+    monkeypatch.setattr("fedpeft.simulation.launch.run_all", lambda runs, *rest: fake(runs))
+    shutil.copytree(table, "broken")
+    rows = pd.read_parquet(table / "train.parquet")
+    rows.loc[6, "text"] = " "
+    rows.to_parquet("broken/train.parquet")
+    rest = [o for o in base if not o.startswith("method")]
+    cells = f"study.cells=['num_clients=2','{cell}']"
+    with pytest.raises(SystemExit):
+        fedpeft("study", "--methods", "lora", "--seeds", "1", cells, *rest, "run_dir=out")
+    assert says in capsys.readouterr().err
+    assert not fake.launched and not Path("out").exists()
+    fedpeft("study", "--methods", "lora", "--seeds", "1", "study.cells=['num_clients=2']", *rest)
+    assert fake.launched
 
 
 def test_a_run_s_command_holds_no_key_of_the_study(tmp_path: Path) -> None:

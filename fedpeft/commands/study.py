@@ -104,6 +104,7 @@ def study(arguments: list[str]) -> None:
         ranked = {row["method"]: row["ranked_lrs"] for row in results.rows}
         return Finished(ended, {entry: lrs for entry, lrs in ranked.items() if lrs})
 
+    launch.check_all(plan.untried())  # a mistake in the last table is found before the first runs
     plan.finish_tables(finish_one)
     if failed:
         raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))

@@ -90,14 +90,8 @@ class StudyPlan:
         Args:
             finish_one: finishes a table's study. It is also told whether this is the table's last
                 time.
-
-        Raises:
-            ValueError: ``data`` lacks the folder of a table.
         """
-        first, *others = studies = self.studies()
-        for data in [self._data_of(study.base) for study in studies]:
-            if data is not None and not data.is_dir():
-                raise ValueError(self._lacking(data))
+        first, *others = self.studies()
         if not self.settings.reuse_lrs:
             self._grow([first, *others], finish_one)
             return
@@ -105,6 +99,20 @@ class StudyPlan:
         best = {entry: rates[:1] for entry, rates in ended.ranked_lrs.items()}
         name = first.folder.name
         self._grow([replace(study, more=best, rates_from=name) for study in others], finish_one)
+
+    def untried(self) -> list[list[str]]:
+        """Return one run's overrides for each entry and table of which nothing has run yet.
+
+        Raises:
+            ValueError: ``data`` lacks the folder of a table.
+        """
+        studies = self.studies()
+        for data in [self._data_of(study.base) for study in studies]:
+            if data is not None and not data.is_dir():
+                raise ValueError(self._lacking(data))
+        tables = [replace(study, lrs=study.lrs[:1], seeds=study.seeds[:1]) for study in studies]
+        runs = [run for table in tables for run in table.runs()]
+        return [run.overrides for run in runs if not run.path.parents[1].exists()]
 
     def _lacking(self, data: Path) -> str:
         """Say why the folder of a table's data is not there."""

@@ -95,11 +95,12 @@ def check_all(runs: Sequence[Sequence[str]]) -> None:
     """Check configurations before the first of them runs, and try each method on its model.
 
     Raises:
-        ValueError: a configuration is wrong, or a method does not fit its model.
+        ValueError: a configuration or a row is wrong, or a method does not fit its model.
     """
     for overrides in runs:
         _check_early(overrides)
-    _check(runs)
+    if runs:
+        _check(runs)
 
 
 def run_all(
@@ -186,17 +187,19 @@ def _check(runs: Sequence[Sequence[str]]) -> None:
 
 
 def _try_all(runs: Sequence[Sequence[str]], configs: Sequence[Config]) -> None:
-    """Refuse a study of which a method cannot run, because others would run for hours first.
+    """Refuse a study of which a run cannot train, because others would run for hours first.
 
     Raises:
-        ValueError: one method or more do not fit the model; it names each once.
+        ValueError: a row cannot be used, or a partition is impossible; or one method or more do not
+            fit the model, and it names each once.
     """
     from fedpeft.engine.parameters import check_on_meta
 
     misfits: dict[str, None] = {}
     tried: set[str] = set()
+    divided: set[str] = set()
     for overrides, config in zip(runs, configs, strict=True):
-        config.data.num_labels  # noqa: B018  # what is wrong with the data is no method's fault
+        _divide(config, divided)
         if (key := repr(replace(config, seed=0, lr=1.0, run_dir="-"))) in tried:
             continue
         tried.add(key)
@@ -206,6 +209,15 @@ def _try_all(runs: Sequence[Sequence[str]], configs: Sequence[Config]) -> None:
             misfits[f"{_entry(overrides, runs, config)}: {error}"] = None
     if misfits:
         raise ValueError("; ".join(misfits))
+
+
+def _divide(config: Config, divided: set[str]) -> None:
+    """Read the rows of a configuration and divide them, unless an earlier one has the same."""
+    data, partition, clients, seed = config.data, config.partition, config.num_clients, config.seed
+    if (key := repr((data, partition, clients, seed))) not in divided:
+        divided.add(key)
+        data.fingerprint()
+        partition.once(data.group_numbers(partition.column), clients, seed)
 
 
 def _entry(overrides: Sequence[str], runs: Sequence[Sequence[str]], config: Config) -> str:

@@ -59,7 +59,7 @@ class Partition(ABC):
         if num_clients * self.min_size > len(labels):
             raise ValueError(
                 f"{len(labels)} training rows cannot give num_clients={num_clients} at least "
-                f"{self.min_size} each"
+                f"{self.min_size} each (partition.min_size)"
             )
         clients = self._indices(labels, num_clients, seed)
         check_rows(self.origin, clients, len(labels), num_clients, self.min_size)
