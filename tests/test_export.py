@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 from flwr.app import Context, Message
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -737,6 +738,28 @@ def test_a_limit_of_the_run_s_test_rows_is_none_of_a_new_set(
         pq.write_table(pq.read_table(new), folder / f"{split}.parquet")
     commands.evaluate([str(run), "--json", f"data.path={folder}"])
     assert json.loads(capsys.readouterr().out)["test_rows"] == 20
+
+
+@pytest.mark.parametrize("rename", [str.upper, str])
+def test_evaluate_says_which_class_another_name_of_a_new_set_counts_as(
+    rename: Callable[[str], str],
+    finished: Finished,
+    table: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, rows = finished("lora"), pq.read_table(table / "test.parquet").to_pydict()
+    names = sorted(set(rows["label"]))
+    numbered = rows | {"label": [names.index(name) for name in rows["label"]]}
+    features = Features({"text": Value("string"), "label": ClassLabel(names=[*map(rename, names)])})
+    new = tmp_path / "new.parquet"
+    Dataset.from_dict(numbered, features=features).to_parquet(new)
+    commands.evaluate([str(run), "--json", f"data.path={new}"])
+    out, err = capsys.readouterr()
+    final = json.loads((run / "summary.json").read_text())["final"]
+    assert json.loads(out)["test_accuracy"] == pytest.approx(final["test_accuracy"])
+    said = f"{names[0].upper()} counts as {names[0]}, {names[1].upper()} counts as {names[1]}, "
+    assert (said in err) == (rename is str.upper)
 
 
 def test_evaluate_measures_in_the_precision_of_the_run(

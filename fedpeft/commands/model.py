@@ -75,8 +75,9 @@ def evaluate(arguments: Sequence[str]) -> None:
     if keys & {"data", "data.path"} and "data.test_split" not in keys:
         most = model.config.data.max_test_rows if "data.max_test_rows" in keys else None
         task, note = _tested(model.config.data, _rows_of(args.path), most)
-        if note:
-            print(f"note: {note}", file=sys.stderr)
+        for said in [note, *task.notes_on("test")]:
+            if said:
+                print(f"note: {said}", file=sys.stderr)
         model = model._replace(config=replace(model.config, data=task))
     measures = measured(model)
     if args.json:

@@ -130,6 +130,10 @@ class Task(Source):
         }
         return {"loss": (0.0, MOST_LOSS)} | shares | metrics
 
+    def notes_on(self, split: str) -> list[str]:
+        """Return sentences on a split that somebody should know who measures a model on it."""
+        return []
+
     @property
     def label_names(self) -> list[str] | None:
         """Class names by number; null if the task has no classes."""

@@ -113,10 +113,26 @@ class Classification(Task):
         alike: dict[str, list[str]] = {}
         for name, count in zip(self.label_names, counts, strict=True):
             alike.setdefault(_plain(name), []).append(f"'{name}' ({count} rows)")
-        return super()._notes() + [
-            f"labels of column {self.target} differ by blanks or case only: {', '.join(names)}"
-            for names in alike.values()
-            if len(names) > 1
+        return [
+            *super()._notes(),
+            *self.notes_on("train"),
+            *(
+                f"labels of column {self.target} differ by blanks or case only: {', '.join(names)}"
+                for names in alike.values()
+                if len(names) > 1
+            ),
+        ]
+
+    def notes_on(self, split: str) -> list[str]:
+        """See ``Task.notes_on``; class names of the column that are not the task's are named."""
+        names = getattr(self.split_rows(split).features[self.target], "names", None)
+        if not names or {*self.label_names} <= {*names}:
+            return []
+        pairs = zip(names, self.label_names, strict=False)
+        counted = ", ".join(f"{name} counts as {label}" for name, label in pairs)
+        return [
+            f"column {self.target} of {split} has other class names than data.labels, so they are "
+            f"taken in their order: {counted}"
         ]
 
     def grouped(self, column: str | None) -> tuple[np.ndarray, list[str]]:
