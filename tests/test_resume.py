@@ -20,8 +20,8 @@ from fedpeft.config.load import load_config
 from fedpeft.data.partitions.saved import Saved, write_partition
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.reporting.run_directory import RunDirectory, check_same, read_metrics
+from fedpeft.server import run
 from fedpeft.server.checkpoint import NOTES, Checkpoints
-from fedpeft.server.run import Run
 from fedpeft.server.seen import RoundFailed
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.simulation.launch import run as run_here
@@ -188,7 +188,7 @@ def test_a_run_does_not_go_on_without_its_lines(
 
 # --- the end of a run ----------------------------------------------------------------------------
 
-ENDS = ("pack_clients", "save_partition", "finish", "_initial_error", "drop_clients")
+ENDS = ("pack_clients", "save_partition", "finish", "error_at_start", "drop_clients")
 FILES = ("clients.parquet", "partition.parquet", "summary.json")
 
 
@@ -198,7 +198,7 @@ def test_a_run_that_is_killed_after_its_last_round(
 ) -> None:
     """No node is asked any more, and yet all files are written."""
     whole = launched("whole", "num_rounds=2")
-    owner = Run if end == "_initial_error" else RunDirectory
+    owner = run if end == "error_at_start" else RunDirectory
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -231,7 +231,7 @@ def test_all_files_are_there_before_the_base_model_is_built(
     def no_memory(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Run, "_initial_error", no_memory)
+    monkeypatch.setattr(run, "error_at_start", no_memory)
     with pytest.raises(MemoryError):
         launched("run", "num_rounds=1")
     assert all((tmp_path / "run" / name).exists() for name in FILES)

@@ -23,6 +23,7 @@ from fedpeft.server.check import check
 from fedpeft.server.run import Run
 from fedpeft.server.seen import RoundFailed
 from fedpeft.server.strategy import FederatedPEFT
+from fedpeft.server.summary import row_notes
 from fedpeft.wire import sentence
 
 app = ServerApp()
@@ -114,7 +115,7 @@ def _run(run: Run, grid: Grid, label: str) -> dict[str, Any]:
     ended = "completed", ""
     try:
         run.observer.start(f"{label}{weights}: {run.directory.path}", engine.config.num_rounds)
-        for note in run.notes():
+        for note in row_notes(engine):
             run.observer.note(note)
         return run.serve(grid)
     except KeyboardInterrupt as stopped:

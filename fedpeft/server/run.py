@@ -6,23 +6,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.serverapp import Grid
-from torch import nn
 
 from fedpeft.config.schema import Checkpointing
-from fedpeft.data.batching import REPORTED
-from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.parameters import parameter_counts
-from fedpeft.engine.passes import autocast
-from fedpeft.models.hub import weights_sha256
 from fedpeft.reporting.observer import Line, Observer
 from fedpeft.reporting.run_directory import CHECKPOINTS, LAST_ENTRY, METRICS, RunDirectory
 from fedpeft.reporting.saved_runs import diverged
 from fedpeft.server.checkpoint import Checkpoint, Checkpoints
-from fedpeft.server.diagnostics import initial_error
-from fedpeft.server.evaluation import measure
 from fedpeft.server.strategy import FederatedPEFT
+from fedpeft.server.summary import (
+    baseline,
+    by_round,
+    cut,
+    error_at_start,
+    measures_in,
+    summed_bytes,
+    tested,
+    weights_hash,
+)
 from fedpeft.state import State, save, sha256
 from fedpeft.versions import commit, installed
 
@@ -54,7 +56,6 @@ class Run(Observer):
         self.lines: list[Line] = []
         self.started = time.perf_counter()
         self.commit = commit()  # now, because the checkout may move on while the run goes
-        self.has_personal = strategy.roles.has_personal
         self.selection = strategy.selection
         self.best_state: State = {}
         self.every = checkpoint.every
@@ -85,13 +86,9 @@ class Run(Observer):
         self._check_rows(last)
         self._take_lines(last.round)
         self.started -= last.seconds
-        self.strategy.down.restore(checkpoints)
+        self.strategy.restore(checkpoints, self.lines)
         self._take_best(last)
-        self.strategy.next_round = last.round + 1
-        self.strategy.nodes.goes_on = True
-        self.strategy.nodes.own_rows.update(last.own_rows)  # they may come back later
         self._shared_rows.update(last.shared_rows)
-        self.strategy.up.said.update(last.said)
 
     def _take_lines(self, last: int) -> None:
         """Read the rounds' lines.
@@ -107,8 +104,6 @@ class Run(Observer):
                 f"{last}, the checkpoint's, but has {len(rounds)}: bring it back, or give another "
                 "run_dir"
             )
-        for line in self.lines:
-            self.strategy.up.take_median(line)
 
     def _take_best(self, last: Checkpoint) -> None:
         """Take over the best round; if its state is lost, choose from the last round on.
@@ -224,8 +219,8 @@ class Run(Observer):
             best, self.best_state = self.lines[-1], state
         best_state = {n: self.best_state.get(n, engine.replica.initial[n]) for n in state}
         save(self.directory.path / "best_shared_state.safetensors", best_state)
-        final = self._tested(self.lines[-1], state)
-        if engine.samples and not self.has_personal:
+        final = tested(engine, self.lines[-1], state)
+        if engine.samples and not engine.replica.roles.has_personal:
             self.directory.save_samples(engine.samples)
         last_is_best = best is self.lines[-1]
         summary = {
@@ -234,20 +229,20 @@ class Run(Observer):
             "headline": engine.task.headline,
             "stopped_early": self._stopped_early(),
             "final": final,
-            "best": final if last_is_best else self._tested(best, self.best_state),
-            "initial": _measures(self.lines[0]),
-            "baseline": self._baseline(),
+            "best": final if last_is_best else tested(engine, best, self.best_state),
+            "initial": measures_in(self.lines[0]),
+            "baseline": baseline(engine, self.lines[-1]),
             "parameters": parameter_counts(engine.replica.roles, engine.replica.model),
-            "bytes": self._bytes(),
+            "bytes": summed_bytes(self.lines),
             "interference": [line.get("interference") for line in self.lines[1:]],
-            "refused": self._by_round("refused"),
-            "restarted": self._by_round("restarted"),
+            "refused": by_round(self.lines, "refused"),
+            "restarted": by_round(self.lines, "restarted"),
             "seconds": elapsed(self.started),
             "shared_state_sha256": sha256(state),
-            "weights_sha256": self._weights_hash(),
+            "weights_sha256": weights_hash(engine),
             "weights": "RANDOM" if engine.config.model.random else "pretrained",
             "labels": engine.task.label_names,
-            "data": self.data | {"cut": self._cut()},
+            "data": self.data | {"cut": cut(engine)},
             "partition_sha256": self.partition,
             "notes": engine.task.notes(),
             "seed": engine.config.seed,
@@ -260,7 +255,7 @@ class Run(Observer):
         self.directory.pack_clients()
         self._save_partition()
         self.directory.finish(summary)  # before the base model is built, for which memory may lack
-        summary[LAST_ENTRY] = self._initial_error()
+        summary[LAST_ENTRY] = error_at_start(engine)
         self.directory.finish(summary)
         self.directory.drop_clients()
         return summary
@@ -277,83 +272,6 @@ class Run(Observer):
         round, reason = self.lines[-1]["round"], self.selection.stopped
         early = reason and round < self.engine.config.num_rounds
         return {"round": round, "reason": reason} if early else None
-
-    def _by_round(self, key: str) -> dict[str, Any]:
-        """Collect an entry of the lines that have it."""
-        return {str(line["round"]): line[key] for line in self.lines if key in line}
-
-    def _cut(self) -> dict[str, dict[str, int]]:
-        """Count rows whose prompt or answer was longer than its room, by split."""
-        by_split: dict[str, dict[str, int]] = {}
-        for split in (*SPLITS, *self.engine.task.extra_tests):
-            arrays = self.engine.rows.examples(split).arrays
-            counts = {n: int(arrays[n].sum()) for n in REPORTED if n in arrays}
-            by_split |= {split: counts} if counts else {}
-        return by_split
-
-    def notes(self) -> list[str]:
-        """Return sentences on the rows that somebody should know before round 0."""
-        parts: list[str] = []
-        for split, counts in self._cut().items():
-            rows = len(self.engine.rows.examples(split).rows)
-            parts += [
-                f"{count} of {rows} {key.removeprefix('cut_')}s in {split} ({count / rows:.1%})"
-                for key, count in counts.items()
-                if count
-            ]
-        cut = f"cut, because they are longer than data.max_length allows: {', '.join(parts)}"
-        return [*self.engine.task.notes(), *([cut] if parts else [])]
-
-    def _weights_hash(self) -> str | None:
-        model = self.engine.config.model
-        return None if model.random else weights_sha256(model.source())
-
-    def _tested(self, line: dict[str, Any], state: State) -> dict[str, Any]:
-        """Return a round's measures, and those on test rows unless parameters are personal."""
-        measures = {"round": line["round"]} | _measures(line)
-        if not self.has_personal:
-            # The test split comes last, because its generated texts stay as the samples.
-            for split in (*self.engine.task.extra_tests, "test"):
-                measures |= measure(self.engine, split, state, last=True)
-        return measures
-
-    def _baseline(self) -> dict[str, float]:
-        """Return the score of one answer for all rows, on test rows and on the clients' own."""
-        engine = self.engine
-        measures = {k: v for k, v in self.lines[-1].items() if k.endswith("_baseline")}
-        baseline = engine.baseline(engine.rows.examples("train"), engine.rows.examples("test"))
-        return measures if baseline is None else measures | {"test_baseline": baseline}
-
-    def _bytes(self) -> dict[str, int]:
-        """Sum up the rounds' bytes by direction, apart for training and evaluation."""
-        ways = {"uplink_bytes", "downlink_bytes"}  # 0 in a run that only measures
-        keys = sorted(ways | {k for line in self.lines for k in line if k.endswith("_bytes")})
-        return {key: sum(line.get(key, 0) for line in self.lines) for key in keys}
-
-    def _initial_error(self) -> dict[str, float]:
-        """Measure how far each replaced module starts from the original, on one batch."""
-        engine = self.engine
-        examples = engine.rows.examples("validation")
-        device = engine.replica.device
-        batch = examples.batch(np.arange(min(32, len(examples))))
-        batch = {key: value.to(device) for key, value in batch.items()}
-        engine.replica.load()
-
-        def forward(model: nn.Module) -> None:
-            with autocast(device, engine.config.precision):
-                engine.task.forward(model, batch)
-
-        return initial_error(
-            engine.replica.base_model().to(device),
-            engine.replica.model,
-            forward,
-        )
-
-
-def _measures(line: Line) -> dict[str, Any]:
-    """Return the measures in a line."""
-    wanted = ("validation_", "client_", "train_loss")
-    return {k: v for k, v in line.items() if k.startswith(wanted)}
 
 
 def elapsed(begun: float) -> float:

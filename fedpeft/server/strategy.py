@@ -21,6 +21,7 @@ from fedpeft.reporting.observer import Line, Observer
 from fedpeft.seeding import generator
 from fedpeft.server.aggregation import Aggregator
 from fedpeft.server.broadcast import Broadcaster
+from fedpeft.server.checkpoint import Checkpoint
 from fedpeft.server.evaluation import measure, measured, noted, over_clients
 from fedpeft.server.limits import FRAME, check_size
 from fedpeft.server.nodes import Nodes, exchange
@@ -88,6 +89,22 @@ class FederatedPEFT(Strategy):
                 f"evaluation.clients={self.config.evaluation.clients}: set it to auto"
             )
         return Selection(name, sign, patience)
+
+    def restore(self, checkpoints: Sequence[Checkpoint], lines: Iterable[Line]) -> None:
+        """Go on after a run's last checkpoint.
+
+        Args:
+            checkpoints: those that are kept, the oldest first.
+            lines: of the rounds so far.
+        """
+        last = checkpoints[-1]
+        self.down.restore(checkpoints)
+        self.next_round = last.round + 1
+        self.nodes.goes_on = True
+        self.nodes.own_rows.update(last.own_rows)  # they may come back later
+        self.up.said.update(last.said)
+        for line in lines:
+            self.up.take_median(line)
 
     def start(
         self,
