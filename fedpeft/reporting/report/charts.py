@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from fedpeft.config.choices import choices
 from fedpeft.reporting.report.chart import BarChart, BoxChart, Chart, Line, LineChart
 from fedpeft.reporting.report.clients import last_round
 from fedpeft.reporting.report.held import held_charts
@@ -245,7 +246,7 @@ def norm_bound(run: SavedRun) -> Points:
     plain = get("optimizer.name") == "sgd" and not (
         get("optimizer.momentum") or get("optimizer.weight_decay")
     )
-    plain = plain and str(get("strategy._target_")).endswith(".FedAvg")
+    plain = plain and choices(run.settings)["strategy"] == "fedavg"
     clip, steps = get("optimizer.max_grad_norm"), get("local_steps")
     if not plain or clip is None or steps is None:
         return {}
