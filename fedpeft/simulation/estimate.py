@@ -99,8 +99,9 @@ def show_estimate(studies: Sequence[Study], flops: float) -> None:
     memory, hours, sent = _texts(whole, flops)
     print(
         f"In all {count} runs: about {hours} hours at {flops:.0e} operations a second "
-        f"(study.flops), {memory} GB of memory for one client, {sent} MB of arrays. Evaluation "
-        "and learning rates that are added come on top."
+        f"(study.flops), {memory} GB of memory for one client, {sent} MB of arrays. Texts are "
+        "counted at data.max_length tokens, so short ones take less. Evaluation and learning rates "
+        "that are added come on top."
     )
 
 

@@ -18,9 +18,11 @@ from tests.docs.documents import page, table
 Rows = list[dict[str, str]]  # of runs.csv, one a seed
 FEDTT, SCL = "results/fedtt_table1/README.md", "results/scl_table2/README.md"
 TABLE3 = "results/fedtt_table3/README.md"
+IMAGES = "results/scl_table1/README.md"
 SST2, MEDQUAD = "fedtt_table1/data=sst2", "scl_table2/data=medquad_num_clients=3"
 DOLLY = "scl_table2/data=dolly_num_clients=4"
 VARIANTS = "fedtt_variants/data=sst2"
+TUMOURS = "scl_table1/num_clients=3"
 IID, SKEWED = (
     f"fedtt_table3/data=sst2_num_clients=3{skew}"
     for skew in ("", "_partition=dirichlet_partition.alpha=0.1")
@@ -62,6 +64,16 @@ ENTRIES = {  # of the studies, by the names on the pages
     "LoRA": "lora+method.targets=[q,k,v]",
     "FFA-LoRA": "ffa_lora+method.targets=[q,k,v]",
     "untuned": "lora+lr=1e-3+num_rounds=0+method.targets=[q,k,v]",
+    "SCL, residual, rank 9": "scl+method.init=residual+method.rank=9",
+    "LoRA, alpha 32": "lora+method.alpha=32+method.targets=[q,k,v]",
+    "LoRA, alpha 32, all rows in one place": (
+        "lora+strategy=centralized+method.alpha=32+method.targets=[q,k,v]"
+    ),
+    "LoRA, alpha 32, each client alone": (
+        "lora+strategy=local_only+method.alpha=32+method.targets=[q,k,v]"
+    ),
+    "FedSA-LoRA, alpha 32": "fedsa_lora+method.alpha=32+method.targets=[q,k,v]",
+    "FFA-LoRA, alpha 32": "ffa_lora+method.alpha=32+method.targets=[q,k,v]",
     "SCL, svd, rank 64": "scl+method.init=svd",
     "SCL, random_pinv (the paper's), rank 64 (ours)": "scl+method.init=random_pinv",
 }
