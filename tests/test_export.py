@@ -740,9 +740,11 @@ def test_a_limit_of_the_run_s_test_rows_is_none_of_a_new_set(
     assert json.loads(capsys.readouterr().out)["test_rows"] == 20
 
 
+@pytest.mark.parametrize("split", [[], ["data.test_split=train"]])
 @pytest.mark.parametrize("rename", [str.upper, str])
 def test_evaluate_says_which_class_another_name_of_a_new_set_counts_as(
     rename: Callable[[str], str],
+    split: list[str],
     finished: Finished,
     table: Path,
     tmp_path: Path,
@@ -754,7 +756,7 @@ def test_evaluate_says_which_class_another_name_of_a_new_set_counts_as(
     features = Features({"text": Value("string"), "label": ClassLabel(names=[*map(rename, names)])})
     new = tmp_path / "new.parquet"
     Dataset.from_dict(numbered, features=features).to_parquet(new)
-    commands.evaluate([str(run), "--json", f"data.path={new}"])
+    commands.evaluate([str(run), "--json", f"data.path={new}", *split])
     out, err = capsys.readouterr()
     final = json.loads((run / "summary.json").read_text())["final"]
     assert json.loads(out)["test_accuracy"] == pytest.approx(final["test_accuracy"])

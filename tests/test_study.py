@@ -16,6 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedpeft.config.load import composed, settings
+from fedpeft.data.rows.source import Source
 from fedpeft.reporting.figures import plot_study
 from fedpeft.reporting.pages import save_comparison, save_study
 from fedpeft.reporting.results import Measures, edges, ranked_lrs, run_rows, study_row
@@ -24,6 +25,7 @@ from fedpeft.reporting.saved_runs import chosen_runs
 from fedpeft.reporting.study import Done, Outcome, Run, Study, listed, numbers
 from fedpeft.reporting.study_plan import Finished, StudyPlan
 from fedpeft.reporting.tables import Rows, study_cells
+from fedpeft.simulation import launch
 
 ACCURACY = Measures("accuracy", "accuracy", 1)
 NAN = "no client's reply was usable; client 0: training loss is nan: lower lr"
@@ -222,41 +224,97 @@ def test_the_folder_of_the_data_must_hold_each_table_s_before_the_first_run(tmp_
     plan = StudyPlan.of(tmp_path, [CELLS, "study.methods=[lora]"], options, "scl")
     assert [study.folder.name for study in plan.studies()]  # an estimate needs no data
     with pytest.raises(ValueError, match=rf"^--data {tmp_path} must hold a folder mrpc, got none$"):
-        plan.untried()
+        plan.check_data()
 
 
+@pytest.mark.parametrize("begun", [True, False])
 @pytest.mark.parametrize(
     ("cell", "says"),
     [
-        ("num_clients=3 data.path=broken", "row 7 of train (counted from 1) has an empty text"),
-        ("num_clients=3 method.rank=4000", "lora+method.rank=4000: method.rank must be <= 32"),
-        ("num_clients=3 partition=dirichlet partition.min_size=99", "partition.min_size"),
-        ("num_clients=3 data.label=no_such", "no_such"),
+        ("data.path=broken", "broken: row 7 of test (counted from 1) has an empty text"),
+        ("method.rank=4000", ": method.rank must be <= 32"),
+        ("partition=dirichlet partition.min_size=99", "with 3 clients and seed=1: 240 training"),
+        ("data.label=no_such", "no_such"),
     ],
 )
 def test_what_is_wrong_with_the_last_table_is_found_before_the_first_one_runs(
     cell: str,
     says: str,
+    begun: bool,
     fedpeft: Callable[..., str],
     base: list[str],
     table: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Also where an earlier command began with the first table, so that one run is checked."""
     fake = Fake(steady)
     monkeypatch.setattr("fedpeft.simulation.launch.run_all", lambda runs, *rest: fake(runs))
     shutil.copytree(table, "broken")
-    rows = pd.read_parquet(table / "train.parquet")
+    rows = pd.read_parquet(table / "test.parquet")
     rows.loc[6, "text"] = " "
-    rows.to_parquet("broken/train.parquet")
-    rest = [o for o in base if not o.startswith("method")]
-    cells = f"study.cells=['num_clients=2','{cell}']"
+    rows.to_parquet("broken/test.parquet")
+    if begun:
+        Path("out/num_clients=2/lora").mkdir(parents=True)
+    command = ["study", "--methods", "lora", "--seeds", "1", "run_dir=out"]
+    command += [o for o in base if not o.startswith("method")]
     with pytest.raises(SystemExit):
-        fedpeft("study", "--methods", "lora", "--seeds", "1", cells, *rest, "run_dir=out")
+        fedpeft(*command, f"study.cells=['num_clients=2','num_clients=3 {cell}']")
     assert says in capsys.readouterr().err
-    assert not fake.launched and not Path("out").exists()
-    fedpeft("study", "--methods", "lora", "--seeds", "1", "study.cells=['num_clients=2']", *rest)
+    assert not fake.launched
+    fedpeft(*command, "study.cells=['num_clients=2']")
     assert fake.launched
+
+
+def test_entries_without_a_folder_are_checked_ahead_with_all_seeds(tmp_path: Path) -> None:
+    options = OPTIONS | {"--lrs": "0.1,1", "--seeds": "5,6"}
+    base = [CELLS, "study.methods=[lora,fedtt]", "study.finalists=1"]
+    plan = StudyPlan.of(tmp_path, base, options, "")
+    (tmp_path / "data=sst2_num_clients=3" / "lora").mkdir(parents=True)
+    keys = ("data=", "method=", "lr=", "seed=")
+    runs = [[o for o in overrides if o.startswith(keys)] for overrides in plan.untried()]
+    assert runs == [
+        [f"data={data}", f"method={method}", "lr=0.1", f"seed={seed}"]
+        for data, method in (("sst2", "fedtt"), ("mrpc", "lora"), ("mrpc", "fedtt"))
+        for seed in (5, 6)
+    ]
+
+
+def test_a_check_that_is_stopped_names_the_command_that_goes_on(
+    fedpeft: Callable[..., str],
+    base: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedpeft.simulation.launch.check_all", stop)
+    with pytest.raises(SystemExit):
+        fedpeft("study", "--methods", "lora", *(o for o in base if not o.startswith("method")))
+    said = capsys.readouterr().err
+    assert "stopped before the first run, this goes on: fedpeft study --methods lora" in said
+
+
+def test_a_partition_that_is_impossible_with_one_seed_is_found_ahead_and_ends_only_its_run(
+    base: list[str],
+) -> None:
+    partition = [*base, "partition=dirichlet", "num_clients=3"]
+    runs = [[*partition, f"seed={seed}", f"partition.min_size={50 * seed}"] for seed in (1, 2)]
+    with pytest.raises(ValueError, match="with 3 clients and seed=2: 240 training rows"):
+        launch.check_all(runs)
+    launch._check(runs)
+
+
+def test_the_rows_of_a_configuration_are_read_once(
+    base: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub data set is not remembered, so each reading hashes all its rows."""
+    read: list[int] = []
+    fingerprint = Source.fingerprint
+    monkeypatch.setattr(Source, "fingerprint", lambda s: (read.append(1), fingerprint(s))[1])
+    launch.check_all([[*base, f"seed={seed}"] for seed in range(3)])
+    assert len(read) == 1
 
 
 def test_a_run_s_command_holds_no_key_of_the_study(tmp_path: Path) -> None:

@@ -75,10 +75,13 @@ def evaluate(arguments: Sequence[str]) -> None:
     if keys & {"data", "data.path"} and "data.test_split" not in keys:
         most = model.config.data.max_test_rows if "data.max_test_rows" in keys else None
         task, note = _tested(model.config.data, _rows_of(args.path), most)
-        for said in [note, *task.notes_on("test")]:
-            if said:
-                print(f"note: {said}", file=sys.stderr)
+        if note:
+            print(f"note: {note}", file=sys.stderr)
         model = model._replace(config=replace(model.config, data=task))
+    task = model.config.data
+    for split in _tests(task):
+        for note in task.notes_on(split):
+            print(f"note: {note}", file=sys.stderr)
     measures = measured(model)
     if args.json:
         print(json.dumps(measures))
@@ -127,6 +130,11 @@ def _rows_of(path: Path) -> str | None:
     return None if summary is None else summary.get("data", {}).get("sha256")
 
 
+def _tests(task: Task) -> list[str]:
+    """Return the names of all test splits."""
+    return [*task.extra_tests, "test"]
+
+
 def measured(model: Opened) -> dict[str, float | int]:
     """Return a model's measures on all test splits, named as a run's summary names them.
 
@@ -134,7 +142,7 @@ def measured(model: Opened) -> dict[str, float | int]:
     """
     measures: dict[str, float | int] = {}
     task = model.config.data
-    for split in (*task.extra_tests, "test"):
+    for split in _tests(task):
         examples = task.encode(split, model.processor)
         values, _ = scored(*model, examples, os.cpu_count() or 1, last=True)
         prefix = prefix_of(split)

@@ -104,7 +104,8 @@ def study(arguments: list[str]) -> None:
         ranked = {row["method"]: row["ranked_lrs"] for row in results.rows}
         return Finished(ended, {entry: lrs for entry, lrs in ranked.items() if lrs})
 
-    launch.check_all(plan.untried())  # a mistake in the last table is found before the first runs
+    plan.check_data()
+    command.check_ahead(plan)
     plan.finish_tables(finish_one)
     if failed:
         raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
@@ -148,6 +149,20 @@ class Command(NamedTuple):
             study = study.widened(at_edge)
             done = self._run_left(study)
         return study, self.save(study, done, measures, shlex.join(["fedpeft", *self.words]))
+
+    def check_ahead(self, plan: StudyPlan) -> None:
+        """Check all tables, so that a mistake in the last one is found before the first one runs.
+
+        Raises:
+            ValueError: a configuration, a row, a partition or a method is wrong.
+            KeyboardInterrupt: somebody stopped the study; the message says how to go on.
+        """
+        try:
+            if runs := plan.untried():
+                launch.check_all(runs)
+        except KeyboardInterrupt as stopped:
+            again = going_on(self.words, self.folder, self.as_json)
+            raise type(stopped)(f"stopped before the first run, this goes on: {again}") from None
 
     def check(self, failed: int) -> None:
         """Give the command status 2 if runs failed for another reason than diverged training.

@@ -100,17 +100,22 @@ class StudyPlan:
         name = first.folder.name
         self._grow([replace(study, more=best, rates_from=name) for study in others], finish_one)
 
-    def untried(self) -> list[list[str]]:
-        """Return one run's overrides for each entry and table of which nothing has run yet.
+    def check_data(self) -> None:
+        """Check the folder ``data``.
 
         Raises:
-            ValueError: ``data`` lacks the folder of a table.
+            ValueError: it lacks the folder of a table.
         """
-        studies = self.studies()
-        for data in [self._data_of(study.base) for study in studies]:
+        for data in [self._data_of(study.base) for study in self.studies()]:
             if data is not None and not data.is_dir():
                 raise ValueError(self._lacking(data))
-        tables = [replace(study, lrs=study.lrs[:1], seeds=study.seeds[:1]) for study in studies]
+
+    def untried(self) -> list[list[str]]:
+        """Return the runs of each entry that has no folder in its table yet.
+
+        They have one learning rate and all seeds, because a partition may be impossible with one.
+        """
+        tables = [replace(study, lrs=study.lrs[:1], finalists={}) for study in self.studies()]
         runs = [run for table in tables for run in table.runs()]
         return [run.overrides for run in runs if not run.path.parents[1].exists()]
 

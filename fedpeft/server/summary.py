@@ -1,4 +1,4 @@
-"""Entries of a run's ``summary.json``: tests of its states, baselines, bytes and its rows."""
+"""Parts of a run's ``summary.json``, and notes on its rows."""
 
 from collections.abc import Sequence
 from typing import Any

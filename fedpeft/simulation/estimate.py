@@ -83,29 +83,30 @@ def show_estimate(studies: Sequence[Study], flops: float) -> None:
         flops: operations a second that a machine reaches.
     """
     cells: list[list[str]] = []
-    count, whole = 0, Estimate(0, 0, 0)
+    count, whole, texts = 0, Estimate(0, 0, 0), False
     for study in studies:
         first = replace(study, lrs=study.lrs[:1], seeds=study.seeds[:1])
         for run in first.runs():
             runs = study.count(run.entry)
-            one = estimate(load_config(run.overrides))
+            config = load_config(run.overrides)
+            one, texts = estimate(config), texts or hasattr(config.data, "max_length")
             name = f"{study.folder.name} {run.entry}"
-            cells.append([name, str(runs), *_texts(one, flops)])
+            cells.append([name, str(runs), *_cells(one, flops)])
             memory = max(whole.memory, one.memory)
             count, operations = count + runs, whole.operations + runs * one.operations
             whole = Estimate(memory, operations, whole.sent + runs * one.sent)
     header = ("table and method", "runs", "GB of memory", "hours a run", "MB a run")
     print_table("Estimate, before the first run", header, cells)
-    memory, hours, sent = _texts(whole, flops)
+    memory, hours, sent = _cells(whole, flops)
+    longest = "Texts are counted at data.max_length tokens, so short ones take less. "
     print(
         f"In all {count} runs: about {hours} hours at {flops:.0e} operations a second "
-        f"(study.flops), {memory} GB of memory for one client, {sent} MB of arrays. Texts are "
-        "counted at data.max_length tokens, so short ones take less. Evaluation and learning rates "
-        "that are added come on top."
+        f"(study.flops), {memory} GB of memory for one client, {sent} MB of arrays. "
+        f"{longest if texts else ''}Evaluation and learning rates that are added come on top."
     )
 
 
-def _texts(cost: Estimate, flops: float) -> list[str]:
+def _cells(cost: Estimate, flops: float) -> list[str]:
     """Return gigabytes of memory, hours and megabytes sent."""
     hours = cost.operations / flops / 3600
     return [f"{cost.memory / 1e9:.1f}", f"{hours:,.2f}", f"{cost.sent / 1e6:,.1f}"]

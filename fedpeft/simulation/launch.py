@@ -20,6 +20,7 @@ from fedpeft.reporting.run_directory import check_makeable, check_run_dir, finis
 from fedpeft.simulation.stop import sigterm_kept
 
 if TYPE_CHECKING:
+    from fedpeft.data.tasks.base import Task
     from fedpeft.simulation.grid import LocalGrid
 
 
@@ -92,15 +93,19 @@ FAILURES = (ValueError, TimeoutError, RuntimeError, FloatingPointError)
 
 
 def check_all(runs: Sequence[Sequence[str]]) -> None:
-    """Check configurations before the first of them runs, and try each method on its model.
+    """Check configurations before the first of them runs.
+
+    Rows are read and divided among the clients, and each method is tried on its model.
 
     Raises:
-        ValueError: a configuration or a row is wrong, or a method does not fit its model.
+        ValueError: a configuration, a row or a partition is wrong, or a method does not fit its
+            model.
     """
     for overrides in runs:
         _check_early(overrides)
-    if runs:
-        _check(runs)
+    configs = _loaded(runs)
+    _divide_all(configs)
+    _try_all(runs, configs)
 
 
 def run_all(
@@ -175,31 +180,74 @@ def _check_early(overrides: Sequence[str]) -> None:
 
 
 def _check(runs: Sequence[Sequence[str]]) -> None:
-    """Check configurations before workers start, and import the modules that take long."""
+    """Check configurations before workers start; more than one is tried, too.
+
+    A partition that is impossible ends only its own run.
+    """
+    configs = _loaded(runs)
+    if len(runs) > 1:
+        _read_all(configs)
+        _try_all(runs, configs)
+
+
+def _loaded(runs: Sequence[Sequence[str]]) -> list[Config]:
+    """Return configurations whose folders are there, and import the modules that take long."""
     configs = list(map(configuration.load_config, runs))
     for config in configs:
         config.model.source()
         check_path("data.path", config.data.folder())
     import fedpeft.server.app  # noqa: F401
 
-    if len(runs) > 1:
-        _try_all(runs, configs)
+    return configs
+
+
+def _read_all(configs: Sequence[Config]) -> "dict[str, Task]":
+    """Read and check the rows of all configurations, each data set once, and return the tasks.
+
+    Raises:
+        ValueError: a row cannot be used; the error names the folder.
+    """
+    tasks = {repr(config.data): config.data for config in configs}
+    for task in tasks.values():
+        try:
+            task.fingerprint()
+        except ValueError as error:
+            where = "" if task.folder() in str(error) else f"{task.folder()}: "
+            raise ValueError(f"{where}{error}") from error
+    return tasks
+
+
+def _divide_all(configs: Sequence[Config]) -> None:
+    """Read the rows and divide them as each configuration does.
+
+    Raises:
+        ValueError: a row cannot be used, or a partition is impossible.
+    """
+    tasks = _read_all(configs)
+    divided: set[str] = set()
+    for config in configs:
+        task, partition = tasks[repr(config.data)], config.partition
+        clients, seed = config.num_clients, config.seed
+        if (key := repr((task, partition, clients, seed))) in divided:
+            continue
+        divided.add(key)
+        try:
+            partition.once(task.group_numbers(partition.column), clients, seed)
+        except ValueError as error:
+            raise ValueError(f"with {clients} clients and seed={seed}: {error}") from error
 
 
 def _try_all(runs: Sequence[Sequence[str]], configs: Sequence[Config]) -> None:
-    """Refuse a study of which a run cannot train, because others would run for hours first.
+    """Refuse a study of which a method cannot run, because others would run for hours first.
 
     Raises:
-        ValueError: a row cannot be used, or a partition is impossible; or one method or more do not
-            fit the model, and it names each once.
+        ValueError: one method or more do not fit the model; it names each once.
     """
     from fedpeft.engine.parameters import check_on_meta
 
     misfits: dict[str, None] = {}
     tried: set[str] = set()
-    divided: set[str] = set()
     for overrides, config in zip(runs, configs, strict=True):
-        _divide(config, divided)
         if (key := repr(replace(config, seed=0, lr=1.0, run_dir="-"))) in tried:
             continue
         tried.add(key)
@@ -209,15 +257,6 @@ def _try_all(runs: Sequence[Sequence[str]], configs: Sequence[Config]) -> None:
             misfits[f"{_entry(overrides, runs, config)}: {error}"] = None
     if misfits:
         raise ValueError("; ".join(misfits))
-
-
-def _divide(config: Config, divided: set[str]) -> None:
-    """Read the rows of a configuration and divide them, unless an earlier one has the same."""
-    data, partition, clients, seed = config.data, config.partition, config.num_clients, config.seed
-    if (key := repr((data, partition, clients, seed))) not in divided:
-        divided.add(key)
-        data.fingerprint()
-        partition.once(data.group_numbers(partition.column), clients, seed)
 
 
 def _entry(overrides: Sequence[str], runs: Sequence[Sequence[str]], config: Config) -> str:

@@ -131,7 +131,7 @@ class Task(Source):
         return {"loss": (0.0, MOST_LOSS)} | shares | metrics
 
     def notes_on(self, split: str) -> list[str]:
-        """Return sentences on a split that somebody should know who measures a model on it."""
+        """Return sentences to read before a model is measured on a split."""
         return []
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.data.batching import Batch
+from fedpeft.data.rows.source import SPLITS
 from fedpeft.data.rows.tables import kind, values
 from fedpeft.data.tasks.base import Outputs, Task
 from fedpeft.metrics import LABELS, measure
@@ -107,7 +108,7 @@ class Classification(Task):
         return problems
 
     def _notes(self) -> list[str]:
-        """See ``Source.notes``; labels that differ by blanks or case only are named."""
+        """See ``Source.notes``; also names labels alike, and classes that have other names."""
         numbers = self.class_numbers(self._table(self.train_split))
         counts = np.bincount(numbers, minlength=len(self.label_names)).tolist()
         alike: dict[str, list[str]] = {}
@@ -115,7 +116,7 @@ class Classification(Task):
             alike.setdefault(_plain(name), []).append(f"'{name}' ({count} rows)")
         return [
             *super()._notes(),
-            *self.notes_on("train"),
+            *(note for split in (*SPLITS, *self.extra_tests) for note in self.notes_on(split)),
             *(
                 f"labels of column {self.target} differ by blanks or case only: {', '.join(names)}"
                 for names in alike.values()
