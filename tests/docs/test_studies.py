@@ -85,6 +85,7 @@ LEFT_OUT = (  # of what is said of methods that train and keep the model intact
 OF_FEDTT = ("lr", "global_test", "quality", "bytes")
 OF_README = ("test_loss", "quality", "bytes")
 OF_SCL = ("lr", "validation", "quality", "global_test", "test_loss", "bytes")
+OF_IMAGES = ("lr", "global_test", "client_test_accuracy", "quality", "bytes")
 # Page, beginning of the table's heading, folder of the study, columns, and whether the table has
 # all methods.
 TABLES = [
@@ -94,6 +95,7 @@ TABLES = [
     (TABLE3, "| clients with label skew | global test", SKEWED, OF_FEDTT[1:], True),
     (SCL, "| on MedQuAD | rate", MEDQUAD, OF_SCL, True),
     (SCL, "| on Dolly | validation", DOLLY, OF_SCL[1:], True),
+    (IMAGES, "| images, 3 clients | rate", TUMOURS, OF_IMAGES, True),
     ("README.md", "| method | loss, server's rows", MEDQUAD, OF_README, False),
 ]
 # Page, beginning of the table's heading, folder of the study and number of pairs.
@@ -182,6 +184,16 @@ def test_a_table_of_pairs_is_the_study_s(
         assert difference == minus(one, other, "test_loss" if both else "client_test_loss")
 
 
+def test_the_table_of_pairs_of_images_is_the_study_s() -> None:
+    body = page(IMAGES).partition("| images, first |")[2].partition("\n\n")[0]
+    pairs = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", body, re.MULTILINE)
+    assert len(pairs) == 7
+    for first, second, *differences in pairs:
+        one, other = named(TUMOURS, first), named(TUMOURS, second)
+        keys = ("global_test", "client_test_accuracy")
+        assert differences == [minus(one, other, key) for key in keys], (first, second)
+
+
 def test_the_table_of_fedtt_s_variants_is_the_two_studies_own() -> None:
     shown = table(page(FEDTT), "| variant | rate")
     assert len(shown) == 8
@@ -246,6 +258,16 @@ def test_the_differences_that_the_page_on_table_3_names_in_words_are_the_study_s
             assert lost[1:] in words and interval.rstrip(")") in words
     for name in ("FedTT+", "FedTT+, active=one"):
         assert minus(named(SKEWED, name), named(SKEWED, "FedTT"), "global_test") in skewed
+
+
+def test_the_differences_that_the_page_on_images_names_in_words_are_the_study_s() -> None:
+    words = " ".join(page(IMAGES).split())
+    lora, shared = named(TUMOURS, "LoRA, alpha 32"), named(TUMOURS, "FedSA-LoRA, alpha 32")
+    alone = named(TUMOURS, "LoRA, alpha 32, each client alone")
+    assert minus(shared, lora, "client_test_accuracy") in words
+    assert minus(alone, shared, "client_test_accuracy") in words
+    lost, _, interval = minus(shared, lora, "quality").partition(" (")
+    assert f"lower than LoRA by {lost[1:]} ({interval.rstrip(')')} for" in words
 
 
 # --- runs ----------------------------------------------------------------------------------------
