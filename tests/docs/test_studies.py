@@ -187,7 +187,7 @@ def test_a_table_of_pairs_is_the_study_s(
 def test_the_table_of_pairs_of_images_is_the_study_s() -> None:
     body = page(IMAGES).partition("| images, first |")[2].partition("\n\n")[0]
     pairs = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", body, re.MULTILINE)
-    assert len(pairs) == 7
+    assert len(pairs) == 9
     for first, second, *differences in pairs:
         one, other = named(TUMOURS, first), named(TUMOURS, second)
         keys = ("global_test", "client_test_accuracy")
@@ -266,8 +266,15 @@ def test_the_differences_that_the_page_on_images_names_in_words_are_the_study_s(
     alone = named(TUMOURS, "LoRA, alpha 32, each client alone")
     assert minus(shared, lora, "client_test_accuracy") in words
     assert minus(alone, shared, "client_test_accuracy") in words
-    lost, _, interval = minus(shared, lora, "quality").partition(" (")
-    assert f"lower than LoRA by {lost[1:]} ({interval.rstrip(')')} for" in words
+    assert minus(shared, lora, "quality") in words
+    other = cell(named(TUMOURS, "FFA-LoRA, alpha 32", 3.3e-3), "global_test")
+    assert f"the other one, 3.3e-3, has {other}" in words
+    for name in (
+        "SCL, residual, rank 9",
+        "LoRA, alpha 32",
+        "LoRA, alpha 32, all rows in one place",
+    ):
+        assert cell(named(TUMOURS, name), "test_loss") in words
 
 
 # --- runs ----------------------------------------------------------------------------------------
