@@ -91,6 +91,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (saved, "write_report", understood),
         (saved, "chosen_runs", understood),
         (planning, "_counts", counted),
+        (launch, "check_all", lambda runs: loaded(runs[0])),
         (Study, "finish", planned),
         (ClientTable, "of", understood),
         (Holdings, "of", understood),
