@@ -126,7 +126,8 @@ class Classification(Task):
 
     def notes_on(self, split: str) -> list[str]:
         """See ``Task.notes_on``; class names of the column that are not the task's are named."""
-        names = getattr(self.split_rows(split).features[self.target], "names", None)
+        rows = self.tables.get(self._name(split) or self.train_split)
+        names = getattr(rows and rows.features.get(self.target), "names", None)
         if not names or {*self.label_names} <= {*names}:
             return []
         pairs = zip(names, self.label_names, strict=False)
