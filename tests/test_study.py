@@ -231,7 +231,7 @@ def test_the_folder_of_the_data_must_hold_each_table_s_before_the_first_run(tmp_
 @pytest.mark.parametrize(
     ("cell", "says"),
     [
-        ("data.path=broken", "broken: row 7 of test (counted from 1) has an empty text"),
+        ("data.path=broken", "data.path=broken: row 7 of test (counted from 1) has an empty text"),
         ("method.rank=4000", ": method.rank must be <= 32"),
         ("partition=dirichlet partition.min_size=99", "with 3 clients and seed=1: 240 training"),
         ("data.label=no_such", "no_such"),
@@ -268,7 +268,7 @@ def test_what_is_wrong_with_the_last_table_is_found_before_the_first_one_runs(
 
 def test_entries_without_a_folder_are_checked_ahead_with_all_seeds(tmp_path: Path) -> None:
     options = OPTIONS | {"--lrs": "0.1,1", "--seeds": "5,6"}
-    base = [CELLS, "study.methods=[lora,fedtt]", "study.finalists=1"]
+    base = [CELLS, "study.methods=[lora,fedtt]"]
     plan = StudyPlan.of(tmp_path, base, options, "")
     (tmp_path / "data=sst2_num_clients=3" / "lora").mkdir(parents=True)
     keys = ("data=", "method=", "lr=", "seed=")

@@ -151,7 +151,7 @@ class Command(NamedTuple):
         return study, self.save(study, done, measures, shlex.join(["fedpeft", *self.words]))
 
     def check_ahead(self, plan: StudyPlan) -> None:
-        """Check all tables, so that a mistake in the last one is found before the first one runs.
+        """Check what has not begun yet in all tables, before a run of the first one takes hours.
 
         Raises:
             ValueError: a configuration, a row, a partition or a method is wrong.

@@ -115,7 +115,7 @@ class StudyPlan:
 
         They have one learning rate and all seeds, because a partition may be impossible with one.
         """
-        tables = [replace(study, lrs=study.lrs[:1], finalists={}) for study in self.studies()]
+        tables = [replace(study, lrs=study.lrs[:1]) for study in self.studies()]
         runs = [run for table in tables for run in table.runs()]
         return [run.overrides for run in runs if not run.path.parents[1].exists()]
 

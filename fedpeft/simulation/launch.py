@@ -212,8 +212,7 @@ def _read_all(configs: Sequence[Config]) -> "dict[str, Task]":
         try:
             task.fingerprint()
         except ValueError as error:
-            where = "" if task.folder() in str(error) else f"{task.folder()}: "
-            raise ValueError(f"{where}{error}") from error
+            raise ValueError(f"data.path={task.folder()}: {error}") from error
     return tasks
 
 

@@ -127,6 +127,22 @@ def test_some_names_of_a_class_label_column(tmp_path: Path) -> None:
     assert sum(task.skipped.values()) == 2
 
 
+def test_a_class_label_column_that_lacks_a_class_keeps_its_names(tmp_path: Path) -> None:
+    """Its numbers are not those of train, and no note calls its names others."""
+    for split, names in (("train", ["a", "b", "c"]), ("validation", ["c"]), ("test", ["c", "a"])):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        columns = {"text": list("xyz"[: len(names)]), "label": list(range(len(names)))}
+        Dataset.from_dict(columns, features).to_parquet(str(tmp_path / f"{split}.parquet"))
+    task = TextClassification(path=str(tmp_path))
+    assert (numbers(task, "validation"), numbers(task, "test")) == ([2], [2, 0])
+    assert task.notes() == []
+    (note,) = TextClassification(path=str(tmp_path), labels=["x", "y", "z"]).notes_on("test")
+    assert note == (
+        "column label has other class names than data.labels, so they are taken in their order: "
+        "c counts as x, a counts as y"
+    )
+
+
 def test_groups_keep_classes_without_a_row(tmp_path: Path) -> None:
     task = task_of(tmp_path, "b", "a", "b", labels=["a", "b", "c"])
     for column in (None, "label"):  # null stands for the label's column

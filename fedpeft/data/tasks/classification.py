@@ -1,5 +1,6 @@
 """Classification of texts or images into named classes: labels, loss and metrics."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ class Classification(Task):
         digits = all(name.removeprefix("-").isdigit() for name in self.label_names)
         whole = all(v is None or isinstance(v, int) for v in entries)
         index = {name: i for i, name in enumerate(self.label_names)}
-        if whole and names and index.keys() <= set(names):  # the column's names, in any order
+        if whole and names and self._knows(names):
             entries = [names[v] if v is not None and 0 <= v < len(names) else None for v in entries]
         elif whole and (names or not digits):
             numbers = np.asarray([-1 if v is None else v for v in entries], np.int64)
@@ -99,12 +100,11 @@ class Classification(Task):
     def problems(self, rows: "Dataset") -> dict[int, str]:
         problems = super().problems(rows)
         entries, count = values(rows, self.target), len(self.label_names)
-        known = "data.labels" if self.labels else self.train_split
         alike = {_plain(name) for name in self.label_names}
         for i in np.flatnonzero(self.class_numbers(rows) < 0):
             problem = f"has {kind(entries[i])} in {self.target}, must be one of the {count} labels"
             nearly = ", and is one but for blanks or case" if _plain(entries[i]) in alike else ""
-            problems.setdefault(int(i), f"{problem} of {known}{nearly}")
+            problems.setdefault(int(i), f"{problem} of {self._known}{nearly}")
         return problems
 
     def _notes(self) -> list[str]:
@@ -116,7 +116,9 @@ class Classification(Task):
             alike.setdefault(_plain(name), []).append(f"'{name}' ({count} rows)")
         return [
             *super()._notes(),
-            *(note for split in (*SPLITS, *self.extra_tests) for note in self.notes_on(split)),
+            *dict.fromkeys(
+                note for split in (*SPLITS, *self.extra_tests) for note in self.notes_on(split)
+            ),
             *(
                 f"labels of column {self.target} differ by blanks or case only: {', '.join(names)}"
                 for names in alike.values()
@@ -128,14 +130,26 @@ class Classification(Task):
         """See ``Task.notes_on``; class names of the column that are not the task's are named."""
         rows = self.tables.get(self._name(split) or self.train_split)
         names = getattr(rows and rows.features.get(self.target), "names", None)
-        if not names or {*self.label_names} <= {*names}:
+        if not names or self._knows(names):
             return []
         pairs = zip(names, self.label_names, strict=False)
         counted = ", ".join(f"{name} counts as {label}" for name, label in pairs)
         return [
-            f"column {self.target} of {split} has other class names than data.labels, so they are "
-            f"taken in their order: {counted}"
+            f"column {self.target} has other class names than {self._known}, so they are taken in "
+            f"their order: {counted}"
         ]
+
+    def _knows(self, names: Sequence[str]) -> bool:
+        """Tell whether a column's class names are those of the task, in any order.
+
+        A table may lack some of the classes, and the task may use a part of a table's.
+        """
+        return {*self.label_names} <= {*names} or {*names} <= {*self.label_names}
+
+    @property
+    def _known(self) -> str:
+        """Name of what gives the class names, for errors."""
+        return "data.labels" if self.labels else self.train_split
 
     def grouped(self, column: str | None) -> tuple[np.ndarray, list[str]]:
         if column in (None, self.target):
