@@ -275,7 +275,7 @@ class Source(ABC):
 
     def notes(self) -> list[str]:
         """Return sentences on the rows that somebody should know before a run."""
-        return self.remembered("notes 2", self._notes)
+        return self.remembered("notes", self._notes)
 
     def _notes(self) -> list[str]:
         named = {"validation": self.validation_split, "test": self.test_split}
