@@ -79,7 +79,7 @@ def evaluate(arguments: Sequence[str]) -> None:
             print(f"note: {note}", file=sys.stderr)
         model = model._replace(config=replace(model.config, data=task))
     task = model.config.data
-    for split in _tests(task):
+    for split in task.test_splits:
         for note in task.notes_on(split):
             print(f"note: {note}", file=sys.stderr)
     measures = measured(model)
@@ -130,11 +130,6 @@ def _rows_of(path: Path) -> str | None:
     return None if summary is None else summary.get("data", {}).get("sha256")
 
 
-def _tests(task: Task) -> list[str]:
-    """Return the names of all test splits."""
-    return [*task.extra_tests, "test"]
-
-
 def measured(model: Opened) -> dict[str, float | int]:
     """Return a model's measures on all test splits, named as a run's summary names them.
 
@@ -142,7 +137,7 @@ def measured(model: Opened) -> dict[str, float | int]:
     """
     measures: dict[str, float | int] = {}
     task = model.config.data
-    for split in _tests(task):
+    for split in task.test_splits:
         examples = task.encode(split, model.processor)
         values, _ = scored(*model, examples, os.cpu_count() or 1, last=True)
         prefix = prefix_of(split)

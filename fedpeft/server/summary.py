@@ -45,8 +45,7 @@ def tested(engine: Engine, line: Line, state: State) -> dict[str, Any]:
     """
     measures = {"round": line["round"]} | measures_in(line)
     if not engine.replica.roles.has_personal:
-        # The test split comes last, because its generated texts stay as the samples.
-        for split in (*engine.task.extra_tests, "test"):
+        for split in engine.task.test_splits:
             measures |= measure(engine, split, state, last=True)
     return measures
 

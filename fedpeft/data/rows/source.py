@@ -251,6 +251,11 @@ class Source(ABC):
         """Rows to train on. A client that has its own folder reads no other split."""
         return subsample(self._carved["train"], self.max_train_rows, "train rows")
 
+    @property
+    def test_splits(self) -> list[str]:
+        """Names of all test splits; ``test`` is the last, because its generated texts are kept."""
+        return [*self.extra_tests, "test"]
+
     def split_rows(self, split: str) -> "Dataset":
         """Return the rows of train, validation, test or an extra test.
 
