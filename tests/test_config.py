@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from fedpeft.config.load import CONF, GROUPS, _from_files, addable, composed, lo
 from fedpeft.config.message import for_clients, of_message
 from fedpeft.config.optimization import Optimization
 from fedpeft.config.overrides import join, split
-from fedpeft.config.schema import Config, ConfigError
+from fedpeft.config.schema import Config, ConfigError, Settings
 from fedpeft.data.partitions.base import IID, Dirichlet
 from fedpeft.engine.engine import Engine
 from fedpeft.methods.lora import FedSALoRA, LoRA
@@ -477,7 +477,12 @@ def test_every_file_composes_and_loads(group: str, name: str) -> None:
 
 def test_every_key_of_config_is_in_the_yaml() -> None:
     # A method's file may set ``personal``, which one in config.yaml would overrule.
-    assert {f.name for f in fields(Config)} - {"personal"} == set(composed([]))
+    tree, settings = composed([]), load.settings()
+    assert {f.name for f in fields(Config)} - {"personal"} == set(tree)
+    nested = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+    for name, value in nested.items():
+        if is_dataclass(value) and name != "runtime":  # a group, whose files set what they change
+            assert {f.name for f in fields(value)} == set(tree[name]), name
 
 
 def test_the_strings_of_overrides() -> None:

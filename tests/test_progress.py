@@ -28,7 +28,9 @@ def test_the_time_left_counts_the_rounds_of_this_start(monkeypatch: pytest.Monke
 
 
 def test_a_measure_that_only_the_last_round_has_has_no_best_round() -> None:
+    spread = dict.fromkeys(f"client_test_loss_{of}" for of in ("unweighted", "worst", "p10"))
     final = {"round": 2, "test_loss": 0.5, "test_rouge_l_generated": 0.25}
+    final |= {"client_test_loss": None, **spread}  # it was not finite, and JSON has null for it
     text = summary_text(
         {
             "final": final,
@@ -41,4 +43,5 @@ def test_a_measure_that_only_the_last_round_has_has_no_best_round() -> None:
             "run_dir": "runs/x",
         }
     ).splitlines()
-    assert text[:2] == ["test_loss: 0.5000 (best round 0.4000)", "test_rouge_l_generated: 0.2500"]
+    assert text[0].startswith("client_test_loss: not finite; mean by rows. By clients: mean not")
+    assert text[1:3] == ["test_loss: 0.5000 (best round 0.4000)", "test_rouge_l_generated: 0.2500"]

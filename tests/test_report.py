@@ -461,6 +461,11 @@ def test_runs_of_different_measures_are_refused(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"headline": "accuracy"', '"headline": "f1"'))
     with pytest.raises(ValueError, match=r"one measure, got accuracy \(.*/a\) and f1 \(.*/b\)"):
         Runs.of(saved_runs([tmp_path]))
+    file.write_text(file.read_text().replace('"headline": "f1"', '"headline": "accuracy"'))
+    summary = json.loads(file.read_text()) | {"higher_is_better": False}
+    file.write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=r"and accuracy, of which less is better \(.*/b\)"):
+        Runs.of(saved_runs([tmp_path]))
     for name in "ab":
         (tmp_path / name / "summary.json").unlink()
     with pytest.raises(ValueError, match="no run came to its end"):

@@ -34,6 +34,7 @@ SUMMARY = {
     "method": str,
     "selected_by": str,
     "headline": str,
+    "higher_is_better": bool,
     "stopped_early": type(None),
     "final": dict,
     "best": dict,

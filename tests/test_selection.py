@@ -47,7 +47,8 @@ def test_less_may_be_better(selecting: Callable[..., Run]) -> None:
     run = selecting("data.less_is_better=[accuracy]")
     select(run, [{"round": r, "validation_accuracy": VALIDATION[r]} for r in (1, 0, 2)])
     assert run.selection.best["round"] == 0
-    assert [run.engine.task.sign(n) for n in ("accuracy", "f1_macro", "loss")] == [-1, 1, -1]
+    signs = [run.engine.task.sign(n) for n in ("accuracy", "f1_macro", "loss", "baseline")]
+    assert signs == [-1, 1, -1, -1]  # the baseline is an accuracy
 
 
 def test_only_metrics_of_the_task_have_a_direction() -> None:

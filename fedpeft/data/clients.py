@@ -11,7 +11,6 @@ import numpy as np
 from fedpeft.config.schema import Config
 from fedpeft.data.batching import Examples
 from fedpeft.data.partitions.base import own_splits
-from fedpeft.data.rows.source import SPLITS
 from fedpeft.errors import named_row
 
 
@@ -56,7 +55,7 @@ class ClientRows:
         Raises:
             ValueError: a split is missing, or a row of it cannot be used.
         """
-        for split in (*SPLITS, *self.task.extra_tests):
+        for split in self.task.splits:
             self.examples(split)
 
     @cached_property

@@ -40,7 +40,7 @@ class Roles:
     def role(self, name: str, round: int) -> Role:
         """Return a parameter's role in a round."""
         role = self.config.method.role(name, self.at(round))
-        if name in self._frozen:
+        if name in self._frozen and role is not Role.RECEIVED:  # it trains on no client anyway
             role = Role.FROZEN
         elif name in self._personal and role is Role.SHARED:
             role = Role.PERSONAL
@@ -78,11 +78,13 @@ class Roles:
         return self._changed[round]
 
     def check(self) -> None:
-        """Check that the run's strategy and its compression go with its method.
+        """Check that ``personal``, ``frozen``, strategy and compression go with the method.
 
         Raises:
             ValueError: one does not.
         """
+        for names in {frozenset(self.shared(r)) for r in self._of_training(self.config.num_rounds)}:
+            self.config.method.check_shared(names)
         setting = self._setting()
         self.config.strategy.check(setting)
         self.config.compression.check(setting)

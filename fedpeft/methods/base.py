@@ -6,7 +6,7 @@ aggregation may look at. A later need becomes a new field of one of them and cha
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -145,6 +145,16 @@ class Method(ABC):
 
     def check(self, num_rounds: int) -> None:  # noqa: B027
         """Raise ValueError if the method makes no sense in a run of so many rounds."""
+
+    def check_shared(self, names: Collection[str]) -> None:  # noqa: B027
+        """Raise ValueError if ``aggregate`` cannot do with what clients share in a round.
+
+        ``personal`` and ``frozen`` may keep a part of it back. It is called before round 1.
+
+        Args:
+            names: of the parameters that are shared in one of the rounds; empty with
+                ``strategy=local_only``.
+        """
 
     @abstractmethod
     def inject(self, model: nn.Module) -> nn.Module:

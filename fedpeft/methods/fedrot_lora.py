@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from fedpeft.methods.base import Round
-from fedpeft.methods.lora import LoRA
-from fedpeft.methods.parts.products import A, B, factors
+from fedpeft.methods.parts.products import A, B, PairedLoRA, factors
 from fedpeft.state import State, weighted_mean
 
 
 @dataclass(frozen=True)
-class FedRotLoRA(LoRA):
+class FedRotLoRA(PairedLoRA):
     """LoRA that averages B_c R_c and R_c^T A_c, R_c orthogonal: B_c A_c stays as it is.
 
     R_c brings client c's factors next to those that the round began with: it is the orthogonal

@@ -1,5 +1,6 @@
 """FedSVD: clients train B, the server sets A by an SVD (https://arxiv.org/abs/2505.12805)."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from fedpeft.methods.base import At, Round
@@ -29,6 +30,14 @@ class FedSVD(LoRA):
 
     def role(self, name: str, at: At) -> Role:
         return Role.RECEIVED if ".lora_A." in name else Role.SHARED
+
+    def check_shared(self, names: Collection[str]) -> None:
+        """See ``Method.check_shared``; the server cannot turn A without the B of all clients."""
+        if names and not any(name.endswith(B) for name in names):
+            raise ValueError(
+                "FedSVD decomposes the mean B with A on the server, but no B is shared: personal "
+                "and frozen must not match it"
+            )
 
     def aggregate(self, round: Round) -> State:
         after = weighted_mean(round.states, round.weights)

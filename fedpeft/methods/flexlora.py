@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from fedpeft.methods.base import Round
-from fedpeft.methods.parts.products import A, B, stacked, truncated
+from fedpeft.methods.parts.products import A, B, PairedLoRA, stacked, truncated
 from fedpeft.methods.parts.ranks import RankedLoRA
 from fedpeft.state import State, weighted_mean
 
 
 @dataclass(frozen=True)
-class FlexLoRA(RankedLoRA):
+class FlexLoRA(RankedLoRA, PairedLoRA):
     """LoRA whose server factorises avg(B A) by its SVD: B = U S, A = V^T, cut to ``rank``.
 
     The first r columns of B and rows of A, which a client of rank r gets, are the best

@@ -4,20 +4,20 @@ https://research.google/pubs/heterogeneous-lora-for-federated-fine-tuning-of-on-
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fedpeft.methods.base import At, Memory, Round, Term
-from fedpeft.methods.parts.products import A, B, factors
+from fedpeft.methods.parts.products import A, B, PairedLoRA, factors
 from fedpeft.methods.parts.ranks import RankedLoRA, rank_of
 from fedpeft.state import State, weighted_mean
 
 
 @dataclass(frozen=True)
-class HetLoRA(RankedLoRA):
+class HetLoRA(RankedLoRA, PairedLoRA):
     """LoRA of a rank per client: the server pads factors with zeros and cuts them for a client.
 
     Self-pruning lets a client's rank r_c shrink. ``penalty`` times the sum over modules of
@@ -47,6 +47,10 @@ class HetLoRA(RankedLoRA):
             raise ValueError(f"penalty must be >= 0, got {self.penalty}")
         if self.weighting not in ("norm", "examples"):
             raise ValueError(f"weighting must be norm or examples, got {self.weighting}")
+
+    def check_shared(self, names: Collection[str]) -> None:
+        if self.prune < 1 or self.weighting == "norm":
+            super().check_shared(names)
 
     def down(self, memory: Memory, at: At) -> State:
         """Return the client's rank if ranks can shrink, else nothing."""

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from fedpeft.methods.base import Round
-from fedpeft.methods.lora import LoRA
-from fedpeft.methods.parts.products import B, factors, stacked
+from fedpeft.methods.parts.products import B, PairedLoRA, factors, stacked
 from fedpeft.state import State, weighted_mean
 
 
 @dataclass(frozen=True)
-class LoRAFair(LoRA):
+class LoRAFair(PairedLoRA):
     """LoRA that averages A and B, and adds to B what brings B A nearer to avg(B_c A_c).
 
     The residual dB minimises |avg(B_c A_c) - (B + dB) A|_F^2 + penalty |dB|_F^2, so that
@@ -36,8 +35,6 @@ class LoRAFair(LoRA):
 
     def aggregate(self, round: Round) -> State:
         after = weighted_mean(round.states, round.weights)
-        if not any(name.endswith(B) for name in after):  # B is in ``personal`` or ``frozen``
-            return after
         stacks = stacked(round.states, round.weights)
         for site, (b, a) in factors(after).items():
             corrected = b + self.residual(b, a, *stacks[site])

@@ -28,7 +28,7 @@ def token_losses(head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: i
     """
     most = max(1, ROOM["cpu" if hidden.device.type == "cpu" else "cuda"] // (4 * vocabulary))
     trains = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
-    if trains or _stacked(head):
+    if trains or _replaced(head):
         return _by_columns(head, hidden, targets, most)
     if hidden.device.type != "cpu":
         losses, tokens = _Frozen.apply(hidden.flatten(0, 1), targets.flatten(), head, most)
@@ -111,7 +111,7 @@ def _once_cast(head: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _by_columns(head: nn.Module, hidden: Tensor, targets: Tensor, most: int) -> Tensor:
-    """Return ``token_losses`` of a head that trains or whose clients differ by row.
+    """Return ``token_losses`` of a head that trains or that needs all rows in their order.
 
     A chunk has some columns of all rows. Its logits are computed again in the backward pass if the
     head would then give the same ones.
@@ -123,7 +123,7 @@ def _by_columns(head: nn.Module, hidden: Tensor, targets: Tensor, most: int) -> 
     parts = zip(
         hidden[:, first:].split(columns, 1), targets[:, first:].split(columns, 1), strict=True
     )
-    again = not _stacked(head) and not _draws(head)
+    again = not _replaced(head) and not _draws(head)
     losses = torch.cat([_applied(head, *part, again) for part in parts], 1)
     return F.pad(losses, (0, 0, first, 0))
 
@@ -139,8 +139,8 @@ def _applied(head: nn.Module, hidden: Tensor, targets: Tensor, again: bool) -> T
     )
 
 
-def _stacked(head: nn.Module) -> bool:
-    """Tell whether clients' copies stand in the place of a module's forward for this pass."""
+def _replaced(head: nn.Module) -> bool:
+    """Tell whether a module's forward is replaced for this pass: it may treat rows by place."""
     return any("forward" in vars(module) for module in head.modules())
 
 

@@ -48,7 +48,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         if key.startswith(("test_", "client_test_")) and not key.endswith(SPREAD):
             best = summary["best"].get(key)  # some are measured after the last round alone
             at_best = "" if best is None else f" (best round {best:.4f})"
-            lines.append(f"{key}: {final[key]:.4f}{at_best}{_spread(final, key)}")
+            lines.append(f"{key}: {_number(final[key])}{at_best}{_spread(final, key)}")
     for reason, count in summary["data"]["skipped"].items():
         lines.append(f"left out: {count} rows, each {reason}")
     for split, counts in summary["data"]["cut"].items():
@@ -67,9 +67,14 @@ def _spread(measures: Mapping[str, Any], key: str) -> str:
         return ""
     unweighted, worst, p10 = (measures[key + suffix] for suffix in SPREAD)
     return (
-        f"; mean by rows. By clients: mean {unweighted:.4f}, 10th percentile {p10:.4f}, "
-        f"worst {worst:.4f}"
+        f"; mean by rows. By clients: mean {_number(unweighted)}, 10th percentile {_number(p10)}, "
+        f"worst {_number(worst)}"
     )
+
+
+def _number(value: float | None) -> str:
+    """Return a measure as text; the summary has null for one that is not finite."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 class Display(Observer):

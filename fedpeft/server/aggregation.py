@@ -102,9 +102,8 @@ class Aggregator:
             self._drop(broken[0], usable, before, seen)
             return
         self.take_median(seen.metrics)
-        self.down.update(after)
-        self.down.memory, self.down.method_memory = memory, method_memory
-        self.down.generations.accept(number, [c for c, reply in usable.items() if reply.kept])
+        kept = [client for client, reply in usable.items() if reply.kept]
+        self.down.accept(number, after, memory, method_memory, kept)
         seen.restarted |= {client for client, reply in usable.items() if reply.restarted}
 
     def _drop(self, name: str, usable: Mapping[int, Reply], before: State, seen: Seen) -> None:

@@ -14,7 +14,7 @@ from fedpeft.seeding import generator
 from fedpeft.server.checkpoint import Checkpoint
 from fedpeft.server.generations import Generations
 from fedpeft.server.seen import Seen
-from fedpeft.state import METHOD, STRATEGY, State, payload_bytes, prefixed, split_prefixed
+from fedpeft.state import METHOD, STRATEGY, State, payload_bytes, prefixed, sha256, split_prefixed
 from fedpeft.wire import from_named_arrays, pack, wire_bytes
 
 
@@ -103,6 +103,27 @@ class Broadcaster:
         self.state.update(after)
         self._broadcasts.clear()
 
+    def accept(
+        self,
+        number: int,
+        after: State,
+        memory: Memory,
+        method_memory: Memory,
+        kept: Sequence[int],
+    ) -> None:
+        """Take over an aggregated round.
+
+        Args:
+            number: of the round.
+            after: new values, full.
+            memory: what the server keeps from now on for the strategy.
+            method_memory: the same for the method.
+            kept: clients that keep their state of this round.
+        """
+        self.update(after)
+        self.memory, self.method_memory = memory, method_memory
+        self.generations.accept(number, kept)
+
     def load(self, arrays: ArrayRecord) -> None:
         """Take over parameters that the caller has set, by name.
 
@@ -188,5 +209,4 @@ class Broadcaster:
 
     def _key(self, state: State, at: At) -> object:
         """Return a key that is equal for clients that get the same content."""
-        memory = tuple((name, tuple(value.flatten().tolist())) for name, value in at.memory.items())
-        return tuple(value.shape for value in state.values()), memory
+        return tuple(value.shape for value in state.values()), sha256(dict(at.memory))

@@ -3,30 +3,19 @@
 import logging
 import time
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from flwr.serverapp import Grid
 
 from fedpeft.config.schema import Checkpointing
-from fedpeft.engine.parameters import parameter_counts
 from fedpeft.reporting.observer import Line, Observer
 from fedpeft.reporting.run_directory import CHECKPOINTS, LAST_ENTRY, METRICS, RunDirectory
 from fedpeft.reporting.saved_runs import diverged
 from fedpeft.server.checkpoint import Checkpoint, Checkpoints
 from fedpeft.server.strategy import FederatedPEFT
-from fedpeft.server.summary import (
-    baseline,
-    by_round,
-    cut,
-    error_at_start,
-    measures_in,
-    summed_bytes,
-    tested,
-    weights_hash,
-)
+from fedpeft.server.summary import cut, error_at_start, of_lines, of_setup, tested
 from fedpeft.state import State, save, sha256
-from fedpeft.versions import commit, installed
+from fedpeft.versions import commit
 
 log = logging.getLogger(__name__)
 
@@ -226,31 +215,18 @@ class Run(Observer):
         summary = {
             "method": type(engine.config.method).__name__,
             "selected_by": self.selection.name,
-            "headline": engine.task.headline,
             "stopped_early": self._stopped_early(),
             "final": final,
             "best": final if last_is_best else tested(engine, best, self.best_state),
-            "initial": measures_in(self.lines[0]),
-            "baseline": baseline(engine, self.lines[-1]),
-            "parameters": parameter_counts(engine.replica.roles, engine.replica.model),
-            "bytes": summed_bytes(self.lines),
-            "interference": [line.get("interference") for line in self.lines[1:]],
-            "refused": by_round(self.lines, "refused"),
-            "restarted": by_round(self.lines, "restarted"),
+            **of_lines(engine, self.lines),
             "seconds": elapsed(self.started),
             "shared_state_sha256": sha256(state),
-            "weights_sha256": weights_hash(engine),
-            "weights": "RANDOM" if engine.config.model.random else "pretrained",
-            "labels": engine.task.label_names,
+            **of_setup(engine),
             "data": self.data | {"cut": cut(engine)},
             "partition_sha256": self.partition,
-            "notes": engine.task.notes(),
-            "seed": engine.config.seed,
-            "versions": installed(),
             "commit": self.commit,
             "command": self.command,
             "run_dir": str(self.directory.path),
-            "working_directory": str(Path.cwd()),  # relative paths of the configuration start there
         }
         self.directory.pack_clients()
         self._save_partition()

@@ -1,34 +1,70 @@
 """Parts of a run's ``summary.json``, and notes on its rows."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from fedpeft.data.batching import REPORTED
-from fedpeft.data.rows.source import SPLITS
 from fedpeft.engine.engine import Engine
+from fedpeft.engine.parameters import parameter_counts
 from fedpeft.engine.passes import autocast
 from fedpeft.models.hub import weights_sha256
 from fedpeft.reporting.observer import Line
 from fedpeft.server.diagnostics import initial_error
 from fedpeft.server.evaluation import measure
 from fedpeft.state import State
+from fedpeft.versions import installed
 
 
-def measures_in(line: Line) -> dict[str, Any]:
+def of_lines(engine: Engine, lines: Sequence[Line]) -> dict[str, Any]:
+    """Return what a run's rounds come to, but for the measures on test rows.
+
+    Args:
+        engine: of the run.
+        lines: of all rounds, round 0 first.
+    """
+    return {
+        "initial": _measures_in(lines[0]),
+        "baseline": _baseline(engine, lines[-1]),
+        "bytes": _summed_bytes(lines),
+        "interference": [line.get("interference") for line in lines[1:]],
+        "refused": _by_round(lines, "refused"),
+        "restarted": _by_round(lines, "restarted"),
+    }
+
+
+def of_setup(engine: Engine) -> dict[str, Any]:
+    """Return what was known of a run before its first round."""
+    replica, task, model = engine.replica, engine.task, engine.config.model
+    return {
+        "headline": task.headline,
+        "higher_is_better": task.sign(task.headline) > 0,
+        "parameters": parameter_counts(replica.roles, replica.model),
+        "weights_sha256": _weights_hash(engine),
+        "weights": "RANDOM" if model.random else "pretrained",
+        "labels": task.label_names,
+        "notes": task.notes(),
+        "seed": engine.config.seed,
+        "versions": installed(),
+        "working_directory": str(Path.cwd()),  # relative paths of the configuration start there
+    }
+
+
+def _measures_in(line: Line) -> dict[str, Any]:
     """Return the measures in a round's line."""
     wanted = ("validation_", "client_", "train_loss")
     return {k: v for k, v in line.items() if k.startswith(wanted)}
 
 
-def by_round(lines: Sequence[Line], key: str) -> dict[str, Any]:
+def _by_round(lines: Sequence[Line], key: str) -> dict[str, Any]:
     """Return an entry of the lines that have it, by round."""
     return {str(line["round"]): line[key] for line in lines if key in line}
 
 
-def summed_bytes(lines: Sequence[Line]) -> dict[str, int]:
+def _summed_bytes(lines: Sequence[Line]) -> dict[str, int]:
     """Sum up the rounds' bytes by direction, apart for training and evaluation."""
     ways = {"uplink_bytes", "downlink_bytes"}  # 0 in a run that only measures
     keys = sorted(ways | {k for line in lines for k in line if k.endswith("_bytes")})
@@ -43,14 +79,14 @@ def tested(engine: Engine, line: Line, state: State) -> dict[str, Any]:
         line: of the round.
         state: after the round.
     """
-    measures = {"round": line["round"]} | measures_in(line)
+    measures = {"round": line["round"]} | _measures_in(line)
     if not engine.replica.roles.has_personal:
         for split in engine.task.test_splits:
             measures |= measure(engine, split, state, last=True)
     return measures
 
 
-def baseline(engine: Engine, last: Line) -> dict[str, float]:
+def _baseline(engine: Engine, last: Line) -> dict[str, float]:
     """Return the score of one answer for all rows, on test rows and on the clients' own.
 
     Args:
@@ -65,7 +101,7 @@ def baseline(engine: Engine, last: Line) -> dict[str, float]:
 def cut(engine: Engine) -> dict[str, dict[str, int]]:
     """Count rows whose prompt or answer was longer than its room, by split."""
     by_split: dict[str, dict[str, int]] = {}
-    for split in (*SPLITS, *engine.task.extra_tests):
+    for split in engine.task.splits:
         arrays = engine.rows.examples(split).arrays
         counts = {n: int(arrays[n].sum()) for n in REPORTED if n in arrays}
         by_split |= {split: counts} if counts else {}
@@ -86,7 +122,7 @@ def row_notes(engine: Engine) -> list[str]:
     return [*engine.task.notes(), *([said] if parts else [])]
 
 
-def weights_hash(engine: Engine) -> str | None:
+def _weights_hash(engine: Engine) -> str | None:
     """Return the base model's SHA-256; null for random weights."""
     model = engine.config.model
     return None if model.random else weights_sha256(model.source())

@@ -22,9 +22,9 @@ INTRODUCTION = """# Configuration
 
 A key is set on the command line, `fedpeft run lr=1e-3 method.rank=4`, and a group is chosen by its
 name, `fedpeft run method=fedtt strategy=fedprox`. The file `conf/config.yaml` has all keys with
-their defaults, and a folder `conf/GROUP` has one file for each choice. This page is computed from
-these files and from the classes that they name: *allowed* is what the code itself says when it
-refuses another value.
+their defaults but `lr` and `personal`, which the files of methods set, and a folder `conf/GROUP`
+has one file for each choice. This page is computed from these files and from the classes that they
+name: *allowed* is what the code itself says when it refuses another value.
 """
 PAGE = Path(__file__).parents[2] / "docs/configuration.md"
 HEADER = "| key | type | default | allowed | meaning |\n|---|---|---|---|---|"

@@ -35,6 +35,20 @@ def small(tmp_path: Path) -> str:
     return write(tmp_path / "small", train=numbered(12), validation=validation, test=test)
 
 
+# --- measures ------------------------------------------------------------------------------------
+
+
+def test_ranges_bound_each_measure() -> None:
+    inf = float("inf")
+    assert LanguageModelling(path="x").ranges["token_accuracy"] == (-1, 1)
+    task = TextClassification(path="x", metrics=["accuracy", "evaluate:mse"])
+    assert task.ranges["mse"] == (-inf, inf) and task.ranges["baseline"] == (-1, 1)
+    task = TextClassification(path="x", metrics=["evaluate:mse", "accuracy"])
+    assert task.ranges["baseline"] == (-inf, inf)  # it is a value of the headline
+    assert task.ranges["accuracy"] == (-1, 1) and task.ranges["loss"] == (0, 1e6)
+    assert InstructionTuning(path="x").ranges["rouge_l_generated"] == (-1, 1)
+
+
 # --- splits -------------------------------------------------------------------------------------
 
 

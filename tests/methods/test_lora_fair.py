@@ -87,11 +87,6 @@ def test_factors_of_less_than_full_rank_have_a_finite_residual() -> None:
     torch.testing.assert_close(after[B], clients[0][B], rtol=1e-5, atol=1e-5)
 
 
-def test_where_b_stays_on_the_clients_a_is_averaged() -> None:
-    sent: list[State] = [{A: torch.ones(1, 2)}, {A: 5 * torch.ones(1, 2)}]
-    assert aggregated(LoRAFair(rank=1), sent, WEIGHTS)[A].tolist() == [[4.0, 4.0]]
-
-
 def test_the_penalty_is_checked() -> None:
     with pytest.raises(ValueError, match="penalty must be >= 0, got -1.0"):
         LoRAFair(penalty=-1.0)

@@ -184,6 +184,41 @@ def test_slora_shares_values_first_and_factors_then(name: str) -> None:
         assert with_role(method, names, round, Role.FROZEN) == names - trained
 
 
+MULTIPLY = ["fedex_lora", "flora", "flexlora", "fedrot_lora", "hetlora", "lora_fair"]
+
+
+def roles_of(method: str, *overrides: str) -> Roles:
+    config = load_config([f"method={method}", *overrides])
+    return Roles(config, injected(config.method, "bert"))
+
+
+@pytest.mark.parametrize("key", ["personal", "frozen"])
+@pytest.mark.parametrize("method", MULTIPLY)
+def test_a_server_that_multiplies_factors_refuses_a_without_b(method: str, key: str) -> None:
+    name = type(load_config([f"method={method}"]).method).__name__
+    with pytest.raises(ValueError, match=rf"{name} multiplies B and A on the server, but of bert"):
+        roles_of(method, f"{key}='*.lora_B.*'").check()
+    roles_of(method, f"{key}=['*.lora_A.*','*.lora_B.*']").check()
+    roles_of(method, "strategy=local_only").check()
+
+
+def test_hetlora_multiplies_only_where_products_weigh_or_prune() -> None:
+    alone = ("personal='*.lora_B.*'", "method.weighting=examples")
+    roles_of("hetlora", *alone).check()
+    with pytest.raises(ValueError, match="HetLoRA multiplies B and A"):
+        roles_of("hetlora", *alone, "method.prune=0.9").check()
+
+
+def test_fedsvd_needs_b_and_gets_its_a_whatever_is_frozen() -> None:
+    for key in ("personal", "frozen"):
+        with pytest.raises(ValueError, match="FedSVD decomposes the mean B .* but no B is shared"):
+            roles_of("fedsvd", f"{key}='*.lora_B.*'").check()
+    roles_of("fedsvd", "strategy=local_only").check()
+    roles = roles_of("fedsvd", "frozen='*.lora_A.*'")  # A trains nowhere, so this says nothing
+    roles.check()
+    assert roles.down(2) == roles_of("fedsvd").down(2) and any("lora_A" in n for n in roles.down(2))
+
+
 def test_slora_needs_rounds_for_its_lora() -> None:
     SLoRA(sparse_rounds=3).check(4)
     with pytest.raises(ValueError, match="sparse_rounds must be < num_rounds=3, .* got 3"):

@@ -256,6 +256,11 @@ class Source(ABC):
         """Names of all test splits; ``test`` is the last, because its generated texts are kept."""
         return [*self.extra_tests, "test"]
 
+    @property
+    def splits(self) -> list[str]:
+        """Names of all splits, the extra tests last."""
+        return [*SPLITS, *self.extra_tests]
+
     def split_rows(self, split: str) -> "Dataset":
         """Return the rows of train, validation, test or an extra test.
 
@@ -377,10 +382,9 @@ class Source(ABC):
         return self.remembered("fingerprint", self._fingerprint)
 
     def _fingerprint(self) -> dict[str, Any]:
-        splits = [*SPLITS, *self.extra_tests]
         return {
-            "rows": {split: len(self.split_rows(split)) for split in splits},
-            "sha256": hashlib.sha256("".join(map(self.sha256, splits)).encode()).hexdigest(),
+            "rows": {split: len(self.split_rows(split)) for split in self.splits},
+            "sha256": hashlib.sha256("".join(map(self.sha256, self.splits)).encode()).hexdigest(),
             "skipped": self.skipped,
         }
 

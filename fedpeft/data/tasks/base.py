@@ -15,7 +15,7 @@ from fedpeft.data.batching import Batch, Examples
 from fedpeft.data.rows.cache import recipe
 from fedpeft.data.rows.source import Source
 from fedpeft.evaluate_metrics import title
-from fedpeft.metrics import MEASURES, MODULES, measure
+from fedpeft.metrics import MODULES, measure
 
 # Functions import datasets, because it takes seconds and cached rows do without it.
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 RESERVED = ("loss", "baseline")  # names of results that no metric may have
 MOST_LOSS = 1e6  # nats; what is beyond says nothing
+SHARE = -1.0, 1.0  # least and greatest value of ``fedpeft.metrics``
 Outputs = Sequence[dict[str, Tensor]]
 
 
@@ -121,14 +122,17 @@ class Task(Source):
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """Least and greatest value of all that an evaluation may give, by name."""
-        shares = dict.fromkeys(("baseline", "token_accuracy"), (-1.0, 1.0))
+        """Least and greatest value of all that an evaluation may give, by name.
+
+        The server leaves out of a client's reply what has no range here.
+        """
         metrics = {
-            title(metric) + suffix: (-1.0, 1.0) if metric in MEASURES else (-math.inf, math.inf)
+            title(metric) + suffix: SHARE if metric in self.measures else (-math.inf, math.inf)
             for metric in self.metrics
             for suffix in self.suffixes
         }
-        return {"loss": (0.0, MOST_LOSS)} | shares | metrics
+        other = {"loss": (0.0, MOST_LOSS), "token_accuracy": SHARE}
+        return other | metrics | {"baseline": metrics[self.headline]}
 
     def notes_on(self, split: str) -> list[str]:
         """Return sentences to read before a model is measured on a split."""
@@ -151,7 +155,12 @@ class Task(Source):
         return name, self.sign(name)
 
     def sign(self, name: str) -> int:
-        """Return 1 if more of a result is better, -1 if less, by its name in an evaluation."""
+        """Return 1 if more of a result is better, -1 if less, by its name in an evaluation.
+
+        The baseline is a value of the headline, and has its sign.
+        """
+        if name == "baseline":
+            name = self.headline
         less = {metric + suffix for metric in self.less_is_better for suffix in self.suffixes}
         return -1 if name in less | {"loss"} else 1
 

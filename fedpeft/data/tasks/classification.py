@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.data.batching import Batch
-from fedpeft.data.rows.source import SPLITS
 from fedpeft.data.rows.tables import kind, values
 from fedpeft.data.tasks.base import Outputs, Task
 from fedpeft.metrics import LABELS, measure
@@ -116,9 +115,7 @@ class Classification(Task):
             alike.setdefault(_plain(name), []).append(f"'{name}' ({count} rows)")
         return [
             *super()._notes(),
-            *dict.fromkeys(
-                note for split in (*SPLITS, *self.extra_tests) for note in self.notes_on(split)
-            ),
+            *dict.fromkeys(note for split in self.splits for note in self.notes_on(split)),
             *(
                 f"labels of column {self.target} differ by blanks or case only: {', '.join(names)}"
                 for names in alike.values()

@@ -1,6 +1,6 @@
 """Products B A of low rank on the server: read, truncated, added to the base weight."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +17,8 @@ A, B, BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer.we
 
 
 def factors(state: State) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (B, A) of every adapted module by its name, in float64.
-
-    Raises:
-        ValueError: A of a module is there without its B.
-    """
+    """Return (B, A) of every adapted module whose A is there, by its name, in float64."""
     sites = [name.removesuffix(A) for name in state if name.endswith(A)]
-    for site in sites:
-        if site + B not in state:
-            raise ValueError(
-                f"this method multiplies B and A, but of {site} only A was sent: frozen and "
-                "personal must name both or neither"
-            )
     return {site: (state[site + B].double(), state[site + A].double()) for site in sites}
 
 
@@ -70,7 +60,22 @@ def truncated(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class BaseChangingLoRA(LoRA):
+class PairedLoRA(LoRA):
+    """LoRA whose server multiplies the factors B and A that a client sends."""
+
+    def check_shared(self, names: Collection[str]) -> None:
+        """See ``Method.check_shared``; A alone cannot be multiplied."""
+        for name in sorted(names):
+            site = name.removesuffix(A)
+            if name.endswith(A) and site + B not in names:
+                raise ValueError(
+                    f"{type(self).__name__} multiplies B and A on the server, but of {site} only A "
+                    "is shared: personal and frozen must match both or neither"
+                )
+
+
+@dataclass(frozen=True)
+class BaseChangingLoRA(PairedLoRA):
     """LoRA whose server changes the adapted modules' base weights.
 
     After round 1 every client gets them whole, out x in numbers a module: for RoBERTa-base's q and

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from fedpeft.config.choices import choices
 from fedpeft.reporting.report.chart import BarChart, BoxChart, Chart, Line, LineChart
 from fedpeft.reporting.report.clients import last_round
+from fedpeft.reporting.report.diagnostics import DIAGNOSTICS
 from fedpeft.reporting.report.held import held_charts
-from fedpeft.reporting.report.related import DIAGNOSTICS, related_charts
+from fedpeft.reporting.report.related import related_charts
 from fedpeft.reporting.report.series import Curve, Points, in_lines, megabytes, summed
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.saved_runs import SavedRun
@@ -21,7 +22,8 @@ def charts(runs: Runs) -> list[tuple[str, list[Chart]]]:
         "Quality": [_by_round(runs), _by_megabytes(runs), _by_client(runs)],
         "Cost": [_bytes(runs), _seconds(runs)],
         "Diagnostics": [
-            *(_interference(runs), _cosines(runs), _norms(runs), _moved(runs)),
+            *(_by_key(runs, key) for key in DIAGNOSTICS),
+            _moved(runs),
             *related_charts(runs),
         ],
         "Who holds what": list(held_charts(runs)),
@@ -181,29 +183,12 @@ def _line_notes(runs: Runs, lines: Sequence[Line], lacking: str) -> list[str]:
     return notes
 
 
-def _interference(runs: Runs) -> LineChart | None:
-    lines = _lines(runs, "interference")
-    title, axis = "Interference by round", "interference"
-    why = "had it (a factor stays on the client, or there are no factors)"
-    notes = [
-        DIAGNOSTICS["interference"].meaning,
-        *_line_notes(runs, lines, why),
-    ]
-    return LineChart("interference", title, "round", axis, lines, notes=notes) if lines else None
-
-
-def _cosines(runs: Runs) -> LineChart | None:
-    lines = _lines(runs, "update_cosine")
-    notes = [DIAGNOSTICS["update_cosine"].meaning]
-    title, axis = "Agreement of the clients' updates", "mean cosine"
-    return LineChart("drift", title, "round", axis, lines, notes=notes) if lines else None
-
-
-def _norms(runs: Runs) -> LineChart | None:
-    lines = _lines(runs, "update_norm_mean")
-    notes = ["Mean norm of the clients' updates of what is shared, in one round."]
-    title, axis = "Update norm by round", "mean norm of an update"
-    return LineChart("update_norms", title, "round", axis, lines, notes=notes) if lines else None
+def _by_key(runs: Runs, key: str) -> LineChart | None:
+    """Draw a diagnostic by round; null if no round has it."""
+    lines, drawn = _lines(runs, key), DIAGNOSTICS[key]
+    notes = [drawn.meaning, *_line_notes(runs, lines, drawn.lacking)]
+    chart = LineChart(drawn.chart, drawn.title, "round", drawn.axis, lines, notes=notes)
+    return chart if lines else None
 
 
 # --- the linear bound ----------------------------------------------------------------------------

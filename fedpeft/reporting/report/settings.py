@@ -96,7 +96,7 @@ class Runs:
         if not ended:
             reasons = "; ".join(f"{path}: {out.reason}" for path, out in left.items())
             raise ValueError(f"no run came to its end. {reasons}")
-        measure = _measure(ended)
+        measure, sign = _measure(ended)
         groups = [_once(group, left) for group in by_setting(ended)]
         names = _names([group[0] for group in groups])
         measures = Measures(measure, measure, 1)
@@ -106,8 +106,6 @@ class Runs:
             )
             for name, group in zip(names, groups, strict=True)
         ]
-        less = {name for run in ended for name in run.settings.get("data.less_is_better") or []}
-        sign = -1 if measure in less or measure.endswith("loss") else 1
         return cls(measure, sign, settings, [left[run.path] for run in saved if run.path in left])
 
     @property
@@ -147,25 +145,38 @@ def _row(run: SavedRun, measures: Measures) -> dict[str, Any]:
     }
 
 
-def _measure(runs: Sequence[SavedRun]) -> str:
-    """Return the measure by which all runs are compared.
+def _measure(runs: Sequence[SavedRun]) -> tuple[str, int]:
+    """Return the measure by which all runs are compared, and 1 if more is better, -1 if less.
 
     Raises:
         ValueError: they have more than one, or none is known.
     """
-    known: dict[str, SavedRun] = {}
+    known: dict[tuple[str, int], SavedRun] = {}
     for run in runs:
         if name := headline(run.summary or {}):
-            known.setdefault(name, run)
+            known.setdefault((name, _sign(run, name)), run)
     if len(known) > 1:
-        (a, one), (b, other), *_ = known.items()
+        (a, one), (b, other), *_ = ((_named(key), run.path) for key, run in known.items())
         raise ValueError(
-            f"a report compares runs by one measure, got {a} ({one.path}) and {b} ({other.path}): "
-            "make a report of each"
+            f"a report compares runs by one measure, got {a} ({one}) and {b} ({other}): make a "
+            "report of each"
         )
     if not known:
         raise ValueError(f"{runs[0].path} does not say by which measure it is compared")
     return next(iter(known))
+
+
+def _sign(run: SavedRun, measure: str) -> int:
+    """Return 1 if more of a run's measure is better, -1 if less."""
+    higher = (run.summary or {}).get("higher_is_better")
+    if higher is None:  # an older run says it in its configuration alone
+        higher = measure not in (run.settings.get("data.less_is_better") or [])
+    return 1 if higher else -1
+
+
+def _named(measure: tuple[str, int]) -> str:
+    name, sign = measure
+    return name if sign > 0 else f"{name}, of which less is better"
 
 
 # --- names ---------------------------------------------------------------------------------------

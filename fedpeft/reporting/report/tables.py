@@ -5,8 +5,9 @@ from typing import Any
 
 from fedpeft.reporting.brief import below, brief
 from fedpeft.reporting.report.commands import command
+from fedpeft.reporting.report.diagnostics import WITH_QUALITY, over_rounds
 from fedpeft.reporting.report.pairs import FEWEST, LEVEL, paired_tests, unsaved_partitions
-from fedpeft.reporting.report.related import DIAGNOSTICS, correlation, over_rounds
+from fedpeft.reporting.report.related import correlation
 from fedpeft.reporting.report.settings import ROWS, Runs
 from fedpeft.reporting.report.table import Table, Text, p_text, plain, spread
 from fedpeft.reporting.results import mean_and_sd
@@ -202,7 +203,7 @@ def diagnostics_table(runs: Runs) -> Table | None:
             [value for run in setting.runs if (value := over_rounds(run, key)) is not None]
             for setting in runs.settings
         ]
-        for key in DIAGNOSTICS
+        for key in WITH_QUALITY
     }
     known = [key for key, of_settings in values.items() if any(of_settings)]
     rows: Rows = [{"setting": setting.name} for setting in runs.settings]
@@ -210,10 +211,10 @@ def diagnostics_table(runs: Runs) -> Table | None:
         for row, of_seeds in zip(rows, values[key], strict=True):
             row[key], row[f"{key}_sd"] = mean_and_sd(of_seeds)
     columns: dict[str, Text] = {"setting": plain("setting")}
-    columns |= {DIAGNOSTICS[key].axis: spread(key) for key in known}
+    columns |= {WITH_QUALITY[key].name: spread(key) for key in known}
     notes = [
         "Mean over the rounds that have it, then mean ± sample standard deviation over the seeds.",
-        *(DIAGNOSTICS[key].meaning for key in known),
+        *(WITH_QUALITY[key].meaning for key in known),
         *(correlation(runs, key) for key in known),
     ]
     return Table("diagnostics", "Diagnostics", columns, rows, notes) if known else None
