@@ -258,7 +258,7 @@ class Runner:
 def newest(context: Context, message: Message) -> Kept:
     """Return what the client of a message last kept; empty if nothing was."""
     client = int(context.node_config["partition-id"])
-    store = store_of(context, message.content.config_records["config"], client)
+    store = store_of(context, str(message.content.config_records["config"]["run"]), client)
     return Kept.parted(store.load(store.generations[-1]) if store.generations else {})
 
 

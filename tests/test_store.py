@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import Context, RecordDict
 
 from fedpeft.client.store import Lost, Store, store_of
 
@@ -87,7 +87,7 @@ def context(**config: Any) -> Context:
     return Context(1, 1, {"partition-id": 0} | config, RecordDict(), {})
 
 
-RUN = ConfigRecord({"run": "0123456789abcdef"})
+RUN = "0123456789abcdef"
 
 
 def test_the_node_names_the_folder(tmp_path: Path) -> None:
@@ -105,4 +105,4 @@ def test_a_node_without_a_folder_uses_the_users(
 @pytest.mark.parametrize("run", ["../../elsewhere", "", "0123", "0123456789ABCDEF", "/etc"])
 def test_a_message_chooses_no_folder(run: str) -> None:
     with pytest.raises(ValueError, match="run must be 16 hexadecimal digits"):
-        store_of(context(), ConfigRecord({"run": run}), 0)
+        store_of(context(), run, 0)

@@ -17,6 +17,7 @@ from fedpeft.engine.cpu import give_back
 from fedpeft.engine.engine import Engine, Result, open_engine
 from fedpeft.engine.plan import Job
 from fedpeft.methods.base import At
+from fedpeft.protocol import ToClient, overrides_of
 from fedpeft.seeding import generator
 from fedpeft.state import (
     METHOD,
@@ -114,7 +115,7 @@ def answer_all(
 def engine_of(message: Message, context: Context) -> Engine:
     """Open the engine of a message's configuration on this node's data."""
     path = context.node_config.get("data-path")
-    overrides = str(message.content.config_records["config"]["overrides"])
+    overrides = overrides_of(message)
     of_message(overrides)
     return open_engine(overrides, None if path is None else str(path))
 
@@ -143,19 +144,6 @@ def _tried(function: Callable[[], T]) -> T | Exception:
         return error
 
 
-def _whole(config: ConfigRecord, key: str, most: int) -> int:
-    """Return a number of a message.
-
-    Raises:
-        ValueError: it is none from 0 to ``most``. Roles are worked out round by round, so a round
-            far beyond the run's would keep the node busy and fill its memory.
-    """
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-        raise ValueError(f"{key} in a message must be from 0 to {most}, got {value!r:.40}")
-    return value
-
-
 class Client:
     """One client and the message to it.
 
@@ -166,16 +154,12 @@ class Client:
     """
 
     def __init__(self, message: Message, context: Context, engine: Engine) -> None:
-        config = message.content.config_records["config"]
         self.message, self.engine, self.config = message, engine, engine.config
         self.number = int(context.node_config["partition-id"])
-        # The server evaluates what the next round would start from, so its last message to
-        # evaluate carries the round after the last one.
-        self.round = _whole(config, "round", engine.config.num_rounds + 1)
-        ends_early = config.get("last") is True
-        self.last = self.round > engine.config.num_rounds or ends_early
-        self.generation = _whole(config, "generation", self.round)
-        self.store = store_of(context, config, self.number)
+        self.told = ToClient.of(message, engine.config.num_rounds)
+        self.round = self.told.round
+        self.last = self.round > engine.config.num_rounds or self.told.last
+        self.store = store_of(context, self.told.run, self.number)
         self.restarted = False
 
     def _check_rows(self) -> None:
@@ -186,9 +170,8 @@ class Client:
     def begin(self) -> Begun:
         """Collect the values to start from: initial, then received, then kept; and corrections."""
         self._check_rows()
-        replica, config = self.engine.replica, self.message.content.config_records["config"]
-        oldest, best = (_whole(config, key, self.round) for key in ("oldest", "best"))
-        self.store.forget(self.generation, oldest, best)
+        replica, told = self.engine.replica, self.told
+        self.store.forget(told.generation, told.oldest, told.best)
         kept = self._kept()
         at, received, extras = self._received()
         start = replica.values(received, kept.personal, at=at)
@@ -205,7 +188,7 @@ class Client:
         If it is lost, begin this client anew where ``runtime.lost_state`` says so.
         """
         try:
-            return Kept.parted(self.store.load(self.generation))
+            return Kept.parted(self.store.load(self.told.generation))
         except Lost:
             if self.config.runtime.lost_state != "restart":
                 raise
@@ -297,8 +280,6 @@ class Client:
             ValueError: the message does not hold what this round's roles say.
         """
         content, replica, method = self.message.content, self.engine.replica, self.config.method
-        index = content.config_records["config"]["index"]
-        assert isinstance(index, bytes)
         at = replica.roles.at(self.round, self.number)
         remembered = method.down({}, at)
         down = {name: replica.initial[name] for name in replica.roles.down(self.round)}
@@ -307,7 +288,7 @@ class Client:
             sent = self.config.strategy.down({}, replica.shared(self.round))
             extras = prefixed(sent, STRATEGY)
         count = len(down) + len(extras) + len(remembered)
-        whole = unpack(content.array_records["arrays"], index, count)
+        whole = unpack(content.array_records["arrays"], self.told.index, count)
         state, memory = split_prefixed(whole, METHOD)
         check(memory, remembered)
         at = at._replace(memory=memory)

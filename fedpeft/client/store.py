@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context
+from flwr.app import Context
 from platformdirs import user_state_path
 
 from fedpeft.files import replacing
@@ -132,21 +132,20 @@ class Store:
         return list(self.folder.iterdir()) if self.folder.is_dir() else []
 
 
-def store_of(context: Context, config: ConfigRecord, client: int) -> Store:
-    """Return the store of a message's run and client on a node.
+def store_of(context: Context, run: str, client: int) -> Store:
+    """Return the store of a run and a client on a node.
 
     It lies in the node's ``state-folder``. Where no one names one, it lies in the folder
     $FEDPEFT_STATE, or else in the user's own for states, such as ~/.local/state/fedpeft.
 
     Args:
         context: of the node.
-        config: the message's, which names the run.
+        run: its name in messages.
         client: number of the client.
 
     Raises:
-        ValueError: the message names no run.
+        ValueError: the run has no such name.
     """
-    run = str(config.get("run", ""))
     if not re.fullmatch(r"[0-9a-f]{16}", run):
         raise ValueError(f"run must be 16 hexadecimal digits, got {run[:40]!r}")
     default = os.environ.get("FEDPEFT_STATE") or user_state_path("fedpeft")

@@ -76,6 +76,9 @@ def scored(
         examples: rows to measure on.
         workers: threads that run batches at once.
         last: the run's last evaluation, in which tasks may also measure generated text.
+
+    Raises:
+        ValueError: the task bounds no measure of that name, so a server would not take it.
     """
     task, sizes = config.data, (config.evaluation.batch_size, config.evaluation.max_tokens)
 
@@ -84,9 +87,11 @@ def scored(
 
     rows: Any = task.split_rows(examples.split) if task.reads_rows else None
     forwarded = outputs(lambda model, batch: task.evaluate_batch(task.forward(model, batch), batch))
-    metrics = task.score(forwarded, rows, processor)
-    if not task.generates(last):
-        return metrics, None
-    generated = outputs(partial(task.generate_batch, processor=processor))
-    more, samples = task.score_generated(generated, rows, processor)
-    return metrics | more, samples
+    metrics, samples = task.score(forwarded, rows, processor), None
+    if task.generates(last):
+        generated = outputs(partial(task.generate_batch, processor=processor))
+        more, samples = task.score_generated(generated, rows, processor)
+        metrics |= more
+    if unbounded := sorted(metrics.keys() - task.ranges.keys()):
+        raise ValueError(f"{type(task).__name__}.ranges has no bounds of {unbounded[0]}")
+    return metrics, samples

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import uuid4
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.server_model import EngineModel
 from fedpeft.methods.base import At, Memory
+from fedpeft.protocol import ToClient
 from fedpeft.seeding import generator
 from fedpeft.server.checkpoint import Checkpoint
 from fedpeft.server.generations import Generations
@@ -175,7 +176,7 @@ class Broadcaster:
         broadcast = self.broadcast(round)
         extras = broadcast.extras if kind == MessageType.TRAIN else {}
         packed: dict[object, Packed] = {}
-        contents: dict[object, tuple[RecordDict, int]] = {}
+        contents: dict[tuple[str, ToClient], tuple[RecordDict, int]] = {}
         messages: dict[int, Message] = {}
         prefix = "" if kind == MessageType.TRAIN else "evaluation_"
         for client, node in nodes.items():
@@ -187,25 +188,19 @@ class Broadcaster:
                 group = f"{kind}/{round}/{len(packed)}"  # they may train in one pass
                 packed[key] = Packed(group, *pack(whole), payload_bytes(whole))
             same = packed[key]
-            generation = self.generations.message(client)
-            whose = (same.group, *generation.values())
+            generation, oldest, best = self.generations.told(client)
+            told = ToClient(
+                self.overrides, self.run, round, same.index, generation, oldest, best, last
+            )
+            whose = same.group, told
             if whose not in contents:
-                contents[whose] = self._content(same, round, generation, last)
+                content = told.content(same.arrays)
+                contents[whose] = content, wire_bytes(content)
             content, size = contents[whose]
             seen.count(prefix + "downlink_bytes", size, client)
             seen.count(prefix + "downlink_payload_bytes", same.payload, client)
             messages[client] = Message(content, node, kind, group_id=same.group)
         return messages
-
-    def _content(
-        self, packed: Packed, round: int, generation: Mapping[str, int], last: bool
-    ) -> tuple[RecordDict, int]:
-        """Return a message's content and its bytes."""
-        config: Any = {"overrides": self.overrides, "round": round, "index": packed.index}
-        config |= {"last": True} if last else {}
-        record = ConfigRecord(config | {"run": self.run} | dict(generation))
-        content = RecordDict({"arrays": packed.arrays, "config": record})
-        return content, wire_bytes(content)
 
     def _key(self, state: State, at: At) -> object:
         """Return a key that is equal for clients that get the same content."""

@@ -23,8 +23,8 @@ class Generations:
         """Count on what clients kept in a round whose aggregate is the server's."""
         self.accepted = self.accepted | dict.fromkeys(clients, round)
 
-    def message(self, client: int) -> dict[str, int]:
-        """Return what a client is told: where it goes on from, and what it must not delete."""
+    def told(self, client: int) -> tuple[int, int, int]:
+        """Return ``generation``, ``oldest`` and ``best`` of the message to a client."""
         generation = self.accepted.get(client, 0)
         oldest = min([generation, *(kept.get(client, 0) for kept in self.checkpoints)])
-        return {"generation": generation, "oldest": oldest, "best": self.best.get(client, 0)}
+        return generation, oldest, self.best.get(client, 0)

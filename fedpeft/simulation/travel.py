@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType, RecordDict
 
 from fedpeft.client.store import Store, store_of
+from fedpeft.protocol import ToClient
 
 NodeConfig = dict[str, Any]
 
@@ -27,11 +28,10 @@ def sent_along(message: Message, config: NodeConfig) -> bytes | None:
 
     What nobody needs any more is deleted here, as the client itself would do.
     """
-    store, said = _store(message, config)
-    generation = _number(said, "generation")
+    store, told = _store(message, config)
     if message.metadata.message_type == MessageType.TRAIN:
-        store.forget(generation, _number(said, "oldest"), _number(said, "best"))
-    return store.file(generation)
+        store.forget(told.generation, told.oldest, told.best)
+    return store.file(told.generation)
 
 
 def brought_back(message: Message, config: NodeConfig, file: bytes | None) -> None:
@@ -43,8 +43,8 @@ def brought_back(message: Message, config: NodeConfig, file: bytes | None) -> No
         file: the kept state; null if the client keeps nothing of this round.
     """
     if file is not None:
-        store, said = _store(message, config)
-        store.put(_number(said, "round"), file)
+        store, told = _store(message, config)
+        store.put(told.round, file)
 
 
 @contextmanager
@@ -65,10 +65,10 @@ def unpacked(
     with TemporaryDirectory(prefix="fedpeft-") as folder:
         here = [config | {"state-folder": folder} for config in configs]
         asked = [_store(m, c) for m, c in zip(messages, here, strict=True)]
-        for (store, said), file in zip(asked, files, strict=True):
+        for (store, told), file in zip(asked, files, strict=True):
             if file is not None:
-                store.put(_number(said, "generation"), file)
-        yield here, lambda: [store.file(_number(said, "round")) for store, said in asked]
+                store.put(told.generation, file)
+        yield here, lambda: [store.file(told.round) for store, told in asked]
 
 
 def context_of(message: Message, config: NodeConfig) -> Context:
@@ -76,10 +76,6 @@ def context_of(message: Message, config: NodeConfig) -> Context:
     return Context(1, message.metadata.dst_node_id, config, RecordDict(), {})
 
 
-def _store(message: Message, config: NodeConfig) -> tuple[Store, ConfigRecord]:
-    said = message.content.config_records["config"]
-    return store_of(context_of(message, config), said, int(config["partition-id"])), said
-
-
-def _number(said: ConfigRecord, key: str) -> int:
-    return int(said[key])  # type: ignore[arg-type]
+def _store(message: Message, config: NodeConfig) -> tuple[Store, ToClient]:
+    told = ToClient.of(message)
+    return store_of(context_of(message, config), told.run, int(config["partition-id"])), told

@@ -172,13 +172,32 @@ class Task(Source):
     def generates(self, last: bool) -> bool:
         """Return true if an evaluation also generates text.
 
-        A task that generates also has ``generate_batch`` and ``score_generated``, as
-        ``InstructionTuning`` has.
-
         Args:
             last: true in the run's last evaluation.
         """
         return False
+
+    def generate_batch(self, model: nn.Module, batch: Batch, processor: Any) -> dict[str, Tensor]:
+        """Return what ``score_generated`` needs of each row, (B, ...); see ``generates``.
+
+        Args:
+            model: in evaluation.
+            batch: B rows, as ``arrays`` made them.
+            processor: the model's tokenizer or image processor.
+        """
+        raise NotImplementedError
+
+    def score_generated(
+        self, outputs: Outputs, rows: "Dataset", processor: Any
+    ) -> tuple[dict[str, float], list[dict[str, str]]]:
+        """Return the metrics of generated texts, by name, and some of these texts to save.
+
+        Args:
+            outputs: what ``generate_batch`` returned for each batch, and ``row`` (B,).
+            rows: the whole split; null unless ``reads_rows``.
+            processor: the model's tokenizer or image processor.
+        """
+        raise NotImplementedError
 
     def longest(self, examples: Examples) -> tuple[int, int]:
         """Return the position of the row of which a model reads most tokens, and their number."""
