@@ -61,7 +61,7 @@ class Fake:
         self.result = result
         self.launched: list[tuple[str, float, int]] = []
 
-    def __call__(self, runs: list[list[str]]) -> list[Outcome]:
+    def __call__(self, runs: list[list[str]], *_: Any) -> list[Outcome]:
         return [self.one(overrides) for overrides in runs]
 
     def one(self, overrides: list[str]) -> Outcome:
@@ -666,7 +666,7 @@ def test_nothing_is_launched_where_all_runs_are_there(tmp_path: Path) -> None:
     study = Study(tmp_path, [], ["lora"])
     first = study.finish(Fake(steady))
 
-    def launches(runs: list[list[str]]) -> list[Outcome]:
+    def launches(runs: list[list[str]], _: Any) -> list[Outcome]:
         raise AssertionError(runs)
 
     assert study.finish(launches) == first

@@ -78,6 +78,8 @@ def evaluate(arguments: Sequence[str]) -> None:
         if note:
             print(f"note: {note}", file=sys.stderr)
         model = model._replace(config=replace(model.config, data=task))
+    elif not any(key.startswith("data.") for key in keys):
+        _check_rows(model.config.data, args.path)
     task = model.config.data
     for split in task.test_splits:
         for note in task.notes_on(split):
@@ -112,6 +114,21 @@ def _tested(task: Task, rows_of_run: str | None, most: int | None) -> tuple[Task
         f"{task.folder()} has no split test, so {count} are measured, with any that the model was "
         "trained on"
     )
+
+
+def _check_rows(task: Task, path: Path) -> None:
+    """Refuse rows that are not the run's, because those set aside for the test would be others.
+
+    Raises:
+        ValueError: the rows have changed since the run.
+    """
+    before, now = _rows_of(path), task.fingerprint()["sha256"]
+    if before and before != now:
+        raise ValueError(
+            f"the rows in {task.folder()} have changed since {path} was trained (SHA-256 "
+            f"{before[:12]}, now {now[:12]}), so its test rows may be some that trained: bring "
+            "back what they were, or name a set of its own by data.path=FOLDER"
+        )
 
 
 def _hash_of(task: Task) -> str | None:

@@ -18,22 +18,26 @@ def option(arguments: Sequence[str], name: str) -> tuple[str, list[str]]:
         name: of the option, with its dashes.
 
     Raises:
-        ValueError: the name stands last, without a value.
+        ValueError: the option has no value, or is given twice.
     """
     rest: list[str] = []
-    value, pending = "", False
+    values: list[str] = []
+    pending = False
     for argument in arguments:
         if pending:
-            value, pending = argument, False
+            values.append(argument)
+            pending = False
         elif argument == name:
             pending = True
         elif argument.startswith(name + "="):
-            value = argument.partition("=")[2]
+            values.append(argument.partition("=")[2])
         else:
             rest.append(argument)
-    if pending:
+    if pending or "" in values:
         raise ValueError(f"{name} needs a value")
-    return value, rest
+    if len(values) > 1:
+        raise ValueError(f"{name} must be given once, got {' and '.join(values)}")
+    return "".join(values), rest
 
 
 def going_on(arguments: Sequence[str], folder: Path | str, as_json: bool) -> str:

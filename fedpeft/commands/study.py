@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fedpeft.commands.shared import flag, going_on, option
 from fedpeft.config.load import composed, load_config, settings
 from fedpeft.config.overrides import key_of
+from fedpeft.reporting.inputs import Input
 from fedpeft.reporting.pages import Results, save_comparison, save_study
 from fedpeft.reporting.progress import Display, Tally
 from fedpeft.reporting.results import Measures, edges
@@ -154,10 +155,12 @@ class Command(NamedTuple):
         """Check what has not begun yet in all tables, before a run of the first one takes hours.
 
         Raises:
-            ValueError: a configuration, a row, a partition or a method is wrong.
+            ValueError: a configuration, a row, a partition or a method is wrong, or a table holds
+                runs of another configuration.
             KeyboardInterrupt: somebody stopped the study; the message says how to go on.
         """
         try:
+            plan.check_begun()
             if runs := plan.untried():
                 launch.check_all(runs)
         except KeyboardInterrupt as stopped:
@@ -181,8 +184,11 @@ class Command(NamedTuple):
         """Run a study's runs that are not there yet, and return all."""
         tally = Tally(study.size)
 
-        def run_all(runs: list[list[str]]) -> list[dict[str, Any] | Exception]:
+        def run_all(
+            runs: list[list[str]], inputs: Mapping[str, Input]
+        ) -> list[dict[str, Any] | Exception]:
             tally.skipped = study.size - len(runs)
+            launch.check_inputs(runs, inputs)
             return launch.run_all(runs, lambda: Display.beside_json(self.as_json), tally)
 
         try:

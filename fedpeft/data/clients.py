@@ -67,6 +67,12 @@ class ClientRows:
         groups = self.task.group_numbers(partition.column)
         return partition.once(groups, self.config.num_clients, self.config.seed)
 
+    def left_over(self) -> list[str]:
+        """Return a sentence on training rows that no client holds; none if there are none."""
+        whole = len(self.examples("train"))
+        left = whole - len(np.unique(np.concatenate(self.by_client)))
+        return [f"no client holds {left} of the {whole} training rows"] if left else []
+
     @cached_property
     def partition_sha256(self) -> str:
         """Hash of who holds which rows."""

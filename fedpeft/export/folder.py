@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from fedpeft.config.load import changed, composed
+from fedpeft.files import read_json
 
 NAME = "fedpeft.json"
 WEIGHTS = "fedpeft.safetensors"  # of a folder of fedpeft's own form
@@ -53,7 +54,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     if not is_exported(folder):
         raise ValueError(f"{folder} is no exported folder: it has no {NAME}")
-    about = json.loads((folder / NAME).read_text())
+    about = read_json(folder / NAME)
     if about.get("form") not in FORMS:
         raise ValueError(f"form in {folder / NAME} must be one of {', '.join(FORMS)}")
     return about

@@ -45,7 +45,8 @@ def load(folder: str | Path, base: str | None = None) -> nn.Module:
         base: folder or hub name of the base model, if it is no longer where it was.
 
     Raises:
-        ValueError: this is no exported folder, or its base model cannot be had.
+        ValueError: this is no exported folder, or its base model cannot be had or has other weights
+            now.
     """
     overrides = [] if base is None else [f"model.path={quoted(base)}"]
     return opened(Path(folder), overrides).model
@@ -75,6 +76,8 @@ def opened(folder: Path, overrides: Sequence[str] = ()) -> Opened:
             random=False,
             pooling=None,
         )
+    else:
+        config.model.check_weights(about.get("weights_sha256"), str(folder))
     config = replace(config, model=replace(pretrained, gradient_checkpointing=False))
     processor = getattr(config.model, config.data.needs)()
     model = {"peft": _peft, "transformers": _base, "fedpeft": _own}[about["form"]](folder, config)

@@ -1,6 +1,5 @@
 """A finished run, opened again: its model with the values of the last or of the best round."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from fedpeft.config.load import PATHS, changed, typed
 from fedpeft.config.schema import Config
 from fedpeft.engine.replica import Replica
 from fedpeft.export.folder import with_labels
+from fedpeft.files import read_json
 from fedpeft.methods.base import At
 from fedpeft.reporting.run_directory import CHECKPOINTS, CONFIG, SUMMARY
 from fedpeft.server.checkpoint import Checkpoints
@@ -94,18 +94,19 @@ def open_run(
             device and in the precision of the run.
 
     Raises:
-        ValueError: this is no finished run, the model needs a client, or the client's state is
-            not here.
+        ValueError: this is no finished run, its base model has other weights now, the model needs a
+            client, or the client's state is not here.
     """
     if not is_run(folder):
         raise ValueError(
             f"{folder} holds neither a finished run (summary.json, config.yaml) nor an exported "
             "folder (fedpeft.json)"
         )
-    summary = json.loads((folder / SUMMARY).read_text())
+    summary = read_json(folder / SUMMARY)
     saved = _located(OmegaConf.load(folder / CONFIG), summary.get("working_directory"))
     tree: Any = changed(saved, overrides)
     config = typed(with_labels(tree, summary.get("labels")))
+    config.model.check_weights(summary.get("weights_sha256"), str(folder))
     replica = ReplicaWithBase(_whole(config) if whole else config)
     saved_state = read(folder / f"{'best_' if best else ''}shared_state.safetensors")
     state = as_received(config.compression, saved_state, config.seed)

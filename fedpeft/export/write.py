@@ -86,6 +86,7 @@ def _written(run: FinishedRun, draft: Path, form: str | None) -> Written:
         setting=run.setting if chosen == "fedpeft" else "",
         labels=labels,
         rows_sha256=run.summary["data"]["sha256"],
+        weights_sha256=run.summary.get("weights_sha256"),
     )
     largest = difference(logits(opened(draft).model, inputs, precision), expected, run)
     (draft / "README.md").write_text(card(run, chosen, largest))

@@ -153,6 +153,28 @@ class Pretrained:
                 "model.dtype=bfloat16, got float32"
             )
 
+    def weights_sha256(self) -> str | None:
+        """Hash the weights' files; null for random weights, or where they lie in no folder."""
+        return None if self.random else weights_sha256(self.source())
+
+    def check_weights(self, expected: str | None, trained: str) -> None:
+        """Check that the weights are those on which a method was trained.
+
+        Args:
+            expected: their hash then; null if it is not known.
+            trained: names the run or the folder of which they are the base.
+
+        Raises:
+            ValueError: they are others.
+        """
+        now = self.weights_sha256() if expected else None
+        if now and now != expected:
+            raise ValueError(
+                f"{trained} was trained on weights with SHA-256 {str(expected)[:12]}, and those in "
+                f"{self.source()} have {now[:12]}: bring back what they were, or give their folder "
+                "by model.path"
+            )
+
     def build_meta(self, auto_class: str, num_labels: int | None) -> nn.Module:
         """Build the model on the meta device, without weights, to count parameters."""
         config = self.config(num_labels)

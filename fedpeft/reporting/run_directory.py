@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -12,9 +13,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from fedpeft.config.load import leaves
-from fedpeft.files import append, replacing
+from fedpeft.files import append, read_json, replacing
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 FAILURE = "failed.txt"  # the reason why training diverged, which a study notes
@@ -25,6 +27,7 @@ STOPPED = "stopped.txt"  # the reason why a run ended before its end
 CHECKPOINTS = "checkpoints"  # folder of states from which a run goes on
 LAST_ENTRY = "initial_error"  # of a summary; without it the run was killed before its end
 MOST_SAMPLES = 100  # of samples.jsonl
+MOST_BYTES = 255  # of a folder's name
 HELD = "partition.parquet"  # rows by client and label, where the server knows them
 
 
@@ -44,6 +47,11 @@ def check_run_dir(path: Path, resume: bool) -> None:
 
 def check_makeable(path: Path) -> None:
     """Raise ValueError if a directory is not there and cannot be made."""
+    longest = max((len(os.fsencode(name)) for name in path.parts), default=0)
+    if longest > MOST_BYTES:
+        raise ValueError(
+            f"run_dir={path} has a name of {longest} bytes, and a file system takes {MOST_BYTES}"
+        )
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir():
         raise ValueError(f"run_dir={path} cannot be made, because {there} is a file")
@@ -67,6 +75,10 @@ def _check_empty(path: Path, resume: bool) -> None:
         )
 
 
+class InUse(ValueError):
+    """Another process runs in a run's directory."""
+
+
 class RunDirectory:
     """Writes each file as soon as it is known, so that a killed run leaves complete lines.
 
@@ -80,7 +92,8 @@ class RunDirectory:
             known.
 
     Raises:
-        ValueError: another process runs in it, it holds a run, or one of another configuration.
+        InUse: another process runs in it.
+        ValueError: it holds a run, or one of another configuration.
     """
 
     def __init__(
@@ -99,7 +112,7 @@ class RunDirectory:
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
-            raise ValueError(f"run_dir={self.path}: another run writes into it now") from error
+            raise InUse(f"run_dir={self.path}: another run writes into it now") from error
         self._before = {path.name for path in self.path.iterdir()} - {LOCK}
         try:
             self._claim(config, resume, overrides)
@@ -114,7 +127,7 @@ class RunDirectory:
             (self.path / CLIENTS).unlink(missing_ok=True)
         written = self.path / CONFIG
         if held and written.exists():
-            check_same(OmegaConf.load(written), config, self.path)
+            check_same(read_config(self.path), config, self.path)
         self._write(CONFIG, OmegaConf.to_yaml(config, resolve=True))
         if overrides is not None:
             self._write(OVERRIDES, json.dumps(list(overrides), ensure_ascii=False) + "\n")
@@ -291,11 +304,28 @@ def finished(config: DictConfig) -> dict[str, Any] | None:
     folder = Path(config.run_dir)
     if not (folder / SUMMARY).exists():
         return None
-    summary = json.loads((folder / SUMMARY).read_text())
+    summary = read_json(folder / SUMMARY)
     if LAST_ENTRY not in summary:
         return None
-    check_same(OmegaConf.load(folder / CONFIG), config, folder)
+    check_same(read_config(folder), config, folder)
     return summary
+
+
+def read_config(folder: Path) -> DictConfig:
+    """Return a run's composed configuration.
+
+    Raises:
+        ValueError: its file is damaged; the error names it.
+    """
+    file = folder / CONFIG
+    try:
+        tree = OmegaConf.load(file)
+    except (ValueError, YAMLError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{file} is damaged: {first}") from error
+    if not isinstance(tree, DictConfig) or "method" not in tree:
+        raise ValueError(f"{file} is damaged: it holds no configuration of a run")
+    return tree
 
 
 def in_columns(rows: Sequence[Mapping[str, Any]]) -> Any:

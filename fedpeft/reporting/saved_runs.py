@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fedpeft.config.load import leaves
+from fedpeft.files import read_json
 from fedpeft.reporting.run_directory import (
     CONFIG,
     FAILURE,
@@ -21,6 +22,7 @@ from fedpeft.reporting.run_directory import (
     STOPPED,
     SUMMARY,
     is_free,
+    read_config,
     read_metrics,
 )
 
@@ -48,7 +50,7 @@ class SavedRun:
     @cached_property
     def config(self) -> DictConfig:
         """The composed configuration."""
-        return OmegaConf.load(self.path / CONFIG)  # pyright: ignore[reportReturnType]
+        return read_config(self.path)
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
@@ -59,7 +61,7 @@ class SavedRun:
     def summary(self) -> dict[str, Any] | None:
         """The summary; null if the run did not come to its end."""
         file = self.path / SUMMARY
-        return json.loads(file.read_text()) if file.exists() else None
+        return read_json(file) if file.exists() else None
 
     @property
     def status(self) -> str:
@@ -97,7 +99,7 @@ class SavedRun:
     def overrides(self) -> list[str] | None:
         """The overrides that composed the configuration; null if the run did not save them."""
         file = self.path / OVERRIDES
-        return json.loads(file.read_text()) if file.exists() else None
+        return read_json(file) if file.exists() else None
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -148,20 +150,38 @@ def saved_runs(folders: Sequence[Path]) -> list[SavedRun]:
         The runs, sorted by path.
 
     Raises:
-        ValueError: a folder is not there, or holds no run.
+        ValueError: a folder is not there, or holds no run, or a finished run lacks a file.
     """
     by_path: dict[Path, SavedRun] = {}
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder: give the directory of a run, or one above it")
-        paths = sorted({file.parent for name in (METRICS, FAILURE) for file in folder.rglob(name)})
-        runs = [path for path in paths if (path / CONFIG).exists()]
+        names = (METRICS, FAILURE, SUMMARY)
+        paths = sorted({file.parent for name in names for file in folder.rglob(name)})
+        runs = [path for path in paths if _is_run(path)]
         if not runs:
             raise ValueError(f"{folder} holds no run: none of its folders has {METRICS}")
         by_path |= {
             path.resolve(): SavedRun(path) for path in runs if path.resolve() not in by_path
         }
     return sorted(by_path.values(), key=lambda run: run.path)
+
+
+def _is_run(path: Path) -> bool:
+    """Tell whether a folder with a file of a run's name is a run's directory.
+
+    Raises:
+        ValueError: it is that of a finished run, and lacks a file, so that tables would lack the
+            run.
+    """
+    there = {name for name in (CONFIG, METRICS, SUMMARY) if (path / name).exists()}
+    if SUMMARY in there and (there & {CONFIG, METRICS}) and len(there) < 3:
+        (lacking,) = {CONFIG, METRICS} - there
+        raise ValueError(
+            f"{path} has no {lacking}, but a finished run's {SUMMARY}: bring it back, or remove "
+            "the run"
+        )
+    return CONFIG in there
 
 
 def chosen_runs(folders: Sequence[Path]) -> list[Path]:

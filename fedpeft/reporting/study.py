@@ -11,11 +11,12 @@ from omegaconf import DictConfig
 
 from fedpeft.config.load import composed
 from fedpeft.config.overrides import key_of, quoted
+from fedpeft.reporting.inputs import Input, inputs_of
 from fedpeft.reporting.run_directory import CONFIG, check_same
 from fedpeft.reporting.saved_runs import Outcome, SavedRun, directory
 
 T = TypeVar("T")
-RunAll = Callable[[list[list[str]]], Sequence[Outcome]]
+RunAll = Callable[[list[list[str]], Mapping[str, Input]], Sequence[Outcome]]
 
 
 class Run(NamedTuple):
@@ -91,22 +92,23 @@ class Study:
         for another reason is tried again by the next command.
 
         Args:
-            run_all: runs configurations, each of which may fail.
+            run_all: runs configurations, each of which may fail. It is also told what the earlier
+                runs have read, see ``inputs_of``.
 
         Returns:
             All runs of the study, the earlier ones too.
 
         Raises:
-            ValueError: a run's directory was made from another configuration.
+            ValueError: a run's directory was made from another configuration, or two runs read
+                different files at the same settings.
         """
         runs = self.runs()
         known = [run.earlier() for run in runs]
-        left = [run for run, outcome in zip(runs, known, strict=True) if outcome is None]
-        new = iter(run_all([run.overrides for run in left]) if left else [])
-        done = [
-            Done(run, next(new) if outcome is None else outcome)
-            for run, outcome in zip(runs, known, strict=True)
-        ]
+        pairs = list(zip(runs, known, strict=True))
+        inputs = inputs_of((run.path, run.config, o) for run, o in pairs if isinstance(o, dict))
+        left = [run for run, outcome in pairs if outcome is None]
+        new = iter(run_all([run.overrides for run in left], inputs) if left else [])
+        done = [Done(run, next(new) if outcome is None else outcome) for run, outcome in pairs]
         for run, outcome in done:
             SavedRun(run.path).note(outcome)
         return done

@@ -1,5 +1,6 @@
 """The Flower ServerApp."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def serve(
     overrides: list[str],
     display: Display | None = None,
     command: str = "fedpeft run",
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run all rounds of one configuration and return its summary.
 
@@ -59,6 +61,7 @@ def serve(
         overrides: the configuration.
         display: shows the rounds, unless ``logs=json``; null for one on standard output.
         command: starts such a run; the summary has it.
+        notes: sentences to show before round 0, with those on the rows.
 
     Raises:
         ValueError: ``check=true``, which is no run.
@@ -83,7 +86,7 @@ def serve(
             directory.discard()
             raise
         try:
-            return _run(run, grid, label)
+            return _run(run, grid, label, notes)
         finally:
             directory.close()
 
@@ -104,7 +107,7 @@ def _export(run_dir: Path, to: Path) -> None:
     export(open_run(run_dir), to)
 
 
-def _run(run: Run, grid: Grid, label: str) -> dict[str, Any]:
+def _run(run: Run, grid: Grid, label: str, notes: Sequence[str]) -> dict[str, Any]:
     """Run the rounds that are left, and tell the observer how the run ended.
 
     Raises:
@@ -115,7 +118,7 @@ def _run(run: Run, grid: Grid, label: str) -> dict[str, Any]:
     ended = "completed", ""
     try:
         run.observer.start(f"{label}{weights}: {run.directory.path}", engine.config.num_rounds)
-        for note in row_notes(engine):
+        for note in [*row_notes(engine), *notes]:
             run.observer.note(note)
         return run.serve(grid)
     except KeyboardInterrupt as stopped:

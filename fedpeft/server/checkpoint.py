@@ -64,6 +64,7 @@ class Checkpoint:
     best_method_memory: Memory
     data: str | None = None
     partition: str | None = None
+    weights: str | None = None
     own_rows: Sequence[int] = ()
     shared_rows: Sequence[int] = ()
     said: Mapping[int, int] = field(default_factory=dict)
@@ -103,6 +104,7 @@ class Checkpoints:
             "best_accepted": list(checkpoint.best_accepted.items()),
             "data": checkpoint.data,
             "partition": checkpoint.partition,
+            "weights": checkpoint.weights,
             "own_rows": list(checkpoint.own_rows),
             "shared_rows": list(checkpoint.shared_rows),
             "said": list(checkpoint.said.items()),

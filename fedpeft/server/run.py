@@ -9,7 +9,13 @@ from flwr.serverapp import Grid
 
 from fedpeft.config.schema import Checkpointing
 from fedpeft.reporting.observer import Line, Observer
-from fedpeft.reporting.run_directory import CHECKPOINTS, LAST_ENTRY, METRICS, RunDirectory
+from fedpeft.reporting.run_directory import (
+    CHECKPOINTS,
+    LAST_ENTRY,
+    METRICS,
+    RunDirectory,
+    read_metrics,
+)
 from fedpeft.reporting.saved_runs import diverged
 from fedpeft.server.checkpoint import Checkpoint, Checkpoints
 from fedpeft.server.strategy import FederatedPEFT
@@ -56,6 +62,11 @@ class Run(Observer):
         """Numbers of the server's rows and their hash."""
         return self.engine.task.fingerprint()
 
+    @cached_property
+    def weights(self) -> str | None:
+        """Hash of the base model's weights."""
+        return self.engine.config.model.weights_sha256()
+
     @property
     def partition(self) -> str | None:
         """Hash of who holds which rows; null where clients have rows of their own."""
@@ -65,19 +76,35 @@ class Run(Observer):
         """Go on from the last checkpoint, or from the beginning if there is none.
 
         Raises:
-            ValueError: no checkpoint can be read, or the rows have changed since the last one.
+            ValueError: no checkpoint can be read, or rows or weights have changed since the last
+                one.
         """
         checkpoints = self.checkpoints.load()
         if not checkpoints:
-            self.directory.keep_lines(-1)
+            self._begin_anew()
             return
         last = checkpoints[-1]
         self._check_rows(last)
+        self.engine.config.model.check_weights(last.weights, str(self.directory.path))
         self._take_lines(last.round)
         self.started -= last.seconds
         self.strategy.restore(checkpoints, self.lines)
         self._take_best(last)
         self._shared_rows.update(last.shared_rows)
+
+    def _begin_anew(self) -> None:
+        """Begin where a run was ended before its first checkpoint, which is that of round 0.
+
+        Raises:
+            ValueError: there are lines of later rounds, so its checkpoints were lost.
+        """
+        path = self.directory.path
+        if len(lines := read_metrics(path) if (path / METRICS).exists() else []) > 1:
+            raise ValueError(
+                f"{path / CHECKPOINTS} has no checkpoint, although {METRICS} beside it has rounds "
+                f"up to {lines[-1]['round']}: bring it back, or give another run_dir"
+            )
+        self.directory.keep_lines(-1)
 
     def _take_lines(self, last: int) -> None:
         """Read the rounds' lines.
@@ -191,6 +218,7 @@ class Run(Observer):
                 best_method_memory=down.best_method_memory,
                 data=self.data["sha256"],
                 partition=self.partition,
+                weights=self.weights,
                 own_rows=sorted(nodes.own_rows),
                 shared_rows=sorted(self._shared_rows),
                 said=self.strategy.up.said,
@@ -222,8 +250,10 @@ class Run(Observer):
             "seconds": elapsed(self.started),
             "shared_state_sha256": sha256(state),
             **of_setup(engine),
+            "weights_sha256": self.weights,
             "data": self.data | {"cut": cut(engine)},
             "partition_sha256": self.partition,
+            "notes": self._notes(),
             "commit": self.commit,
             "command": self.command,
             "run_dir": str(self.directory.path),
@@ -235,6 +265,11 @@ class Run(Observer):
         self.directory.finish(summary)
         self.directory.drop_clients()
         return summary
+
+    def _notes(self) -> list[str]:
+        """Return sentences on the rows, also on those that no client held."""
+        left = [] if self.strategy.nodes.own_rows else self.engine.rows.left_over()
+        return [*self.engine.task.notes(), *left]
 
     def _save_partition(self) -> None:
         """Write the rows by label of each client that says that it trains on the server's rows."""

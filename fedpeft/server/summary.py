@@ -11,7 +11,6 @@ from fedpeft.data.batching import REPORTED
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.parameters import parameter_counts
 from fedpeft.engine.passes import autocast
-from fedpeft.models.hub import weights_sha256
 from fedpeft.reporting.observer import Line
 from fedpeft.server.diagnostics import initial_error
 from fedpeft.server.evaluation import measure
@@ -43,10 +42,8 @@ def of_setup(engine: Engine) -> dict[str, Any]:
         "headline": task.headline,
         "higher_is_better": task.sign(task.headline) > 0,
         "parameters": parameter_counts(replica.roles, replica.model),
-        "weights_sha256": _weights_hash(engine),
         "weights": "RANDOM" if model.random else "pretrained",
         "labels": task.label_names,
-        "notes": task.notes(),
         "seed": engine.config.seed,
         "versions": installed(),
         "working_directory": str(Path.cwd()),  # relative paths of the configuration start there
@@ -120,12 +117,6 @@ def row_notes(engine: Engine) -> list[str]:
         ]
     said = f"cut, because they are longer than data.max_length allows: {', '.join(parts)}"
     return [*engine.task.notes(), *([said] if parts else [])]
-
-
-def _weights_hash(engine: Engine) -> str | None:
-    """Return the base model's SHA-256; null for random weights."""
-    model = engine.config.model
-    return None if model.random else weights_sha256(model.source())
 
 
 def error_at_start(engine: Engine) -> dict[str, float]:

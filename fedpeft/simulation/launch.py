@@ -1,7 +1,7 @@
 """Runs configurations with virtual clients: on Ray's workers, or in one process."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,8 +15,15 @@ from fedpeft.config.message import for_clients
 from fedpeft.config.overrides import quoted, split
 from fedpeft.config.schema import Config, Runtime
 from fedpeft.files import check_path
+from fedpeft.reporting.inputs import Input, settings_key
 from fedpeft.reporting.progress import Display, Tally
-from fedpeft.reporting.run_directory import check_makeable, check_run_dir, finished, run_path
+from fedpeft.reporting.run_directory import (
+    InUse,
+    check_makeable,
+    check_run_dir,
+    finished,
+    run_path,
+)
 from fedpeft.simulation.stop import sigterm_kept
 
 if TYPE_CHECKING:
@@ -79,13 +86,13 @@ def simulate(grid: "LocalGrid", overrides: Sequence[str], display: Display) -> d
     sent = for_clients(overrides)
     grid.prepare(sent)
     engine = open_engine(sent, None)
-    engine.rows.by_client  # noqa: B018  # an impossible partition ends the run here
+    left_over = engine.rows.left_over()  # an impossible partition ends the run here
     label = type(engine.config.method).__name__
     with run_path(settings.run_dir, label) as path:
         grid.num_clients = engine.config.num_clients
         grid.state_folder, grid.groups = Path(path).resolve() / "clients", engine.groups
         rest = [o for o in split(overrides) if not o.startswith("run_dir=")]
-        return serve(grid, [*rest, f"run_dir={quoted(path)}"], display)
+        return serve(grid, [*rest, f"run_dir={quoted(path)}"], display, notes=left_over)
 
 
 # A run may fail in these ways and leave other runs alone.
@@ -108,6 +115,27 @@ def check_all(runs: Sequence[Sequence[str]]) -> None:
     _try_all(runs, configs)
 
 
+def check_inputs(runs: Sequence[Sequence[str]], inputs: Mapping[str, Input]) -> None:
+    """Refuse runs whose rows or weights have changed since others that they are compared with.
+
+    Args:
+        runs: overrides of each run.
+        inputs: what finished runs have read, see ``inputs_of``.
+
+    Raises:
+        ValueError: they have.
+    """
+    left = dict(inputs)  # each is read once
+    for overrides in runs:
+        tree = configuration.composed(overrides)
+        if known := left.pop(settings_key(tree, "data"), None):
+            rows = configuration.load_config(overrides).data.fingerprint()
+            known.check(rows["sha256"], "there are now")
+        if known := left.pop(settings_key(tree, "model"), None):
+            model = configuration.load_config(overrides).model
+            known.check(model.weights_sha256(), "there are now")
+
+
 def run_all(
     runs: Sequence[Sequence[str]],
     display: Callable[[], Display] = Display,
@@ -125,6 +153,9 @@ def run_all(
 
     Returns:
         For each run, in order, its summary or the error that ended it.
+
+    Raises:
+        InUse: another process is at work on one of the runs.
     """
     for overrides in runs:
         _check_early(overrides)
@@ -135,6 +166,8 @@ def run_all(
             shown = display()
             try:
                 outcomes.append(simulate(grid, overrides, shown))
+            except InUse:  # another command works on the same runs, so their outcomes are its own
+                raise
             except FAILURES as error:
                 outcomes.append(error)
                 if tally:

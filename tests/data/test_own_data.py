@@ -44,6 +44,14 @@ def texts(task: Any, split: str) -> list[str]:
     return values(task.split_rows(split), "text")
 
 
+def test_rows_that_no_client_holds_are_counted(tmp_path: Path, run: Runner) -> None:
+    table = [row | {"site": "abc"[min(i // 20, 2)]} for i, row in enumerate(rows(41))]
+    path = write(tmp_path / "sites", train=table, validation=rows(4), test=rows(4))
+    base = ("data=table", f"data.path={path}", "partition=natural", "partition.column=site")
+    summary = run(*base, "partition.min_size=3", "num_clients=2", "num_rounds=1")
+    assert summary["notes"] == ["no client holds 1 of the 41 training rows"]
+
+
 # --- splits -------------------------------------------------------------------------------------
 
 
@@ -168,6 +176,21 @@ def test_a_column_of_numbers_that_are_hardly_labels(tmp_path: Path) -> None:
     assert note.startswith("column label has 40 labels in 40 rows: to learn a number, set data.")
     named = [str(i / 7) for i in range(40)]
     assert TextClassification(path=str(tmp_path), labels=named).notes() == []
+
+
+def test_a_gap_among_whole_numbers_changes_no_class(tmp_path: Path) -> None:
+    """A column of 1, 2 and a gap is read as 1.0, 2.0 and not a number."""
+    whole = [{"text": f"t{i}", "label": i % 2 + 1} for i in range(6)]
+    gap = [*whole, {"text": "u", "label": None}]
+    path = write(tmp_path, "csv", train=gap, validation=gap[1:], test=whole)
+    task = TextClassification(path=path, bad_rows="skip")
+    assert task.label_names == ["1", "2"]
+    for split, expected in (
+        ("train", [0, 1] * 3),
+        ("validation", [1, 0, 1, 0, 1]),
+        ("test", [0, 1] * 3),
+    ):
+        assert task.class_numbers(task.split_rows(split)).tolist() == expected
 
 
 def test_labels_that_differ_by_blanks_or_case(tmp_path: Path) -> None:

@@ -338,7 +338,7 @@ def test_groups_by_name_and_number(groups: InstructionTuning) -> None:
 
 
 def test_groups_of_rounded_numbers(groups: InstructionTuning) -> None:
-    numbers, names = groups.grouped("score")
+    numbers, names = replace(groups, label="score").grouped(None)
     assert names == ["-1", "0", "3", "5"]
     assert [names[n] for n in numbers] == ["0", "5", "3", "-1", "5", "3", "0", "0", "5", "3"]
 
@@ -356,6 +356,8 @@ def test_no_label_is_one_group(small: str) -> None:
 
 
 GROUPLESS = {
+    "score": "partition.column=score must hold texts or whole numbers, got a fractional number in "
+    "row 1 of train (counted from 1): write codes such as 1.1 as texts",
     "gap": "row 3 of train (counted from 1) has no gap to partition by",
     "nan": "row 2 of train (counted from 1) has no nan to partition by",
     "lists": "partition.column=lists must hold texts or numbers, got a list in row 1 (counted from "

@@ -143,6 +143,16 @@ def test_a_class_label_column_that_lacks_a_class_keeps_its_names(tmp_path: Path)
     )
 
 
+def test_numbers_where_train_has_names_are_said_to_be_places(tmp_path: Path) -> None:
+    train = [{"text": "x", "label": "neg"}, {"text": "y", "label": "pos"}]
+    path = write(tmp_path, train=train, validation=train, test=[{"text": "z", "label": 1}])
+    task = TextClassification(path=path)
+    assert numbers(task, "test") == [1]
+    says = "numbers in place of the names of train, so they are taken in their order: 0 counts as "
+    assert task.notes() == [f"column label has {says}neg, 1 counts as pos"]
+    assert not TextClassification(path=path, labels=["neg", "pos"]).notes()  # its user says so
+
+
 def test_groups_keep_classes_without_a_row(tmp_path: Path) -> None:
     task = task_of(tmp_path, "b", "a", "b", labels=["a", "b", "c"])
     for column in (None, "label"):  # null stands for the label's column

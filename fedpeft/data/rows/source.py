@@ -306,14 +306,15 @@ class Source(ABC):
         """Return the groups by which clients can differ.
 
         Args:
-            column: any column, or null for the label's. Fractional values are rounded.
+            column: any column, or null for the label's, whose fractional values are rounded.
 
         Returns:
             Each training row's group number, int64 (rows,), and the groups' names. All rows are one
             group if neither a column nor a label is set.
 
         Raises:
-            ValueError: there is no such column, a row has no value in it, or it holds lists.
+            ValueError: there is no such column, a row has no value in it, it holds lists, or it is
+                not the label's and holds fractional numbers.
         """
         column = column or self.label
         rows = self.train_rows
@@ -326,8 +327,14 @@ class Source(ABC):
             )
         entries = values(rows, column)
         for i, value in enumerate(entries):
-            if isinstance(value, float):
-                entries[i] = round(value) if math.isfinite(value) else None
+            if not isinstance(value, float):
+                continue
+            if column != self.label and not value.is_integer() and math.isfinite(value):
+                raise ValueError(
+                    f"partition.column={column} must hold texts or whole numbers, got a fractional "
+                    f"number in {named_row(i, 'train')}: write codes such as 1.1 as texts"
+                )
+            entries[i] = round(value) if math.isfinite(value) else None
         if None in entries:
             row = named_row(entries.index(None), "train")
             raise ValueError(f"{row} has no {column} to partition by")

@@ -1,5 +1,6 @@
 """Classification of texts or images into named classes: labels, loss and metrics."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,9 +61,7 @@ class Classification(Task):
         self.check_columns(self.train_split, rows)
         names = getattr(rows.features[self.target], "names", None)
         if not names:
-            names = [
-                str(v) for v in sorted({v for v in values(rows, self.target) if v is not None})
-            ]
+            names = [_name(v) for v in sorted({v for v in values(rows, self.target) if _is(v)})]
         if len(names) < 2:
             raise ValueError(
                 f"column {self.target} of {self.folder()} has fewer than two labels, but "
@@ -80,7 +79,7 @@ class Classification(Task):
         entries = values(rows, self.target)
         names = getattr(rows.features[self.target], "names", None)
         digits = all(name.removeprefix("-").isdigit() for name in self.label_names)
-        whole = all(v is None or isinstance(v, int) for v in entries)
+        whole = all(isinstance(v, int) for v in entries if v is not None)
         index = {name: i for i, name in enumerate(self.label_names)}
         if whole and names and self._knows(names):
             entries = [names[v] if v is not None and 0 <= v < len(names) else None for v in entries]
@@ -89,7 +88,9 @@ class Classification(Task):
             return np.where(numbers < len(self.label_names), np.maximum(numbers, -1), -1)
         # Entries are names, or numbers that are names themselves, such as ratings from 1 to 5.
         # A missing one is none of them, not even of a class called None.
-        numbers = [-1 if value is None else index.get(str(value), -1) for value in entries]
+        numbers = [
+            index.get(str(v), index.get(_name(v), -1)) if v is not None else -1 for v in entries
+        ]
         return np.array(numbers, np.int64)
 
     def _recipe(self) -> str:
@@ -124,17 +125,29 @@ class Classification(Task):
         ]
 
     def notes_on(self, split: str) -> list[str]:
-        """See ``Task.notes_on``; class names of the column that are not the task's are named."""
+        """See ``Task.notes_on``; numbers, or other class names, that are taken in order are named.
+
+        Numbers of ``data.labels`` are as its user wants them.
+        """
         rows = self.tables.get(self._name(split) or self.train_split)
-        names = getattr(rows and rows.features.get(self.target), "names", None)
-        if not names or self._knows(names):
+        column = rows and rows.features.get(self.target)
+        names = getattr(column, "names", None)
+        if names and not self._knows(names):
+            has, pairs = "other class names than", zip(names, self.label_names, strict=False)
+        elif not names and self._has_places(column) and not self.labels:
+            has, pairs = "numbers in place of the names of", enumerate(self.label_names)
+        else:
             return []
-        pairs = zip(names, self.label_names, strict=False)
         counted = ", ".join(f"{name} counts as {label}" for name, label in pairs)
         return [
-            f"column {self.target} has other class names than {self._known}, so they are taken in "
-            f"their order: {counted}"
+            f"column {self.target} has {has} {self._known}, so they are taken in their order: "
+            f"{counted}"
         ]
+
+    def _has_places(self, column: Any) -> bool:
+        """Tell whether a column of whole numbers has places of classes, because none is a name."""
+        numeric = str(getattr(column, "dtype", "")).startswith(("int", "uint"))
+        return numeric and not all(name.removeprefix("-").isdigit() for name in self.label_names)
 
     def _knows(self, names: Sequence[str]) -> bool:
         """Tell whether a column's class names are those of the task, in any order.
@@ -184,6 +197,16 @@ class Classification(Task):
         commonest = int(np.bincount(train).argmax())
         constant = [commonest] * len(rows)
         return measure(self.metrics[0], constant, rows.tolist(), self.num_labels)
+
+
+def _is(value: Any) -> bool:
+    """Tell whether a cell holds a label; a gap among numbers is no number."""
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def _name(value: Any) -> str:
+    """Return a label's name; a column of whole numbers with a gap is read as fractional ones."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _plain(label: Any) -> str:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedpeft.files import replacing
+from fedpeft.files import read_json, replacing
 from fedpeft.reporting.report.charts import charts
 from fedpeft.reporting.report.page import Section, html
 from fedpeft.reporting.report.pictures import save_pictures
@@ -68,7 +68,7 @@ def write_report(folders: Sequence[Path], to: Path) -> list[Path]:
 def _remove_older(to: Path, written: Sequence[Path]) -> None:
     """Remove the files of an earlier report that this one has not, and note this one's."""
     listed = to / WRITTEN
-    before = json.loads(listed.read_text()) if listed.exists() else []
+    before = read_json(listed) if listed.exists() else []
     new = {path.relative_to(to).as_posix() for path in written}
     for name in sorted(set(before) - new):
         path = Path(name)
