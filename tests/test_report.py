@@ -61,7 +61,7 @@ def _save(
         of_seed: the run's seed.
         quality: the clients' accuracy on test rows after round 2.
         partition: hash of who holds which rows.
-        rows: begins the hash of the rows, which the seed ends.
+        rows: hash of the rows.
         config: more values.
     """
     path.mkdir(parents=True)
@@ -92,7 +92,7 @@ def _save(
         "parameters": counts | {"total": 1000},
         "bytes": {"uplink_bytes": 4_000_000, "downlink_bytes": 6_000_000},
         "seconds": 1.5,
-        "data": {"sha256": f"{rows}{of_seed}"},
+        "data": {"sha256": rows},
         "partition_sha256": partition,
     }
     (path / "summary.json").write_text(json.dumps(summary))

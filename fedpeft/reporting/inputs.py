@@ -47,7 +47,7 @@ class Input(NamedTuple):
 
 def settings_key(config: DictConfig, group: str) -> str:
     """Return a text that is equal for runs that name the same rows, or weights."""
-    values = OmegaConf.to_container(config[group], resolve=True)
+    values = OmegaConf.to_container(OmegaConf.create({group: config.get(group)}), resolve=True)
     return json.dumps([group, values], sort_keys=True, default=str)
 
 
@@ -71,3 +71,12 @@ def inputs_of(runs: Iterable[tuple[Path, DictConfig, Mapping[str, Any]]]) -> dic
                 key = settings_key(config, group)
                 inputs.setdefault(key, Input(group, sha256, path)).check(sha256, str(path))
     return inputs
+
+
+def mixed(runs: Iterable[tuple[Path, DictConfig, Mapping[str, Any]]]) -> list[str]:
+    """Return a sentence for tables if ``inputs_of`` refuses the runs; else none."""
+    try:
+        inputs_of(runs)
+    except ValueError as error:
+        return [f"These runs do not compare: {error}."]
+    return []

@@ -11,6 +11,7 @@ from fedpeft.config.choices import choices, of_choice
 from fedpeft.config.load import GROUPS
 from fedpeft.reporting.brief import MOST, below, brief
 from fedpeft.reporting.conditions import Condition, check_known
+from fedpeft.reporting.inputs import mixed
 from fedpeft.reporting.results import Measures, common_label, headline, mean_and_sd, run_values
 from fedpeft.reporting.saved_runs import SavedRun, by_setting, differing, one_a_seed, saved_runs
 from fedpeft.reporting.tables import Page, Rows, width_of, write_csv
@@ -131,6 +132,7 @@ class Listing:
             names = ", ".join(more[:MOST_NAMED])
             names += f" and {len(more) - MOST_NAMED} more" if len(more) > MOST_NAMED else ""
             notes.append(f"These settings differ too (--columns shows them): {names}.")
+        notes += mixed(run.read for run in self.runs if run.summary is not None)
         return notes if measures else notes[1:]
 
     def over_seeds(self) -> Rows:

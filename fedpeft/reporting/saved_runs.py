@@ -64,6 +64,11 @@ class SavedRun:
         return read_json(file) if file.exists() else None
 
     @property
+    def read(self) -> tuple[Path, DictConfig, dict[str, Any]]:
+        """Path, configuration and summary, by which ``inputs.py`` compares what runs have read."""
+        return self.path, self.config, self.summary or {}
+
+    @property
     def status(self) -> str:
         """``completed``, ``diverged``, or ``unfinished``: it still goes on, or was ended."""
         if self.summary is not None:

@@ -22,7 +22,7 @@ IMAGES = "results/scl_table1/README.md"
 SST2, MEDQUAD = "fedtt_table1/data=sst2", "scl_table2/data=medquad_num_clients=3"
 DOLLY = "scl_table2/data=dolly_num_clients=4"
 VARIANTS = "fedtt_variants/data=sst2"
-TUMOURS = "scl_table1/num_clients=3"
+TUMOURS, TUMOURS_4, TUMOURS_5 = (f"scl_table1/num_clients={count}" for count in (3, 4, 5))
 IID, SKEWED = (
     f"fedtt_table3/data=sst2_num_clients=3{skew}"
     for skew in ("", "_partition=dirichlet_partition.alpha=0.1")
@@ -96,6 +96,8 @@ TABLES = [
     (SCL, "| on MedQuAD | rate", MEDQUAD, OF_SCL, True),
     (SCL, "| on Dolly | validation", DOLLY, OF_SCL[1:], True),
     (IMAGES, "| images, 3 clients | rate", TUMOURS, OF_IMAGES, True),
+    (IMAGES, "| images, 4 clients | macro", TUMOURS_4, OF_IMAGES[1:], True),
+    (IMAGES, "| images, 5 clients | macro", TUMOURS_5, OF_IMAGES[1:], True),
     ("README.md", "| method | loss, server's rows", MEDQUAD, OF_README, False),
 ]
 # Page, beginning of the table's heading, folder of the study and number of pairs.
@@ -194,6 +196,16 @@ def test_the_table_of_pairs_of_images_is_the_study_s() -> None:
         assert differences == [minus(one, other, key) for key in keys], (first, second)
 
 
+def test_the_table_of_pairs_with_four_and_five_clients_is_the_studies_own() -> None:
+    heading = "| images, macro F1 on the test rows, first |"
+    body = page(IMAGES).partition(heading)[2].partition("\n\n")[0]
+    pairs = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", body, re.MULTILINE)
+    assert len(pairs) == 6
+    for first, second, *differences in pairs:
+        both = [(named(study, first), named(study, second)) for study in (TUMOURS_4, TUMOURS_5)]
+        assert differences == [minus(one, other, "global_test") for one, other in both]
+
+
 def test_the_table_of_fedtt_s_variants_is_the_two_studies_own() -> None:
     shown = table(page(FEDTT), "| variant | rate")
     assert len(shown) == 8
@@ -275,6 +287,28 @@ def test_the_differences_that_the_page_on_images_names_in_words_are_the_study_s(
         "LoRA, alpha 32, all rows in one place",
     ):
         assert cell(named(TUMOURS, name), "test_loss") in words
+
+
+def test_signs_that_the_page_on_images_names_hold_in_all_nine_runs() -> None:
+    words = " ".join(page(IMAGES).split())
+    for above, below in (
+        ("LoRA, alpha 32", "FFA-LoRA, alpha 32"),
+        ("LoRA, alpha 32", "SCL, residual, rank 9"),
+        ("SCL, residual, rank 64", "FFA-LoRA, alpha 32"),
+        ("SCL, svd, rank 64", "SCL, random_pinv (the paper's), rank 64 (ours)"),
+    ):
+        gains = [
+            float(one["global_test"]) - float(other["global_test"])
+            for study in (TUMOURS, TUMOURS_4, TUMOURS_5)
+            for one, other in zip(named(study, above), named(study, below), strict=True)
+        ]
+        assert len(gains) == 9 and min(gains) > 0
+        assert bare(f"{min(gains):.3f} to {max(gains):.3f}") in words, (above, below)
+    for study in (TUMOURS_4, TUMOURS_5):
+        alone, shared = "LoRA, alpha 32, each client alone", "FedSA-LoRA, alpha 32"
+        assert minus(named(study, alone), named(study, shared), "client_test_accuracy") in words
+        for name in ("SCL, svd, rank 64", "SCL, random_pinv (the paper's), rank 64 (ours)"):
+            assert cell(named(study, name), "test_accuracy") in words
 
 
 # --- runs ----------------------------------------------------------------------------------------

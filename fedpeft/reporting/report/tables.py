@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpeft.reporting.brief import below, brief
+from fedpeft.reporting.inputs import mixed
 from fedpeft.reporting.report.commands import command
 from fedpeft.reporting.report.diagnostics import WITH_QUALITY, over_rounds
 from fedpeft.reporting.report.pairs import FEWEST, LEVEL, paired_tests, unsaved_partitions
@@ -72,6 +73,7 @@ def _summary_notes(runs: Runs) -> list[str]:
         notes.append(f"Means are over the seeds that came to their end: {_named(failed)}.")
     if partly := runs.partly_measured:
         notes.append(f"Counted without the clients that measured nothing: {_named(partly)}.")
+    notes += mixed(run.read for setting in runs.settings for run in setting.runs)
     if untested:
         notes.append(
             f"Clients' test rows were not measured (evaluation.clients=always does): "
