@@ -51,13 +51,15 @@ def test_the_reason_names_norm_rule_and_median() -> None:
         ({0: 90.0, 1: 80.0, 2: 70.0}, []),  # the round's median is larger
     ],
 )
-def test_the_last_good_round_is_a_measure_too(norms: dict[int, float], left_out: list[int]) -> None:
+def test_the_largest_median_so_far_is_a_measure_too(
+    norms: dict[int, float], left_out: list[int]
+) -> None:
     assert sorted(too_far(norms, 100.0, before=0.5)) == left_out
 
 
-def test_the_reason_names_the_last_good_round() -> None:
+def test_the_reason_names_the_largest_median_so_far() -> None:
     (reason,) = too_far({0: 0.0, 1: 1e30}, 100.0, before=2.0).values()
-    assert reason.endswith("times the last good round's median 2")
+    assert reason.endswith("times the largest median so far, 2")
 
 
 def test_steps_that_a_client_says_divide_its_norm_to_a_bound() -> None:

@@ -334,17 +334,21 @@ def still(reply: Message, message: Message) -> Message:
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_two_who_stand_still_make_no_attacker_of_the_third(resumed: bool, run: Runner) -> None:
-    """In round 2 the median is theirs, but client 0 moves no more than in the good round 1."""
+    """In rounds 2 to 4 the median is theirs, but client 0 moves no more than in the good round 1.
+
+    Clients whose rows have one label do so once they know it.
+    """
 
     def stop(reply: Message, message: Message) -> Message:
         raise KeyboardInterrupt
 
-    given = ["strategy.max_norm_ratio=10", "resume=true", f"run_dir={run.folder / 'run'}"]
+    given = ["num_rounds=4", "strategy.max_norm_ratio=10", "resume=true"]
+    given.append(f"run_dir={run.folder / 'run'}")
     if resumed:
         with pytest.raises(KeyboardInterrupt):
             run(*given, answer=spoiling(stop, {0}, {2}))
-    summary = run(*given, answer=spoiling(still, {1, 2}, {2}))
-    assert summary["refused"] == {} and summary["final"]["round"] == 2
+    summary = run(*given, answer=spoiling(still, {1, 2}, {2, 3, 4}))
+    assert summary["refused"] == {} and summary["final"]["round"] == 4
 
 
 def test_a_client_s_text_is_cut_and_steers_nothing(run: Runner) -> None:

@@ -37,8 +37,8 @@ class FedAvg:
             0.5 in a round with a client that trains on rows of its own, because the server cannot
             check how many these are.
         max_norm_ratio: > 1. A client is left out of a round if the norm of its update, divided by
-            its steps, is more than this many times the median of the round, or of the last good
-            round if that is larger.
+            its steps, is more than this many times the median of the round, or the largest of
+            the good rounds before it if that is larger.
     """
 
     weights: str = "examples"

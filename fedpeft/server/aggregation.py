@@ -56,7 +56,7 @@ class Aggregator:
         self.down, self.engine, self.nodes = down, down.engine, nodes
         self.config, self.replica, self.roles = down.config, down.replica, down.roles
         self.folder: Path | None = None  # takes replies for which the memory has no room
-        self.median = 0.0  # norm of an update a step in the last good round
+        self.median = 0.0  # norm of an update a step: the largest of the good rounds so far
         self.said: dict[int, int] = {}
 
     def aggregate(
@@ -120,7 +120,7 @@ class Aggregator:
     def take_median(self, line: Line) -> None:
         """Take over the median norm of a good round's line, also in a run that is resumed."""
         if "unchanged" not in line:
-            self.median = line.get(MEDIAN) or self.median
+            self.median = max(self.median, line.get(MEDIAN) or 0.0)
 
     def most_weight(self, clients: Iterable[int]) -> float:
         """Return the share of a mean over clients beyond which none of them weighs."""

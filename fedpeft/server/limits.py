@@ -67,16 +67,19 @@ def too_far(norms: Mapping[int, float], ratio: float, before: float = 0.0) -> di
         norms: of the updates, each divided by the client's steps, by client.
         ratio: multiple of the round's lower median, or of ``before`` if that is larger, that a norm
             may have.
-        before: the lower median of the last good round, so that clients which hardly move cannot
-            have the others left out; 0 if there is none.
+        before: the largest lower median of the good rounds so far; 0 if there is none. So clients
+            which hardly move, as those with one label do once they know it, cannot have the others
+            left out.
     """
     median = lower_median(norms.values())
-    most, whose = (before, "last good round's") if before > median else (median, "round's")
+    most, whose = median, "round's median"
+    if before > median:
+        most, whose = before, "largest median so far,"
     if most == 0:
         return {}
     return {
         client: f"its update's norm a step is {norm:.3g}, more than "
-        f"strategy.max_norm_ratio={ratio:g} times the {whose} median {most:.3g}"
+        f"strategy.max_norm_ratio={ratio:g} times the {whose} {most:.3g}"
         for client, norm in norms.items()
         if norm > ratio * most
     }

@@ -193,6 +193,18 @@ def test_a_gap_among_whole_numbers_changes_no_class(tmp_path: Path) -> None:
         assert task.class_numbers(task.split_rows(split)).tolist() == expected
 
 
+def test_two_stray_quotes_swallow_no_rows(tmp_path: Path) -> None:
+    lines = [f"t{i},{'ab'[i % 2]}" for i in range(30)]
+    lines[4], lines[20] = '"begins with a quote,a', '"so does this,b'
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    says = "has text behind a closing quote near line 22, so a quote"
+    with pytest.raises(ValueError, match=says):
+        TextClassification(path=str(tmp_path)).tables["train"]
+    quoted = ['"over\ntwo lines, with a ""word""",a', *lines[:4]]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *quoted]) + "\n")
+    assert len(TextClassification(path=str(tmp_path)).tables["train"]) == 5
+
+
 def test_labels_that_differ_by_blanks_or_case(tmp_path: Path) -> None:
     names = ["heart", "lung", "Lung", "heart ", "skin in", "skin  in", "heart"]
     path = write(tmp_path, train=rows(7, lambda i: names[i]), validation=rows(1), test=rows(1))

@@ -116,7 +116,23 @@ class TextFormat:
                         return f'has {name} between its cells: give "data.separator={value}"'
             if next(lines, None) is None:
                 return "has a header and no rows"
+        if line := self._loose_quote(file):
+            return (
+                f"has text behind a closing quote near line {line}, so a quote that opens no cell "
+                "may have swallowed rows before it: mend it"
+            )
         return ""
+
+    def _loose_quote(self, file: Path) -> int | None:
+        """Return the line of the first cell that goes on behind its closing quote."""
+        with file.open(newline="", encoding=self.encoding) as text, suppress(ValueError):
+            rows = csv.reader(text, delimiter=self.between(file), strict=True)
+            try:
+                for _ in rows:
+                    pass
+            except csv.Error as error:  # such as "',' expected after '"'", or a cell too long
+                return rows.line_num if "expected after" in str(error) else None
+        return None
 
     def broken_line(self, files: Iterable[Path], reason: str) -> tuple[str, str]:
         """Return what is wrong with which line; and, for the owner's eyes, the file and the reason.
