@@ -11,7 +11,7 @@ from flwr.app import Context, Message, RecordDict
 
 from fedpeft.client.client import answer_all
 from fedpeft.config.load import load_config
-from fedpeft.config.schema import Runtime
+from fedpeft.config.runtime import Runtime
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.engine.plan import Job
 from fedpeft.engine.probing import Vectorised

@@ -12,7 +12,8 @@ import ray
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedpeft.config.load import settings
-from fedpeft.config.schema import ConfigError, Runtime
+from fedpeft.config.runtime import Runtime
+from fedpeft.config.schema import ConfigError
 from fedpeft.simulation.launch import run
 from fedpeft.simulation.machines import this_machine
 from fedpeft.simulation.ray import RayGrid

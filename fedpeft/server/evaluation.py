@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from statistics import fmean
 from typing import Any
 
@@ -12,13 +12,76 @@ from flwr.app import Message
 from fedpeft.compression.base import as_received
 from fedpeft.data.rows.source import prefix_of
 from fedpeft.engine.engine import Engine
-from fedpeft.reporting.observer import P10, UNWEIGHTED, WORST
-from fedpeft.server.limits import MOST_ROWS, capped
-from fedpeft.server.replies import reason
+from fedpeft.reporting.observer import P10, UNWEIGHTED, WORST, Line
+from fedpeft.server.aggregation import Aggregator
+from fedpeft.server.limits import FRAME, MOST_ROWS, capped, check_size
+from fedpeft.server.replies import printable, reason, restarted, seconds
+from fedpeft.server.seen import Seen
 from fedpeft.state import State
+from fedpeft.wire import sentence, wire_bytes
 
 Ranges = Mapping[str, tuple[float, float]]
 OWN_SPLITS = ("validation", "test")  # a client measures itself on both
+
+
+class Evaluator:
+    """Reads and sums up what clients measured, as ``Aggregator`` does what they trained.
+
+    Args:
+        up: knows the clients' rows, and how much one of them may weigh.
+    """
+
+    def __init__(self, up: Aggregator) -> None:
+        self.up, self.config, self.task = up, up.config, up.engine.task
+
+    def over(
+        self,
+        replies: Iterable[tuple[int, Message]],
+        asked: Iterable[int],
+        seen: Seen,
+        late: str,
+    ) -> Line:
+        """Sum up the clients' measures, note each client's, and who measured nothing.
+
+        Too few clients give no measure, because the measure chooses the best round.
+
+        Args:
+            replies: client and reply, as they arrive.
+            asked: clients that got a message.
+            seen: of the round; takes bytes, refusals and each client's measures.
+            late: reason to note for clients that did not reply.
+        """
+        read: dict[int, tuple[dict[str, float], float | None]] = {}
+        silent = dict.fromkeys(asked, late)
+        for client, reply in replies:  # a reply that was read is not kept
+            try:
+                if silent.pop(client, None) is None:
+                    raise ValueError("the client replied twice")
+                read[client] = self._measured(client, reply, seen), seconds(reply)
+            except Exception as error:  # whatever a client sends, it must not end the run
+                seen.refuse(client, f"evaluation: {printable(sentence(error))}")
+        for client, why in silent.items():
+            seen.refuse(client, f"evaluation: {why}")
+        measures: dict[int, dict[str, float]] = {}
+        for client in sorted(read.keys() - seen.last.refused.keys()):
+            measures[client], took = read[client]
+            seen.note(client, **noted(measures[client]), evaluation_seconds=took)
+        clients, count = self.config.num_clients, len(measures)  # also those without a node now
+        least = self.config.fewest_replies(clients)
+        if count < least:
+            why = f"runtime.min_replies={self.config.runtime.min_replies} asks for {least}"
+            return {"unmeasured": f"only {count} of {clients} clients measured, and {why}"}
+        return dict(over_clients(measures, self.task.sign, self.up.most_weight(measures)))
+
+    def _measured(self, client: int, reply: Message, seen: Seen) -> dict[str, float]:
+        """Count a reply's bytes, check it, and return what a client measured."""
+        if not reply.has_error():
+            size = wire_bytes(reply.content)
+            seen.count("evaluation_uplink_bytes", size, client)
+            check_size(size, FRAME)
+            if restarted(reply):
+                seen.restarted.add(client)
+        return measured(reply, self.task.ranges, self.up.known_rows(client))
 
 
 def measure(engine: Engine, split: str, state: State, last: bool = False) -> dict[str, float]:

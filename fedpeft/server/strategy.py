@@ -22,14 +22,13 @@ from fedpeft.seeding import generator
 from fedpeft.server.aggregation import Aggregator
 from fedpeft.server.broadcast import Broadcaster
 from fedpeft.server.checkpoint import Checkpoint
-from fedpeft.server.evaluation import measure, measured, noted, over_clients
-from fedpeft.server.limits import FRAME, check_size
+from fedpeft.server.evaluation import Evaluator, measure
+from fedpeft.server.limits import FRAME
 from fedpeft.server.nodes import Nodes, exchange
-from fedpeft.server.replies import printable, restarted, seconds
 from fedpeft.server.seen import Asked, RoundFailed, Seen
 from fedpeft.server.selection import Selection
 from fedpeft.state import State
-from fedpeft.wire import named_arrays, sentence, wire_bytes
+from fedpeft.wire import named_arrays
 
 
 class FederatedPEFT(Strategy):
@@ -45,6 +44,7 @@ class FederatedPEFT(Strategy):
     Attributes:
         down: the server's values, and what goes down.
         up: reads replies and aggregates.
+        measured: reads and sums up what clients measured.
         nodes: the clients' nodes.
         observer: is told how the rounds go on.
         seen: the server's view of the last round.
@@ -62,6 +62,7 @@ class FederatedPEFT(Strategy):
         self.observer = Observer()
         self.down = Broadcaster(self.engine, self.overrides)
         self.up = Aggregator(self.down, self.nodes)
+        self.measured = Evaluator(self.up)
         self.seen = Seen()
         self.selection = self._selection(configuration.settings(listed).early_stopping.patience)
         self.next_round = 0
@@ -322,7 +323,10 @@ class FederatedPEFT(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Return the clients' measures, see ``over_clients``; null if clients do not measure."""
-        return _record(self._measures(self._by_client(replies))) if self._sent else None
+        if not self._sent:
+            return None
+        pairs = self._by_client(replies)
+        return _record(self.measured.over(pairs, self._sent, self.seen, self._late()))
 
     def summary(self) -> None:
         """Log nothing, because a run's directory holds the configuration."""
@@ -363,7 +367,8 @@ class FederatedPEFT(Strategy):
     def _evaluate_clients(self, grid: Grid, round: int, last: bool = False) -> Line:
         messages = self._evaluate_messages(round, last)
         self.observer.phase("evaluate", len(messages))
-        measures = self._measures(self._exchange(grid, messages))
+        replies = self._exchange(grid, messages)
+        measures = self.measured.over(replies, messages, self.seen, self._late())
         self._tell_who_was_left_out()
         return measures
 
@@ -374,43 +379,6 @@ class FederatedPEFT(Strategy):
         """
         clients = range(self.config.num_clients)
         return self._messages(MessageType.EVALUATE, round + 1, clients, last)
-
-    def _measures(self, replies: Iterable[tuple[int, Message]]) -> Line:
-        """Sum up the clients' measures, note each client's, and who measured nothing.
-
-        Too few clients give no measure, because the measure chooses the best round.
-        """
-        read: dict[int, tuple[dict[str, float], float | None]] = {}
-        late = dict.fromkeys(self._sent, self._late())
-        for client, reply in replies:  # a reply that was read is not kept
-            try:
-                if late.pop(client, None) is None:
-                    raise ValueError("the client replied twice")
-                read[client] = self._measured(client, reply), seconds(reply)
-            except Exception as error:  # whatever a client sends, it must not end the run
-                self.seen.refuse(client, f"evaluation: {printable(sentence(error))}")
-        for client, why in late.items():
-            self.seen.refuse(client, f"evaluation: {why}")
-        measures: dict[int, dict[str, float]] = {}
-        for client in sorted(read.keys() - self.seen.last.refused.keys()):
-            measures[client], took = read[client]
-            self.seen.note(client, **noted(measures[client]), evaluation_seconds=took)
-        asked, count = self.config.num_clients, len(measures)  # also those that have no node now
-        least = self.config.fewest_replies(asked)
-        if count < least:
-            why = f"runtime.min_replies={self.config.runtime.min_replies} asks for {least}"
-            return {"unmeasured": f"only {count} of {asked} clients measured, and {why}"}
-        return dict(over_clients(measures, self.engine.task.sign, self.up.most_weight(measures)))
-
-    def _measured(self, client: int, reply: Message) -> dict[str, float]:
-        """Count a reply's bytes, check it, and return what a client measured."""
-        if not reply.has_error():
-            size = wire_bytes(reply.content)
-            self.seen.count("evaluation_uplink_bytes", size, client)
-            check_size(size, FRAME)
-            if restarted(reply):
-                self.seen.restarted.add(client)
-        return measured(reply, self.engine.task.ranges, self.up.known_rows(client))
 
 
 def _record(metrics: Mapping[str, Any]) -> MetricRecord:

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from fedpeft.config import load as configuration
 from fedpeft.config.message import for_clients
 from fedpeft.config.overrides import quoted, split
-from fedpeft.config.schema import Config, Runtime
+from fedpeft.config.runtime import Runtime
+from fedpeft.config.schema import Config
 from fedpeft.files import check_path
 from fedpeft.reporting.inputs import Input, settings_key
 from fedpeft.reporting.progress import Display, Tally

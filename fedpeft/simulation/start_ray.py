@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from fedpeft.config.schema import Runtime, check_address
+from fedpeft.config.runtime import Runtime, check_address
 
 # Ray's private name for its ``worker_process_setup_hook``. The public option belongs to a runtime
 # environment, for which workers start later.

@@ -15,7 +15,8 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from fedpeft.config.load import CONF, GROUPS
-from fedpeft.config.schema import Runtime, Settings
+from fedpeft.config.runtime import Runtime
+from fedpeft.config.schema import Settings
 from scripts.site.keys import Key, keys_of, summary, written
 
 INTRODUCTION = """# Configuration

@@ -23,7 +23,7 @@ import pytest
 import ray
 from flwr.app import MessageType
 
-from fedpeft.config.schema import Runtime
+from fedpeft.config.runtime import Runtime
 from fedpeft.deployment.processes import free_ports
 from fedpeft.simulation import machines
 from fedpeft.simulation.launch import run, simulate
