@@ -40,7 +40,7 @@ class Roles:
     def role(self, name: str, round: int) -> Role:
         """Return a parameter's role in a round."""
         role = self.config.method.role(name, self.at(round))
-        if name in self._frozen and role is not Role.RECEIVED:  # it trains on no client anyway
+        if name in self._frozen:
             role = Role.FROZEN
         elif name in self._personal and role is Role.SHARED:
             role = Role.PERSONAL
@@ -83,8 +83,9 @@ class Roles:
         Raises:
             ValueError: one does not.
         """
-        for names in {frozenset(self.shared(r)) for r in self._of_training(self.config.num_rounds)}:
-            self.config.method.check_shared(names)
+        for round in self._of_training(self.config.num_rounds):
+            if self.shared(round):
+                self.config.method.check_roles(self.by_name(round))
         setting = self._setting()
         self.config.strategy.check(setting)
         self.config.compression.check(setting)

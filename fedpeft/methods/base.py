@@ -6,7 +6,7 @@ aggregation may look at. A later need becomes a new field of one of them and cha
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -146,14 +146,14 @@ class Method(ABC):
     def check(self, num_rounds: int) -> None:  # noqa: B027
         """Raise ValueError if the method makes no sense in a run of so many rounds."""
 
-    def check_shared(self, names: Collection[str]) -> None:  # noqa: B027
-        """Raise ValueError if ``aggregate`` cannot do with what clients share in a round.
+    def check_roles(self, roles: Mapping[str, Role]) -> None:  # noqa: B027
+        """Raise ValueError if ``aggregate`` cannot do with the roles of a round.
 
-        ``personal`` and ``frozen`` may keep a part of it back. It is called before round 1.
+        ``personal`` and ``frozen`` may keep a part back of what it needs, or of what it changes. It
+        is called before round 1, but not where nothing is shared.
 
         Args:
-            names: of the parameters that are shared in one of the rounds; empty with
-                ``strategy=local_only``.
+            roles: of all parameters that left ``inject`` with a gradient, by name.
         """
 
     @abstractmethod

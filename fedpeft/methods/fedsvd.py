@@ -1,11 +1,11 @@
 """FedSVD: clients train B, the server sets A by an SVD (https://arxiv.org/abs/2505.12805)."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedpeft.methods.base import At, Round
 from fedpeft.methods.lora import LoRA
-from fedpeft.methods.parts.products import A, B, factors, truncated
+from fedpeft.methods.parts.products import A, B, factors, sites_of, truncated
 from fedpeft.state import Role, State, weighted_mean
 
 
@@ -31,19 +31,21 @@ class FedSVD(LoRA):
     def role(self, name: str, at: At) -> Role:
         return Role.RECEIVED if ".lora_A." in name else Role.SHARED
 
-    def check_shared(self, names: Collection[str]) -> None:
-        """See ``Method.check_shared``; the server cannot turn A without the B of all clients."""
-        if names and not any(name.endswith(B) for name in names):
-            raise ValueError(
-                "FedSVD decomposes the mean B with A on the server, but no B is shared: personal "
-                "and frozen must not match it"
-            )
+    def check_roles(self, roles: Mapping[str, Role]) -> None:
+        """See ``Method.check_roles``; A is turned with the mean B, and clients must get it."""
+        for site in sites_of(roles):
+            if (roles[site + B] is Role.SHARED) != (roles[site + A] is Role.RECEIVED):
+                raise ValueError(
+                    f"FedSVD decomposes the mean B and A of {site} on the server: personal and "
+                    "frozen must match both or neither"
+                )
 
     def aggregate(self, round: Round) -> State:
         after = weighted_mean(round.states, round.weights)
         if round.number % self.every or not round.states[0]:  # no parameter is shared
             return after
-        values = {n: v for n, v in (round.before | after).items() if n.endswith((A, B))}
+        values = {n: v for n, v in after.items() if n.endswith(B)}
+        values |= {n: round.before[n] for n in (b.removesuffix(B) + A for b in values)}
         for site, (b, a) in factors(values).items():
             for end, factor in zip((B, A), truncated(b, a, self.rank), strict=True):
                 after[site + end] = factor.to(values[site + end].dtype)

@@ -4,7 +4,7 @@ https://research.google/pubs/heterogeneous-lora-for-federated-fine-tuning-of-on-
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedpeft.methods.base import At, Memory, Round, Term
 from fedpeft.methods.parts.products import A, B, PairedLoRA, factors
 from fedpeft.methods.parts.ranks import RankedLoRA, rank_of
-from fedpeft.state import State, weighted_mean
+from fedpeft.state import Role, State, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class HetLoRA(RankedLoRA, PairedLoRA):
         if self.weighting not in ("norm", "examples"):
             raise ValueError(f"weighting must be norm or examples, got {self.weighting}")
 
-    def check_shared(self, names: Collection[str]) -> None:
+    def check_roles(self, roles: Mapping[str, Role]) -> None:
         if self.prune < 1 or self.weighting == "norm":
-            super().check_shared(names)
+            super().check_roles(roles)
 
     def down(self, memory: Memory, at: At) -> State:
         """Return the client's rank if ranks can shrink, else nothing."""

@@ -154,7 +154,7 @@ class Pretrained:
             )
 
     def weights_sha256(self) -> str | None:
-        """Hash the weights' files; null for random weights, or where they lie in no folder."""
+        """Hash the safetensors files; null for random weights, and if no folder has such files."""
         return None if self.random else weights_sha256(self.source())
 
     def check_weights(self, expected: str | None, trained: str) -> None:

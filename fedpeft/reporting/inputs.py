@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from fedpeft.config.load import leaves
 
 READ = {"data": "rows", "model": "weights"}  # what a run reads, by the group that says where
 
@@ -27,12 +29,12 @@ class Input(NamedTuple):
     sha256: str
     path: Path
 
-    def check(self, sha256: str | None, now: str) -> None:
+    def check(self, sha256: str | None, other: str) -> None:
         """Compare with another hash.
 
         Args:
             sha256: of what is read with the same settings; null if it is not known.
-            now: says who reads it.
+            other: names who reads it.
 
         Raises:
             ValueError: it is another one.
@@ -40,14 +42,14 @@ class Input(NamedTuple):
         if sha256 and sha256 != self.sha256:
             raise ValueError(
                 f"{self.path} was made from other {READ[self.group]} (SHA-256 {self.sha256[:12]}) "
-                f"than {now} ({sha256[:12]}), at the same settings of {self.group}: bring back "
+                f"than {other} ({sha256[:12]}), at the same settings of {self.group}: bring back "
                 "what they were, or remove those runs and make them again"
             )
 
 
 def settings_key(config: DictConfig, group: str) -> str:
     """Return a text that is equal for runs that name the same rows, or weights."""
-    values = OmegaConf.to_container(OmegaConf.create({group: config.get(group)}), resolve=True)
+    values = {key: value for key, value in leaves(config).items() if key.startswith(f"{group}.")}
     return json.dumps([group, values], sort_keys=True, default=str)
 
 

@@ -132,7 +132,7 @@ class Listing:
             names = ", ".join(more[:MOST_NAMED])
             names += f" and {len(more) - MOST_NAMED} more" if len(more) > MOST_NAMED else ""
             notes.append(f"These settings differ too (--columns shows them): {names}.")
-        notes += mixed(run.read for run in self.runs if run.summary is not None)
+        notes += mixed(run.inputs for run in self.runs if run.summary is not None)
         return notes if measures else notes[1:]
 
     def over_seeds(self) -> Rows:

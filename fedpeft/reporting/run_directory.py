@@ -323,8 +323,8 @@ def read_config(folder: Path) -> DictConfig:
     except (ValueError, YAMLError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"{file} is damaged: {first}") from error
-    if not isinstance(tree, DictConfig) or "method" not in tree:
-        raise ValueError(f"{file} is damaged: it holds no configuration of a run")
+    if not isinstance(tree, DictConfig) or not file.stat().st_size:
+        raise ValueError(f"{file} is damaged: it holds no configuration")
     return tree
 
 

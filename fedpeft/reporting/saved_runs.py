@@ -64,7 +64,7 @@ class SavedRun:
         return read_json(file) if file.exists() else None
 
     @property
-    def read(self) -> tuple[Path, DictConfig, dict[str, Any]]:
+    def inputs(self) -> tuple[Path, DictConfig, dict[str, Any]]:
         """Path, configuration and summary, by which ``inputs.py`` compares what runs have read."""
         return self.path, self.config, self.summary or {}
 

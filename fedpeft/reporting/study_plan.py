@@ -10,7 +10,6 @@ from fedpeft.config.load import composed, leaves
 from fedpeft.config.load import settings as settings_of
 from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Studying
-from fedpeft.reporting.run_directory import CONFIG, check_same, read_config
 from fedpeft.reporting.study import Study, listed, numbers, whole_number
 
 
@@ -121,18 +120,13 @@ class StudyPlan:
         return [run.overrides for run in runs if not run.path.parents[1].exists()]
 
     def check_begun(self) -> None:
-        """Compare each entry that has a run in its table with that run.
+        """Compare the runs that are there with the configurations of all tables.
 
         Raises:
-            ValueError: the run was made from another configuration.
+            ValueError: a run was made from another configuration.
         """
-        for table in self.studies():
-            for run in replace(table, lrs=table.lrs[:1], seeds=table.seeds[:1]).runs():
-                for file in sorted(run.path.parents[1].glob(f"lr=*/seed=*/{CONFIG}"))[:1]:
-                    saved = read_config(file.parent)
-                    now = run.config.copy()
-                    now.lr, now.seed = saved.lr, saved.seed
-                    check_same(saved, now, file.parent)
+        for run in (run for table in self.studies() for run in table.runs()):
+            run.earlier()
 
     def _lacking(self, data: Path) -> str:
         """Say why the folder of a table's data is not there."""

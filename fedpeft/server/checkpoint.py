@@ -42,6 +42,7 @@ class Checkpoint:
         best_method_memory: the method's after the best round; that of the last one in the
             checkpoints of earlier versions.
         data: hash of the server's rows; null in the checkpoints of earlier versions.
+        weights: hash of the base model's weights; null if it is not known.
         partition: hash of who holds which rows; null where clients have rows of their own, which
             their nodes check themselves.
         own_rows: clients that have rows of their own, sorted.

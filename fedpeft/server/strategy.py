@@ -44,7 +44,7 @@ class FederatedPEFT(Strategy):
     Attributes:
         down: the server's values, and what goes down.
         up: reads replies and aggregates.
-        measured: reads and sums up what clients measured.
+        evaluator: reads and sums up what clients measured.
         nodes: the clients' nodes.
         observer: is told how the rounds go on.
         seen: the server's view of the last round.
@@ -62,7 +62,7 @@ class FederatedPEFT(Strategy):
         self.observer = Observer()
         self.down = Broadcaster(self.engine, self.overrides)
         self.up = Aggregator(self.down, self.nodes)
-        self.measured = Evaluator(self.up)
+        self.evaluator = Evaluator(self.up)
         self.seen = Seen()
         self.selection = self._selection(configuration.settings(listed).early_stopping.patience)
         self.next_round = 0
@@ -326,7 +326,7 @@ class FederatedPEFT(Strategy):
         if not self._sent:
             return None
         pairs = self._by_client(replies)
-        return _record(self.measured.over(pairs, self._sent, self.seen, self._late()))
+        return _record(self.evaluator.over(pairs, self._sent, self.seen, self._late()))
 
     def summary(self) -> None:
         """Log nothing, because a run's directory holds the configuration."""
@@ -368,7 +368,7 @@ class FederatedPEFT(Strategy):
         messages = self._evaluate_messages(round, last)
         self.observer.phase("evaluate", len(messages))
         replies = self._exchange(grid, messages)
-        measures = self.measured.over(replies, messages, self.seen, self._late())
+        measures = self.evaluator.over(replies, messages, self.seen, self._late())
         self._tell_who_was_left_out()
         return measures
 

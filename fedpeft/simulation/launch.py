@@ -127,7 +127,7 @@ def check_inputs(runs: Sequence[Sequence[str]], inputs: Mapping[str, Input]) -> 
         ValueError: they have.
     """
     left = dict(inputs)  # each is read once
-    for overrides in runs:
+    for overrides in runs if inputs else ():
         tree = configuration.composed(overrides)
         if known := left.pop(settings_key(tree, "data"), None):
             rows = configuration.load_config(overrides).data.fingerprint()

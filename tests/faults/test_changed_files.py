@@ -174,13 +174,24 @@ def test_a_model_is_not_put_together_from_other_weights(
 def test_a_run_is_not_measured_on_rows_that_have_changed(
     here: list[str], fedpeft: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in ("validation", "test"):  # set aside from train
+        (tmp_path / "table" / f"{name}.parquet").unlink()
     run([*here, f"run_dir={tmp_path / 'run'}"], quiet())
     path = str(tmp_path / "run")
-    before = fedpeft("evaluate", path)
+    fedpeft("evaluate", path)
     fewer_rows(tmp_path / "table")
     error = failed(capsys, fedpeft, "evaluate", path)
     assert "have changed since " in error and "by data.path=FOLDER" in error
-    assert fedpeft("evaluate", path, f"data.path={tmp_path / 'table'}") == before  # its test rows
+    assert "test_rows: 210\n" in fedpeft("evaluate", path, f"data.path={tmp_path / 'table'}")
+
+
+def test_rows_that_train_may_change_where_the_test_has_a_table_of_its_own(
+    here: list[str], fedpeft: Command, tmp_path: Path
+) -> None:
+    run([*here, f"run_dir={tmp_path / 'run'}"], quiet())
+    before = fedpeft("evaluate", str(tmp_path / "run"))
+    fewer_rows(tmp_path / "table")
+    assert fedpeft("evaluate", str(tmp_path / "run")) == before
 
 
 # --- damaged files --------------------------------------------------------------------------------

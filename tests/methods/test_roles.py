@@ -209,14 +209,25 @@ def test_hetlora_multiplies_only_where_products_weigh_or_prune() -> None:
         roles_of("hetlora", *alone, "method.prune=0.9").check()
 
 
-def test_fedsvd_needs_b_and_gets_its_a_whatever_is_frozen() -> None:
+@pytest.mark.parametrize("pattern", ["*.lora_B.*", "*layer.0*lora_B*"])
+def test_fedsvd_needs_b_of_every_module_and_sends_its_a(pattern: str) -> None:
+    says = "FedSVD decomposes the mean B and A of bert.*: personal and frozen must match both or "
     for key in ("personal", "frozen"):
-        with pytest.raises(ValueError, match="FedSVD decomposes the mean B .* but no B is shared"):
-            roles_of("fedsvd", f"{key}='*.lora_B.*'").check()
-    roles_of("fedsvd", "strategy=local_only").check()
-    roles = roles_of("fedsvd", "frozen='*.lora_A.*'")  # A trains nowhere, so this says nothing
+        with pytest.raises(ValueError, match=says):
+            roles_of("fedsvd", f"{key}='{pattern}'").check()
+    with pytest.raises(ValueError, match=says):
+        roles_of("fedsvd", f"frozen='{pattern.replace('_B', '_A')}'").check()
+    for fits in ("strategy=local_only", "personal=head", "frozen=head", "frozen='*layer.0*'"):
+        roles_of("fedsvd", fits).check()
+
+
+@pytest.mark.parametrize("method", ["fedex_lora", "flora"])
+def test_a_base_weight_that_the_server_changes_is_not_frozen_alone(method: str) -> None:
+    with pytest.raises(ValueError, match=r"changes bert\S*\.base_layer\.weight on the server"):
+        roles_of(method, "frozen='*base_layer*'").check()
+    roles = roles_of(method, "frozen='*layer.0*'")
     roles.check()
-    assert roles.down(2) == roles_of("fedsvd").down(2) and any("lora_A" in n for n in roles.down(2))
+    assert roles.down(2) and not any("layer.0" in name for name in roles.down(2))
 
 
 def test_slora_needs_rounds_for_its_lora() -> None:

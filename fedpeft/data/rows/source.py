@@ -261,6 +261,10 @@ class Source(ABC):
         """Names of all splits, the extra tests last."""
         return [*SPLITS, *self.extra_tests]
 
+    def is_set_aside(self, split: str) -> bool:
+        """Tell whether a split has no table, so that its rows are set aside from train."""
+        return self._name(split) is None
+
     def split_rows(self, split: str) -> "Dataset":
         """Return the rows of train, validation, test or an extra test.
 

@@ -3,6 +3,7 @@
 import codecs
 import csv
 import json
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -124,14 +125,25 @@ class TextFormat:
         return ""
 
     def _loose_quote(self, file: Path) -> int | None:
-        """Return the line of the first cell that goes on behind its closing quote."""
-        with file.open(newline="", encoding=self.encoding) as text, suppress(ValueError):
-            rows = csv.reader(text, delimiter=self.between(file), strict=True)
-            try:
-                for _ in rows:
-                    pass
-            except csv.Error as error:  # such as "',' expected after '"'", or a cell too long
-                return rows.line_num if "expected after" in str(error) else None
+        """Return the last line of the first cell over lines that goes on behind its closing quote.
+
+        In one line, such a cell swallows no row.
+        """
+        before = csv.field_size_limit(sys.maxsize)
+        try:
+            with file.open(newline="", encoding=self.encoding) as text, suppress(ValueError):
+                rows, end = csv.reader(text, delimiter=self.between(file), strict=True), 0
+                while True:
+                    try:
+                        next(rows)
+                    except StopIteration:
+                        return None
+                    except csv.Error as error:
+                        if "expected after" in str(error) and rows.line_num > end + 1:
+                            return rows.line_num
+                    end = rows.line_num
+        finally:
+            csv.field_size_limit(before)
         return None
 
     def broken_line(self, files: Iterable[Path], reason: str) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from fedpeft.data.batching import Batch, Examples
 from fedpeft.data.rows.cache import recipe
 from fedpeft.data.rows.source import Source
 from fedpeft.evaluate_metrics import title
-from fedpeft.metrics import MODULES, measure
+from fedpeft.metrics import MEASURES, MODULES, measure
 
 # Functions import datasets, because it takes seconds and cached rows do without it.
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 RESERVED = ("loss", "baseline")  # names of results that no metric may have
 MOST_LOSS = 1e6  # nats; what is beyond says nothing
-SHARE = -1.0, 1.0  # least and greatest value of ``fedpeft.metrics``
+SHARE = -1.0, 1.0  # least and greatest value of ``KNOWN``
+KNOWN = {*MEASURES, "token_accuracy"}
 Outputs = Sequence[dict[str, Tensor]]
 
 
@@ -127,7 +128,7 @@ class Task(Source):
         The server leaves out of a client's reply what has no range here.
         """
         metrics = {
-            title(metric) + suffix: SHARE if metric in self.measures else (-math.inf, math.inf)
+            title(metric) + suffix: SHARE if metric in KNOWN else (-math.inf, math.inf)
             for metric in self.metrics
             for suffix in self.suffixes
         }

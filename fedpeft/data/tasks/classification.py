@@ -78,12 +78,11 @@ class Classification(Task):
         """Return class numbers int64 (rows,), -1 for a label that is none of ``label_names``."""
         entries = values(rows, self.target)
         names = getattr(rows.features[self.target], "names", None)
-        digits = all(name.removeprefix("-").isdigit() for name in self.label_names)
         whole = all(isinstance(v, int) for v in entries if v is not None)
         index = {name: i for i, name in enumerate(self.label_names)}
         if whole and names and self._knows(names):
             entries = [names[v] if v is not None and 0 <= v < len(names) else None for v in entries]
-        elif whole and (names or not digits):
+        elif whole and (names or not any(str(v) in index for v in {*entries})):
             numbers = np.asarray([-1 if v is None else v for v in entries], np.int64)
             return np.where(numbers < len(self.label_names), np.maximum(numbers, -1), -1)
         # Entries are names, or numbers that are names themselves, such as ratings from 1 to 5.
@@ -134,7 +133,7 @@ class Classification(Task):
         names = getattr(column, "names", None)
         if names and not self._knows(names):
             has, pairs = "other class names than", zip(names, self.label_names, strict=False)
-        elif not names and self._has_places(column) and not self.labels:
+        elif not names and not self.labels and rows and self._has_places(rows):
             has, pairs = "numbers in place of the names of", enumerate(self.label_names)
         else:
             return []
@@ -144,10 +143,10 @@ class Classification(Task):
             f"{counted}"
         ]
 
-    def _has_places(self, column: Any) -> bool:
-        """Tell whether a column of whole numbers has places of classes, because none is a name."""
-        numeric = str(getattr(column, "dtype", "")).startswith(("int", "uint"))
-        return numeric and not all(name.removeprefix("-").isdigit() for name in self.label_names)
+    def _has_places(self, rows: "Dataset") -> bool:
+        """Tell whether the column has whole numbers of which none is a class's name."""
+        numeric = str(rows.features[self.target].dtype).startswith(("int", "uint"))
+        return numeric and not {*map(str, values(rows, self.target))} & {*self.label_names}
 
     def _knows(self, names: Sequence[str]) -> bool:
         """Tell whether a column's class names are those of the task, in any order.

@@ -1,6 +1,6 @@
 """Products B A of low rank on the server: read, truncated, added to the base weight."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,12 @@ A, B, BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer.we
 
 def factors(state: State) -> dict[str, tuple[Tensor, Tensor]]:
     """Return (B, A) of every adapted module whose A is there, by its name, in float64."""
-    sites = [name.removesuffix(A) for name in state if name.endswith(A)]
-    return {site: (state[site + B].double(), state[site + A].double()) for site in sites}
+    return {site: (state[site + B].double(), state[site + A].double()) for site in sites_of(state)}
+
+
+def sites_of(names: Iterable[str]) -> list[str]:
+    """Return the adapted modules whose A is among the names."""
+    return [name.removesuffix(A) for name in names if name.endswith(A)]
 
 
 def stacked(states: Sequence[State], weights: Sequence[float]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -63,11 +67,10 @@ def truncated(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 class PairedLoRA(LoRA):
     """LoRA whose server multiplies the factors B and A that a client sends."""
 
-    def check_shared(self, names: Collection[str]) -> None:
-        """See ``Method.check_shared``; A alone cannot be multiplied."""
-        for name in sorted(names):
-            site = name.removesuffix(A)
-            if name.endswith(A) and site + B not in names:
+    def check_roles(self, roles: Mapping[str, Role]) -> None:
+        """See ``Method.check_roles``; A alone cannot be multiplied."""
+        for site in sites_of(roles):
+            if roles[site + A] is Role.SHARED and roles[site + B] is not Role.SHARED:
                 raise ValueError(
                     f"{type(self).__name__} multiplies B and A on the server, but of {site} only A "
                     "is shared: personal and frozen must match both or neither"
@@ -90,6 +93,16 @@ class BaseChangingLoRA(PairedLoRA):
                 weight, _, _ = linear_weight(module.get_base_layer())
                 weight.requires_grad_(True)
         return model
+
+    def check_roles(self, roles: Mapping[str, Role]) -> None:
+        """See ``Method.check_roles``; clients would not get a frozen base weight that changed."""
+        super().check_roles(roles)
+        for site in sites_of(roles):
+            if roles[site + A] is Role.SHARED and roles[site + BASE] is not Role.RECEIVED:
+                raise ValueError(
+                    f"{type(self).__name__} changes {site}{BASE} on the server: frozen must not "
+                    "match it, or match A and B of this module too"
+                )
 
     def role(self, name: str, at: At) -> Role:
         return Role.RECEIVED if name.endswith(BASE) else super().role(name, at)

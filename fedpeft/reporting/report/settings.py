@@ -170,7 +170,8 @@ def _sign(run: SavedRun, measure: str) -> int:
     """Return 1 if more of a run's measure is better, -1 if less."""
     higher = (run.summary or {}).get("higher_is_better")
     if higher is None:  # an older run says it in its configuration alone
-        higher = measure not in (run.settings.get("data.less_is_better") or [])
+        less = run.settings.get("data.less_is_better") or []
+        higher = measure.removesuffix("_generated").removesuffix("_teacher_forced") not in less
     return 1 if higher else -1
 
 

@@ -73,7 +73,7 @@ def _summary_notes(runs: Runs) -> list[str]:
         notes.append(f"Means are over the seeds that came to their end: {_named(failed)}.")
     if partly := runs.partly_measured:
         notes.append(f"Counted without the clients that measured nothing: {_named(partly)}.")
-    notes += mixed(run.read for setting in runs.settings for run in setting.runs)
+    notes += mixed(run.inputs for setting in runs.settings for run in setting.runs)
     if untested:
         notes.append(
             f"Clients' test rows were not measured (evaluation.clients=always does): "
