@@ -49,6 +49,15 @@ def test_ranges_bound_each_measure() -> None:
     assert InstructionTuning(path="x").ranges["rouge_l_generated"] == (-1, 1)
 
 
+def test_a_task_without_texts_to_generate_says_so() -> None:
+    task: Any = TextClassification(path="x")
+    assert not task.generates(last=True)
+    with pytest.raises(ValueError, match="TextClassification generates no text"):
+        task.generate_batch(None, {}, None)
+    with pytest.raises(ValueError, match="TextClassification generates no text"):
+        task.score_generated([], None, None)
+
+
 # --- splits -------------------------------------------------------------------------------------
 
 

@@ -185,8 +185,11 @@ class Task(Source):
             model: in evaluation.
             batch: B rows, as ``arrays`` made them.
             processor: the model's tokenizer or image processor.
+
+        Raises:
+            ValueError: the task generates no text.
         """
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__} generates no text")
 
     def score_generated(
         self, outputs: Outputs, rows: "Dataset", processor: Any
@@ -197,8 +200,11 @@ class Task(Source):
             outputs: what ``generate_batch`` returned for each batch, and ``row`` (B,).
             rows: the whole split; null unless ``reads_rows``.
             processor: the model's tokenizer or image processor.
+
+        Raises:
+            ValueError: the task generates no text.
         """
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__} generates no text")
 
     def longest(self, examples: Examples) -> tuple[int, int]:
         """Return the position of the row of which a model reads most tokens, and their number."""
