@@ -27,6 +27,7 @@ IID, SKEWED = (
     f"fedtt_table3/data=sst2_num_clients=3{skew}"
     for skew in ("", "_partition=dirichlet_partition.alpha=0.1")
 )
+TEN_SEEDS = SKEWED.replace("fedtt_table3", "fedtt_skew")
 ENTRIES = {  # of the studies, by the names on the pages
     "LoRA, rank 2": "lora+method.rank=2+method.alpha=4",
     "LoRA, rank 8": "lora",
@@ -63,7 +64,7 @@ ENTRIES = {  # of the studies, by the names on the pages
     "SCL, residual, rank 64": "scl+method.init=residual",
     "LoRA": "lora+method.targets=[q,k,v]",
     "FFA-LoRA": "ffa_lora+method.targets=[q,k,v]",
-    "untuned": "lora+lr=1e-3+num_rounds=0+method.targets=[q,k,v]",
+    "untuned": "lora+num_rounds=0+method.targets=[q,k,v]",
     "SCL, residual, rank 9": "scl+method.init=residual+method.rank=9",
     "LoRA, alpha 32": "lora+method.alpha=32+method.targets=[q,k,v]",
     "LoRA, alpha 32, all rows in one place": (
@@ -93,6 +94,7 @@ TABLES = [
     ("README.md", "| method | accuracy", SST2, OF_FEDTT[1:], True),
     (TABLE3, "| iid clients | rate", IID, OF_FEDTT, True),
     (TABLE3, "| clients with label skew | global test", SKEWED, OF_FEDTT[1:], True),
+    (TABLE3, "| label skew, ten seeds | global test", TEN_SEEDS, OF_FEDTT[1:], True),
     (SCL, "| on MedQuAD | rate", MEDQUAD, OF_SCL, True),
     (SCL, "| on Dolly | validation", DOLLY, OF_SCL[1:], True),
     (IMAGES, "| images, 3 clients | rate", TUMOURS, OF_IMAGES, True),
@@ -106,12 +108,17 @@ PAIRS = [
     (SCL, "| on Dolly, first |", DOLLY, 9),
 ]
 
+PAIRS_BY_TWO = [  # measures
+    (IMAGES, "| images, first |", TUMOURS, 9, ("global_test", "client_test_accuracy")),
+    (TABLE3, "| label skew, first |", TEN_SEEDS, 6, ("global_test", "quality")),
+]
+
 
 # --- cells ---------------------------------------------------------------------------------------
 
 
 def rows_of(study: str, rate: float | None = None) -> dict[str, Rows]:
-    """Return a study's rows by entry and in the order of seeds.
+    """Return a study's rows by entry, without a rate that it names, and in the order of seeds.
 
     Args:
         study: its folder in ``results``.
@@ -122,14 +129,15 @@ def rows_of(study: str, rate: float | None = None) -> dict[str, Rows]:
     found: dict[str, Rows] = {}
     for row in rows:
         if row["chosen"] == "True" if rate is None else float(row["lr"]) == rate:
-            found.setdefault(row["method"], []).append(row)
+            found.setdefault(re.sub(r"\+lr=[^+]+", "", row["method"]), []).append(row)
     return found
 
 
 def named(study: str, name: str, rate: float | None = None) -> Rows:
-    """Return the rows of a method, all three seeds, by its name on the pages."""
+    """Return the rows of a method, all of the study's seeds, by its name on the pages."""
     rows = rows_of(study, rate)[ENTRIES[name]]
-    assert [row["seed"] for row in rows] == ["0", "1", "2"]
+    seeds = 10 if study == TEN_SEEDS else 3
+    assert [row["seed"] for row in rows] == [str(seed) for seed in range(seeds)]
     return rows
 
 
@@ -142,11 +150,18 @@ def cell(rows: Rows, key: str) -> str:
 
 
 def minus(rows: Rows, others: Rows, key: str) -> str:
-    """Return a cell: mean difference with the 95 % interval of a paired t-test over three seeds."""
+    """Return a cell: mean difference with the 95 % interval of a paired t-test over the seeds."""
     lost = [float(a[key]) - float(b[key]) for a, b in zip(rows, others, strict=True)]
     half = stats.t.ppf(0.975, len(lost) - 1) * stdev(lost) / len(lost) ** 0.5
     low, high = fmean(lost) - half, fmean(lost) + half
     return bare(f"{fmean(lost):+.3f} ({low:+.3f} to {high:+.3f})")
+
+
+def pairs_of(document: str, heading: str, count: int) -> list[list[str]]:
+    """Return the lines of a table of pairs: both names, then the differences."""
+    lines = page(document).partition(heading)[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(lines) == count
+    return [line.strip("| ").split(" | ") for line in lines]
 
 
 def bare(numbers: str) -> str:
@@ -176,32 +191,24 @@ def test_a_table_is_the_study_s(
 def test_a_table_of_pairs_is_the_study_s(
     document: str, heading: str, study: str, count: int
 ) -> None:
-    text = page(document)
-    body = text[text.index(heading) :].partition("\n\n")[0]
-    pairs = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", body, re.MULTILINE)[1:]
-    assert len(pairs) == count
-    for first, second, difference in pairs:
+    for first, second, difference in pairs_of(document, heading, count):
         one, other = named(study, first), named(study, second)
         both = all(row["test_loss"] for row in (*one, *other))
         assert difference == minus(one, other, "test_loss" if both else "client_test_loss")
 
 
-def test_the_table_of_pairs_of_images_is_the_study_s() -> None:
-    body = page(IMAGES).partition("| images, first |")[2].partition("\n\n")[0]
-    pairs = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", body, re.MULTILINE)
-    assert len(pairs) == 9
-    for first, second, *differences in pairs:
-        one, other = named(TUMOURS, first), named(TUMOURS, second)
-        keys = ("global_test", "client_test_accuracy")
+@pytest.mark.parametrize(("document", "heading", "study", "count", "keys"), PAIRS_BY_TWO)
+def test_a_table_of_pairs_by_two_measures_is_the_study_s(
+    document: str, heading: str, study: str, count: int, keys: tuple[str, str]
+) -> None:
+    for first, second, *differences in pairs_of(document, heading, count):
+        one, other = named(study, first), named(study, second)
         assert differences == [minus(one, other, key) for key in keys], (first, second)
 
 
 def test_the_table_of_pairs_with_four_and_five_clients_is_the_studies_own() -> None:
     heading = "| images, macro F1 on the test rows, first |"
-    body = page(IMAGES).partition(heading)[2].partition("\n\n")[0]
-    pairs = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", body, re.MULTILINE)
-    assert len(pairs) == 6
-    for first, second, *differences in pairs:
+    for first, second, *differences in pairs_of(IMAGES, heading, 6):
         both = [(named(study, first), named(study, second)) for study in (TUMOURS_4, TUMOURS_5)]
         assert differences == [minus(one, other, "global_test") for one, other in both]
 
@@ -270,6 +277,26 @@ def test_the_differences_that_the_page_on_table_3_names_in_words_are_the_study_s
             assert lost[1:] in words and interval.rstrip(")") in words
     for name in ("FedTT+", "FedTT+, active=one"):
         assert minus(named(SKEWED, name), named(SKEWED, "FedTT"), "global_test") in skewed
+
+
+def test_the_signs_that_the_page_on_table_3_names_hold_with_ten_seeds() -> None:
+    words = " ".join(page(TABLE3).partition("## Label skew with ten seeds")[2].split())
+    ten = [named(TEN_SEEDS, name) for name in ("FedTT", "LoRA, rank 8", "LoRA, rank 2")]
+    fedtt, large, small = ([float(row["global_test"]) for row in rows] for rows in ten)
+    for loras in (large, small):
+        lost = [lora - own for lora, own in zip(loras, fedtt, strict=True)]
+        assert min(lost) > 0 and bare(f"by {min(lost):.3f} to {max(lost):.3f}") in words
+    frozen = [float(row["global_test"]) for row in named(TEN_SEEDS, "FFA-LoRA, rank 2")]
+    lowest = [bare(f"{min(values):.3f}") for values in (frozen, large, small, fedtt)]
+    said = "is {}, LoRA's {} (rank 8) and {} (rank 2), FedTT's {}"
+    assert said.format(*lowest) in words
+    assert sum(own > lora for own, lora in zip(frozen, small, strict=True)) == 8
+    found = []
+    for first, second, *_ in pairs_of(TABLE3, "| label skew, first |", 6):
+        one, other = named(TEN_SEEDS, first), named(TEN_SEEDS, second)
+        a, b = ([float(row["global_test"]) for row in rows] for rows in (one, other))
+        found.append(float(stats.ttest_rel(a, b).pvalue))
+    assert bare(f"{6 * min(found):.3f} corrected by Holm for the six") in words
 
 
 def test_the_differences_that_the_page_on_images_names_in_words_are_the_study_s() -> None:
