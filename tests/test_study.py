@@ -407,6 +407,19 @@ def test_a_race_in_the_first_table_gives_the_others_its_best_rate(tmp_path: Path
     assert not any(raced in note for note in page.notes)  # it searched nothing
 
 
+def test_a_table_of_methods_with_one_rate_each_says_that_none_was_searched(tmp_path: Path) -> None:
+    base = [
+        "study.methods=['lora+lr=0.1','scl+lr=0.2']",
+        "study.lrs=[0.01,0.1]",
+        "study.finalists=1",
+    ]
+    plan = StudyPlan.of(tmp_path, base, OPTIONS | {"--seeds": "5,6"}, "")
+    study = finished(plan)[-1][1]
+    page = save_study(study, study.finish(Fake(steady)), ACCURACY, "").page
+    (note,) = [note for note in page.notes if note.startswith("lr: ")]
+    assert note == "lr: the only one of the method; none was searched."
+
+
 def test_a_rate_that_was_added_stays_and_counts(
     fedpeft: Callable[..., str], base: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,7 @@ def save_study(study: Study, done: Sequence[Done], measures: Measures, command: 
     failed, floor = _failures(runs), baseline(done)
     rows.sort(key=lambda row: _rank(row["quality"], measures))
     notes = [
-        *study_notes(measures, study.rates_from, study.raced),
+        *study_notes(measures, study.searches, study.rates_from, study.raced),
         *_edge_notes(rows),
         *_start_notes(done, measures),
     ]
@@ -164,16 +164,23 @@ def comparison_note(measures: Measures) -> str:
 
 
 def study_notes(
-    measures: Measures, rates_from: str | None = None, raced: bool = False
+    measures: Measures, searched: bool, rates_from: str | None = None, raced: bool = False
 ) -> list[str]:
     """Return the sentences that explain the columns of a study.
 
     Args:
         measures: names of the measures.
+        searched: true if a method of this table has more than one learning rate.
         rates_from: name of the table that searched the learning rates; null if this one did.
         raced: true if seeds after the first are run with the best rates of the first alone.
     """
-    where = f", in the table {rates_from}" if rates_from else ""
+    lr = "lr: the only one of the method; none was searched."
+    if searched or rates_from:
+        where = f", in the table {rates_from}" if rates_from else ""
+        lr = (
+            f"lr: the one with the best {measures.selects} on the clients' own validation rows "
+            f"after the last round, mean weighted by rows, mean of all seeds{where}."
+        )
     race = (
         " Seeds after the first were run with each method's best rates of the first alone, and "
         "with rates that were added later."
@@ -184,8 +191,7 @@ def study_notes(
         "sample standard deviation.",
         "global test: the same of the server's model on the data's test rows; none if a part of "
         "the model stays on the clients.",
-        f"lr: the one with the best {measures.selects} on the clients' own validation rows after "
-        f"the last round, mean weighted by rows, mean of all seeds{where}.{race if raced else ''}",
+        lr + (race if raced else ""),
         "MB: 10^6 bytes of the training's messages, all clients, both ways, mean of the seeds.",
     ]
 

@@ -119,9 +119,14 @@ class Study:
         return sum(map(self.count, self.entries))
 
     @property
+    def searches(self) -> bool:
+        """True if a method is run with more than one learning rate."""
+        return any(len(self._rates(entry)) > 1 for entry in self.entries)
+
+    @property
     def raced(self) -> bool:
         """True if seeds after the first are run with the best learning rates alone."""
-        return bool(self.lrs and self.finalists and len(self.seeds) > 1)
+        return bool(self.searches and self.finalists and len(self.seeds) > 1)
 
     def count(self, entry: str) -> int:
         """Return the number of an entry's runs."""
