@@ -535,12 +535,20 @@ def test_further_measures_on_test_rows_stand_below_the_table(tmp_path: Path) -> 
     assert all(path.is_dir() for path in chosen_runs([tmp_path]))  # 1 is a float too
 
 
-def test_a_report_of_the_chosen_runs_needs_a_study(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "method,lr,seed\nlora,0.1,0\n",  # of an earlier version
+        "method,lr,seed,chosen\nlora,0.1,0,True\nlora,0.1,1\n",  # cut
+        "method,lr,seed,chosen\nlora,0.1,0,True\nlora,0.1,1,Tr",
+    ],
+)
+def test_a_report_of_the_chosen_runs_needs_a_whole_study(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match="holds no study: none of its folders has study.md"):
         chosen_runs([tmp_path])
     (tmp_path / "study.md").write_text("")
-    (tmp_path / "runs.csv").write_text("method,lr,seed\nlora,0.1,0\n")
-    with pytest.raises(ValueError, match="does not say which runs were chosen: give the study's"):
+    (tmp_path / "runs.csv").write_text(text)
+    with pytest.raises(ValueError, match="does not say of each run whether it was chosen"):
         chosen_runs([tmp_path])
 
 

@@ -196,7 +196,7 @@ def chosen_runs(folders: Sequence[Path]) -> list[Path]:
         folders: of studies, or above them; their ``runs.csv`` say which runs these are.
 
     Raises:
-        ValueError: a folder holds no study, or its ``runs.csv`` is of an earlier version.
+        ValueError: a folder holds no study, or its ``runs.csv`` is cut or of an earlier version.
     """
     paths: list[Path] = []
     for folder in folders:
@@ -207,9 +207,10 @@ def chosen_runs(folders: Sequence[Path]) -> list[Path]:
         for file in files:
             with file.open(newline="") as opened:
                 rows = list(csv.DictReader(opened))
-            if rows and "chosen" not in rows[0]:
+            if any(row.get("chosen") not in ("True", "False") for row in rows):
                 raise ValueError(
-                    f"{file} does not say which runs were chosen: give the study's command again"
+                    f"{file} does not say of each run whether it was chosen: give the study's "
+                    "command again"
                 )
             paths += [
                 file.parent / directory(row["method"], float(row["lr"]), int(row["seed"]))
