@@ -111,7 +111,7 @@ def steps(
 
     Args:
         model: the model; its gradients are dropped at the end.
-        batches: one for each step.
+        batches: one batch for each step.
         loss: returns the mean loss of a batch.
         casting: opens the context of a forward pass.
 

@@ -5,7 +5,7 @@
     python -m benchmarks.clients_per_pass --gpu TOKENIZER [overrides]
 
 Sixteen clients take the same steps with K clients per pass, for each K of --sizes and each batch
-size. The ratio is the seconds of K = 1 over those of K, so above 1 together is faster.
+size. The ratio is the seconds of K = 1 over the seconds of K, so above 1 together is faster.
 ``automatic`` is the K that fedpeft chooses.
 
 --gpu takes the architecture of RoBERTa-base with random weights, rows of 64 tokens in batches of

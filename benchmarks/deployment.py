@@ -4,7 +4,7 @@
 
 MiniLM with LoRA, three clients of four steps, and each client evaluates in each round: six
 messages. A server and three nodes run on this machine over TLS, by an operator's commands.
-``seconds`` are those of the rounds' lines, without the first rounds, in which models are loaded.
+``seconds`` are the seconds in the rounds' lines, without the first rounds, in which models load.
 ``polling`` is what Flower's polling takes on average. A SuperNode without a message asks every 3 s,
 so the last of three sees a message after 2.25 s; it sends a reply within 0.5 s; twice a round.
 """

@@ -75,7 +75,7 @@ def steps(model: Any, loader: Iterable[Any], most: int) -> float:
     """Train with AdamW and clipping.
 
     Args:
-        model: all its parameters train that require a gradient.
+        model: the model, of which all parameters train that require a gradient.
         loader: yields batches with labels.
         most: number of steps; the end of ``loader`` ends training earlier.
 

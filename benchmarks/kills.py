@@ -5,7 +5,7 @@
 A server and three nodes run on this machine. Each time a worker, a SuperNode, the ServerApp or the
 SuperLink gets SIGKILL, at a random moment of a run of many rounds. Where Flower then fails the run,
 the same command goes on from the last checkpoint. The program fails if the result differs in a bit
-from that of a run in one process.
+from the result of a run in one process.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def survive(trial: Trial, overrides: Sequence[str], kills: int) -> dict[str, Any
 
     Args:
         trial: a running SuperLink with its nodes.
-        overrides: of the run.
+        overrides: the run's overrides.
         kills: number of programs to kill, at most.
 
     Returns:

@@ -145,7 +145,7 @@ def _plain(model: nn.Module, engine: Engine, halves: bool) -> tuple[float, State
     """Train by the usual loop; return its seconds and what it trained, by the model's names.
 
     Args:
-        model: of ``_plain_model``.
+        model: the model that ``_plain_model`` returned.
         engine: gives the rows and the values to start from.
         halves: true for bfloat16 autocast.
     """

@@ -9,8 +9,8 @@ tensorly-torch has one factor for each pair of an input and an output axis where
 each axis, so its layers have 1.4 to 2 times the numbers. SCL's projection is compared with the
 dense product of its factors and with two ``nn.Linear``.
 
-A side's time is that of one forward and backward call with a gradient at the input, as within a
-network.
+A side's time is the time of one forward and backward call with a gradient at the input, as within
+a network.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PROJECTIONS = ((384, 1536), (768, 3072), (2048, 5632))  # MiniLM, RoBERTa-base, 
 COMPRESSION = 64
 # Axes into which a user of tensorly-torch would cut a width: three, as many as the bottleneck has.
 AXES = {768: (8, 8, 12), 1024: (8, 8, 16), 1280: (8, 10, 16), 4096: (16,) * 3, 5120: (16, 16, 20)}
-LEAST_SECONDS = 0.03  # of a turn, so a short call is repeated
+LEAST_SECONDS = 0.03  # seconds of a turn, so a short call is repeated
 
 
 class Built(nn.Module):
@@ -86,7 +86,7 @@ def factorized(width: int, rank: int, how: str) -> nn.Module:
 
     Args:
         width: input and output features; a key of ``AXES``.
-        rank: of the block tensor train.
+        rank: rank of the block tensor train.
         how: tensorly-torch's implementation, ``factorized`` or ``reconstructed``.
     """
     import tltorch  # type: ignore[import-not-found]

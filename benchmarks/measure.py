@@ -24,9 +24,9 @@ def interleaved(
     """Call the sides in turns, so that a slow spell of the machine hits all of them.
 
     Args:
-        sides: by name; a call does the work once, and may return which of its seconds count.
+        sides: functions by name; a call does the work once, and may return its seconds that count.
         repeats: calls of each side that count.
-        warmups: calls of each side before those that count.
+        warmups: calls of each side before the calls that count.
 
     Returns:
         The seconds of each side's calls, in order.
@@ -139,14 +139,14 @@ def process(
     """Run a Python process to its end, and sample its memory.
 
     Args:
-        arguments: of the Python interpreter.
+        arguments: the Python interpreter's arguments.
         environment: variables added to this process's and ``QUIET``.
         every: seconds between two samples of the memory of the process and its descendants; null
             for none.
         size: returns the memory of a process and its descendants in MiB, by its id.
 
     Returns:
-        What it printed, and pairs of ``time.time`` and MiB.
+        The text that the process printed, and pairs of ``time.time`` and MiB.
 
     Raises:
         RuntimeError: the process failed.

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     args = parser.parse_args()
     data = str(args.data.resolve())
-    # One run before those that count caches the partition of each number of clients.
+    # A first run, which does not count, caches the partition of each number of clients.
     for clients in args.clients:
         measured(data, "in_process", clients, rounds=1)
     runs: dict[tuple[str, int], list[dict[str, float]]] = {}

@@ -151,7 +151,7 @@ def fedpeft_round(strategy: FederatedPEFT, grid: InProcessGrid, round: int) -> N
 
     Args:
         strategy: keeps the server's state.
-        grid: its clients are those of the strategy.
+        grid: a grid of the strategy's clients.
         round: 1, 2, ....
     """
     messages = strategy.configure_train(round, strategy.arrays(), ConfigRecord(), grid)
@@ -163,7 +163,7 @@ def bare_round(engine: Engine, clients: Iterable[int], round: int) -> None:
 
     Args:
         engine: gives the model and the batches that fedpeft's clients see.
-        clients: their numbers.
+        clients: the clients' numbers.
         round: 1, 2, ....
     """
     clients = list(clients)
@@ -187,7 +187,7 @@ def batches(engine: Engine, client: int, round: int) -> list[Batch]:
 
     Args:
         engine: gives the configuration and the rows.
-        client: its number.
+        client: the client's number.
         round: 1, 2, ....
     """
     examples, config = engine.rows.client_examples(client)["train"], engine.config
@@ -203,8 +203,8 @@ def bare_client(model: nn.Module, parameters: list[nn.Parameter], batches: list[
 
     Args:
         model: trains in place.
-        parameters: those of the model that train.
-        batches: one for each step.
+        parameters: the model's parameters that train.
+        batches: one batch for each step.
     """
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     model.train()

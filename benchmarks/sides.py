@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.measure import process, proportional_mebibytes
 
-WARMUPS = 1  # rounds before those that count
+WARMUPS = 1  # rounds before the rounds that count
 MARK = "SIDE "  # begins the line of output that holds the rounds
 
 
@@ -26,8 +26,8 @@ class Rounds:
     """Rounds that count.
 
     Attributes:
-        seconds: how long each took.
-        ended: when each ended, by ``time.time``.
+        seconds: seconds that each round took.
+        ended: time at which each round ended, by ``time.time``.
     """
 
     seconds: list[float]
@@ -35,7 +35,7 @@ class Rounds:
 
     @classmethod
     def between(cls, begun: Sequence[float], ended: Sequence[float]) -> "Rounds":
-        """Make them of the times at which all rounds began and ended; drop the warm-ups."""
+        """Return rounds from the times at which all began and ended; drop the warm-ups."""
         pairs = list(zip(begun, ended, strict=True))[WARMUPS:]
         return cls([b - a for a, b in pairs], [b for _, b in pairs])
 
@@ -56,7 +56,7 @@ def fedpeft(data: str, rounds: int, overrides: list[str]) -> Rounds:
     Args:
         data: folder of SST-2.
         rounds: rounds that count.
-        overrides: besides those of ``job``.
+        overrides: overrides besides ``job``'s.
 
     Raises:
         RuntimeError: a client was left out.
@@ -102,7 +102,7 @@ def bare(
     Args:
         data: folder of SST-2.
         rounds: rounds that count.
-        overrides: besides those of ``job``; those of the runtime are ignored.
+        overrides: overrides besides ``job``'s; the runtime's are ignored.
         threads: torch's threads.
         part: takes the steps of clients part, part + parts, ....
         parts: number of processes that share the clients.
@@ -129,8 +129,8 @@ def example(data: str, rounds: int, clients: int, steps: int = 1, batch_size: in
     Args:
         data: folder of SST-2.
         rounds: rounds that count.
-        clients: all of them take part in each round.
-        steps: of each client and round.
+        clients: number of clients; all of them take part in each round.
+        steps: steps of each client in a round.
         batch_size: rows in a step.
     """
     from benchmarks.example_run import simulate
@@ -148,7 +148,7 @@ def script(
         data: folder of SST-2.
         rounds: rounds that count.
         clients: number of clients.
-        steps: of each client and round.
+        steps: steps of each client in a round.
         batch_size: rows in a step.
         part: 0 or 1, the half of the clients whose steps it takes.
     """
@@ -230,8 +230,8 @@ def run(
     """Run a side in a process of its own, and sample its memory.
 
     Args:
-        name: of the side.
-        settings: its arguments.
+        name: the side's name.
+        settings: the side's arguments.
         environment: see ``measure.process``.
         every: see ``measure.process``.
         launcher: stands before the module's name on the command line.
@@ -256,8 +256,8 @@ def seconds(name: str, settings: Mapping[str, Any], **how: Any) -> float:
     """Return the median seconds of a side's rounds.
 
     Args:
-        name: of the side.
-        settings: its arguments.
+        name: the side's name.
+        settings: the side's arguments.
         how: further arguments of ``run``.
     """
     return statistics.median(run(name, settings, **how)[0].seconds)

@@ -36,7 +36,7 @@ from fedpeft.simulation.grid import InProcessGrid
 
 CLIENTS, DISTURBED = 20, 6
 KINDS = ("fails", "gone", "late")
-MEMBERS = ("cohort", "refused", "weights")  # of a line
+MEMBERS = ("cohort", "refused", "weights")  # keys of a line
 ANOTHER = 1000  # added to the id of a node that returns
 OVERRIDES = [
     *("method=fedsa_lora", "method.rank=4", "strategy=fedadam", f"num_clients={CLIENTS}"),
@@ -73,7 +73,7 @@ class Unreliable(InProcessGrid):
         return disturbed(round - ago) if round > ago else {}
 
     def get_node_ids(self) -> list[int]:
-        """Return the nodes that are here; one that was gone in the round before has a new id."""
+        """Return the nodes that are here; a node that was gone a round before has a new id."""
         now, before = self.kinds(), self.kinds(ago=1)
         return [
             client + 1 + (ANOTHER if before.get(client) == "gone" else 0)
@@ -86,7 +86,7 @@ class Unreliable(InProcessGrid):
         return super().node_config(_client(node) + 1)
 
     def push_messages(self, messages: Any) -> list[str]:
-        """Queue messages, but not those that are never answered."""
+        """Queue messages, except for nodes that never answer in this round."""
         ids, kinds = super().push_messages(messages), self.kinds()
         heard = [p for p in self._queue if kinds.get(_receiver(p[0])) != "late"]
         self._queue.clear()
@@ -121,7 +121,7 @@ def soak(folder: Path, rounds: int, kills: int) -> dict[str, Any]:
 
     Args:
         folder: takes both runs' directories.
-        rounds: of a run.
+        rounds: number of rounds of each run.
         kills: number of kills, each after another round.
     """
     whole, rss = begun(folder / "whole", rounds), dict[str, int]()
@@ -169,7 +169,7 @@ def compare(whole: Path, killed: Path) -> None:
     """Compare two runs' results, and the members of each round.
 
     Raises:
-        SystemExit: they differ.
+        SystemExit: the runs differ.
     """
     for key in ("shared_state_sha256", "final", "best", "refused"):
         if (one := read_summary(whole)[key]) != (other := read_summary(killed)[key]):

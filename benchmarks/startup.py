@@ -12,7 +12,7 @@ so is each import:
 
     python -m benchmarks.startup FOLDER_OF_SST2 [--repeats 5]
 
-The commands are those of a user. A module that every Python process imports at its start lets torch
+The commands are a user's. A module that every Python process imports at its start lets torch
 write the time after a step, also in Ray's workers.
 """
 

@@ -24,8 +24,8 @@ def count(message: Message, context: Context, call_next: ClientAppCallable) -> M
     """Count this client's messages in its context, and add the number to the reply.
 
     Args:
-        message: to the client.
-        context: of its node, which lasts as long as the node.
+        message: a message to the client.
+        context: the context of the client's node, which lasts as long as the node.
         call_next: answers the message.
     """
     before: Any = context.state.metric_records.get("seen", {"messages": 0})

@@ -42,7 +42,7 @@ def naming_the_cache(folder: Path) -> Iterator[None]:
     """Turn an error that comes from a cache's folder into one sentence that says what to set.
 
     Args:
-        folder: of the cache.
+        folder: the cache's folder.
 
     Raises:
         ValueError: the folder cannot be written, in place of any OSError or ValueError that this
@@ -216,7 +216,7 @@ def _load(folder: Path) -> dict[str, np.ndarray] | None:
     """Return an entry's arrays, memory-mapped; null if it is not there or was never finished.
 
     Raises:
-        _Broken: it is there, but not as it was written.
+        _Broken: the entry is there, but not as it was written.
     """
     try:
         sums = _read_json(folder / SUMS)
@@ -312,8 +312,8 @@ def _read_json(path: Path) -> Any:
     """Read what ``_write_json`` wrote.
 
     Raises:
-        FileNotFoundError: it is not there, or nothing can be.
-        _Broken: it is there, but not as it was written.
+        FileNotFoundError: the file is not there, or its path leads through another file.
+        _Broken: the file is there, but not as it was written.
     """
     try:
         crc, _, text = path.read_bytes().partition(b"\n")

@@ -32,9 +32,9 @@ def named_row(position: int, split: str = "", line: int | None = None) -> str:
     """Return the words for a row in a message; people count rows and lines from 1.
 
     Args:
-        position: of the row, from 0.
-        split: that the position counts in; empty if the message says it elsewhere.
-        line: of the file of the split, from 1; null if it is not known.
+        position: the row's position in its split, from 0.
+        split: name of the split; empty if the message says it elsewhere.
+        line: the row's line in the split's file, from 1; null if it is not known.
     """
     of = f" of {split}" if split else ""
     return f"row {position + 1}{of} ({'counted from 1' if line is None else f'line {line}'})"

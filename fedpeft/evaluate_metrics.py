@@ -75,7 +75,7 @@ def load(name: str) -> None:
     """Load a module, so that its errors come before training.
 
     Raises:
-        ValueError: it is not there, or its script cannot be imported.
+        ValueError: the module is not there, or its script cannot be imported.
     """
     loaded(_parts(name)[0])
 
@@ -83,14 +83,14 @@ def load(name: str) -> None:
 def score(name: str, predictions: Rows, references: Rows) -> float:
     """Return one value of a module.
 
-    The value is the one that ``name`` chooses by its key; without a key, the module's only number
-    or the one that has the module's name.
+    The key in ``name`` chooses the value; without a key, it is the module's only number or the
+    number that has the module's name.
 
     Args:
-        name: of the module, with the key of a value if it has several.
+        name: the module's name, with the key of a value if it has several.
         predictions: labels, numbers or texts, (rows,).
-        references: likewise, or lists of texts, (rows,); a module that takes one reference a row
-            gets the first.
+        references: right labels, numbers or texts, or lists of right texts, (rows,); a module that
+            takes one reference a row gets the first.
 
     Raises:
         ValueError: the module cannot be loaded, refuses the rows, or gives no such finite number.
@@ -127,7 +127,7 @@ def loaded(path: str) -> "evaluate.EvaluationModule":
     """Return a module, loaded once in a process.
 
     Raises:
-        ValueError: it cannot be loaded from the path or the hub.
+        ValueError: the module cannot be loaded from the path or the hub.
     """
     import evaluate
     from evaluate import config

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # name or owner/name
-OF_FILES = (".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".xlsx")  # as no hub name ends
+OF_FILES = (".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".xlsx")  # no hub name ends so
 
 
 class Unwritten(OSError):
@@ -26,7 +26,7 @@ def check_path(key: str, path: str) -> Path:
     """Return the path without ``~``.
 
     Args:
-        key: of the configuration, for the error.
+        key: the configuration's key, for the error.
         path: may also be the name of something on the hub.
 
     Raises:
@@ -40,10 +40,10 @@ def check_path(key: str, path: str) -> Path:
 
 
 def not_below(path: str) -> str:
-    """Say that a folder is here but holds nothing of a path's name; empty if that is not so.
+    """Say that a path's parent folder is here but lacks the path's last name; else empty.
 
     Args:
-        path: of no folder here, so it is perhaps a misspelt one and no name of the hub.
+        path: a path that is no folder here, so it is perhaps misspelt and no name of the hub.
     """
     local = Path(path).expanduser()
     if "/" not in path or local.exists() or not local.parent.is_dir():
@@ -76,7 +76,7 @@ def read_json(path: Path) -> Any:
     """Return what a JSON file holds.
 
     Raises:
-        ValueError: it is damaged; the error names the file.
+        ValueError: the file is damaged; the error names it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))

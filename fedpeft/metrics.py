@@ -202,7 +202,7 @@ def measure(name: str, predictions: Rows, references: Rows, classes: int | None 
     Args:
         name: one of ``MEASURES``, or a module's name as ``evaluate_metrics`` takes it.
         predictions: labels, numbers or texts, (rows,).
-        references: likewise; for text metrics also lists of one or more texts, (rows,).
+        references: right labels, numbers or texts; for text metrics also lists of texts, (rows,).
         classes: number of the task's classes, over which ``f1_macro`` is the mean; null for those
             that occur.
 

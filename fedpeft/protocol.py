@@ -16,7 +16,7 @@ class ToClient:
 
     Args:
         overrides: the configuration, as on the command line.
-        run: names what clients keep for this run, 16 hexadecimal digits.
+        run: the run's name, under which clients keep their states, 16 hexadecimal digits.
         round: 1, 2, ...; the last message to evaluate carries the round after the last one, because
             clients measure what the next round would start from.
         index: names, dtypes and shapes of the arrays, see ``wire.pack``.
@@ -45,10 +45,10 @@ class ToClient:
         """Read a message.
 
         Args:
-            message: to train or to evaluate.
-            num_rounds: of the run. It bounds the numbers, because roles are worked out round by
-                round, so a round far beyond the run's would keep the node busy and fill its memory.
-                Null where the message is this process's own.
+            message: a message to train or to evaluate.
+            num_rounds: number of the run's rounds. It bounds the numbers, because roles are worked
+                out round by round, so a round far beyond the run's would keep the node busy and
+                fill its memory. Null where the message is this process's own.
 
         Raises:
             ValueError: an entry is missing or is not what it must be.
@@ -80,7 +80,7 @@ def _whole(said: ConfigRecord, key: str, most: int) -> int:
     """Return a number of a message.
 
     Raises:
-        ValueError: it is no whole number from 0 to ``most``.
+        ValueError: the entry is no whole number from 0 to ``most``.
     """
     value = said.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:

@@ -71,7 +71,7 @@ def weighted_mean(states: Sequence[State], weights: Sequence[float]) -> State:
 
     Args:
         states: equal names and shapes, one state a client.
-        weights: one a state; they should sum to 1.
+        weights: one weight a state; they should sum to 1.
 
     Returns:
         Each mean in its parameter's dtype; sums are accumulated in float64.
@@ -184,8 +184,8 @@ def save(path: Path, state: State, notes: Mapping[str, str] = MappingProxyType({
     It is on the disk when this returns, so that it survives a loss of power.
 
     Args:
-        path: of the file; its folder is made.
-        state: of any kind.
+        path: the file's path; its folder is made.
+        state: a state of any kind.
         notes: text that ``read_with_notes`` gives back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

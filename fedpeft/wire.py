@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fedpeft.state import State, bits, bits_dtype
 
-MOST_DIMENSIONS = 64  # of a tensor of torch
+MOST_DIMENSIONS = 64  # dimensions of torch's tensors
 MOST_PARTS = 2  # tensors that a codec makes of one, at most
 INDEX_ENTRY = 1 << 12  # bytes of a tensor in the index, whatever a codec makes of it, at most
 NPY_HEADER = 1 << 12  # bytes of an array beside its numbers, at most
@@ -56,8 +56,8 @@ def unpack(arrays: ArrayRecord, index: bytes, expected: int) -> State:
     """Return the state that was packed.
 
     Args:
-        arrays: by dtype.
-        index: of names, dtypes and shapes, compressed.
+        arrays: one flat array for each dtype.
+        index: the tensors' names, dtypes and shapes, compressed.
         expected: number of tensors before a codec made more of them. It bounds the index unpacked,
             because a tensor without numbers takes little of a message and much memory.
 
@@ -88,7 +88,7 @@ def _entries(index: bytes, expected: int) -> list[Any]:
     """Return the entries of an index, whose number and bytes are bounded before they are read.
 
     Raises:
-        ValueError: it cannot be read, or is too long.
+        ValueError: the index cannot be read, or is too long.
     """
     most = INDEX_ENTRY * expected
     try:
@@ -110,8 +110,8 @@ def _flat(array: Array, dtype: str, size: int | None) -> Any:
     Several names can stand for one array of a message, so the message's bytes bound nothing.
 
     Args:
-        array: flat.
-        dtype: its name.
+        array: a flat array.
+        dtype: name of the array's dtype.
         size: numbers that the index names; null for none.
 
     Raises:
@@ -126,7 +126,7 @@ def _flat(array: Array, dtype: str, size: int | None) -> Any:
     if len(array.data) > size * like.itemsize + NPY_HEADER:
         raise ValueError(f"the array of {dtype} holds more than the index names")
     numbers = array.numpy()
-    if numbers.dtype != like:  # what the array says of itself was wrong
+    if numbers.dtype != like:  # the dtype that the array names was wrong
         raise ValueError(f"the array of {dtype} holds {numbers.dtype}")
     return numbers
 
@@ -135,7 +135,7 @@ def _check_shape(shape: Any) -> None:
     """Check that a shape is one, because numbers without a bound keep their product busy.
 
     Raises:
-        ValueError: it is no list of a few whole numbers.
+        ValueError: the shape is no list of a few whole numbers.
     """
     few = isinstance(shape, list) and len(shape) <= MOST_DIMENSIONS
     if not few or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):

@@ -55,7 +55,7 @@ COMMON = (
 )
 ROWS = {"train": 240, "validation": 40, "test": 40}
 Answer = Callable[[Message, Context], Message]
-MOST_TENSORS = 1000  # of a message of the tiny models
+MOST_TENSORS = 1000  # tensors of a message of the tiny models
 
 
 def sentences(label: str, rows: int, rng: random.Random) -> list[str]:
@@ -206,7 +206,7 @@ def value_of(key: str, overrides: Iterable[str]) -> str:
 
 
 def with_fields(base: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """Join overrides, and put those that the tiny model needs for their method in the middle.
+    """Join overrides, and put what the tiny model needs for their method in the middle.
 
     Args:
         base: first overrides; they name a method.
@@ -230,7 +230,7 @@ class Runner:
         """Run a configuration and return its summary; ``recorder`` then holds the messages.
 
         Args:
-            overrides: come after those of ``base`` and those that the method needs.
+            overrides: come after ``base`` and after the overrides that the method needs.
             answer: takes the client app's place.
             grid: a kind of ``InProcessGrid``.
         """

@@ -43,10 +43,10 @@ def rewritten(reply: Message, message: Message, state: State, **metrics: Any) ->
     """Return a reply with another state and other metrics.
 
     Args:
-        reply: whose metrics are taken over.
-        message: that is answered.
-        state: in place of the reply's.
-        metrics: set anew; null leaves one out.
+        reply: the reply whose metrics are taken over.
+        message: the message that the reply answers.
+        state: the state that takes the place of the reply's.
+        metrics: metrics that are set anew; null leaves a metric out.
     """
     arrays, index = pack(state)
     numbers = dict(reply.content.metric_records["metrics"]) | metrics

@@ -14,7 +14,7 @@ from pathlib import Path
 from fedpeft.deployment.trial import Trial
 
 SERVER = "10.77.0.1"
-PREFIX = f"fedpeft-{os.getpid()}-"  # of the namespaces, which all programs of a machine share
+PREFIX = f"fedpeft-{os.getpid()}-"  # begins namespaces' names, which a machine's programs share
 HUB = f"{PREFIX}hub"
 PLACES = {
     "server": SERVER,

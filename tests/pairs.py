@@ -47,7 +47,7 @@ def names_in(group: str) -> list[str]:
 @cache
 def made(group: str, name: str) -> Any:
     """Build what a YAML file stands for, without Hydra, which takes longer than a pair."""
-    momentum = {"momentum": 0.0}  # which a strategy's file may point to
+    momentum = {"momentum": 0.0}  # a strategy's file may point to it
     parts = {"optimizer": momentum, group: OmegaConf.load(CONF / group / f"{name}.yaml")}
     tree: Any = OmegaConf.create(parts)
     return instantiate(tree[group], _convert_="all")
@@ -57,8 +57,8 @@ def with_method(config: Config, name: str, fields: Sequence[str] = ()) -> Config
     """Return a configuration with the method of a file in conf/method, and its compression.
 
     Args:
-        config: is copied.
-        name: of the file.
+        config: the configuration that is copied.
+        name: the file's name, without its ending.
         fields: changes of the method, such as ``method.rank=4``.
     """
     tree: Any = OmegaConf.load(CONF / "method" / f"{name}.yaml")
@@ -95,13 +95,13 @@ class Training:
     """One client in one round.
 
     Attributes:
-        received: parameters that it got.
-        controls: the strategy's extras beside them.
+        received: parameters that the client got.
+        controls: the strategy's extras beside ``received``.
         sent: parameters as they arrived at the server.
-        changes: the strategy's extras beside them.
-        kept: what stays with the client.
-        rows: that it has.
-        steps: that it took.
+        changes: the strategy's extras beside ``sent``.
+        kept: the state that stays with the client.
+        rows: number of the client's rows.
+        steps: number of steps that the client took.
     """
 
     received: State
@@ -117,8 +117,8 @@ class Pair:
     """The rounds of one engine.
 
     Attributes:
-        rounds: of each, the trainings by client.
-        values: of all that can change, before the first round and after each.
+        rounds: the trainings of each round, by client.
+        values: values of all that can change, before the first round and after each.
     """
 
     def __init__(self, engine: Engine, rounds: int = 2) -> None:

@@ -90,7 +90,7 @@ def test_the_best_round_s_own_checkpoint_has_its_state_too(tmp_path: Path) -> No
     checkpoints = Checkpoints(tmp_path, 2)
     assert values(tmp_path) == [(4, 4, 4), (5, 5, 4)]
     checkpoints.load()
-    checkpoints.save(checkpoint(6, 4))  # which writes the file again
+    checkpoints.save(checkpoint(6, 4))  # this writes the file again
     assert values(tmp_path) == [(5, 5, 4), (6, 6, 4)]
 
 

@@ -43,9 +43,9 @@ def there(
 
     Args:
         compression: encodes and decodes.
-        state: of the client after training.
-        start: of the client before training.
-        error: that earlier rounds left on the client.
+        state: the client's state after training.
+        start: the client's state before training.
+        error: the error that earlier rounds left on the client; null for none.
         n: seeds the rounding.
 
     Returns:
@@ -679,7 +679,7 @@ def test_two_rounds_of_flasc_by_hand(run: Runner, opened: Callable[..., Engine])
         np.testing.assert_allclose(after, before + step, rtol=1e-5, atol=1e-6)
         line = run.lines()[round]
         assert line["uplink_payload_bytes"] == line["downlink_payload_bytes"] == 3 * SPARSE
-        for exchange in run.recorder.of("evaluate", round + 1):  # of what the next round sends
+        for exchange in run.recorder.of("evaluate", round + 1):  # the next round's start
             assert np.array_equal(unmasked(exchange.down_state(), N), largest(after, K))
     never = ~known & (start != 0)
     assert never.sum() > 100 and np.array_equal(ends[1][never], start[never])

@@ -62,7 +62,7 @@ def words(process: psutil.Process) -> list[str]:
     """Return a process's command; none if it has ended."""
     try:
         return process.cmdline()
-    except psutil.NoSuchProcess:  # of which a zombie is a kind
+    except psutil.NoSuchProcess:  # a zombie process counts as such
         return []
 
 

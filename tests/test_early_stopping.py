@@ -27,9 +27,9 @@ def rounds_of(patience: int | None, sign: int, values: list[Any]) -> tuple[int, 
     """Add rounds until the run would end; return the last one's number and the selection.
 
     Args:
-        patience: of the selection.
+        patience: the selection's patience; null if no round ends the run early.
         sign: 1 if more is better, -1 if less.
-        values: by round; ``...`` for a round that is not evaluated.
+        values: the measure by round; ``...`` for a round that is not evaluated.
     """
     selection = Selection("m", sign, patience)
     for number, value in enumerate(values):

@@ -67,7 +67,7 @@ def test_fewer_may_be_allowed(run: Runner) -> None:
 
 
 def test_a_round_is_repeated_once(run: Runner) -> None:
-    """The second time everybody is there, so the result is that of a run without a failure."""
+    """The second time everybody is there, so the result equals a run's without a failure."""
     whole = run("method=fedsa_lora")
     once = run.lines()[1]
     repeated = run("method=fedsa_lora", answer=failing({0, 2}, times=1))
@@ -75,7 +75,7 @@ def test_a_round_is_repeated_once(run: Runner) -> None:
     assert repeated["final"] == whole["final"] and repeated["refused"] == {}
     line = run.lines()[1]
     assert line["repeated"].startswith("only 1 of 3 replies were usable")
-    # what went in vain was sent as well
+    # the first try's messages were sent as well
     assert line["downlink_bytes"] == 2 * once["downlink_bytes"]
     sent = [wire_bytes(e.up.content) for e in run.recorder.of("train", 1)]
     assert len(sent) == 1 + 3 and line["uplink_bytes"] == sum(sent)
@@ -85,7 +85,7 @@ class Changing(InProcessGrid):
     """A grid on which nodes come, go, and return under other ids.
 
     Attributes:
-        partitions: by node id, the partition that it holds.
+        partitions: the partition that each node holds, by node id.
     """
 
     def __init__(self, partitions: dict[int, int]) -> None:

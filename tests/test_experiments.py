@@ -1,6 +1,6 @@
 """The experiments of papers' tables: their methods, clients and settings, and that all compose.
 
-Nothing is trained. The numbers are those of the papers where they give them.
+Nothing is trained. The numbers are the papers', where the papers give them.
 """
 
 from collections.abc import Callable, Sequence

@@ -60,8 +60,8 @@ def write(path: Path, weights: Weights, silent: str = "", **more: Tensor) -> Non
     """Write weights as an exporter does.
 
     Args:
-        path: of the file.
-        weights: by the parameters' names.
+        path: path of the file.
+        weights: weights by the parameters' names.
         silent: a matrix behind which no bias is added.
         more: further tensors, by their names in the file.
     """

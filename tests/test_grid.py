@@ -163,8 +163,8 @@ def calls_of(grid: InProcessGrid, messages: Sequence[Message], calls: list[list[
 
     Args:
         grid: answers the messages.
-        messages: to send.
-        calls: which the grid's workers fill; emptied before.
+        messages: messages to send.
+        calls: list that the grid's workers fill; emptied before.
     """
     calls.clear()
     assert len(grid.send_and_receive(messages, timeout=60)) == len(messages)

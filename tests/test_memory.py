@@ -28,7 +28,7 @@ def test_freed_pages_go_back_but_not_at_every_call(monkeypatch: pytest.MonkeyPat
 def after_the_pause(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Set the clock, which the list holds, to a time at which a call gives pages back.
 
-    It is later than that of the test before, because the module remembers its last call.
+    The time is later than in the test before, because the module remembers its last call.
     """
     clock = [time.monotonic() + 3 * cpu.GIVE_BACK_EVERY * next(TESTS)]
     monkeypatch.setattr(cpu.time, "monotonic", lambda: clock[0])
@@ -36,7 +36,7 @@ def after_the_pause(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def freed_by_a_call() -> float:
-    """Free 100 MiB of small tensors below one that stays alive; return the MiB given back."""
+    """Free 100 MiB of small tensors below a tensor that stays alive; return the MiB given back."""
     tensors = [torch.ones(16 * 1024) for _ in range(1600)]  # 64 KiB each, so they lie in the heap
     last = tensors[-1]
     tensors.clear()

@@ -191,7 +191,7 @@ SHAPES = {
     "tinyllama": (22, 2048, 5632, (2048, 256)),
     "vit_base": (12, 768, 3072, (768, 768)),
 }
-# Axes of a width x 64 tensor train; those of 64 x width have the same numbers in some order.
+# Axes of a width x 64 tensor train; a 64 x width train has the same numbers in some order.
 AXES = {
     384: (6, 8, 8, 8, 8),
     576: (6, 8, 12, 8, 8),
@@ -376,9 +376,9 @@ def check_two_rounds(name: str, task: str, method: str, a: Architecture) -> None
     The roles are a run's, because a method's YAML may also say which parameters are personal.
 
     Args:
-        name: of the model.
+        name: the model's name.
         task: class of transformers.
-        method: of conf/method.
+        method: name of a file in conf/method.
         a: names of the model's parts.
     """
     if reason := refusal(method, kind(name), a):
@@ -536,8 +536,8 @@ def gradients(
     """Compute gradients with dropout, and count the passes through the blocks' projections.
 
     Args:
-        name: of the model.
-        method: of conf/method.
+        name: the model's name.
+        method: name of a file in conf/method.
         checkpointing: compute the blocks again for the gradient.
         precision: ``fp32`` or ``bf16``.
     """

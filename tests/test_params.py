@@ -200,7 +200,7 @@ def test_fedftg_sends_whole_mlps() -> None:
 
 # --- the baselines of the papers, by hand --------------------------------------------------------
 
-TRAINED_BASE = {  # of RoBERTa-base, d = 768, f = 3072, 12 blocks
+TRAINED_BASE = {  # counts for RoBERTa-base, d = 768, f = 3072, 12 blocks
     "rolora": 12 * 2 * 8 * 768 + BASE_HEAD,  # A or B in turn
     "full": 124_647_170,
     # q, k, v, o, 2 norms and W2 of width d, W1 of width f, in each block; the embeddings' norm
@@ -213,7 +213,7 @@ TRAINED_BASE = {  # of RoBERTa-base, d = 768, f = 3072, 12 blocks
     "prefix": 20 * 12 * 2 * 768 + BASE_HEAD,
     "federa": 294_912 + BASE_HEAD,
 }
-TRAINED_LLAMA = {  # of LLaMA-2-7B, d = 4096, f = 11008, 32 blocks, no biases
+TRAINED_LLAMA = {  # counts for LLaMA-2-7B, d = 4096, f = 11008, 32 blocks, no biases
     "rolora": 32 * 2 * 8 * 4096,
     "full": 6_738_415_616,
     "adapter": 64 * (2 * 4096 * 64 + 64 + 4096) + 65 * 4096,

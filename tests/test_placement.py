@@ -36,8 +36,8 @@ class Watched:
     """Stands in the client app's place, and notes what each client starts from and keeps.
 
     Attributes:
-        starts: by round and client, the head before training.
-        ends: by round and client, all personal parameters after training.
+        starts: the head before training, by round and client.
+        ends: all personal parameters after training, by round and client.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Watched:
         """Check that each client goes on from the head that it kept.
 
         Args:
-            cohorts: by round.
+            cohorts: the clients of each round, from round 1 on.
             first: round in which the head becomes personal.
             before: the head from which a client starts that has kept none.
         """

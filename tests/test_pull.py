@@ -39,9 +39,9 @@ class Network(InProcessGrid):
             3, lambda messages, _: [Message(RecordDict(), reply_to=m) for m in messages]
         )
         self.spoil, self.node = spoil, node
-        self.nodes: dict[str, int] = {}  # by message
+        self.nodes: dict[str, int] = {}  # nodes by message
         self.asked: list[Message] = []
-        self.sizes: list[int] = []  # of the questions for replies
+        self.sizes: list[int] = []  # sizes of the questions for replies
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         sent = list(messages)
@@ -110,7 +110,7 @@ def test_an_upload_that_never_ends_holds_up_nobody(monkeypatch: pytest.MonkeyPat
         ended.wait(20)
         return [reply]
 
-    grid = Network(withheld, node=1)  # which is asked first
+    grid = Network(withheld, node=1)  # node 1 is asked first
     before, begun = threading.active_count(), time.monotonic()
     came: dict[int, float] = {}
     for client, _ in exchange(grid, messages(), 2):

@@ -56,8 +56,8 @@ def _save(
     """Write the directory of an imagined run of two rounds with two clients.
 
     Args:
-        path: of the directory.
-        name: of its method.
+        path: the run's directory.
+        name: the method's name, ``lora`` or ``scl``.
         of_seed: the run's seed.
         quality: the clients' accuracy on test rows after round 2.
         partition: hash of who holds which rows.
@@ -317,7 +317,7 @@ def test_diagnostics_are_means_over_rounds_and_seeds(tmp_path: Path) -> None:
     table = diagnostics_table(Runs.of(saved_runs([tmp_path])))
     assert table is not None
     first, second = table.rows
-    assert first["interference"] == pytest.approx(0.2)  # of .3 and .1
+    assert first["interference"] == pytest.approx(0.2)  # mean of .3 and .1
     assert first["interference_sd"] == pytest.approx(0.02**0.5)
     assert (second["interference"], second["interference_sd"]) == (0.3, None)
     assert first["update_cosine"] == pytest.approx((0.35 + 0.5) / 2)
@@ -377,7 +377,7 @@ def test_the_number_of_clients_rows_that_are_measured_concerns_their_table_alone
         _save(tmp_path / f"b{seed}", "scl", seed, quality - 0.1 * seed, evaluation=few)
     clients, server = pairs_tables(Runs.of(saved_runs([tmp_path])))
     assert "differ in evaluation.max_client_rows" in clients.notes[-1] and not clients.rows
-    assert server.rows[0]["difference"] == pytest.approx(0.1)  # of 0, .1 and .2
+    assert server.rows[0]["difference"] == pytest.approx(0.1)  # mean of 0, .1 and .2
 
 
 def test_a_method_without_a_global_model_is_not_tested_on_the_servers_rows(tmp_path: Path) -> None:

@@ -117,9 +117,9 @@ def check_messages(
     """Check the names, numbers and bytes that clients receive and send in a round.
 
     Args:
-        engine: of the same configuration.
-        expected: of its method.
-        line: of the round in metrics.jsonl.
+        engine: an engine of the run's configuration.
+        expected: the expected names and counts of the run's method.
+        line: the round's line in metrics.jsonl.
         exchanges: trainings of the round.
     """
     at = line["round"] - 1
@@ -204,7 +204,7 @@ def test_training_learns_the_topics(run: Runner) -> None:
 
 
 def test_payload_doubles_with_the_rank(run: Runner) -> None:
-    """Bytes are those of the numbers sent, not of Python objects. FedSA-LoRA sends A alone."""
+    """Bytes count the numbers sent, not Python objects. FedSA-LoRA sends A alone."""
     small = run("method=fedsa_lora", "method.rank=4")["bytes"]
     large = run("method=fedsa_lora", "method.rank=8")["bytes"]
     for key in ("uplink_payload_bytes", "downlink_payload_bytes"):

@@ -224,7 +224,7 @@ def check_work(engine: Engine, training: Training, strategy: str) -> None:
     rows = [len(engine.rows.client_examples(client)["train"]) for client in range(CLIENTS)]
     assert len(set(rows)) == CLIENTS
     phases = len(engine.config.method.phases(At(1, 0, 2)))
-    if strategy == "centralized":  # where each phase trains something shared
+    if strategy == "centralized":  # each phase trains something shared
         assert (training.rows, training.steps) == (sum(rows), COHORT * phases)
     else:
         assert training.rows in rows

@@ -92,7 +92,7 @@ def row(lr: float, validation: float | None, quality: float = 0.5, seed: int = 0
         lr: learning rate.
         validation: the measure that chooses the learning rate.
         quality: the measure on test rows.
-        seed: of the run.
+        seed: the run's seed.
     """
     cells = {"method": "lora", "lr": lr, "seed": seed, "quality": quality, "trained": 10}
     failed = NAN if validation is None else None
@@ -186,9 +186,9 @@ def finished(plan: StudyPlan, *ranked: Ranked) -> list[tuple[bool, Study]]:
     """Return a plan's tables in the order in which it finishes them.
 
     Args:
-        plan: of the study.
-        ranked: for each time that a table is finished, the learning rates of each entry that comes
-            to its end, the best first; the last one stays.
+        plan: the study's plan.
+        ranked: learning rates by entry that came to its end, the best first; one mapping for each
+            time that a table is finished, of which the last stays.
     """
     passes: list[tuple[bool, Study]] = []
 

@@ -30,7 +30,7 @@ def jobs(engine: Engine, round: int = 1, mu: float = 0.0) -> list[Job]:
     """Return jobs of three clients with different starts, as personal parameters give.
 
     Args:
-        engine: of the configuration.
+        engine: an engine of the configuration.
         round: number of the round.
         mu: strength of FedProx's term.
     """
@@ -73,10 +73,10 @@ def assert_equal(
     SGD's step is the gradient; AdamW's first step is the gradient's sign, which hides its size.
 
     Args:
-        engine: with SGD.
+        engine: an engine that trains with SGD.
         round: number of the round.
         mu: strength of FedProx's term.
-        rtol: of values, relative to the largest step, and of moments.
+        rtol: relative tolerance: of values to the largest step, of moments to the largest moment.
         loss: relative tolerance of losses.
     """
     group = jobs(engine, round, mu)

@@ -369,7 +369,7 @@ def done(base: list[str], path: Path, logger: str, *more: str) -> Done:
 
 
 def same(found: Mapping[str, list[tuple[int, float]]], done: Done, rel: float = 1e-12) -> None:
-    """Compare numbers with those of metrics.jsonl; seconds are those of the first try."""
+    """Compare numbers with metrics.jsonl, but not seconds, because the first try's stay."""
     assert found.keys() == done.points.keys()
     for name, points in done.points.items():
         assert [step for step, _ in found[name]] == [step for step, _ in points], name

@@ -154,7 +154,7 @@ def test_arrays_of_one_chunk_without_end_are_not_put_together() -> None:
         with pytest.raises(ValueError, match="larger than they may be"):
             Array.inflate(content, parts)
     assert len(Array.inflate(content, parts).data) == 500 * len(chunk.data)
-    with arrays_of_at_most(2 * len(chunk.data) - 1):  # of all arrays of a message together
+    with arrays_of_at_most(2 * len(chunk.data) - 1):  # bytes of all arrays of a message together
         Array.inflate(array.deflate(), parts)
         with pytest.raises(ValueError, match="larger than they may be"):
             Array.inflate(array.deflate(), parts)

@@ -9,6 +9,18 @@ import pytest
 from tests.conftest import ROOT
 
 OPENINGS = ("What", "Of", "Those", "Whether", "Where", "Why", "Who", "When", "As")
+OF_NOTHING = (
+    *map(str.lower, OPENINGS),
+    "that",
+    "with",
+    "in",
+    "on",
+    "at",
+    "to",
+    "by",
+    "for",
+    "which",
+)
 FILES = sorted(
     str(path.relative_to(ROOT))
     for folder in ("fedpeft", "tests", "benchmarks", "scripts", "docs")
@@ -27,6 +39,15 @@ def test_no_docstring_begins_with_a_gesture(name: str) -> None:
     nodes = [n for n in ast.walk(ast.parse((ROOT / name).read_text())) if isinstance(n, DOCUMENTED)]
     first = {d.split()[0].strip(".,:;") for n in nodes if (d := ast.get_docstring(n))}
     assert not first & set(OPENINGS)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_parameter_is_described_without_a_noun(name: str) -> None:
+    """``seed: of the run`` names no thing; ``seed: the run's seed`` does."""
+    nodes = [n for n in ast.walk(ast.parse((ROOT / name).read_text())) if isinstance(n, DOCUMENTED)]
+    pattern = rf"^\s+(\*{{0,2}}\w+: (?:{'|'.join(OF_NOTHING)})\b.*)"
+    texts = [text for n in nodes if (text := ast.get_docstring(n))]
+    assert [line for text in texts for line in re.findall(pattern, text, re.MULTILINE)] == []
 
 
 def public(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef, str | None]]:

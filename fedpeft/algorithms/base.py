@@ -17,7 +17,7 @@ class Setting:
         shares: true if any parameter of the model is shared in some round.
         whole: true if every client trains whole parameters, not blocks of them.
         cohort_size: clients of a round.
-        optimizer: the clients', ``adamw`` or ``sgd``.
+        optimizer: name of the clients' optimizer, ``adamw`` or ``sgd``.
     """
 
     method: Method
@@ -32,7 +32,8 @@ class FedAvg:
     """The method's aggregate of the clients' states, as it is; other algorithms derive from it.
 
     Args:
-        weights: of the clients: ``examples`` (number of training rows) or ``uniform``.
+        weights: rule for the clients' weights: ``examples`` (number of training rows) or
+            ``uniform``.
         max_weight: share of a round, in (0, 1], beyond which no client weighs. Null means 1, but
             0.5 in a round with a client that trains on rows of its own, because the server cannot
             check how many these are.
@@ -73,27 +74,26 @@ class FedAvg:
 
         Args:
             start: shared parameters, full, as the client starts the round.
-            sent: what ``down`` returned on the server.
-            kept: what ``Term.finish`` last kept on this client; empty the first time.
+            sent: state that ``down`` returned on the server.
+            kept: state that ``Term.finish`` last kept on this client; empty the first time.
         """
         return Term()
 
     def down(self, memory: Memory, shared: State) -> State:
-        """Return what clients get beside the parameters.
+        """Return the state that clients get beside the parameters.
 
         Args:
-            memory: what the server keeps for the algorithm from round to round; empty at the
-                beginning.
-            shared: values of what is shared this round, full. Names, shapes and dtypes of the
-                result must follow from it alone, because clients check them.
+            memory: the algorithm's memory, which lasts from round to round; empty at the beginning.
+            shared: values of the parameters that are shared this round, full. Names, shapes and
+                dtypes of the result must follow from it alone, because clients check them.
         """
         return {}
 
     def up(self, shared: State) -> State:
-        """Return a state with the names, shapes and dtypes of what ``Term.finish`` sends.
+        """Return a state with the names, shapes and dtypes of the state that ``Term.finish`` sends.
 
         Args:
-            shared: values of what is shared this round, full.
+            shared: values of the parameters that are shared this round, full.
         """
         return {}
 
@@ -103,8 +103,8 @@ class FedAvg:
         Args:
             mean: result of the method's aggregation, full.
             round: everything that the round's clients sent and received.
-            memory: what the server keeps for the algorithm from round to round, changed in place;
-                empty at the beginning.
+            memory: the algorithm's memory, which lasts from round to round, changed in place; empty
+                at the beginning.
         """
         return mean
 
@@ -114,7 +114,7 @@ def require_shared(algorithm: FedAvg, setting: Setting) -> None:
 
     Args:
         algorithm: names itself in the error.
-        setting: of the run.
+        setting: the facts of the run.
 
     Raises:
         ValueError: no parameter is shared.
@@ -131,7 +131,7 @@ def require_plain_mean(algorithm: FedAvg, setting: Setting) -> None:
 
     Args:
         algorithm: names itself in the error.
-        setting: of the run.
+        setting: the facts of the run.
 
     Raises:
         ValueError: nothing is shared, the method aggregates by a rule of its own, or clients

@@ -59,7 +59,7 @@ class ServerOptimizer(FedAvg):
         """Return one parameter's direction, and bring its moments up to date.
 
         Args:
-            name: of the parameter.
+            name: the parameter's name.
             delta: the mean's step, in float64.
             memory: holds the moments, by kind and by name; changed in place.
         """
@@ -115,7 +115,7 @@ class Adaptive(ServerOptimizer):
         """Return the new m; here beta_1 = 0.
 
         Args:
-            name: of the parameter.
+            name: the parameter's name.
             delta: the mean's step, in float64.
             memory: holds the moments, by kind and by name; changed in place.
         """

@@ -75,8 +75,8 @@ class Begun(NamedTuple):
     """A client between its message and its reply.
 
     Attributes:
-        job: for the engine; its terms are the method's and the strategy's.
-        kept: state of earlier rounds.
+        job: the client's job for the engine; its terms are the method's and the strategy's.
+        kept: the client's kept state of earlier rounds.
         before: shared parameters from which training starts, full.
     """
 
@@ -91,9 +91,9 @@ def answer_all(
     """Answer messages of one kind, round and configuration, each for a client of its own.
 
     Args:
-        messages: to train or to evaluate. Clients whose messages come together train in one pass
-            a step where the model allows it.
-        contexts: of the clients' nodes.
+        messages: messages to train or to evaluate. Clients whose messages come together train in
+            one pass a step where the model allows it.
+        contexts: contexts of the clients' nodes, in the same order.
         engine: trains and evaluates; null to open it by the messages' configuration.
 
     Returns:
@@ -149,8 +149,8 @@ class Client:
 
     Args:
         message: carries the round, what the server has, and the configuration.
-        context: of the client's node.
-        engine: of this process.
+        context: context of the client's node.
+        engine: this process's engine.
     """
 
     def __init__(self, message: Message, context: Context, engine: Engine) -> None:

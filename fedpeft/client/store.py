@@ -29,7 +29,7 @@ class Store:
     """One client's kept states for one run.
 
     Args:
-        folder: of this client and run; made when something is kept.
+        folder: folder of this client and run; made when something is kept.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,10 +42,10 @@ class Store:
         return sorted(int(match[1]) for match in matches if match)
 
     def load(self, generation: int) -> State:
-        """Return what was kept in a round; empty for generation 0.
+        """Return the state that was kept in a round; empty for generation 0.
 
         Raises:
-            Lost: it is not here, or its file is broken.
+            Lost: the generation is not here, or its file is broken.
         """
         if generation == 0:
             return {}
@@ -66,7 +66,7 @@ class Store:
 
         Raises:
             ValueError: the state holds something that is not finite.
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         broken = [name for name, value in state.items() if not is_finite(value)]
         if broken:
@@ -79,7 +79,7 @@ class Store:
         """Check that a client's own rows are those with which it first took part in the run.
 
         Args:
-            sha256: of the rows that are here now; it is kept the first time.
+            sha256: hash of the rows that are here now; it is kept the first time.
 
         Raises:
             ValueError: the rows have changed since.
@@ -107,19 +107,19 @@ class Store:
         """Write the file of a generation that came from another machine, see ``file``.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self._file(generation)) as draft:
             draft.write_bytes(file)
 
     def forget(self, generation: int, oldest: int, best: int) -> None:
-        """Delete what nobody needs any more.
+        """Delete the generations that nobody needs any more.
 
         Args:
-            generation: that the server goes on from; later ones never happened.
-            oldest: that a checkpoint of the server may still go on from.
-            best: that belongs to the best round so far.
+            generation: generation that the server goes on from; later ones never happened.
+            oldest: oldest generation that a checkpoint of the server may still go on from.
+            best: generation that belongs to the best round so far.
         """
         for other in self.generations:
             if other > generation or (other < oldest and other != best):
@@ -139,8 +139,8 @@ def store_of(context: Context, run: str, client: int) -> Store:
     $FEDPEFT_STATE, or else in the user's own for states, such as ~/.local/state/fedpeft.
 
     Args:
-        context: of the node.
-        run: its name in messages.
+        context: the node's context.
+        run: the run's name in messages.
         client: number of the client.
 
     Raises:

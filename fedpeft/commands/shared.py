@@ -14,8 +14,8 @@ def option(arguments: Sequence[str], name: str) -> tuple[str, list[str]]:
     """Return an option's value, empty if it is not given, and the other arguments.
 
     Args:
-        arguments: of the command, with ``--name value`` or ``--name=value``.
-        name: of the option, with its dashes.
+        arguments: the command's arguments, with ``--name value`` or ``--name=value``.
+        name: the option's name, with its dashes.
 
     Raises:
         ValueError: the option has no value, or is given twice.
@@ -44,8 +44,8 @@ def going_on(arguments: Sequence[str], folder: Path | str, as_json: bool) -> str
     """Return the command that goes on with the runs in a folder.
 
     Args:
-        arguments: of the command that was stopped, without ``--json``.
-        folder: holds its runs.
+        arguments: the arguments of the command that was stopped, without ``--json``.
+        folder: holds the command's runs.
         as_json: true if the command had ``--json``.
     """
     rest = [a for a in arguments if not a.startswith(("run_dir=", "hydra.sweep.dir="))]

@@ -117,7 +117,7 @@ class Command(NamedTuple):
     """A command that finishes studies.
 
     Attributes:
-        words: of the command, without ``--json``; the tables name them.
+        words: the command's words after ``fedpeft``, without ``--json``; the tables name them.
         folder: holds all of its runs; the command that goes on names it.
         as_json: only the result goes to standard output.
         save: writes a study's results.

@@ -84,7 +84,8 @@ class OfUpdate(Codec):
         Args:
             state: block or full.
             reference: the state that the update starts from, with the same names and shapes.
-            error: what earlier rounds left out, by name; added to this round's update.
+            error: parts of earlier rounds' updates that were not sent, by name; added to this
+                round's update.
             rng: draws of stochastic rounding.
 
         Returns:
@@ -149,9 +150,9 @@ def as_received(compression: Compression, state: State, seed: int) -> State:
     """Return the server's values as clients get them, because models are measured with these.
 
     Args:
-        compression: of the run.
+        compression: the run's compression.
         state: the server's values, full.
-        seed: of the run. The draws of stochastic rounding are the same for every call.
+        seed: the run's seed. The draws of stochastic rounding are the same for every call.
     """
     codec, draws = compression.down, generator(seed, "compression down", 0)
     return codec.decode(codec.encode(state, state, draws), state)

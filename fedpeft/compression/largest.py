@@ -43,7 +43,7 @@ def encoded(name: str, flat: Tensor, sent: int) -> State:
     """Encode the largest entries of a vector.
 
     Args:
-        name: of the vector, and of its values on the wire.
+        name: name of the vector, and of its values on the wire.
         flat: the vector, (n,).
         sent: number of entries that are sent.
 
@@ -62,7 +62,7 @@ def expected(name: str, numel: int, sent: int) -> State:
     """Return a state with the names, shapes and dtypes of what ``encoded`` returns.
 
     Args:
-        name: of the vector.
+        name: the vector's name.
         numel: number of the vector's entries.
         sent: number of entries that are sent.
     """
@@ -76,7 +76,7 @@ def decoded(name: str, wire: State, numel: int) -> Tensor:
     """Return the vector (numel,), float32, with zeros for what was not sent.
 
     Args:
-        name: of the vector.
+        name: the vector's name.
         wire: has the names, shapes and dtypes of ``expected``.
         numel: number of the vector's entries.
 

@@ -31,8 +31,8 @@ def of_choice(key: str, groups: Collection[str], rows: Sequence[Mapping[str, Any
     """Tell whether a setting differs between rows only because the choice of its group does.
 
     Args:
-        key: dotted, of the setting.
-        groups: whose choice differs.
+        key: the setting's dotted key.
+        groups: names of the groups whose choice differs between rows.
         rows: settings by dotted key, and choices by group.
     """
     group, inner, _ = key.partition(".")

@@ -35,7 +35,7 @@ GROUPS = {  # base classes by name, because torch is imported only when a group 
     "strategy": "fedpeft.algorithms.base.FedAvg",
     "compression": "fedpeft.compression.base.Compression",
 }
-FAST_GROUPS = ("partition", "data")  # whose classes import neither transformers nor peft
+FAST_GROUPS = ("partition", "data")  # groups whose classes import neither transformers nor peft
 PATHS = ("data.path", "model.path", "model.tokenizer_path")  # keys of files and folders
 TRACKER = "fedpeft.reporting.trackers.base.Tracker"
 _FIELD = re.compile(
@@ -84,7 +84,7 @@ def composed(overrides: str | Sequence[str]) -> DictConfig:
     """Return the composed, untyped configuration.
 
     Raises:
-        ConfigError: an unknown key, group or name, or an override that is none.
+        ConfigError: a key, group or name is unknown, or an override cannot be read.
     """
     return deepcopy(_composed(tuple(split(overrides))))
 
@@ -168,7 +168,7 @@ def _from_hydra(overrides: list[str]) -> DictConfig:
 def composing() -> Iterator[None]:
     """Let Hydra compose from ``conf/``; one thread at a time."""
     with _lock:
-        outer = GlobalHydra.instance().hydra  # of a sweep, if this is one of its jobs
+        outer = GlobalHydra.instance().hydra  # the sweep's, if this is one of its jobs
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(CONF), version_base="1.3", job_name="fedpeft"):
@@ -181,7 +181,8 @@ def load_config(overrides: str | Sequence[str] = ()) -> Config:
     """Return the typed configuration.
 
     Raises:
-        ConfigError: as ``composed``, or a value of the wrong type or outside its rule.
+        ConfigError: the overrides cannot be composed, see ``composed``, or a value has the wrong
+            type or is outside its rule.
     """
     return typed(_composed(tuple(split(overrides))))
 
@@ -219,7 +220,8 @@ def trackers(overrides: str | Sequence[str]) -> list[Any]:
     """Return the settings of the trackers that ``logger`` chooses, which needs no torch.
 
     Raises:
-        ConfigError: as ``load_config``, or the extra of a tracker is not installed.
+        ConfigError: an override or a value is wrong, see ``load_config``, or the extra of a tracker
+            is not installed.
     """
     chosen = _composed(tuple(split(overrides))).get("logger", {})
     with _config_errors():
@@ -236,11 +238,12 @@ def changed(tree: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Return a composed configuration with overrides on top.
 
     Args:
-        tree: composed, for example as a run's directory has it.
-        overrides: of keys, or of groups, which lose all that ``tree`` has of them.
+        tree: a composed configuration, for example as a run's directory has it.
+        overrides: overrides of keys, or of groups; a group's override replaces all that ``tree``
+            has of it.
 
     Raises:
-        ConfigError: an override is none, or names no key and no group.
+        ConfigError: an override cannot be read, or names no key and no group.
     """
     tree = deepcopy(tree)
     for override in sorted(overrides, key=lambda o: key_of(o) not in GROUPS):  # groups first
@@ -262,7 +265,7 @@ def settings(overrides: str | Sequence[str] = ()) -> Settings:
     """Return the typed configuration without the groups, which needs no torch.
 
     Raises:
-        ConfigError: as ``load_config``.
+        ConfigError: an override or a value is wrong, see ``load_config``.
     """
     return _settings(tuple(split(overrides)))
 
@@ -291,7 +294,7 @@ def _class(name: str, target: str) -> type:
     """Import the class of a group.
 
     Raises:
-        ConfigError: there is none, or its module has a fault.
+        ConfigError: there is no such class, or its module has a fault.
     """
     module, _, cls = target.rpartition(".")
     found = None

@@ -13,7 +13,7 @@ from fedpeft.config.schema import ConfigError
 from fedpeft.config.sentences import omegaconf_sentence
 
 INTERPOLATION = "${"
-MOST_CHARACTERS = 1 << 16  # of a message's overrides, because Hydra takes a minute for a megabyte
+MOST_CHARACTERS = 1 << 16  # length of a message's overrides; Hydra takes a minute for a megabyte
 _MARKS = re.compile(r"[\\'\"]")  # characters that splitting or parsing an override takes away
 # Beginnings of overrides that clients need not know.
 OF_SERVER = (
@@ -35,7 +35,7 @@ def _resolved(override: str, tree: DictConfig) -> str:
     """Put the value in the place of an interpolation, because clients resolve none.
 
     Raises:
-        ConfigError: it cannot be resolved, or stands for more than one value.
+        ConfigError: the interpolation cannot be resolved, or stands for more than one value.
     """
     key = key_of(override)
     try:

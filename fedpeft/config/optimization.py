@@ -26,11 +26,11 @@ class Optimization:
     Args:
         name: ``adamw`` or ``sgd``.
         weight_decay: >= 0; decoupled for AdamW.
-        momentum: of SGD, in [0, 1); 0 for AdamW, which has its own.
+        momentum: SGD's momentum, in [0, 1); 0 for AdamW, which has its own.
         max_grad_norm: the norm of all gradients together is clipped to it; null for no clipping.
-        schedule: of the learning rate within a round: constant, linear or cosine to 0.
+        schedule: the learning rate's schedule within a round: constant, linear or cosine to 0.
         warmup: share of a round's steps in which the rate climbs from 0, in [0, 1).
-        round_schedule: of the learning rate across rounds: constant, linear or cosine to 0.
+        round_schedule: the learning rate's schedule across rounds: constant, linear or cosine to 0.
         keep_state: the client keeps the optimizer's moments from round to round. Without it they
             are fresh each round, so that AdamW with one local step moves by the gradient's sign.
     """

@@ -10,11 +10,11 @@ def check_address(name: str, value: str) -> None:
     """Check the address of a Ray cluster.
 
     Args:
-        name: of the key or variable that holds it.
+        name: name of the key or variable that holds the address.
         value: the address.
 
     Raises:
-        ValueError: it is none of a cluster that this machine belongs to.
+        ValueError: the value is no address of a cluster that this machine belongs to.
     """
     host, colon, port = value.rpartition(":")
     is_port = port.isascii() and port.isdigit() and 0 < int(port) < 2**16
@@ -50,7 +50,7 @@ class Runtime:
             fails too, the run ends, and ``resume=true`` goes on from its last checkpoint.
         wait_after_min: seconds to wait for the other replies once ``min_replies`` usable ones are
             in; null waits until ``round_timeout``.
-        lost_state: for a client whose node lacks the kept state that the server counts on:
+        lost_state: treatment of a client whose node lacks the kept state that the server counts on:
             ``refuse`` leaves it out and says so, ``restart`` begins its kept state anew.
     """
 
@@ -69,7 +69,7 @@ class Runtime:
     lost_state: str = "refuse"
 
     def cluster(self) -> tuple[str, str]:
-        """Return the address of the Ray cluster to use, after the name of what says so.
+        """Return the name of the setting that gives the Ray cluster's address, and the address.
 
         ``runtime.address`` comes before the environment's RAY_ADDRESS, as overrides of a command
         do.

@@ -12,7 +12,7 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message names the key or value and the rule."""
 
 
-MOST = 10**7  # of counts; what is beyond is a slip, and would only keep a client busy
+MOST = 10**7  # largest count; a larger one is a slip, and would only keep a client busy
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Evaluation:
             parameter is personal), ``always`` or ``never``.
         batch_size: most rows in a batch.
         max_tokens: most tokens in a batch, its sequences x its longest length. A language model
-            that caps or scales its logits, such as Gemma 2, holds those of the whole batch: 4 bytes
+            that caps or scales its logits, such as Gemma 2, holds the whole batch's logits: 4 bytes
             x tokens x size of the vocabulary. Other models hold a few at a time.
         max_client_rows: most rows of each of a client's own splits; null for all.
         interference: compute the aggregation's interference in the rounds that are evaluated.
@@ -58,7 +58,7 @@ class Checkpointing:
 
     Args:
         every: rounds between checkpoints; the last round always has one.
-        keep: so many stay.
+        keep: number of the last checkpoints that stay.
     """
 
     every: int = 1
@@ -101,11 +101,11 @@ class Studying:
             a folder of its own. One table without any if empty.
         extend: most learning rates that are added, one at a time, on the side where a method's best
             one is the grid's first or last.
-        finalists: how many learning rates of an entry the seeds after the first are run with: the
-            best ones of the first seed by validation. Rates that ``extend`` adds later are run too.
-            Null for all. It is one step of successive halving (arXiv 1502.07943).
+        finalists: number of an entry's learning rates with which the seeds after the first are run:
+            the best ones of the first seed by validation. Rates that ``extend`` adds later are run
+            too. Null for all. It is one step of successive halving (arXiv 1502.07943).
         reuse_lrs: search learning rates in the first table alone, and give each method of the other
-            tables the one that was best there.
+            tables the rate that was best there.
         estimate: print memory, hours and bytes before the first run.
         flops: floating-point operations a second that a machine reaches, for the estimate.
         questions: test rows that each model of a comparison answers at its end, beside the untuned
@@ -141,8 +141,8 @@ class Settings:
     In a round, a client takes ``local_steps`` batches or, if that is null, ``local_epochs`` epochs.
 
     Args:
-        seed: the run's draws derive from it, except those of rows that are set aside or limited,
-            and those with a seed of the method; >= 0.
+        seed: seed of the run's draws, >= 0, except draws of rows that are set aside or limited, and
+            draws with a seed of the method.
         num_clients: parts into which the training rows are divided, one a client.
         num_rounds: rounds of the run; 0 to measure the model as it is before training.
         local_steps: batches that a client trains on in a round; null with ``local_epochs``.
@@ -152,7 +152,7 @@ class Settings:
         lr: learning rate before the schedules.
         batch_size: rows of a training batch.
         accumulate: parts in which a batch is computed, for batches that a GPU cannot hold. The
-            gradient is that of the whole batch, apart from dropout's draws.
+            gradient equals the whole batch's, apart from dropout's draws.
         personal: ``head`` or shell patterns of parameter names: shared parameters that match stay
             on the client.
         frozen: the same for parameters that do not train at all.

@@ -29,7 +29,7 @@ def hydra_sentence(error: Exception, overrides: Sequence[str], known: Sequence[s
     """Return the sentence for overrides that cannot be composed.
 
     Args:
-        error: of Hydra or of OmegaConf.
+        error: the error of Hydra or of OmegaConf.
         overrides: the overrides that were composed.
         known: keys of the configuration without overrides, from which a misspelt one is guessed.
 
@@ -59,7 +59,7 @@ def several_values(override: Override, groups: Collection[str]) -> str:
     """Return the sentence for an override of several values where one run wants one.
 
     Args:
-        override: parsed.
+        override: the parsed override.
         groups: names of the groups, whose choices are no lists and no texts.
     """
     key, _, value = str(override.input_line).lstrip("+").partition("=")
@@ -101,7 +101,7 @@ def omegaconf_sentence(error: OmegaConfBaseException, group: str = "") -> str:
     """Return the sentence for a field that a typed configuration refuses.
 
     Args:
-        error: of a merge into a dataclass.
+        error: the error of a merge into a dataclass.
         group: stands before the key, such as ``method.``.
 
     Returns:

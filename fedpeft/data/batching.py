@@ -85,7 +85,7 @@ class Examples:
         """Return rows as a batch, with tokens padded on the right.
 
         Args:
-            positions: of the rows in this selection, (B,).
+            positions: positions of the rows in this selection, (B,).
 
         Returns:
             ``input_ids`` and ``attention_mask`` (sequences, L), ``prompts`` and ``right``
@@ -149,7 +149,7 @@ def padded(batch: Batch, length: int, pad_id: int) -> Batch:
     """Pad a batch's tokens on the right.
 
     Args:
-        batch: with ``input_ids`` and ``attention_mask``, (sequences, L).
+        batch: a batch that has ``input_ids`` and ``attention_mask``, (sequences, L).
         length: the new L.
         pad_id: the tokenizer's padding token.
     """

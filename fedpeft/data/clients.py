@@ -29,7 +29,7 @@ class ClientRows:
     ) -> None:
         self.config, self.task, self.processor = config, config.data, processor
         self.owns_all_rows, self.limit = owns_all_rows, limit
-        # The caches belong to the object, because those of the class would keep every object alive.
+        # The caches belong to the object, because the class's would keep every object alive.
         self.examples = lru_cache(maxsize=None)(self._examples)
         self.client_examples = lru_cache(maxsize=256)(self._client_examples)
 

@@ -33,10 +33,10 @@ SMALL = (
 )
 REPLIES = "push-messages"
 SUPERLINK = 1  # the server's node id in every message
-MOST_BYTES = {**dict.fromkeys(LARGE, 64 << 20), **dict.fromkeys(SMALL, 16 << 20)}  # of a body
+MOST_BYTES = {**dict.fromkeys(LARGE, 64 << 20), **dict.fromkeys(SMALL, 16 << 20)}  # a body's bytes
 MOST_BYTES[REPLIES] = 1 << 20  # it carries no arrays, and takes thirty times its size to read
 MOST_HELD = 1 << 30  # bytes of all bodies that are here at once
-BODY_SECONDS = 60  # for a request's body
+BODY_SECONDS = 60  # seconds for a request's body
 MOST_REQUESTS = 512  # at once
 OF_THE_HOP = {"connection", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
 OF_THE_HOP |= {"content-length", "date", "server"}  # these are written anew
@@ -102,14 +102,14 @@ class Bodies:
 
     @asynccontextmanager
     async def read(self, request: Request, most: int) -> AsyncIterator[bytes]:
-        """Yield a request's body, which counts until the block ends.
+        """Yield a request's body; its bytes count as held until the block ends.
 
         Args:
-            request: its stream is read.
-            most: bytes that it may have.
+            request: the request whose stream is read.
+            most: largest size of the body, in bytes.
 
         Raises:
-            HTTPException: it is too long, does not come in time, or there is no room for it now.
+            HTTPException: the body is too long or too slow, or there is no room for it now.
         """
         parts: list[bytes] = []
         size = 0
@@ -144,10 +144,10 @@ def check_replies(body: bytes) -> None:
     """Let a site send replies of its own to the server, and nothing else.
 
     The SuperLink makes sure that a request comes from the node that it names. It then stores every
-    message in it, also one that reads as if the server had sent it to another site.
+    message in it, also a message that reads as if the server had sent it to another site.
 
     Args:
-        body: of a request to push messages.
+        body: a serialised request to push messages.
 
     Raises:
         HTTPException: a message is no reply, has another sender or goes to another site.
@@ -165,7 +165,7 @@ def check_replies(body: bytes) -> None:
 
 
 def _end_to_end(headers: object) -> dict[str, str]:
-    """Return the headers that belong to the message, without those of the connection."""
+    """Return the headers that belong to the message, without the connection's."""
     return {k: v for k, v in dict(headers).items() if k.lower() not in OF_THE_HOP}  # type: ignore[call-overload]
 
 

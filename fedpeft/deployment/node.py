@@ -80,8 +80,8 @@ def programs(args: argparse.Namespace, policy: Policy, folder: Path) -> list[Pro
     """Return the SuperNode and the worker.
 
     Args:
-        args: the command's.
-        policy: for the worker.
+        args: the command's parsed arguments.
+        policy: the site's policy, which the worker reads from a file in ``folder``.
         folder: takes the files that the two read.
     """
     (port,) = free_ports(1)

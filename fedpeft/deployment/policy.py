@@ -118,7 +118,7 @@ class Policy:
     def _is_own(self, key: str) -> bool:
         """Tell whether the site sets a key, or one above it, or chooses the group of this name.
 
-        What a server sets below a value of the site would take its place, or fail with it.
+        A server's key below a value of the site would replace that value, or fail with it.
         """
         own = {key_of(override) for override in self.configuration}
         values = {name for name in own if not (CONF / name).is_dir()}
@@ -148,8 +148,9 @@ def _with_own(asked: tuple[str, ...], own: tuple[str, ...]) -> dict[str, Any]:
     """Return the values of a server's overrides with the site's on top.
 
     Raises:
-        ConfigError: the server's alone cannot be composed; the text names none of the site's.
-        PartlyPublic: they cannot be composed with the site's.
+        ConfigError: the server's overrides alone fail to compose; the error names none of the
+            site's.
+        PartlyPublic: the server's overrides cannot be composed with the site's.
     """
     try:
         return _values((*asked, *own))

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-BIN = Path(sysconfig.get_path("scripts"))  # of the environment that runs this process
+BIN = Path(sysconfig.get_path("scripts"))  # programs of the environment that runs this process
 STOP_SECONDS = 10  # wait for programs to end by themselves
 MOST_SECONDS = 60  # between a program's end and its next start
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -26,8 +26,8 @@ class Program(NamedTuple):
     """A program that this process starts.
 
     Attributes:
-        name: of its log and in messages.
-        command: the program and its arguments; one without a folder is of this environment.
+        name: the program's name in messages; its log file is ``<name>.log``.
+        command: the program and its arguments; a program without a folder is this environment's.
     """
 
     name: str
@@ -74,12 +74,12 @@ class Processes:
         """Wait until ``done`` is true.
 
         Args:
-            what: is waited for; the error names it.
-            done: is asked once a second.
-            seconds: that it may take.
+            what: the awaited event; the error names it.
+            done: called once a second; true ends the wait.
+            seconds: longest time to wait.
 
         Raises:
-            TimeoutError: it was not so in time.
+            TimeoutError: ``done`` did not become true in time.
             RuntimeError: a program ended.
         """
         deadline = time.monotonic() + seconds
@@ -116,7 +116,7 @@ class Processes:
 
 
 class _Kept:
-    """A program that starts again when it ends; one that ends soon waits longer each time."""
+    """A program that starts again when it ends, each time after a longer wait if it ends soon."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -137,7 +137,7 @@ class _Kept:
 
 
 def _end_with_parent() -> None:
-    """Let the system end this process when the one that started it is gone."""
+    """Let the system end this process when its parent is gone."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -39,8 +39,8 @@ class Tasks:
     """Takes tasks from the SuperNode on this machine.
 
     Args:
-        address: host:port of its runtime API.
-        secret: the one of ``--superexec-auth-secret-file``, without which it gives no task.
+        address: host:port of the SuperNode's runtime API.
+        secret: content of ``--superexec-auth-secret-file``; without it the SuperNode gives no task.
     """
 
     def __init__(self, address: str, secret: bytes) -> None:
@@ -48,7 +48,7 @@ class Tasks:
         protected = frozenset({"/flwr.proto.Runtime/AcquireTask"})
         signed = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=protected)
         self.client = _client(address, signed, retry=False)
-        self.waiting: list[NodeTask] = []  # whose messages have not come yet
+        self.waiting: list[NodeTask] = []  # tasks whose messages have not come yet
 
     def answer(self, app: App) -> bool:
         """Answer the oldest message that is here; return false if there is none."""
@@ -81,7 +81,7 @@ class NodeTask:
     never comes, and whoever waited for it here would answer no later one.
 
     Args:
-        address: of the SuperNode's runtime API.
+        address: host:port of the SuperNode's runtime API.
         token: the right to this task.
     """
 

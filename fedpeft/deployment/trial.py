@@ -102,7 +102,7 @@ class Trial:
     Attributes:
         processes: the server and the nodes.
         nodes: the nodes' programs by name.
-        port: at which sites reach the server.
+        port: port at which sites reach the server.
         control: port at which operators reach it.
     """
 
@@ -116,16 +116,16 @@ class Trial:
         self.nodes: dict[str, Program] = {}
 
     def place(self, name: str) -> list[str | Path]:
-        """Return the words to put before a program's, where it runs in a place of its own."""
+        """Return the words to put before a program's command, if it runs in a place of its own."""
         return []
 
     def start(self, nodes: int, data_paths: list[str], overrides: list[str]) -> None:
         """Start the server and the nodes, and wait until all nodes are online.
 
         Args:
-            nodes: how many.
+            nodes: number of nodes.
             data_paths: a folder for all nodes, or one for each, or none.
-            overrides: the run's; what a site sets by itself is given to the nodes.
+            overrides: the run's overrides; the nodes get the keys that a site sets by itself.
         """
         self.port, self.control = free_ports(2)
         certificate, key = write_certificate(self.folder, self.host)
@@ -173,7 +173,7 @@ class Trial:
         """Return the JSON answer of one ``flwr`` command.
 
         Raises:
-            RuntimeError: it failed.
+            RuntimeError: the command failed.
         """
         done = subprocess.run(
             [*self.place("server"), BIN / "flwr", *arguments, "--format=json"],

@@ -46,7 +46,7 @@ def dropout_mask(shape: torch.Size | tuple[int, ...], p: float) -> tuple[Tensor,
     seeds a faster generator, and each 64-bit number of that one decides about four entries.
 
     Args:
-        shape: of the mask.
+        shape: the mask's shape.
         p: probability that an entry is dropped, in [0, 1), rounded to 16 bits.
 
     Returns:
@@ -65,7 +65,7 @@ def scaled(x: Tensor, mask: Tensor, factor: float) -> Tensor:
     Args:
         x: any shape.
         mask: bool, of the same shape; true where an entry is kept.
-        factor: of the kept entries.
+        factor: number by which the kept entries are multiplied.
     """
     return x * mask.to(x.dtype).mul_(factor)
 

@@ -30,7 +30,7 @@ def evaluate(
     Each batch is computed by torch's own number of threads, so the bits do not depend on workers.
 
     Args:
-        model: with the values to measure.
+        model: the model to measure, which holds the values.
         evaluate_batch: takes the model and a batch on its device; returns tensors by name.
         examples: rows to evaluate.
         batch_size: most rows in a batch.
@@ -73,7 +73,7 @@ def scored(
     """Return the measures of a model by name, and the generated texts if the task generates.
 
     Args:
-        model: with the values to measure.
+        model: the model to measure, which holds the values.
         config: says the task, the precision and the sizes of batches.
         processor: the model's tokenizer or image processor.
         examples: rows to measure on.

@@ -49,7 +49,7 @@ def rows_by_split(engine: Engine, client: int) -> dict[str, int]:
     """Count a client's rows by split.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: the client has too few rows.
     """
     rows = engine.rows.client_examples(client)
     return {split: len(rows[split]) for split in SPLITS}

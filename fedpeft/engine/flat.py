@@ -18,7 +18,7 @@ class Flat:
 
     Args:
         named: parameters by name, of one dtype on one device.
-        device: to move the vector to; null for the parameters' own.
+        device: device of the vector; null for the parameters' own.
     """
 
     def __init__(

@@ -18,8 +18,8 @@ def parameter_counts(roles: Roles, model: nn.Module) -> dict[str, Any]:
     """Count parameters and bytes of one client, each as [least, most] over the rounds.
 
     Args:
-        roles: of the rounds to count.
-        model: with the method in it.
+        roles: the parameters' roles in the rounds to count.
+        model: the model with the method in it.
 
     Returns:
         ``trained``, ``sent_up`` and ``sent_down`` parameters; ``bytes_up`` and ``bytes_down`` of
@@ -62,7 +62,7 @@ def check_on_meta(config: Config) -> None:
     """Check, without weights, that a method fits model, strategy, compression and rounds.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the method does not fit one of them.
     """
     check_choices(config)
     Roles(config, _injected_on_meta(config, _on_meta(config))).check()

@@ -91,7 +91,7 @@ def train(
 
     Args:
         passes: over the model, which holds the values to start from.
-        steps: for each step its batch, whole or in parts.
+        steps: each step's batch, whole or in parts.
         rate: learning rate of step 0, 1, ....
         optimization: name and settings of the optimizer.
         terms: corrections of the gradients, in order.

@@ -12,7 +12,7 @@ from fedpeft.methods.base import At, Phase, Term
 from fedpeft.seeding import generator
 from fedpeft.state import State
 
-WEIGHT = "weight"  # in a batch that is a part of a step: its share of the step's loss
+WEIGHT = "weight"  # key of a part's share of the step's loss, in a batch that is a part
 
 
 class Trained(NamedTuple):
@@ -58,7 +58,7 @@ class Part(NamedTuple):
 
     Attributes:
         path: round, client and, after the first phase, its number: the place of the draws.
-        phase: of the method.
+        phase: the method's phase.
         names: parameters that train.
     """
 
@@ -73,7 +73,7 @@ class Ended(NamedTuple):
     Attributes:
         names: parameters that trained.
         plan: the batches and rates.
-        loss: mean over its steps.
+        loss: mean loss over the plan's steps.
     """
 
     names: list[str]
@@ -86,7 +86,7 @@ class Plan(NamedTuple):
 
     Attributes:
         num_examples: rows that the client has.
-        steps: for each step its batch, or parts of it with ``WEIGHT``.
+        steps: each step's batch, or parts of its batch with ``WEIGHT``.
         rate: learning rate of step 0, 1, ....
     """
 

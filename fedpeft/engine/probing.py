@@ -57,9 +57,9 @@ def probe(model: nn.Module, task: Task, names: Sequence[str], batch: Batch, prec
     """Test in a forward pass whether modules can apply a copy of their parameters a client.
 
     Args:
-        model: in training mode.
+        model: the model in training mode.
         task: says how the model is called.
-        names: of the parameters that train in some round.
+        names: names of the parameters that train in some round.
         batch: one or more rows.
         precision: ``fp32`` or ``bf16``.
 

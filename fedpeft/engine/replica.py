@@ -74,7 +74,8 @@ class Replica:
         """Return every parameter that can change, full.
 
         Args:
-            states: full or block; the last one that has a name wins, else it is initial.
+            states: full or block states; the last state that has a name wins, else the value is
+                initial.
             at: client whose blocks they are, the rest being zero; null for whole parameters.
         """
         initial = self.initial
@@ -99,7 +100,7 @@ def check_choices(config: Config) -> None:
     """Check, before a model is built, that the number of rounds and the precision are possible.
 
     Raises:
-        ValueError: one is not.
+        ValueError: the number of rounds or the precision is not possible.
     """
     config.method.check(config.num_rounds)
     config.model.check_precision(config.precision)

@@ -18,7 +18,7 @@ class Roles:
 
     Args:
         config: method, strategy, and the patterns of ``personal`` and ``frozen``.
-        model: with the method in it.
+        model: the model with the method in it.
         rounds: number of rounds; null for the run's.
     """
 
@@ -29,7 +29,7 @@ class Roles:
         self._personal = _matching("personal", config.personal, self.names, head)
         self._frozen = _matching("frozen", config.frozen, self.names, head)
         self._changed: list[set[str]] = [set()]  # by round
-        # The cache belongs to the object: one of the class would keep every object alive.
+        # The cache belongs to the object: a cache of the class would keep every object alive.
         self.by_name = lru_cache(maxsize=None)(self._by_name)
         self.down = lru_cache(maxsize=None)(self._down)
 
@@ -81,7 +81,7 @@ class Roles:
         """Check that ``personal``, ``frozen``, strategy and compression go with the method.
 
         Raises:
-            ValueError: one does not.
+            ValueError: one of them does not go with the method.
         """
         for round in self._of_training(self.config.num_rounds):
             if self.shared(round):

@@ -17,7 +17,7 @@ class EngineModel:
     """Implements ``fedpeft.methods.base.ServerModel`` with an engine.
 
     Args:
-        engine: of the server's process.
+        engine: the server's engine.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -46,8 +46,8 @@ class EngineModel:
         """Return the loss of the loaded model on a batch and its gradients, on the CPU.
 
         Args:
-            names: of any parameters, also of those that never train.
-            batch: one of ``batches``.
+            names: names of parameters, which need not train in any round.
+            batch: a batch of ``batches``.
         """
         model, replica = self.model.eval(), self.engine.replica
         parameters = {name: model.get_parameter(name) for name in names}

@@ -47,8 +47,8 @@ class Stack:
 
     Args:
         model: holds the module.
-        path: of the module.
-        names: of the parameters, below the module, that differ by client.
+        path: the module's name in the model.
+        names: names, below the module, of the parameters that differ by client.
     """
 
     def __init__(self, model: nn.Module, path: str, names: Sequence[str]) -> None:
@@ -90,8 +90,8 @@ def calling(
     """Put stacks in the place of their modules' forward.
 
     Args:
-        stacks: of the modules.
-        copies: (K, ...) by the parameter's name in the model.
+        stacks: stacks of the modules whose parameters differ by client.
+        copies: stacked parameters, (K, ...), by name in the model.
         count: K, the number of clients.
         draws: the clients' random draws.
     """
@@ -110,9 +110,9 @@ class Draws(TorchFunctionMode):
     """Lets dropout draw for each member as it would alone.
 
     Args:
-        states: of each member's random generator; new ones take their place.
+        states: each member's state of the random generator; each draw sets it anew.
         sizes: each member's sequences and padded length.
-        device: draws.
+        device: the device whose generator draws.
     """
 
     def __init__(
@@ -162,9 +162,9 @@ class Draws(TorchFunctionMode):
         """Apply a function to each member's part under its own generator, and pad with zeros.
 
         Args:
-            function: of the members' parts of ``inputs``.
+            function: maps one member's parts of ``inputs`` to its part of the result.
             tokens: axes of tokens in the result.
-            inputs: each with its axes of tokens.
+            inputs: tensors or null, each with its axes of tokens.
         """
         self.drew = True
         parts = [self._split(tensor, dims) for tensor, dims in inputs]
@@ -193,7 +193,7 @@ def cut(tensor: Tensor, excess: int, dims: Sequence[int]) -> Tensor:
     """Cut the last tokens off; an axis of size 1 serves all tokens and stays.
 
     Args:
-        tensor: of one member.
+        tensor: one member's tensor.
         excess: number of tokens to cut off.
         dims: axes of tokens.
     """

@@ -38,7 +38,7 @@ def clients_in_a_pass(tokens: float, numbers: int, device: str) -> int:
     the copies cost. The copies with gradients and moments take 1 GiB at most.
 
     Args:
-        tokens: in one client's step.
+        tokens: number of tokens in one client's step.
         numbers: entries of the parameters that one client trains.
         device: ``cpu`` or ``cuda``.
     """
@@ -52,8 +52,8 @@ class Member:
     """One client in a group that trains together, and how far it has come.
 
     Args:
-        job: where the client starts.
-        parts: of its round.
+        job: the client's job, which says where it starts.
+        parts: phases of the client's round in which something trains.
     """
 
     def __init__(self, job: Job, parts: Sequence[Part]) -> None:
@@ -126,10 +126,10 @@ class Together:
         """Return each member's loss (K,), from which gradients can be computed.
 
         Args:
-            stacks: of the modules that hold trained parameters.
-            copies: of the parameters, (K, ...) by name.
+            stacks: stacks of the modules that hold trained parameters.
+            copies: stacked parameters, (K, ...), by name.
             draws: the members' random draws.
-            batches: one a member, on the model's device.
+            batches: one batch a member, on the model's device.
         """
         with autocast(self.device, self.precision):
             with draws, calling(stacks, copies, len(batches), draws):
@@ -181,7 +181,7 @@ class _Lane:
         """Run a pass over the members' batches, and return their losses (K,).
 
         Args:
-            batches: one a member, on the CPU.
+            batches: one batch a member, on the CPU.
             draws: the members' random draws.
             fixed: parameters that do not train but differ by member, (K, ...) by name.
         """

@@ -113,7 +113,7 @@ def entry(task: Task, line: str, number: int) -> dict[str, Any]:
     Args:
         task: says the columns.
         line: a JSON object, or the text of the only column.
-        number: of the line, for errors.
+        number: the line's number, for errors.
 
     Raises:
         ValueError: the line lacks a column, or it is no UTF-8.

@@ -38,8 +38,8 @@ def card(run: FinishedRun, form: str, difference: float) -> str:
     """Return the text of ``README.md``.
 
     Args:
-        run: the model.
-        form: of the folder.
+        run: the run whose model is exported.
+        form: the folder's form, one of ``FORMS``.
         difference: largest difference of a logit of the folder from the run's.
     """
     config, summary = run.config, run.summary
@@ -140,7 +140,7 @@ def _main(measures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """Return numbers as text; those that were not finite are null in a summary."""
+    """Return numbers as text; a summary has null for a number that was not finite."""
     return {name: _number(value) for name, value in values.items()}
 
 

@@ -11,8 +11,8 @@ from fedpeft.config.load import changed, composed
 from fedpeft.files import read_json
 
 NAME = "fedpeft.json"
-WEIGHTS = "fedpeft.safetensors"  # of a folder of fedpeft's own form
-KEYS = ("seed", "layers", "precision", "method", "model", "data")  # of the run's configuration
+WEIGHTS = "fedpeft.safetensors"  # weights of a folder of fedpeft's own form
+KEYS = ("seed", "layers", "precision", "method", "model", "data")  # keys of the configuration
 FORMS = ("peft", "transformers", "fedpeft")
 
 
@@ -20,7 +20,7 @@ def write(folder: Path, form: str, tree: DictConfig, **more: Any) -> None:
     """Write the file.
 
     Args:
-        folder: that is exported.
+        folder: the exported folder.
         form: one of ``FORMS``.
         tree: the run's composed configuration. Places of rows are left out, because whoever gets
             the model does not have them.
@@ -50,7 +50,7 @@ def read(folder: Path) -> dict[str, Any]:
     """Return the file's entries.
 
     Raises:
-        ValueError: it is not there, or of a form that this version does not know.
+        ValueError: the file is not there, or its form is unknown to this version.
     """
     if not is_exported(folder):
         raise ValueError(f"{folder} is no exported folder: it has no {NAME}")

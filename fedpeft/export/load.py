@@ -27,9 +27,9 @@ class Opened(NamedTuple):
     """A trained model, ready to answer.
 
     Attributes:
-        model: in evaluation mode.
-        config: with the task that it does.
-        processor: its tokenizer or image processor.
+        model: the trained model, in evaluation mode.
+        config: the run's typed configuration, whose ``data`` is the model's task.
+        processor: the model's tokenizer or image processor.
     """
 
     model: nn.Module
@@ -57,10 +57,11 @@ def opened(folder: Path, overrides: Sequence[str] = ()) -> Opened:
 
     Args:
         folder: made by ``fedpeft export``.
-        overrides: of the configuration, such as ``data.path`` or ``model.path``.
+        overrides: overrides of the configuration, such as ``data.path=...`` or ``model.path=...``.
 
     Raises:
-        ValueError: as ``load``, or a wrong override.
+        ValueError: this is no exported folder, its base model cannot be had or has other weights
+            now, or an override is wrong.
     """
     about = files.read(folder)
     config = typed(files.tree_of(about, overrides))
@@ -119,7 +120,7 @@ def _peft(folder: Path, config: Config) -> Any:
 
 
 def _of_text(output: Any, virtual: int) -> Any:
-    """Leave out the logits of virtual tokens, which a decoder gives beside those of the text."""
+    """Leave out the logits of virtual tokens, which a decoder gives before the text's logits."""
     if output.logits.dim() == 3:
         output.logits = output.logits[:, virtual:]
     return output

@@ -48,12 +48,12 @@ class FinishedRun:
     Attributes:
         folder: the directory.
         tree: the run's composed configuration.
-        config: its typed form.
-        summary: of the run.
+        config: the run's typed configuration.
+        summary: the run's summary, as ``summary.json`` has it.
         best: true for the best round, false for the last one.
-        client: whose model it is; null for the one that all share.
+        client: the client whose model it is; null for the model that all clients share.
         replica: holds the model with its values.
-        setting: of the method, in which the model is measured.
+        setting: the method's setting in which the model is measured.
     """
 
     folder: Path
@@ -87,7 +87,7 @@ def open_run(
 
     Args:
         folder: the run's directory.
-        overrides: of its configuration, such as ``model.path`` where the base model has moved.
+        overrides: overrides of the run's configuration, such as ``model.path=...`` after a move.
         best: take the best round, not the last one.
         client: give the model of this client, with what it keeps; null for the shared one.
         whole: load the base model on the CPU in its files' precision, as files need it; else on the
@@ -123,11 +123,11 @@ def open_run(
 
 
 def _located(tree: Any, working_directory: str | None) -> Any:
-    """Make a run's relative paths absolute, where what they name still is.
+    """Make a run's relative paths absolute, if the files or folders that they name still exist.
 
     Args:
         tree: the run's configuration.
-        working_directory: in which the run was started; null if its summary does not say.
+        working_directory: folder in which the run was started; null if its summary names none.
     """
     for key in PATHS if working_directory else ():
         value = OmegaConf.select(tree, key)

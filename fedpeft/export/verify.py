@@ -9,7 +9,7 @@ from torch import Tensor
 from fedpeft.engine.passes import autocast
 from fedpeft.export.run import FinishedRun
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # of the largest logit
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # shares of the largest logit
 
 
 def made_up(run: FinishedRun) -> dict[str, Tensor]:
@@ -33,10 +33,10 @@ def made_up(run: FinishedRun) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits(model: Any, inputs: dict[str, Tensor], precision: str) -> Tensor:
-    """Return a model's logits in float32; those of padding are left out.
+    """Return a model's logits in float32, without the logits of padding.
 
     Args:
-        model: on the CPU, in evaluation mode.
+        model: the model, on the CPU and in evaluation mode.
         inputs: see ``made_up``.
         precision: ``bf16`` if weights are in bfloat16 and what was trained is not.
     """
@@ -49,12 +49,12 @@ def difference(actual: Tensor, expected: Tensor, run: FinishedRun) -> float:
     """Return the largest difference of two models' logits.
 
     Args:
-        actual: of the folder.
-        expected: of the run.
+        actual: logits of the exported folder's model.
+        expected: logits of the run's model.
         run: says the precision of the weights.
 
     Raises:
-        ValueError: it is more than rounding.
+        ValueError: the difference is larger than rounding.
     """
     largest = float((actual - expected).abs().max())
     most = TOLERANCE[run.config.model.dtype] * max(1.0, float(expected.abs().max()))

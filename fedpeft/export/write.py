@@ -51,9 +51,9 @@ def export(run: FinishedRun, to: Path, form: str | None = None) -> Written:
     """Write a run's model into a folder, load it again and compare logits.
 
     Args:
-        run: the model.
+        run: the run whose model is written.
         to: the folder; it must not hold anything yet.
-        form: one of ``FORMS``; null for the first of them that the method has.
+        form: one of ``FORMS``; null for the first form that the method has.
 
     Raises:
         ValueError: the folder is not empty, the method has no such form, or what was written gives

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedpeft.methods.parts.exported import PeftForm, folded, of_peft_layers
 from fedpeft.state import Role, State, weighted_mean
 
-Memory = dict[str, State]  # what the server keeps for a method or strategy from round to round
+Memory = dict[str, State]  # states that a method or strategy keeps on the server between rounds
 
 
 class At(NamedTuple):
@@ -26,7 +26,7 @@ class At(NamedTuple):
         round: 1, 2, ...; 0 is before the first round, where ``Method.start`` sets parameters.
         client: its number; null for any client that trains whole parameters.
         rounds: number of the run's rounds; null where it is not known.
-        memory: what ``Method.down`` gave this client.
+        memory: the state that ``Method.down`` gave this client.
     """
 
     round: int
@@ -59,8 +59,8 @@ class ServerModel(Protocol):
         """Return the loss of the loaded model on a batch and its gradients, on the CPU.
 
         Args:
-            names: of any parameters, also of those that never train.
-            batch: one of ``batches``.
+            names: names of parameters, which need not train in any round.
+            batch: a batch of ``batches``.
         """
         ...
 
@@ -71,17 +71,17 @@ class Round:
 
     Attributes:
         number: 1, 2, ....
-        ats: one for each client whose reply is used, sorted by client. ``states``, ``weights``,
-            ``steps`` and ``extras`` are in the same order.
+        ats: one ``At`` for each client whose reply is used, sorted by client. ``states``,
+            ``weights``, ``steps`` and ``extras`` are in the same order.
         states: shared parameters, equal names and full shapes; filled with zeros where a client
             trains a block.
-        weights: of the clients, summing to 1.
+        weights: one weight a client, summing to 1.
         before: every parameter that can change, full, as the clients received it.
         steps: local steps of each client.
-        extras: what each client's strategy term sent beside its parameters.
+        extras: tensors that each client's strategy term sent beside its parameters.
         share: clients of this round / all clients.
         server: the resident model; null only in tests.
-        memory: what the server keeps for the method from round to round; empty at the beginning.
+        memory: the method's memory, which lasts from round to round; empty at the beginning.
     """
 
     number: int
@@ -149,11 +149,11 @@ class Method(ABC):
     def check_roles(self, roles: Mapping[str, Role]) -> None:  # noqa: B027
         """Raise ValueError if ``aggregate`` cannot do with the roles of a round.
 
-        ``personal`` and ``frozen`` may keep a part back of what it needs, or of what it changes. It
-        is called before round 1, but not where nothing is shared.
+        ``personal`` and ``frozen`` may keep back parameters that it needs, or that it changes. The
+        check is made before round 1, but not where nothing is shared.
 
         Args:
-            roles: of all parameters that left ``inject`` with a gradient, by name.
+            roles: each parameter's role, by name, for all that left ``inject`` with a gradient.
         """
 
     @abstractmethod
@@ -175,8 +175,8 @@ class Method(ABC):
         The rest of the parameter is zero on that client.
 
         Args:
-            name: of the parameter.
-            shape: of the whole parameter.
+            name: the parameter's name.
+            shape: the whole parameter's shape.
             at: the round and the client.
         """
         return shape
@@ -209,8 +209,8 @@ class Method(ABC):
         Args:
             at: the round and the client.
             start: every parameter that can change, full, as the client starts the round.
-            kept: what ``Term.finish`` last kept on this client; empty the first time. What
-                ``finish`` sends is not used, because a method has parameters for what it sends.
+            kept: the state that ``Term.finish`` last kept on this client; empty the first time. The
+                state that ``finish`` sends is not used, because a method sends parameters.
         """
         return Term()
 
@@ -231,7 +231,7 @@ class Method(ABC):
         """Return what a client gets beside its parameters, as ``At.memory``.
 
         Names, shapes and dtypes must not depend on ``memory``, because the client checks them
-        against those of an empty one.
+        against those for an empty memory.
         """
         return {}
 
@@ -259,8 +259,8 @@ class Method(ABC):
         The base knows a model with one adapter of PEFT.
 
         Args:
-            model: with the method and the trained values in it, arranged to measure.
-            start: initial values of all that can change, full.
+            model: the model with the method and the trained values in it, arranged to measure.
+            start: initial values of all parameters that can change, full.
         """
         return of_peft_layers(model, start)
 

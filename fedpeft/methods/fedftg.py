@@ -28,7 +28,7 @@ class FedFTG(Method):
     frozen. GaLore keeps one projection for many steps, and the optimizer's moments inside it. Here
     every step computes its projection, so that a client carries nothing over. The moments are then
     as large as the weights: the rank limits each gradient and saves no memory. The weights are sent
-    whole: for RoBERTa-base 56.6 M numbers or 226 MB each way.
+    whole, which for RoBERTa-base is 56.6 M numbers or 226 MB each way.
 
     Args:
         rank: r >= 1. The gradient of a weight whose smaller side is at most r stays whole.

@@ -58,13 +58,13 @@ def check_fits(auto_class: str, config: Any, name: str) -> None:
     """Check that an architecture can do a task.
 
     Args:
-        auto_class: name of transformers' auto class for the task; one that ``TASKS`` lacks is not
-            checked.
+        auto_class: name of transformers' auto class for the task; a class that ``TASKS`` lacks is
+            not checked.
         config: the model's transformers configuration.
         name: names the model in the error.
 
     Raises:
-        ValueError: it cannot; the error says what to choose instead.
+        ValueError: the architecture cannot do the task; the error says what to choose instead.
     """
     _check(TASKS.get(auto_class), config, name)
 
@@ -78,7 +78,7 @@ def check_modality(processor: str, config: Any, name: str) -> None:
         name: names the model in the error.
 
     Raises:
-        ValueError: it does not; the error says what to choose instead.
+        ValueError: the architecture does not read it; the error says what to choose instead.
     """
     _check(PROCESSORS[processor], config, name)
 

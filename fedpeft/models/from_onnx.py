@@ -1,9 +1,9 @@
 """Reads the weights of a vision transformer out of an ONNX file.
 
-An exporter keeps the names of the parameters, except those of matrices and of parameters that it
-has cut: a linear layer's matrix is a nameless operand of ``MatMul``, transposed, and the ``Add``
+An exporter keeps the names of the parameters, except the names of matrices and of parameters that
+it has cut: a linear layer's matrix is a nameless operand of ``MatMul``, transposed, and the ``Add``
 behind it has the layer's bias, whose name tells the layer. The position of the first token and
-those of the patches are two nameless tensors.
+the positions of the patches are two nameless tensors.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedpeft.models.processors import plain_image_processor
 
-PREFIX, NAMELESS = "backbone.", "onnx::"  # of the parameters' names, and of the others'
+PREFIX, NAMELESS = "backbone.", "onnx::"  # prefixes of named and of nameless tensors
 BIAS = ".bias"
 POSITIONS = "embeddings.position_embeddings"
 MASK = "embeddings.mask_token"  # only pretraining reads it, so the file lacks it
@@ -27,8 +27,8 @@ def from_onnx(file: Path, folder: Path, lacking: Mapping[str, Any]) -> None:
     """Write an ONNX file's weights, and the configuration and image processor that it lacks.
 
     Args:
-        file: of a DINOv2, whose initialisers are named as the parameters of transformers, with
-            ``backbone.`` before them.
+        file: an ONNX file of a DINOv2, whose initialisers are named as the parameters of
+            transformers, with ``backbone.`` before them.
         folder: an empty folder, which transformers reads then.
         lacking: ``architecture``, the ``model_type`` and fields of the configuration, and
             ``images``, the image processor's fields.
@@ -61,7 +61,7 @@ def _check(file: Path, report: Mapping[str, Any], unread: Iterable[str]) -> None
 
     Args:
         file: named in the error.
-        report: of transformers, on the weights that were read.
+        report: transformers' report on the weights that were read.
         unread: tensors that are no weights.
 
     Raises:
@@ -107,7 +107,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 def _matrices(nodes: Iterable[Any]) -> Iterator[tuple[str, str]]:
     """Yield the second operand of each MatMul with a bias behind it, and the layer's name."""
-    summed: dict[str, str] = {}  # by one operand of an Add, the other one
+    summed: dict[str, str] = {}  # maps each operand of an Add to the other
     for node in nodes:
         if node.op_type == "Add":
             one, other = node.input

@@ -23,7 +23,7 @@ class Parted(NamedTuple):
 
 
 class _Place(NamedTuple):
-    path: str  # of the head in the model
+    path: str  # the head's name in the model
     vocabulary: int
 
 

@@ -47,7 +47,7 @@ def one_sentence(source: str, revision: str | None, key: str = "model.path") -> 
         key: the configuration key that takes a folder.
 
     Raises:
-        ValueError: in place of every ValueError, and of every OSError, which hub clients and
+        ValueError: takes the place of every ValueError, and of every OSError, which hub clients and
             missing files raise.
     """
     try:

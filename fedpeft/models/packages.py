@@ -49,8 +49,8 @@ def readable(package: str, install: str | None, sha256: str | None, lacking: Lac
         package: ``module/folder``, ``module/file.gguf`` or ``module/file.onnx`` of an installed
             package.
         install: the command that installs it, for the error.
-        sha256: of the file; null does not check. A folder is not checked here.
-        lacking: what an ONNX file does not say, see ``from_onnx``.
+        sha256: the hash that the file must have; null does not check. A folder is not checked here.
+        lacking: fields that an ONNX file does not hold, see ``from_onnx``.
 
     Raises:
         ValueError: the package is not installed, the file has another hash or other tensors, or
@@ -91,10 +91,10 @@ def converted(file: Path, sha256: str | None, within: Path, lacking: str = "") -
     """Return the folder with a file's model and its processor, which is made if it is not there.
 
     Args:
-        file: of weights.
-        sha256: that it must have; null does not check.
-        within: the cache's folder, which only keeps apart what is remembered for two of them.
-        lacking: what the file lacks, as JSON.
+        file: the file of weights.
+        sha256: the hash that the file must have; null does not check.
+        within: the cache's folder; it only keeps apart the results for two cache folders.
+        lacking: fields that the file does not hold, as JSON; empty if it holds all.
 
     Raises:
         ValueError: the file has another hash or other tensors, or the cache cannot be written.
@@ -121,7 +121,7 @@ def from_gguf(file: Path, folder: Path, _lacking: Lacking) -> None:
     """Write a GGUF file's weights in bfloat16, its configuration and its tokenizer.
 
     Args:
-        file: of a causal language model that transformers knows.
+        file: a GGUF file of a causal language model that transformers knows.
         folder: an empty folder, which transformers reads then.
         _lacking: nothing, because such a file holds all.
     """

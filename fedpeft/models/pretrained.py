@@ -41,8 +41,8 @@ class Pretrained:
         architecture: the published configuration (``model_type`` and its fields). It suffices to
             count parameters on the meta device, or to build the model with random weights; an ONNX
             file is read by it.
-        images: fields of a ViT's image processor, such as ``size``, for weights that come without
-            one: those of an ONNX file, or random ones.
+        images: fields of a ViT's image processor, such as ``size``, for weights without a
+            processor: an ONNX file's or random ones.
         random: build from ``architecture`` (or the folder's configuration) with random weights.
         settings: configuration fields to set on top, e.g. dropout probabilities.
         pooling: ``mean`` reads a classifier off the mean of the last layer's tokens, as sentence
@@ -88,7 +88,7 @@ class Pretrained:
 
         Raises:
             ValueError: neither path nor package is set, the path is no model's folder, or the
-                package is not installed or holds another file than ``sha256``'s, or a file that
+                package is not installed, or holds a file that has another hash than ``sha256`` or
                 cannot be converted.
         """
         if self.path is not None:
@@ -141,7 +141,7 @@ class Pretrained:
         """Check that the computation's ``precision``, fp32 or bf16, suits the weights.
 
         Raises:
-            ValueError: it does not.
+            ValueError: the precision does not suit the weights.
         """
         if self.dtype == "bfloat16" and precision != "bf16":
             raise ValueError(f"model.dtype=bfloat16 needs precision=bf16, got {precision}")
@@ -161,11 +161,11 @@ class Pretrained:
         """Check that the weights are those on which a method was trained.
 
         Args:
-            expected: their hash then; null if it is not known.
+            expected: the SHA-256 of the weights in that training; null if it is not known.
             trained: names the run or the folder of which they are the base.
 
         Raises:
-            ValueError: they are others.
+            ValueError: the weights have another hash.
         """
         now = self.weights_sha256() if expected else None
         if now and now != expected:
@@ -346,7 +346,7 @@ def _checked(path: str, key: str, file: str = "") -> str:
         file: a file that the folder must hold.
 
     Raises:
-        ValueError: a path that can only be a folder is none, or lacks ``file``.
+        ValueError: the path can only be a folder, but is none or lacks ``file``.
     """
     if not path.startswith((".", "/", "~")):
         return path

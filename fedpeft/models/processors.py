@@ -10,7 +10,7 @@ def image_side(config: Any, fields: Mapping[str, Any]) -> int:
     Args:
         config: the transformers configuration of the part that reads images. Its own size may be
             another, because some models interpolate their positions.
-        fields: of the image processor.
+        fields: fields of the image processor, such as ``size``.
     """
     return fields.get("size", {}).get("height", config.image_size)
 
@@ -23,7 +23,7 @@ def plain_image_processor(config: Any, fields: Mapping[str, Any]) -> Any:
 
     Args:
         config: the transformers configuration of a model that reads images.
-        fields: of the processor, such as ``size`` and ``image_mean``.
+        fields: fields of the processor, such as ``size`` and ``image_mean``.
     """
     from transformers import ViTImageProcessorPil  # here, because it takes seconds
 

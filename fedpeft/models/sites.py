@@ -100,7 +100,7 @@ def chosen_blocks(layers: str | Sequence[int], count: int) -> list[int]:
         count: number of the model's blocks.
 
     Raises:
-        ValueError: the model has no such block, or the text is another.
+        ValueError: the model has no such block, or ``layers`` is another text.
     """
     if layers == "all":
         return list(range(count))
@@ -271,7 +271,7 @@ def reads_text(model: nn.Module) -> nn.Module:
     """Return the model if it reads text.
 
     Raises:
-        ValueError: it reads images.
+        ValueError: the model reads images.
     """
     if getattr(model, "main_input_name", "") == "pixel_values":
         raise ValueError(
@@ -349,8 +349,8 @@ def check_rank(model: nn.Module, names: Iterable[str], rank: int) -> None:
 
     Args:
         model: has the matrices.
-        names: of the linear layers.
-        rank: to check.
+        names: names of the layers that the method changes; only linear ones are checked.
+        rank: the method's rank.
 
     Raises:
         ValueError: no matrix can have such a rank.
@@ -371,8 +371,8 @@ def check_bottleneck(model: nn.Module, names: Sequence[str], bottleneck: int) ->
 
     Args:
         model: has the layers.
-        names: of the layers.
-        bottleneck: to check.
+        names: names of the layers whose outputs the adapters change.
+        bottleneck: the adapters' inner width.
 
     Raises:
         ValueError: an adapter would be wider than any of the layers, so it is no bottleneck.

@@ -16,7 +16,7 @@ class BottleneckAdapter(nn.Module):
         width: features of input and output.
         bottleneck: inner width.
         activation: ``gelu`` or ``relu``; open in the paper.
-        device: of the parameters.
+        device: the parameters' device; null for torch's default.
     """
 
     def __init__(

@@ -96,7 +96,7 @@ class TensorTrain(nn.Module):
         out_features: columns of W.
         shape: axes k_1..k_J with product in_features * out_features.
         rank: inner TT rank, >= 1.
-        device: of the parameters.
+        device: the parameters' device; null for torch's default.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class TTAdapter(nn.Module):
         shapes: the user's TT axes, see ``tt_shape``.
         zero_last: start the last factor of ``up`` and its bias at zero, so that the adapter starts
             as the identity.
-        device: of the parameters.
+        device: the parameters' device; null for torch's default.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ def brief(values: Sequence[object], most: int = MOST) -> list[str]:
     middle, because its ends tell more.
 
     Args:
-        values: of one column.
+        values: the values of one column.
         most: characters above which a value is shortened.
     """
     texts = [" ".join(str(value).split()) for value in values]
@@ -40,7 +40,7 @@ def _shared(form: str, short: dict[str, str]) -> bool:
 
 
 def _last_parts(texts: Sequence[str], most: int) -> dict[str, str]:
-    """Return each text, or the last parts of those that are long paths."""
+    """Return each text; a long path is cut to its last parts."""
     forms = {text: text for text in texts}
     paths = {text: PurePath(text).parts for text in forms if _PATH.match(text)}
     for count in range(1, max(map(len, paths.values()), default=0)):
@@ -58,7 +58,7 @@ def _same_at_the_end(ends: Sequence[Sequence[str]]) -> int:
 
 
 def _inside(end: Sequence[str], same: int, most: int) -> str:
-    """Return the last parts of a path; if they are long, without those that others share."""
+    """Return the last parts of a path; if they are long, without the parts that others share."""
     whole = f"…/{'/'.join(end)}"
     return whole if len(whole) <= most or not same else f"…/{'/'.join(end[:-same])}/…"
 

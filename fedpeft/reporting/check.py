@@ -22,8 +22,8 @@ class Report:
         title: the method and the model.
         server: facts of the server's process by name.
         clients: facts of each client's node, with its rows by split.
-        rows: of the data set that the server has, by split.
-        parameters: what a client trains and sends in a round, see ``parameter_counts``.
+        rows: number of rows of the server's data set, by split.
+        parameters: counts of what a client trains and sends in a round, see ``parameter_counts``.
         problems: sentences; the run would fail, or not be what it seems.
         notes: sentences on what may be as it is meant.
     """

@@ -32,7 +32,7 @@ def read_clients(run: Path, round: int | None = None) -> Rows:
         round: the number of the only round to return; null for all.
 
     Raises:
-        ValueError: it holds no such table.
+        ValueError: the directory holds no such table.
     """
     table = read_columns(run)
     if round is not None:
@@ -45,10 +45,10 @@ def read_columns(run: Path, names: Collection[str] | None = None) -> Any:
 
     Args:
         run: the run's directory.
-        names: of the columns to read, of which the table may lack some; null for all.
+        names: columns to read; the table may lack some of them; null reads all columns.
 
     Raises:
-        ValueError: it holds no such table.
+        ValueError: the directory holds no such table.
     """
     if (run / CLIENTS).exists():
         table = in_columns(read_lines(run / CLIENTS))
@@ -68,8 +68,8 @@ class ClientTable:
 
     Args:
         run: the run's directory.
-        round: its number.
-        rows: one a client, sorted.
+        round: the round's number.
+        rows: one row a client, sorted.
         line: the round in metrics.jsonl; empty if the run ended before it was written.
     """
 
@@ -84,7 +84,7 @@ class ClientTable:
 
         Args:
             run: the run's directory.
-            round: its number; null for the last one that clients measured, or trained in.
+            round: the round's number; null for the last one that clients measured, else trained in.
 
         Raises:
             ValueError: the directory holds no run, or no clients in this round.
@@ -177,7 +177,7 @@ class ClientTable:
 
 
 def _rounds(run: Path) -> tuple[list[int], list[int]]:
-    """Return the rounds with clients, and those in which one measured itself, sorted."""
+    """Return the rounds with clients, and the rounds in which a client measured itself, sorted."""
     table = read_columns(run)
     if not table.num_rows:
         return [], []

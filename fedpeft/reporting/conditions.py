@@ -25,9 +25,9 @@ class Condition:
     """A column, a sign and a value.
 
     Args:
-        column: its name.
+        column: the column's name.
         sign: ``=``, ``!=``, ``<``, ``<=``, ``>`` or ``>=``.
-        value: to compare with; texts are equal in capitals and small letters.
+        value: text of the value to compare with; upper and lower case are equal.
     """
 
     column: str
@@ -39,7 +39,7 @@ class Condition:
         """Parse a condition.
 
         Raises:
-            ValueError: it has no sign, or compares the order of what is no number.
+            ValueError: the text has no sign, or compares the order of what is no number.
         """
         if (match := _FORM.fullmatch(text)) is None:
             raise ValueError(
@@ -51,7 +51,7 @@ class Condition:
         return condition
 
     def holds(self, row: Mapping[str, Any]) -> bool:
-        """Tell whether a row meets the condition; one without the column only meets ``!=``."""
+        """Tell whether a row meets the condition; a row without the column only meets ``!=``."""
         if self.sign in _ORDERS:
             value = row.get(self.column)
             return _is_number(value) and _ORDERS[self.sign](value, self._parsed())

@@ -63,7 +63,7 @@ def plot_study(path: Path, rows: Rows, metric: str, baseline: float | None) -> N
 
     Args:
         path: the picture's file.
-        rows: one for each method that has a quality.
+        rows: one row for each method that has a quality.
         metric: name of the measure of quality.
         baseline: quality of a client's commonest label, or null.
     """
@@ -82,8 +82,8 @@ def style(place: int, label: str) -> dict[str, Any]:
     """Return a setting's colour, marker and label.
 
     Args:
-        place: of the setting among all.
-        label: for the legend.
+        place: the setting's place among all settings, which decides colour and marker.
+        label: the setting's name in the legend.
     """
     colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
     return {"color": colour, "marker": marker, "label": label}
@@ -97,10 +97,10 @@ def _point(
     A logarithmic axis has no 0.
 
     Args:
-        axis: of the chart.
+        axis: matplotlib's axes of the chart.
         sent: bytes.
         quality: mean over the seeds.
-        spread: its deviation, or null.
+        spread: the quality's standard deviation, or null.
         drawn: the method's style.
     """
     if sent:
@@ -130,7 +130,7 @@ def log_scale(axis: Any) -> None:
     """Make the horizontal axis logarithmic, with plain numbers, because no text is math.
 
     Args:
-        axis: on which everything is drawn.
+        axis: matplotlib's axes, on which everything is drawn already.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 

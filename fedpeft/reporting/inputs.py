@@ -21,8 +21,8 @@ class Input(NamedTuple):
 
     Attributes:
         group: ``data`` or ``model``.
-        sha256: of what was read.
-        path: of the run's directory.
+        sha256: SHA-256 of the rows or weights that were read.
+        path: the run's directory.
     """
 
     group: str
@@ -33,11 +33,11 @@ class Input(NamedTuple):
         """Compare with another hash.
 
         Args:
-            sha256: of what is read with the same settings; null if it is not known.
+            sha256: SHA-256 of the rows or weights of the same settings; null if it is not known.
             other: names who reads it.
 
         Raises:
-            ValueError: it is another one.
+            ValueError: the hashes differ.
         """
         if sha256 and sha256 != self.sha256:
             raise ValueError(

@@ -13,7 +13,7 @@ class JsonLog(Observer):
     """Writes each event of a run as one line, with the time in UTC and the run's directory.
 
     Args:
-        run_dir: of the run, because several runs may write into one log.
+        run_dir: the run's directory, written in each line because runs may share one log.
     """
 
     def __init__(self, run_dir: str) -> None:

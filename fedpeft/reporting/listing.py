@@ -31,7 +31,7 @@ NUMBERS = (  # columns of a run's numbers, and their titles
 )
 TITLES = dict(NUMBERS)
 MOST_SETTINGS = 8  # columns of settings that are shown if none are named
-MOST_NAMED = 12  # of the other settings that a note names
+MOST_NAMED = 12  # other settings that a note names, at most
 # Columns in the order in which they are left out if a terminal has no room; settings come after
 # them, the last one first.
 LEFT_OUT = (
@@ -56,8 +56,8 @@ class Listing:
         """Find the runs in folders that meet all conditions.
 
         Args:
-            folders: of runs, studies or sweeps.
-            conditions: on columns, settings or measures, such as ``lr<0.01``.
+            folders: folders of runs, studies or sweeps.
+            conditions: conditions on columns, settings or measures, such as ``lr<0.01``.
 
         Raises:
             ValueError: a folder holds no run, a condition is none or names what no run has, or no
@@ -178,7 +178,7 @@ def _averaged(rows: Rows, measures: Sequence[str]) -> dict[str, Any]:
     """Return the columns in which rows agree, and means and sample deviations of the numbers.
 
     Args:
-        rows: of runs that differ in the seed alone.
+        rows: rows of runs that differ in the seed alone.
         measures: names of columns that are numbers, besides ``NUMBERS``.
     """
     ended = [row for row in rows if row["status"] == "completed"]
@@ -195,11 +195,11 @@ def _averaged(rows: Rows, measures: Sequence[str]) -> dict[str, Any]:
 
 
 def ordered(rows: Rows, column: str, reverse: bool) -> Rows:
-    """Return rows sorted by a column; those that have no value come last.
+    """Return rows sorted by a column; rows without a value come last.
 
     Args:
-        rows: one a run, or one a setting.
-        column: its name; its values are sorted as texts unless all are numbers.
+        rows: one row a run, or one a setting.
+        column: the column's name; its values are sorted as texts unless all are numbers.
         reverse: the largest first.
     """
     have = [row for row in rows if row.get(column) is not None]
@@ -212,7 +212,7 @@ def page(rows: Rows, columns: Sequence[str], notes: Sequence[str]) -> Page:
     """Return a table of rows, with whole values.
 
     Args:
-        rows: one a run, or one a setting.
+        rows: one row a run, or one a setting.
         columns: the names of the columns to show.
         notes: sentences below the table.
     """
@@ -228,7 +228,7 @@ def narrow_page(rows: Rows, columns: Sequence[str], notes: Sequence[str], room: 
     values are shortened, and columns for which there is no room are left out and named.
 
     Args:
-        rows: one a run, or one a setting.
+        rows: one row a run, or one a setting.
         columns: the names of the columns to show.
         notes: sentences below the table.
         room: columns of the terminal; null for any number.
@@ -261,7 +261,7 @@ def _shared(rows: Rows, texts: Mapping[str, Sequence[str]]) -> dict[str, str]:
 
 
 def _without_room(texts: Mapping[str, Sequence[str]], room: int | None) -> list[str]:
-    """Return the columns to leave out, so that those that stay fit into a terminal.
+    """Return the columns to leave out, so that the others fit into a terminal.
 
     Args:
         texts: the cells by column.
@@ -298,8 +298,8 @@ def export(rows: Rows, file: Path) -> None:
     """Write rows with all digits as Parquet or CSV.
 
     Args:
-        rows: with the same columns or not; a column that a row lacks is empty there.
-        file: as ``check_export`` wants it.
+        rows: rows with the same columns or not; a column that a row lacks is empty there.
+        file: path of the file, with an ending that ``check_export`` takes.
     """
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: _column([_plain(row.get(name)) for row in rows]) for name in names}
@@ -318,7 +318,7 @@ def check_export(file: Path) -> None:
     """Check the name of a file before the runs are read.
 
     Raises:
-        ValueError: it ends in neither ``.parquet`` nor ``.csv``.
+        ValueError: the name ends in neither ``.parquet`` nor ``.csv``.
     """
     if file.suffix not in (".parquet", ".csv"):
         raise ValueError(f"--to must be a file .parquet or .csv, got {file}")

@@ -29,7 +29,7 @@ class Observer:
 
         Args:
             phase: ``train`` or ``evaluate``.
-            client: its number.
+            client: the client's number.
             outcome: ``late``, ``refused`` or ``absent``.
             reason: one sentence.
         """
@@ -42,7 +42,7 @@ class Observer:
 
         Args:
             status: ``completed``, ``stopped`` by somebody, or ``failed``.
-            reason: one sentence, unless it is completed.
+            reason: one sentence; empty if the run is completed.
         """
 
 
@@ -50,7 +50,7 @@ class Observers(Observer):
     """Tells several observers, in their order; the last to start is the first to stop.
 
     Args:
-        observers: of one run.
+        observers: the observers of one run.
     """
 
     def __init__(self, observers: Sequence[Observer]) -> None:

@@ -210,7 +210,7 @@ def _edge_notes(rows: Rows) -> list[str]:
 
 def _start_notes(done: Sequence[Done], measures: Measures) -> list[str]:
     """Return the quality of each method's model before training, if it was measured."""
-    starts: dict[str, dict[int, float]] = {}  # by entry and seed
+    starts: dict[str, dict[int, float]] = {}  # quality before training, by entry and seed
     for run, outcome in done:
         if not isinstance(outcome, dict) or not outcome["final"]["round"]:
             continue  # an entry that does not train has its row in the table

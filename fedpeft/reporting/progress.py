@@ -73,7 +73,7 @@ def _spread(measures: Mapping[str, Any], key: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Return a measure as text; the summary has null for one that is not finite."""
+    """Return a measure as text; the summary has null for a measure that is not finite."""
     return "not finite" if value is None else f"{value:.4f}"
 
 
@@ -96,7 +96,7 @@ class Display(Observer):
         return cls(Console(soft_wrap=True, stderr=as_json, quiet=quiet))
 
     def show(self, text: str) -> None:
-        """Show a line as it is; brackets such as those of ``targets=[q,k,v]`` are no markup."""
+        """Show a line as it is; brackets, as in ``targets=[q,k,v]``, are no markup."""
         self.console.print(text, markup=False, emoji=False, highlight=False)
 
     def start(self, title: str, num_rounds: int) -> None:
@@ -161,7 +161,7 @@ class Display(Observer):
             self._live = None
 
 
-DONE, SKIPPED, FAILED = "done", "skipped", "failed"  # of a run among several
+DONE, SKIPPED, FAILED = "done", "skipped", "failed"  # outcomes of a run among several
 
 
 @dataclass
@@ -173,8 +173,8 @@ class Tally:
         done: runs that came to their end now.
         skipped: runs whose results were there.
         failed: runs that an error ended, now or earlier.
-        earlier: those of ``failed`` that an earlier command ran, so they took no time now.
-        started: time at which the first one began, in seconds since 1970.
+        earlier: number of ``failed`` runs that an earlier command ran, so they took no time now.
+        started: time at which the first run began, in seconds since 1970.
     """
 
     total: int | None

@@ -14,7 +14,7 @@ class Metrics(Observer):
     """Serves gauges and counters from ``start`` to ``stop``.
 
     Args:
-        port: on this machine's own address alone.
+        port: TCP port to serve at, on 127.0.0.1 alone.
 
     Raises:
         ValueError: the extra ``metrics`` is not installed.
@@ -29,7 +29,7 @@ class Metrics(Observer):
             ) from error
         self.port, self._serve = port, prometheus.start_http_server
         self._serving: tuple[WSGIServer, Thread] | None = None
-        self.registry = prometheus.CollectorRegistry()  # of this run alone
+        self.registry = prometheus.CollectorRegistry()  # metrics of this run alone
 
         def metric(kind: Any, name: str, text: str, *labels: str) -> Any:
             return kind(f"fedpeft_{name}", text, labels, registry=self.registry)

@@ -31,7 +31,7 @@ class Measures(NamedTuple):
         quality: the measure on test rows by which methods are compared.
         selects: the measure on validation rows that chooses.
         sign: 1 if more of ``selects`` is better, -1 if less.
-        quality_sign: the same of ``quality``.
+        quality_sign: 1 if more of ``quality`` is better, -1 if less.
     """
 
     quality: str
@@ -95,8 +95,8 @@ def common_label(summary: Mapping[str, Any], quality: float | None) -> float | N
     """Return the score of always answering the commonest label; null if the task has none.
 
     Args:
-        summary: of a run.
-        quality: of the run; null if its clients were not tested, then the server's rows count.
+        summary: a run's summary.
+        quality: the run's quality; null if no clients were tested, then the server's rows count.
     """
     key = "test_baseline" if quality is None else "client_test_baseline"
     return summary.get("baseline", {}).get(key)
@@ -182,8 +182,8 @@ def ranked_lrs(rows: Rows, sign: int) -> list[float]:
     """Rank a method's learning rates by the mean over its seeds on validation rows.
 
     A rate at which more seeds came to their end goes first, because a mean over the survivors says
-    nothing of the other seeds; so does one that was run with more seeds, because it was better with
-    the first. Among equals, the smaller rate goes first.
+    nothing of the other seeds; so does a rate that was run with more seeds, because it was better
+    with the first. Among equals, the smaller rate goes first.
 
     Args:
         rows: the method's rows of ``runs.csv``.

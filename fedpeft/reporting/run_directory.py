@@ -25,9 +25,9 @@ OVERRIDES = "overrides.yaml"  # the command's, as a list
 LOCK = ".lock"  # is locked while a process has the directory
 STOPPED = "stopped.txt"  # the reason why a run ended before its end
 CHECKPOINTS = "checkpoints"  # folder of states from which a run goes on
-LAST_ENTRY = "initial_error"  # of a summary; without it the run was killed before its end
-MOST_SAMPLES = 100  # of samples.jsonl
-MOST_BYTES = 255  # of a folder's name
+LAST_ENTRY = "initial_error"  # a summary's last entry; without it the run was killed before its end
+MOST_SAMPLES = 100  # lines of samples.jsonl
+MOST_BYTES = 255  # bytes of a folder's name
 HELD = "partition.parquet"  # rows by client and label, where the server knows them
 
 
@@ -35,11 +35,11 @@ def check_run_dir(path: Path, resume: bool) -> None:
     """Check that a run can write into a directory, which need not be there; nothing is made.
 
     Args:
-        path: of the directory.
+        path: the directory's path.
         resume: a run that is there may go on.
 
     Raises:
-        ValueError: it cannot be made, or holds a run.
+        ValueError: the directory cannot be made, or holds a run that may not go on.
     """
     check_makeable(path)
     _check_empty(path, resume)
@@ -85,15 +85,15 @@ class RunDirectory:
     One process owns a directory at a time.
 
     Args:
-        path: of the directory.
-        config: the run's, composed.
+        path: the directory's path.
+        config: the run's composed configuration.
         resume: go on with what is there, instead of refusing it.
-        overrides: that composed the configuration; they are written, so that the command stays
-            known.
+        overrides: overrides that composed the configuration; they are written, so that the
+            command stays known.
 
     Raises:
-        InUse: another process runs in it.
-        ValueError: it holds a run, or one of another configuration.
+        InUse: another process runs in the directory.
+        ValueError: the directory holds a run that may not go on, or one of another configuration.
     """
 
     def __init__(
@@ -231,15 +231,15 @@ def is_free(key: str) -> bool:
 
 
 def check_same(before: Any, now: Any, path: Path) -> None:
-    """Compare the configuration of a run with that of the one that wants to go on.
+    """Check that a saved run's configuration and a new one give the same results.
 
     Args:
-        before: composed, as it was saved.
-        now: composed.
-        path: of the run's directory.
+        before: the saved run's composed configuration.
+        now: the composed configuration of the run that wants to go on.
+        path: the run's directory, for the error.
 
     Raises:
-        ValueError: they would give different results.
+        ValueError: the two configurations would give different results.
     """
     old, new = leaves(before), leaves(now)
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
@@ -278,8 +278,8 @@ def run_path(run_dir: str | None, label: str) -> Iterator[str]:
     A new directory that is still empty after an error is removed.
 
     Args:
-        run_dir: that the run names; null for a new one.
-        label: ends a new one's name.
+        run_dir: directory that the run names; null for a new one.
+        label: ends a new directory's name.
     """
     if run_dir:
         yield run_dir
@@ -315,7 +315,7 @@ def read_config(folder: Path) -> DictConfig:
     """Return a run's composed configuration.
 
     Raises:
-        ValueError: its file is damaged; the error names it.
+        ValueError: the configuration's file is damaged; the error names it.
     """
     file = folder / CONFIG
     try:
@@ -337,12 +337,12 @@ def in_columns(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return a run's lines, without a last one that was cut off."""
+    """Return a run's lines, without a last line that was cut off."""
     return read_lines(path / METRICS)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file, one a line, without a last one that was cut off.
+    """Return the objects of a file, one a line, without a last line that was cut off.
 
     Raises:
         ValueError: another line is damaged.
@@ -355,11 +355,11 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
     """Return the object that a line writes.
 
     Args:
-        line: as it lies in the file.
+        line: the line's bytes, as they lie in the file.
         place: file and line, for the error.
 
     Raises:
-        ValueError: it is no JSON, or JSON of something else.
+        ValueError: the line is no JSON, or JSON of something else than an object.
     """
     try:
         value = json.loads(line.decode())

@@ -42,7 +42,7 @@ class SavedRun:
     """A run's directory, whose files are read when they are first asked for.
 
     Args:
-        path: of the directory.
+        path: the run's directory.
     """
 
     path: Path
@@ -123,7 +123,7 @@ class SavedRun:
 
 
 def settings_of(config: DictConfig) -> dict[str, Any]:
-    """Return a composed configuration's values by dotted key, without those that are ``FREE``."""
+    """Return a composed configuration's values by dotted key, without keys that ``FREE`` names."""
     return {key: value for key, value in leaves(config).items() if not is_free(key)}
 
 
@@ -149,7 +149,7 @@ def saved_runs(folders: Sequence[Path]) -> list[SavedRun]:
     """Find the runs in folders and in all folders below them.
 
     Args:
-        folders: of runs, studies or sweeps; a run that two of them hold is returned once.
+        folders: folders of runs, studies or sweeps; a run that two of them hold is returned once.
 
     Returns:
         The runs, sorted by path.
@@ -176,7 +176,7 @@ def _is_run(path: Path) -> bool:
     """Tell whether a folder with a file of a run's name is a run's directory.
 
     Raises:
-        ValueError: it is that of a finished run, and lacks a file, so that tables would lack the
+        ValueError: the folder is a finished run's, and lacks a file, so that tables would lack the
             run.
     """
     there = {name for name in (CONFIG, METRICS, SUMMARY) if (path / name).exists()}
@@ -193,7 +193,7 @@ def chosen_runs(folders: Sequence[Path]) -> list[Path]:
     """Return the directories of the runs with each method's chosen learning rate.
 
     Args:
-        folders: of studies, or above them; their ``runs.csv`` say which runs these are.
+        folders: folders of studies, or folders above; each ``runs.csv`` says which runs these are.
 
     Raises:
         ValueError: a folder holds no study, or its ``runs.csv`` is cut or of an earlier version.
@@ -224,9 +224,9 @@ def directory(entry: str, lr: float, seed: int) -> Path:
     """Return the directory of a study's run, below the study's folder.
 
     Args:
-        entry: label of its method.
-        lr: its learning rate.
-        seed: of the run.
+        entry: label of the run's method.
+        lr: the run's learning rate.
+        seed: the run's seed.
     """
     return Path(entry.replace("/", "_"), f"lr={lr}", f"seed={seed}")
 

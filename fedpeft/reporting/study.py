@@ -23,11 +23,11 @@ class Run(NamedTuple):
     """One run of a study.
 
     Attributes:
-        entry: label of its method.
+        entry: label of the run's method.
         lr: learning rate.
         seed: the run's seed.
-        path: its directory.
-        overrides: its configuration, with the directory.
+        path: the run's directory.
+        overrides: the overrides of the run's configuration, with its directory.
         config: the composed configuration.
     """
 
@@ -66,13 +66,13 @@ class Study:
         folder: holds the runs' directories and the results.
         base: overrides of every run.
         entries: methods, each with overrides of its own: ``lora+strategy=local_only``.
-        lrs: learning rates of all entries but those with one of their own: ``lora+lr=1e-3``.
+        lrs: learning rates of the entries that name none of their own, as ``lora+lr=1e-3`` does.
         seeds: seeds; the configuration's if empty.
         flat: directories are ``<entry>`` instead of ``<entry>/lr=<lr>/seed=<seed>``.
-        more: by entry, learning rates beyond ``lrs``. An entry without any rate has its method's.
-        finalists: by entry, the learning rates that seeds after the first are run with; all rates
-            of an entry that is not there.
-        rates_from: name of the table whose best rates these are; null if this one searches.
+        more: learning rates by entry, beyond ``lrs``. An entry without any rate has its method's.
+        finalists: learning rates by entry that seeds after the first are run with; an entry that
+            is not there is run with all its rates.
+        rates_from: name of the table whose best rates these are; null if this table searches.
     """
 
     folder: Path
@@ -133,12 +133,12 @@ class Study:
         return len(self._pairs(entry))
 
     def widened(self, edges: Mapping[str, float]) -> "Study":
-        """Return the study with one more learning rate for each entry whose best one is an edge.
+        """Return the study with one more learning rate for each entry whose best rate is an edge.
 
         The new rate lies as far beyond the edge as the edge from its neighbour, as a factor.
 
         Args:
-            edges: by entry, its best rate, which is the first or last of its grid of two or more.
+            edges: best rate by entry, the first or last of the entry's grid of two or more rates.
         """
         more, finalists = dict(self.more), dict(self.finalists)
         for entry, best in edges.items():
@@ -229,7 +229,7 @@ def numbers(name: str, text: str, kind: Callable[[str], T]) -> list[T]:
         The numbers.
 
     Raises:
-        ValueError: one of them is no such number.
+        ValueError: a part of the text is no such number.
     """
     try:
         return [kind(part) for part in text.split(",")] if text else []

@@ -17,8 +17,8 @@ class Finished(NamedTuple):
     """A table's study with all runs done.
 
     Attributes:
-        study: with the learning rates that were added.
-        ranked_lrs: by entry, its learning rates of which a run came to its end, the best first.
+        study: the study, with the learning rates that were added.
+        ranked_lrs: each entry's learning rates with which a run came to its end, the best first.
     """
 
     study: Study
@@ -104,7 +104,7 @@ class StudyPlan:
         """Check the folder ``data``.
 
         Raises:
-            ValueError: it lacks the folder of a table.
+            ValueError: the folder ``data`` lacks the folder of a table.
         """
         for data in [self._data_of(study.base) for study in self.studies()]:
             if data is not None and not data.is_dir():

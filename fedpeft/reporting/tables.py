@@ -20,7 +20,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     Args:
         title: stands above the table.
         header: the columns' names.
-        rows: cells as text; brackets such as those of ``targets=[q,k,v]`` are no markup.
+        rows: cells as text; brackets, as in ``targets=[q,k,v]``, are no markup.
     """
     table = Table(title=Text(title, "table.title"), title_justify="left")
     for i, name in enumerate(header):
@@ -195,8 +195,8 @@ def measures_page(title: str, rows: Rows, columns: Mapping[str, str]) -> Page:
 
     Args:
         title: stands above it.
-        rows: with each measure's mean and standard deviation over the seeds, by its name.
-        columns: what the columns are called, by the measures' names.
+        rows: one row a method, with the mean and standard deviation of each measure by its name.
+        columns: titles of the columns, by the measures' names.
     """
     header = ("method", *(text.replace("_", " ") for text in columns.values()))
     cells = [

@@ -37,7 +37,7 @@ from fedpeft.state import (
 )
 from fedpeft.wire import sentence, wire_bytes
 
-MEDIAN = "update_norm_median"  # of a step, in a round's line
+MEDIAN = "update_norm_median"  # key of the median norm of an update a step, in a round's line
 
 
 class Aggregator:
@@ -45,7 +45,7 @@ class Aggregator:
 
     Args:
         down: the server's values, which take the result.
-        nodes: of the clients.
+        nodes: the clients' nodes.
 
     Attributes:
         said: rows that each client with rows of its own said at its first usable reply; it may
@@ -65,9 +65,9 @@ class Aggregator:
         """Check each reply, refuse those that cannot be used, and aggregate the rest.
 
         Args:
-            number: of the round.
+            number: the round's number.
             replies: client and reply, as they arrive.
-            seen: of the round; takes bytes, refusals and metrics.
+            seen: the server's view of the round; takes bytes, refusals and metrics.
             late: reason to note for clients that did not reply.
 
         Raises:
@@ -195,10 +195,10 @@ class Aggregator:
         """Read replies as they arrive, while others still train.
 
         Args:
-            round: its number.
-            replies: client and reply.
-            before: what the clients received, full.
-            seen: takes bytes and refusals.
+            round: the round's number.
+            replies: client and reply, as they arrive.
+            before: parameters as the clients received them, full.
+            seen: the server's view of the round; takes bytes and refusals.
             late: reason for clients that do not reply.
         """
         shared = {name: before[name] for name in self.roles.shared(round)}
@@ -262,8 +262,8 @@ class Aggregator:
         """Check what a client says of its rows and steps against what the server knows.
 
         Raises:
-            ValueError: it says more training rows than it holds or has said before, or other steps
-                than it was told to take.
+            ValueError: the client says more training rows than it holds or has said before, or
+                other steps than it was told to take.
         """
         if self.config.strategy.pooled:
             return

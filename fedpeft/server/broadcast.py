@@ -24,8 +24,8 @@ class Broadcast(NamedTuple):
 
     Attributes:
         wire: parameters as they are sent, wire.
-        received: all that can change, full, as clients of whole parameters have it.
-        extras: what the strategy adds to messages to train, wire.
+        received: every parameter that can change, full, as clients of whole parameters have it.
+        extras: the strategy's additions to messages to train, wire.
     """
 
     wire: State
@@ -39,7 +39,7 @@ class Packed:
 
     Attributes:
         group: names these clients to the grid.
-        arrays: one for each dtype.
+        arrays: one array for each dtype.
         index: names, dtypes and shapes.
         payload: bytes of the arrays alone.
     """
@@ -54,16 +54,16 @@ class Broadcaster:
     """Holds what the server knows from round to round, and encodes what goes down.
 
     Args:
-        engine: of the server's process.
+        engine: the server's engine.
         overrides: the configuration as the clients get it.
 
     Attributes:
         state: every parameter that the server has set so far, full.
-        memory: what the server keeps for the strategy from round to round.
-        method_memory: the same for the method.
-        best_method_memory: as it was after the best round so far.
-        run: names what clients keep for this run.
-        generations: of what clients keep.
+        memory: the strategy's memory, which lasts from round to round.
+        method_memory: the method's memory, which lasts from round to round.
+        best_method_memory: the method's memory after the best round so far.
+        run: the run's name, under which clients keep their states.
+        generations: each client's generation, now and at rounds that the run may go back to.
     """
 
     def __init__(self, engine: Engine, overrides: str) -> None:
@@ -115,10 +115,10 @@ class Broadcaster:
         """Take over an aggregated round.
 
         Args:
-            number: of the round.
+            number: the round's number.
             after: new values, full.
-            memory: what the server keeps from now on for the strategy.
-            method_memory: the same for the method.
+            memory: the strategy's memory after the round.
+            method_memory: the method's memory after the round.
             kept: clients that keep their state of this round.
         """
         self.update(after)

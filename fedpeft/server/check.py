@@ -19,7 +19,7 @@ from fedpeft.server.replies import printable, reason
 from fedpeft.versions import SHOWN
 from fedpeft.wire import sentence, wire_bytes
 
-MOST_CHARACTERS = 100  # of a version or a hash
+MOST_CHARACTERS = 100  # length of a version or a hash
 Facts = Mapping[str, Any]
 
 
@@ -91,7 +91,7 @@ def read_facts(reply: Message) -> Facts:
     """Read and check a node's answer.
 
     Raises:
-        ValueError: it is an error, or lacks or holds something that it should not.
+        ValueError: the answer is an error, or lacks or holds something that it should not.
     """
     if reply.has_error():
         raise ValueError(reason(reply))

@@ -1,7 +1,7 @@
 """Checkpoints: everything that the rounds after one depend on, so that a run can go on.
 
 All draws derive from (seed, purpose, round, client), so a run that goes on from a checkpoint ends
-with the bits of one that was never broken.
+with the bits of a run that was never broken.
 """
 
 import json
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 NOTES = "checkpoint"
 
 
-PARTS = ("state", "memory", "method_memory", "best_method_memory")  # of a file's tensors
+PARTS = ("state", "memory", "method_memory", "best_method_memory")  # parts of a file's tensors
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,18 @@ class Checkpoint:
     """The server after a round.
 
     Attributes:
-        round: the last one that is done.
-        run: names what clients keep for this run.
-        seconds: that the run has taken.
+        round: the last round that is done.
+        run: the run's name, under which clients keep their states.
+        seconds: seconds that the run has taken so far.
         best: the best round so far; null if nothing was measured that selects.
         accepted: each client's generation.
         best_accepted: each client's generation after the best round.
         state: every parameter that the server has set, full.
         best_state: the same after the best round; null if its file is broken or gone.
-        memory: the strategy's.
-        method_memory: the method's.
-        best_method_memory: the method's after the best round; that of the last one in the
-            checkpoints of earlier versions.
+        memory: the strategy's memory.
+        method_memory: the method's memory.
+        best_method_memory: the method's memory after the best round; in the checkpoints of earlier
+            versions, after the last round.
         data: hash of the server's rows; null in the checkpoints of earlier versions.
         weights: hash of the base model's weights; null if it is not known.
         partition: hash of who holds which rows; null where clients have rows of their own, which
@@ -76,7 +76,7 @@ class Checkpoints:
 
     Args:
         folder: takes the files.
-        keep: so many stay; older ones are deleted once a newer one is complete.
+        keep: number of checkpoints that stay; older ones are deleted once a newer one is complete.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -119,7 +119,7 @@ class Checkpoints:
         """Return the checkpoints that can be read, oldest first; the last one is to go on from.
 
         Raises:
-            ValueError: there are some, but all are broken.
+            ValueError: there are checkpoints, but all are broken.
         """
         checkpoints: list[Checkpoint] = []
         broken: list[str] = []
@@ -138,11 +138,11 @@ class Checkpoints:
         """Return a checkpoint.
 
         Args:
-            round: its round.
-            states: of older checkpoints, by round.
+            round: the checkpoint's round.
+            states: full states of the older checkpoints, by round.
 
         Raises:
-            ValueError: it is broken, or not in this version's form.
+            ValueError: the checkpoint is broken, or not in this version's form.
         """
         tensors, text = read_with_notes(self._file(round))
         try:
@@ -174,8 +174,8 @@ class Checkpoints:
         """Return the state after the best round; null if it is lost.
 
         Args:
-            best: the round; null if there is none.
-            states: of the checkpoints that can be read, by round.
+            best: number of the best round; null if there is none.
+            states: full states of the checkpoints that can be read, by round.
         """
         if best is None:
             return {}

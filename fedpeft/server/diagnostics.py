@@ -33,8 +33,8 @@ def interference(
         method: gives the effective matrices.
         before: every parameter that can change, full, at the round's start; the other states
             override parts of it.
-        states: one a client, full.
-        weights: of the clients, summing to 1.
+        states: each client's state after training, full.
+        weights: one weight a client, in the order of ``states``, summing to 1.
         after: the aggregate, full.
 
     Returns:
@@ -72,9 +72,9 @@ def drift(starts: Sequence[State], states: Sequence[State]) -> dict[str, float]:
     """Return mean and spread of the clients' update norms, and the mean cosine of two updates.
 
     Args:
-        starts: of each client, shared parameters as it started from them, full; zero where it
-            trains no entry, as in ``states``.
-        states: the same after training.
+        starts: each client's shared parameters before training, full; zero where the client trains
+            no entry, as in ``states``.
+        states: the same parameters after training, full.
     """
     if not states[0]:
         return {}  # nothing is sent

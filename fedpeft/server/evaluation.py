@@ -41,14 +41,14 @@ class Evaluator:
         seen: Seen,
         late: str,
     ) -> Line:
-        """Sum up the clients' measures, note each client's, and who measured nothing.
+        """Sum up the clients' measures; note each client's measures and who measured nothing.
 
         Too few clients give no measure, because the measure chooses the best round.
 
         Args:
             replies: client and reply, as they arrive.
             asked: clients that got a message.
-            seen: of the round; takes bytes, refusals and each client's measures.
+            seen: the server's view of the round; takes bytes, refusals and each client's measures.
             late: reason to note for clients that did not reply.
         """
         read: dict[int, tuple[dict[str, float], float | None]] = {}
@@ -88,7 +88,7 @@ def measure(engine: Engine, split: str, state: State, last: bool = False) -> dic
     """Measure the model that clients would get.
 
     Args:
-        engine: of the server's process.
+        engine: the server's engine, whose model takes the values of ``state``.
         split: ``validation``, ``test``, or the name of an extra test.
         state: parameters that the server has set, full.
         last: the run's last evaluation, in which tasks may also measure generated text.
@@ -105,7 +105,7 @@ def measured(reply: Message, ranges: Ranges, rows: Mapping[str, int] | None) -> 
     """Read and check a client's metrics.
 
     Args:
-        reply: to a message to evaluate.
+        reply: a client's reply to a message to evaluate.
         ranges: least and greatest value of each metric that the task gives.
         rows: number of rows that the client has, by split; null if the server does not know.
 
@@ -150,7 +150,7 @@ def over_clients(
     is left out unless every client sent it, because a part of the clients have another one.
 
     Args:
-        measures: by client, with the rows of each split.
+        measures: each client's metrics and numbers of rows of each split, by client.
         sign: 1 if more of a metric is better, -1 if less, by its name.
         most: share of the weighted mean beyond which no client weighs, because clients with rows of
             their own may say any number of rows.

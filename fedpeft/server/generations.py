@@ -9,9 +9,9 @@ class Generations:
     """Remembers each client's generation, also of earlier rounds that may be gone back to.
 
     Attributes:
-        accepted: of each client now; a client that kept nothing is missing, which means 0.
-        best: as they were after the best round so far.
-        checkpoints: as they were at the checkpoints that are kept, oldest first.
+        accepted: each client's generation now; a client that kept nothing is missing, meaning 0.
+        best: each client's generation after the best round so far.
+        checkpoints: each client's generation at each checkpoint that is kept, oldest first.
     """
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from fedpeft.state import State
 
 FRAME = 1 << 20  # bytes of a reply beside its arrays, at most
 MOST_STEPS = 100  # times the median of a round's clients, that count in a norm a step
-MOST_ROWS = 10**9  # that a client with rows of its own may say
+MOST_ROWS = 10**9  # training rows that a client with rows of its own may say at most
 
 
 def update_norms(before: State, states: Sequence[State]) -> list[float]:
@@ -21,7 +21,7 @@ def update_norms(before: State, states: Sequence[State]) -> list[float]:
 
     Args:
         before: shared parameters as the clients received them, full.
-        states: of each client, full or block.
+        states: each client's shared parameters after training, full or block.
     """
     return [
         math.sqrt(sum(_square(before[name], value) for name, value in state.items()))
@@ -40,8 +40,8 @@ def norms_per_step(
     """Divide norms by steps, because a client of many rows takes many steps.
 
     Args:
-        norms: of the updates, by client.
-        steps: likewise, at least one each.
+        norms: the norm of each client's update, by client.
+        steps: number of each client's steps, by client, at least 1.
         own_rows: clients with rows of their own, which say how many steps they took. They count at
             most ``MOST_STEPS`` times the median of all clients' steps.
     """
@@ -64,12 +64,12 @@ def too_far(norms: Mapping[int, float], ratio: float, before: float = 0.0) -> di
     """Return the clients whose update is far longer than the others', with the reason.
 
     Args:
-        norms: of the updates, each divided by the client's steps, by client.
+        norms: the norm of each client's update divided by the client's steps, by client.
         ratio: multiple of the round's lower median, or of ``before`` if that is larger, that a norm
             may have.
         before: the largest lower median of the good rounds so far; 0 if there is none. So clients
-            which hardly move, as those with one label do once they know it, cannot have the others
-            left out.
+            that hardly move, such as clients with one label once they know it, cannot have the
+            others left out.
     """
     median = lower_median(norms.values())
     most, whose = median, "round's median"
@@ -95,8 +95,9 @@ def capped(weights: Sequence[float], most: float) -> list[float]:
     """Cut weights to a share of the round; the others grow in proportion.
 
     Args:
-        weights: sum to 1.
-        most: in (0, 1]. If even equal weights are above it, they are equal.
+        weights: one weight a client, summing to 1.
+        most: largest weight that a client may have, in (0, 1]. If even equal weights are above it,
+            they are equal.
 
     Returns:
         Weights that sum to 1.

@@ -13,7 +13,7 @@ from fedpeft.wire import wire_bytes
 
 POLL_SECONDS = 0.02  # the shortest and the longest pause between two questions
 MOST_POLL_SECONDS = 1.0
-POLL_SHARE = 0.02  # of the time waited so far; over a network each question costs time
+POLL_SHARE = 0.02  # share of the time waited so far; over a network each question costs time
 
 
 class Nodes:
@@ -25,9 +25,9 @@ class Nodes:
 
     Attributes:
         of: node id by client.
-        own_rows: clients that train on rows of their own, which the server does not know; those
-            that joined the run before it was resumed are among them.
-        left_out: by node id, why a node holds no client of this run.
+        own_rows: clients that train on rows of their own, which the server does not know, also if
+            they joined the run before it was resumed.
+        left_out: the reason why a node holds no client of this run, by node id.
         goes_on: true in a resumed run, which goes on without nodes that do not come.
     """
 
@@ -36,7 +36,7 @@ class Nodes:
         self.of: dict[int, int] = {}
         self.own_rows: set[int] = set()
         self.left_out: dict[int, str] = {}
-        self._silent: set[int] = set()  # of ``left_out``, those that have not said what they hold
+        self._silent: set[int] = set()  # nodes of ``left_out`` that have not said what they hold
         self._asked: dict[str, int] = {}  # nodes by the query that they have not answered
         self._pull: tuple[Grid, Pull] | None = None
         self.goes_on = self._begun = False
@@ -51,10 +51,11 @@ class Nodes:
         Args:
             grid: asked for the nodes.
             cohort: the round's clients.
-            fewest: so many of them must have a node; after the timeout the round begins without.
+            fewest: number of the cohort's clients that must have a node; after the timeout the
+                round begins with fewer.
 
         Raises:
-            TimeoutError: in a new run, partitions are missing after the timeout.
+            TimeoutError: partitions of a new run are missing after the timeout.
         """
         begun = asked = time.monotonic()
         self._ask(grid)
@@ -112,8 +113,8 @@ class Nodes:
         """Note which client a node is.
 
         Raises:
-            ValueError: it holds no partition of this run, or one that another node holds, or its
-                reply is too large.
+            ValueError: the node holds no partition of this run, or a partition that another node
+                holds, or its reply is too large.
         """
         if (size := wire_bytes(reply.content)) > FRAME:
             raise ValueError(f"answered with {size} bytes, but at most {FRAME} may come")
@@ -152,8 +153,8 @@ def exchange(
     A message lives as long as its round waits, so that nobody begins it too late.
 
     Args:
-        grid: carries them.
-        messages: by client.
+        grid: carries the messages.
+        messages: one message a client, by client.
         timeout: seconds.
         on_reply: is told how many replies came.
         enough: tells whether the replies so far are enough; the time left is then at most ``wait``.
@@ -205,8 +206,8 @@ def pause(begun: float, asked: float) -> None:
     idle if this slept as long again.
 
     Args:
-        begun: when the wait began, by ``time.monotonic``.
-        asked: when the last question was asked.
+        begun: time at which the wait began, by ``time.monotonic``.
+        asked: time of the last question, by ``time.monotonic``.
     """
     now = time.monotonic()
     interval = min(MOST_POLL_SECONDS, max(POLL_SECONDS, POLL_SHARE * (now - begun)))

@@ -18,14 +18,14 @@ Answer = tuple[str, Message | Exception]  # id of the message, and its reply
 class Pull:
     """Takes the replies of one grid.
 
-    A grid that answers here, as those of this package do, is asked for all replies at once. Any
+    A grid that answers here, as this package's grids do, is asked for all replies at once. Any
     other grid is asked for one reply after another in a thread, because a question for several
     loses all of them if one cannot be read, and waits as long as one of them is still being
     uploaded. A question that lasts longer than ``STALLED`` keeps its thread, and another thread
     goes on.
 
     Args:
-        grid: to ask.
+        grid: the grid to ask for replies.
         most: bytes that the arrays of a reply may take.
     """
 
@@ -33,17 +33,17 @@ class Pull:
         self._grid, self._most = grid, most
         # Answers, and the number of each thread that has asked for all.
         self._answers: SimpleQueue[tuple[str, Message | BaseException] | int] = SimpleQueue()
-        self._lock = threading.Lock()  # for all below
-        self._asking: dict[str, float] = {}  # by id, when questions without an answer were asked
-        self._last: dict[str, float] = {}  # by id, when it was asked for last
+        self._lock = threading.Lock()  # guards all below
+        self._asking: dict[str, float] = {}  # times of questions without an answer, by id
+        self._last: dict[str, float] = {}  # time of the last question, by id
         self._thread = 0  # number of the thread that asks for one reply after another
-        self._question: str | None = None  # of that thread; null if it has asked for all
+        self._question: str | None = None  # that thread's; null if it has asked for all
 
     def __call__(self, ids: Collection[str], wait: float = STALLED) -> list[Answer]:
-        """Return what has come since the last call.
+        """Return the answers that have come since the last call.
 
         Args:
-            ids: of messages without a reply.
+            ids: ids of the messages that have no reply yet.
             wait: seconds to wait for a reply at most.
 
         Raises:
@@ -74,8 +74,8 @@ class Pull:
         """Ask for one reply after another, until a later thread does.
 
         Args:
-            ids: of the messages.
-            number: of this thread.
+            ids: ids of the messages to ask for, in order.
+            number: this thread's number.
         """
         for message_id in ids:
             with self._lock:

@@ -9,22 +9,22 @@ from fedpeft.compression.base import Codec
 from fedpeft.state import State, check, payload_bytes, split_prefixed
 from fedpeft.wire import raised, unpack
 
-MOST_CHARACTERS = 500  # of a client's text
+MOST_CHARACTERS = 500  # length of a client's text
 
 
 class Reply(NamedTuple):
     """One client's training.
 
     Attributes:
-        payload_bytes: of the arrays as they came.
+        payload_bytes: bytes of the arrays as they came, wire.
         state: shared parameters, block.
-        extras: what the strategy's term sent, block.
+        extras: tensors that the strategy's term sent, block.
         num_examples: rows that the client has.
         steps: number of steps taken.
         loss: mean over these steps.
         kept: the client keeps the state of this round.
         restarted: its kept state was lost, and it began anew.
-        seconds: that its training took, by its own clock; null if it does not say.
+        seconds: seconds that the client's training took, by its own clock; null if it does not say.
     """
 
     payload_bytes: int
@@ -42,7 +42,7 @@ def read(reply: Message, reference: State, codec: Codec) -> Reply:
     """Read and check a reply to training.
 
     Args:
-        reply: from one client.
+        reply: one client's reply.
         reference: the parameters (block) as the client got them, and zeros for a strategy's extras.
         codec: decodes what clients send.
 

@@ -32,7 +32,7 @@ class Run(Observer):
     Args:
         strategy: runs the rounds.
         directory: takes the lines, the states and the summary.
-        checkpoint: how often, and how many stay.
+        checkpoint: settings of checkpoints: rounds between two, and how many stay.
         observer: is told how the run goes on.
         command: starts such a run, for the summary.
     """

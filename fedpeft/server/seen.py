@@ -58,11 +58,11 @@ class Seen:
         cohort: the clients of the round, sorted.
         refused: clients whose reply was left out, and why.
         restarted: clients whose kept state was lost and began anew.
-        weights: of the clients in the aggregate.
+        weights: each client's weight in the aggregate, by client, summing to 1.
         traffic: bytes by direction.
         metrics: measures of training.
         asked: the clients of each phase so far.
-        by_client: what the table of clients has of each: bytes, rows, measures, seconds.
+        by_client: each client's facts for the table of clients: bytes, rows, measures, seconds.
     """
 
     cohort: list[int] = field(default_factory=list)
@@ -80,12 +80,12 @@ class Seen:
         return next(reversed(self.asked.values()))
 
     def count(self, key: str, amount: int, client: int) -> None:
-        """Add to the round's traffic, and to that of the client.
+        """Add bytes to the traffic of the round and of a client.
 
         Args:
             key: phase, direction and kind of the bytes, as in a line in metrics.jsonl.
-            amount: of bytes.
-            client: that sent or got them.
+            amount: number of bytes.
+            client: number of the client that sent or got the bytes.
         """
         self.traffic[key] = self.traffic.get(key, 0) + amount
         noted = self.by_client.setdefault(client, {})

@@ -12,17 +12,17 @@ class Selection:
     """Chooses the best of the rounds that are evaluated; test rows never choose.
 
     It depends on the rounds' lines alone, so a run that goes on from a checkpoint chooses, and
-    stops, as one that was never broken.
+    stops, as a run that was never broken.
 
     Args:
-        name: of the measure, as in a round's line.
+        name: the measure's name in a round's line, such as ``validation_accuracy``.
         sign: 1 if more of it is better, -1 if less.
         patience: evaluations in a row without a better one, after which the run ends; null if it
             never ends early.
 
     Attributes:
         best: line of the best round, the earlier one of equals; empty if nothing was measured.
-        waited: evaluations since then.
+        waited: number of evaluations since the best round.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Selection:
         return not self.best or self.sign * (value - self.best[self.name]) > 0
 
     def add(self, line: Line) -> None:
-        """Take in a round that ended; one that was not evaluated changes nothing."""
+        """Take in a round that ended; a round that was not evaluated changes nothing."""
         if self.name not in line:
             return
         if self.better(line):
@@ -51,8 +51,8 @@ class Selection:
         """Go on after some rounds.
 
         Args:
-            lines: of the rounds.
-            best: the best of them; null if none is.
+            lines: the lines of the rounds so far.
+            best: number of the best round; null if there is none.
         """
         self.best = next((line for line in lines if line["round"] == best), {})
         later = lines if best is None else [line for line in lines if line["round"] > best]

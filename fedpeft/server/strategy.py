@@ -36,10 +36,11 @@ class FederatedPEFT(Strategy):
 
     Args:
         overrides: the configuration, as on the command line; the clients get it with each message.
-        engine: of this process; null to open it by the overrides.
+        engine: this process's engine; null to open it by the overrides.
 
     Raises:
-        ValueError: ``early_stopping.patience`` waits for what nobody measures.
+        ValueError: ``early_stopping.patience`` is set, but the method needs its last round, or
+            nobody measures.
 
     Attributes:
         down: the server's values, and what goes down.
@@ -49,7 +50,7 @@ class FederatedPEFT(Strategy):
         observer: is told how the rounds go on.
         seen: the server's view of the last round.
         selection: knows the best round, and whether the run ends early.
-        next_round: that ``start`` begins with; 0 measures the initial model.
+        next_round: the round that ``start`` begins with; round 0 measures the initial model.
     """
 
     def __init__(self, overrides: str | Sequence[str], engine: Engine | None = None) -> None:
@@ -95,8 +96,8 @@ class FederatedPEFT(Strategy):
         """Go on after a run's last checkpoint.
 
         Args:
-            checkpoints: those that are kept, the oldest first.
-            lines: of the rounds so far.
+            checkpoints: the checkpoints that are kept, oldest first.
+            lines: the lines of the rounds so far.
         """
         last = checkpoints[-1]
         self.down.restore(checkpoints)
@@ -124,10 +125,10 @@ class FederatedPEFT(Strategy):
         Args:
             grid: reaches the clients' nodes.
             initial_arrays: values to start from, by name; null for the seeded ones.
-            num_rounds: at most the configuration's, which null stands for.
+            num_rounds: number of rounds, at most the configuration's; null for the configuration's.
             timeout: seconds to wait for a round's replies; null for ``runtime.round_timeout``.
             train_config: not sent, because clients take the configuration from the overrides.
-            evaluate_config: likewise.
+            evaluate_config: not sent either.
             evaluate_fn: measures the arrays after each round.
 
         Raises:
@@ -227,8 +228,8 @@ class FederatedPEFT(Strategy):
         """Send messages and yield client and reply as they arrive.
 
         Args:
-            grid: carries them.
-            messages: by client.
+            grid: carries the messages.
+            messages: one message a client, by client.
             most: bytes that the arrays of a reply may take.
         """
         asked, wait = self.seen.last, self.config.runtime.wait_after_min

@@ -19,11 +19,11 @@ from fedpeft.versions import installed
 
 
 def of_lines(engine: Engine, lines: Sequence[Line]) -> dict[str, Any]:
-    """Return what a run's rounds come to, but for the measures on test rows.
+    """Return the summary of a run's rounds, without the measures on test rows.
 
     Args:
-        engine: of the run.
-        lines: of all rounds, round 0 first.
+        engine: the server's engine.
+        lines: one line a round, round 0 first.
     """
     return {
         "initial": _measures_in(lines[0]),
@@ -69,12 +69,12 @@ def _summed_bytes(lines: Sequence[Line]) -> dict[str, int]:
 
 
 def tested(engine: Engine, line: Line, state: State) -> dict[str, Any]:
-    """Return a round's measures, and those on test rows unless parameters are personal.
+    """Return a round's measures, with measures on test rows unless parameters are personal.
 
     Args:
-        engine: measures.
-        line: of the round.
-        state: after the round.
+        engine: computes the measures.
+        line: the round's line.
+        state: parameters that the server had set after the round, full.
     """
     measures = {"round": line["round"]} | _measures_in(line)
     if not engine.replica.roles.has_personal:

@@ -79,7 +79,8 @@ def show_estimate(studies: Sequence[Study], flops: float) -> None:
     """Print what a run of each entry takes, and all runs together.
 
     Args:
-        studies: whose runs are counted, each entry by its first learning rate and seed.
+        studies: studies whose runs are counted; an entry's first learning rate and seed stand for
+            all of its runs.
         flops: operations a second that a machine reaches.
     """
     cells: list[list[str]] = []

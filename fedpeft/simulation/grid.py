@@ -30,14 +30,14 @@ class LocalGrid(Grid):
     in parcels. Subclasses say who the workers are.
 
     Args:
-        num_clients: one node each.
+        num_clients: number of clients, one node each.
 
     Attributes:
         num_clients: may be set anew between two runs.
-        state_folder: holds the clients' kept states; a temporary one that lives as long as the
+        state_folder: holds the clients' kept states; a temporary folder that lives as long as the
             grid if nobody sets another.
-        groups: divides clients that may train together into those of a pass, in the order in which
-            workers take them.
+        groups: divides clients that may train together into the clients of each pass, in the order
+            in which workers take them.
     """
 
     def __init__(self, num_clients: int) -> None:
@@ -87,7 +87,7 @@ class LocalGrid(Grid):
             return context
         return self._contexts.setdefault(node, context)
 
-    answers_here = True  # what it replies was made by this process or its own workers
+    answers_here = True  # its replies were made by this process or its own workers
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Queue messages in parcels and return their ids; drop messages whose time is up."""
@@ -119,7 +119,7 @@ class LocalGrid(Grid):
         """Send messages and return the replies that come in time.
 
         Args:
-            messages: to any nodes.
+            messages: messages to any nodes.
             timeout: seconds; null waits for all replies.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -166,7 +166,7 @@ class InProcessGrid(LocalGrid):
     """Answers messages in this process, when they are pulled.
 
     Args:
-        num_clients: one node each.
+        num_clients: number of clients, one node each.
         answer_all: answers the messages of a parcel; by default fedpeft's clients do.
     """
 

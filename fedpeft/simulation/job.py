@@ -33,7 +33,7 @@ class JobEnded(NamedTuple):
     """A job that ended.
 
     Attributes:
-        name: what sets it apart from the other jobs.
+        name: the overrides that set the job apart from the other jobs.
         kind: ``done``, ``skipped`` or ``failed``.
         path: its run's directory; empty if its configuration is wrong.
         reason: the error's text; empty if it has not failed.
@@ -54,7 +54,7 @@ class SweepJob:
     """The function that Hydra calls for each job.
 
     Args:
-        plan: of the sweep.
+        plan: the sweep's plan.
         notes: the folder that takes the notes.
         started: time at which the sweep began, in seconds since 1970.
         process: the number of the process in which the sweep began.

@@ -117,14 +117,14 @@ def check_all(runs: Sequence[Sequence[str]]) -> None:
 
 
 def check_inputs(runs: Sequence[Sequence[str]], inputs: Mapping[str, Input]) -> None:
-    """Refuse runs whose rows or weights have changed since others that they are compared with.
+    """Refuse runs whose rows or weights have changed since the runs with which they are compared.
 
     Args:
         runs: overrides of each run.
-        inputs: what finished runs have read, see ``inputs_of``.
+        inputs: rows and weights that finished runs have read, by their settings, see ``inputs_of``.
 
     Raises:
-        ValueError: they have.
+        ValueError: rows or weights have changed.
     """
     left = dict(inputs)  # each is read once
     for overrides in runs if inputs else ():
@@ -183,7 +183,7 @@ def run(overrides: str | Sequence[str], display: Display | None = None) -> dict[
     """Run one configuration with virtual clients on this machine and return its summary.
 
     Args:
-        overrides: as on the command line, e.g. ``["method=scl", "num_clients=4"]``.
+        overrides: overrides of the configuration, e.g. ``["method=scl", "num_clients=4"]``.
         display: shows the rounds; null for one on standard output.
 
     Raises:
@@ -296,9 +296,9 @@ def _entry(overrides: Sequence[str], runs: Sequence[Sequence[str]], config: Conf
     """Return a run's method and the overrides that not all runs have, as a study writes them.
 
     Args:
-        overrides: of the run.
+        overrides: the run's overrides.
         runs: overrides of all runs.
-        config: of the run, whose method has a name if no override gives it.
+        config: the run's configuration, whose method's class gives the name if no override does.
     """
     common = set(runs[0]).intersection(*runs)
     of_run = ("run_dir=", "lr=", "seed=")  # an entry's runs differ in them

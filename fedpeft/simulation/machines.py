@@ -1,4 +1,4 @@
-"""The machines of a Ray cluster. All must have the code of the one that starts a run.
+"""The machines of a Ray cluster. All must have the code of the machine that starts a run.
 
 fedpeft checks the code and does not ship it, because equal numbers also need equal versions of
 torch and its like, which a copy of fedpeft's own files would not bring along.
@@ -25,9 +25,9 @@ class Machine(NamedTuple):
     """A machine of the cluster, which Ray calls a node.
 
     Attributes:
-        node: Ray's id of it.
-        address: its IP.
-        versions: of what decides a run's numbers, by name.
+        node: Ray's id of the machine.
+        address: the machine's IP address.
+        versions: versions of Python, fedpeft and the packages that decide a run's numbers, by name.
     """
 
     node: str
@@ -56,8 +56,8 @@ def this_machine() -> Machine:
 def code_versions() -> dict[str, str]:
     """Return the versions of Python, fedpeft and the packages that decide a run's numbers.
 
-    That of fedpeft holds a hash of its files, because a checkout changes without a new number. A
-    suffix such as +cpu is left out, because a build for GPUs has another.
+    fedpeft's version holds a hash of its files, because a checkout changes without a new number. A
+    suffix such as +cpu is left out, because a build for GPUs has another suffix.
     """
     numbers = {name: number.partition("+")[0] for name, number in installed().items()}
     ours = f"{numbers.pop('fedpeft', 'unknown')} (code {_hash_of_code()})"
@@ -73,7 +73,7 @@ def check_machines(home: Machine, num_cpus: float, num_gpus: float) -> None:
         num_gpus: share of a GPU of a worker.
 
     Raises:
-        ValueError: one has another version, has no fedpeft, or does not answer.
+        ValueError: a machine has another version, has no fedpeft, or does not answer.
     """
     asked: dict[str, Any] = {}
     for node in ray.nodes():

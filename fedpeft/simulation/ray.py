@@ -15,7 +15,7 @@ from fedpeft.simulation.machines import Machine, check_machines, rooms_of, this_
 from fedpeft.simulation.travel import NodeConfig, brought_back, context_of, sent_along, unpacked
 from fedpeft.wire import identify, sentence
 
-WAIT_SECONDS = 1.0  # as long as the server lets pass between two questions, see server/nodes.py
+WAIT_SECONDS = 1.0  # time that the server lets pass between two questions, see server/nodes.py
 START_SECONDS = 60
 Answer = Message | Exception
 Files = Sequence[bytes | None]  # kept states that travel with the messages of a parcel
@@ -47,8 +47,8 @@ class Worker:
         """Answer the messages of a parcel.
 
         Args:
-            messages: of one kind, round and configuration.
-            configs: of the messages' nodes.
+            messages: messages of one kind, round and configuration.
+            configs: the configuration of each message's node.
             files: the clients' kept states; null if the nodes' state-folder is on this machine.
 
         Returns:
@@ -81,7 +81,7 @@ class RayGrid(LocalGrid):
     that cannot start is given up.
 
     Args:
-        num_clients: one node each.
+        num_clients: number of clients, one node each.
         num_cpus: cores of a worker.
         num_gpus: share of a GPU of a worker.
         total_cpus: cores that all workers may take; null for all.
@@ -101,7 +101,7 @@ class RayGrid(LocalGrid):
         self._kind: Any = ray.remote(Worker).options(num_cpus=num_cpus, num_gpus=num_gpus)
         self._starting: dict[Any, tuple[Any, float]] = {}  # worker and time, by Ray's future
         self._workers: list[Any] = [self._start() for _ in range(count)]
-        self._machines: dict[Any, Machine] = {}  # of the workers that run
+        self._machines: dict[Any, Machine] = {}  # machines of the workers that run
         self._lost = ""  # the reason for which the last worker was given up
         # Worker and parcel, by Ray's future of the answers.
         self._running: dict[Any, tuple[Any, list[Message]]] = {}

@@ -63,7 +63,7 @@ def _start_here(**settings: Any) -> None:
         settings: arguments of ``ray.init``.
 
     Raises:
-        RuntimeError: it failed ``STARTS`` times.
+        RuntimeError: the start failed ``STARTS`` times.
     """
     for start in range(1, STARTS + 1):
         try:
@@ -94,11 +94,11 @@ def check_answers(name: str, address: str) -> None:
     """Check that something answers at an address, for which Ray itself would wait for minutes.
 
     Args:
-        name: of the key or variable that holds the address.
+        name: name of the key or variable that holds the address.
         address: HOST:PORT, or ``auto``, which is not checked.
 
     Raises:
-        ValueError: nothing does.
+        ValueError: nothing answers at the address.
     """
     if address == "auto":
         return

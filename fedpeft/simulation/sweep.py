@@ -1,6 +1,6 @@
 """Sweeps by Hydra: each job is a run in a directory named by the hash of its settings.
 
-The same sweep, or one with more values, finds the runs that are there by their hash.
+The same sweep, or a sweep with more values, finds the runs that are there by their hash.
 """
 
 import json
@@ -24,7 +24,7 @@ from fedpeft.reporting.saved_runs import SavedRun
 from fedpeft.simulation.job import JobEnded, SweepJob, continuing, path_of, watched
 from fedpeft.simulation.launch import check_all
 
-SHOWN = 10  # of the skipped runs, by name
+SHOWN = 10  # number of skipped runs that are shown by name
 NOTES, LOCK = ".jobs-", ".lock"  # begin the name of a folder for notes; the file that is locked
 NO_TRIAL = "No trials are completed yet."  # Optuna's sentence
 
@@ -33,8 +33,8 @@ def sweep(plan: SweepPlan, command: str, as_json: bool) -> bool:
     """Run a sweep by Hydra's sweeper and launcher, and return true if no job failed.
 
     Args:
-        plan: of the sweep.
-        command: the command that goes on.
+        plan: the sweep's plan.
+        command: the command that resumes the sweep, for the message of a stop.
         as_json: print the summaries as JSON, one a line, and all else on standard error.
 
     Raises:
@@ -64,7 +64,7 @@ def _check_apart(plan: SweepPlan, folder: Path) -> None:
     """Check that no two jobs are the same run.
 
     Raises:
-        ValueError: two are, because they differ in nothing that changes a result.
+        ValueError: two jobs are the same run, because they differ in nothing that changes a result.
     """
     first: dict[Path, list[str]] = {}
     for overrides in plan.jobs:

@@ -38,8 +38,8 @@ def brought_back(message: Message, config: NodeConfig, file: bytes | None) -> No
     """Keep what a worker on another machine has kept for a message's client.
 
     Args:
-        message: to the client.
-        config: of its node.
+        message: the message to the client.
+        config: the configuration of the client's node.
         file: the kept state; null if the client keeps nothing of this round.
     """
     if file is not None:
@@ -54,9 +54,9 @@ def unpacked(
     """Lay the kept states that came with messages into a folder of this machine.
 
     Args:
-        messages: of a parcel.
-        configs: of the nodes, whose state-folder is not here.
-        files: came with each message, see ``sent_along``.
+        messages: the messages of a parcel.
+        configs: the nodes' configurations, whose state-folder is not on this machine.
+        files: the file that came with each message, or null, see ``sent_along``.
 
     Yields:
         The nodes' configurations with the new folder, and a function that returns for each message

@@ -36,8 +36,8 @@ class Choice:
     """One file of a group.
 
     Args:
-        group: such as ``method``.
-        path: of the YAML.
+        group: the group's name, such as ``method``.
+        path: path of the YAML file.
     """
 
     group: str

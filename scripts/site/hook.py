@@ -40,7 +40,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     """Turn formulas into MathML, which browsers draw without a script.
 
     Args:
-        html: of the page's text.
+        html: the page's text as HTML.
         page: is not used.
         config: is not used.
         files: are not used.

@@ -24,11 +24,11 @@ class Key:
     """One key.
 
     Args:
-        name: without the group.
-        type: in words.
-        default: as it is written on the command line; empty if it must be set.
+        name: the key's name, without the group.
+        type: the key's type in words, such as ``int or null``.
+        default: the default as it is written on the command line; empty if the key must be set.
         rule: values that are allowed, if the code refuses others when it reads them.
-        meaning: what the class says of it.
+        meaning: text on the key in its class's docstring; empty if there is none.
     """
 
     name: str
@@ -43,7 +43,7 @@ def keys_of(cls: type, values: Mapping[str, Any], leave: frozenset[str] = frozen
 
     Args:
         cls: dataclass of a group or of nested settings.
-        values: defaults of the YAML, which win over those of the class.
+        values: defaults of the YAML, which win over the class's.
         leave: names to leave out.
     """
     meanings, hints = arguments(cls), get_type_hints(cls)

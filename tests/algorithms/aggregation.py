@@ -34,7 +34,7 @@ def aggregate_by_flower(strategy: FlowerStrategy, states: Sequence[State], round
 
     Args:
         strategy: keeps its moments from round to round.
-        states: one a client; client i has ``NUM_EXAMPLES[i]`` rows.
+        states: one state a client; client i has ``NUM_EXAMPLES[i]`` rows.
         round: number of the round.
     """
     identify()  # because Flower makes messages in a run only
@@ -62,10 +62,10 @@ def aggregate(
 
     Args:
         algorithm: weighs the clients and computes the server's new values.
-        states: one a client; client i has ``NUM_EXAMPLES[i]`` rows.
+        states: one state a client; client i has ``NUM_EXAMPLES[i]`` rows.
         before: the state that the clients received.
-        memory: the server's, from round to round; empty by default.
-        steps: of each client; one by default.
+        memory: the server's memory, from round to round; empty by default.
+        steps: number of steps of each client; one by default.
     """
     weights = algorithm.weigh(NUM_EXAMPLES[: len(states)])
     ats = [At(1, client) for client in range(len(states))]

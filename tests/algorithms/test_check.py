@@ -51,11 +51,11 @@ def setting(
     """Return the setting in which an algorithm is checked.
 
     Args:
-        method: trained by the clients.
-        shares: whether it shares any parameter.
-        whole: whether every client trains whole parameters, not blocks.
-        clients: a round.
-        optimizer: of the clients.
+        method: the run's method.
+        shares: true if any parameter is shared.
+        whole: true if every client trains whole parameters, not blocks.
+        clients: number of clients of a round.
+        optimizer: the clients' optimizer, ``adamw`` or ``sgd``.
     """
     return Setting(method, shares, whole, clients, optimizer)
 

@@ -32,8 +32,8 @@ def after(
     """Return the server's new value after a round with one number.
 
     Args:
-        algorithm: computes it.
-        memory: its moments, which change.
+        algorithm: computes the new value.
+        memory: the algorithm's moments, which change.
         before: the value that the clients received.
         mean: the clients' mean.
     """
@@ -125,7 +125,7 @@ def assert_as_flower_s(
     Flower's second moment starts at 0; here it is set to tau^2, as the paper asks.
 
     Args:
-        algorithm: of fedpeft.
+        algorithm: fedpeft's algorithm.
         theirs: Flower's strategy with the same hyperparameters.
         bias: undo Flower's correction of Adam's bias.
     """

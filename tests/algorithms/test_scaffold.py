@@ -41,7 +41,7 @@ class Clients:
     """A server and clients, each with the loss (theta - target)^2 / 2.
 
     Args:
-        targets: one a client.
+        targets: one target a client.
         algorithm: ``Scaffold()`` by default.
     """
 

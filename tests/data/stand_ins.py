@@ -11,8 +11,8 @@ def tokenizer_of_words(*words: str, single: str = "<s> $A") -> Any:
     """Return a tokenizer that splits at white space.
 
     Args:
-        words: its vocabulary, beside ``<pad>``, ``<s>``, ``</s>`` and ``<unk>``, numbered 0 to 3.
-        single: what it makes of a text ``$A``.
+        words: the vocabulary, beside ``<pad>``, ``<s>``, ``</s>`` and ``<unk>``, numbered 0 to 3.
+        single: template by which a text ``$A`` is encoded.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

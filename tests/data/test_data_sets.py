@@ -123,8 +123,8 @@ def glue(names: list[str], *columns: str) -> Tables:
     """Return features and rows of a GLUE data set.
 
     Args:
-        names: its classes, in the order of their numbers.
-        columns: its columns of text.
+        names: names of the classes, in the order of their numbers.
+        columns: names of the columns of text.
     """
     features = {column: TEXT for column in columns}
     features |= {"label": ClassLabel(names=names), "idx": Value("int32")}

@@ -243,7 +243,7 @@ def test_samples_can_be_read(run: Runner, settings: list[str]) -> None:
     assert forms(summary["final"], "test_more") == forms(summary["final"], "test") == BOTH
     lines = (run.run_dir / "samples.jsonl").read_text().split("\n")
     samples = [json.loads(line) for line in lines[:-1]]
-    rows = instructions(56)[32:]  # those of test, which is evaluated last
+    rows = instructions(56)[32:]  # the test rows, which are evaluated last
     assert lines[-1] == "" and [sample["row"] for sample in samples] == [str(i) for i in range(24)]
     assert [s["prompt"] for s in samples] == [row["instruction"] for row in rows]
     assert [s["reference"] for s in samples] == [row["response"] for row in rows]

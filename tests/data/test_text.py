@@ -34,10 +34,10 @@ def task_of(folder: Path, *labels: Any, test: Rows | None = None, **fields: Any)
     """Return a classification task.
 
     Args:
-        folder: where its tables are written.
-        labels: of the rows that train and validate.
+        folder: folder into which the task's tables are written.
+        labels: labels of the training rows, which also validate.
         test: rows of the test split; the training rows by default.
-        fields: of the task.
+        fields: fields of ``TextClassification``.
     """
     train = rows(*labels)
     path = write(folder, train=train, validation=train, test=test or train)

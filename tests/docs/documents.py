@@ -31,8 +31,8 @@ class Block:
     Args:
         document: path from the root.
         line: number of its first line.
-        language: as the fence names it.
-        text: without the fence's indentation.
+        language: the language that the fence names.
+        text: the block's text, without the fence's indentation.
         reason: text of the mark that says why no test runs it; null if there is none.
     """
 
@@ -81,7 +81,7 @@ def table(text: str, first: str) -> dict[str, list[str]]:
     """Return a table's cells by the first cell of each row.
 
     Args:
-        text: of the document.
+        text: the document's text.
         first: begins the table's heading.
     """
     body = text[text.index(first) :].partition("\n\n")[0].splitlines()

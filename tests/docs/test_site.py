@@ -54,7 +54,7 @@ def test_every_choice_is_there(configuration: str, group: str) -> None:
         "| `strategy.beta` | float | `0.2` | in (0, 0.5): 0 trims nothing, 0.5 everything |",
         "| `data.prompt` | str | `{{ context }}\\n\\n{{ question }}` |  | Jinja template over",
         "| `data.metrics` | list of str | `[spearman,pearson]` | of spearman, pearson, or a module",
-        "| `checkpoint.keep` | int | `2` | >= 1 | so many stay. |",
+        "| `checkpoint.keep` | int | `2` | >= 1 | number of the last checkpoints that stay. |",
     ],
 )
 def test_a_row(configuration: str, row: str) -> None:
@@ -73,7 +73,7 @@ def test_keys_come_from_classes_and_their_rules_from_their_errors() -> None:
         """A base.
 
         Args:
-            first: of
+            first: a text of
                 two lines.
         """
 
@@ -96,7 +96,10 @@ def test_keys_come_from_classes_and_their_rules_from_their_errors() -> None:
     first, second = keys_of(Derived, {"first": 3})
     assert (first.type, first.default, first.rule) == ("int", "3", ">= 1")
     assert (second.type, second.default, second.rule) == ("str or null", "null", "")
-    assert arguments(Derived) == {"first": "of two lines.", "second": "a name, ``a`` or null."}
+    assert arguments(Derived) == {
+        "first": "a text of two lines.",
+        "second": "a name, ``a`` or null.",
+    }
 
 
 # --- links and formulas ---------------------------------------------------------------------------

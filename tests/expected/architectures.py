@@ -160,7 +160,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp="mlp.fc2",
         head=_OUTPUT,
     ),
-    "dinov2": Architecture(  # its positions are of 32 pixels, those of ``inputs`` are 16
+    "dinov2": Architecture(  # its positions are for 32 pixels, and ``inputs`` has 16
         lambda: hf.Dinov2ForImageClassification(_dinov2()),
         block="dinov2.encoder.layer.{i}",
         query="attention.q_proj",

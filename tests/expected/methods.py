@@ -31,13 +31,13 @@ from tests.expected.names import (
 class Expected:
     """The row of one method.
 
-    ``sent``, ``counts`` and ``personal`` are those of the tiny BERT of the tests with ``fields``.
+    ``sent``, ``counts`` and ``personal`` hold for the tests' tiny BERT with ``fields``.
 
     Args:
-        sent: for rounds 1 and 2, patterns of the names that are sent up and of those sent down.
-        counts: for rounds 1 and 2, how many tensors and numbers a client sends up.
+        sent: patterns of the names sent up and of the names sent down, for rounds 1 and 2.
+        counts: numbers of tensors and of values that a client sends up, for rounds 1 and 2.
         shared_names: names, in any model and round, of the parameters that train and are sent.
-        personal_names: likewise, of those that train and stay with the client.
+        personal_names: likewise, of the parameters that train and stay with the client.
         personal: pattern of the names that stay with the client; null if none does.
         fields: overrides that the tiny model needs, because it is narrower than the defaults are
             made for.
@@ -94,7 +94,7 @@ AS_PROMPT = Expected(
 )
 EXPECTED: dict[str, Expected] = {
     "lora": AS_LORA,
-    "flasc": AS_LORA,  # of which the largest entries go
+    "flasc": AS_LORA,  # the largest entries alone are sent
     "federa": AS_LORA,
     "flexlora": AS_LORA,
     "hetlora": AS_LORA,

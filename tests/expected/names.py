@@ -20,7 +20,7 @@ _WITH_BIAS = {  # modules of a block, by family, that have a bias
     "transformer": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     "qwen2": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
 }
-_NORMS = {  # in a block, and outside
+_NORMS = {  # names in a block, and outside
     "vit": (("layernorm_before", "layernorm_after"), ("vit.layernorm",)),
     "dinov2": (("norm1", "norm2"), ("dinov2.layernorm",)),
     "siglip": (("layer_norm1", "layer_norm2"), ("vision_model.post_layernorm",)),
@@ -188,7 +188,7 @@ def position_bias_names(case: Case) -> set[str]:
 
 
 def used_names(case: Case) -> set[str]:
-    """Return the names of all parameters without those that the logits do not pass."""
+    """Return the names of all parameters on which the logits depend."""
     unused = {
         "siglip": "vision_model.head.",
         "clip": "vision_model.post_layernorm.",

@@ -14,10 +14,10 @@ class Given:
     """One round at the server; all shared parameters stand in a row of n numbers.
 
     Attributes:
-        fields: of the strategy's YAML.
-        start: what the clients got, (n,).
-        states: what they sent, (clients, n).
-        shares: of the clients in the rows, (clients,).
+        fields: fields of the strategy's YAML.
+        start: the values that the clients received, (n,).
+        states: the values that the clients sent, (clients, n).
+        shares: each client's share of the rows, (clients,).
         m: first moments, (n,); a rule sets them anew.
         v: second moments, which start at tau^2.
     """
@@ -31,7 +31,7 @@ class Given:
 
     @property
     def step(self) -> Array:
-        """The mean's, as far as float32 holds the mean."""
+        """Step from ``start`` to the mean, as far as float32 holds the mean."""
         mean = (self.shares @ self.states).astype(np.float32)
         return mean.astype(np.float64) - self.start
 
@@ -87,7 +87,7 @@ def trimmed(given: Given) -> Array:
 
 
 def krum(given: Given) -> Array:
-    """Score each of three, none of them malicious, by the one that is nearest to it."""
+    """Score each of three states, none malicious, by the state that is nearest to it."""
     states = given.states
     assert len(states) == 3 and given.fields["num_malicious"] == 0
     squares = ((states[:, None] - states[None]) ** 2).sum(axis=2)

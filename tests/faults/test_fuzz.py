@@ -64,7 +64,7 @@ THOUSAND = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-MOST_SECONDS = 20  # for one example; no reply and no configuration may keep anybody busy
+MOST_SECONDS = 20  # seconds for one example; no reply and no configuration may keep anybody busy
 EACH = 100  # examples between two checks that right messages are still answered
 MOST_REASON = 500 + len("evaluation: ")
 
@@ -81,11 +81,11 @@ class Parts:
     """A reply in parts that a test can change.
 
     Attributes:
-        index: of the arrays, unpacked; null if the reply has none.
+        index: index of the arrays, unpacked; null if the reply has none.
         raw: takes the place of the packed index.
-        more: records that are added or take the place of others; null leaves one out.
+        more: records that are added or take the place of others; null leaves a record out.
         error: the reply is an error with this text.
-        times: that it comes.
+        times: number of times that the reply comes.
     """
 
     arrays: dict[str, Array]
@@ -556,7 +556,7 @@ class Site:
     Args:
         base: overrides of a tiny run.
         folder: takes rows, secrets and kept states; empty.
-        llama: of a tiny causal language model.
+        llama: folder of a tiny causal language model.
     """
 
     def __init__(self, base: list[str], folder: Path, llama: Path) -> None:
@@ -610,7 +610,7 @@ class Site:
         kinds = ("train", "evaluate")
         replies = {kind: self.ask(door, kind, copied(self.right[kind])) for kind in kinds}
         for reply in replies.values():
-            del reply.content.metric_records["metrics"]["seconds"]  # which differ each time
+            del reply.content.metric_records["metrics"]["seconds"]  # seconds differ each time
         return {kind: sent_bytes(reply) for kind, reply in replies.items()}
 
     def unchanged(self, door: str) -> bool:

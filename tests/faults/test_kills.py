@@ -76,7 +76,7 @@ def wait_for_round(folder: Path, number: int) -> None:
     ("runtime", "number", "code"),
     [
         ("inprocess", signal.SIGINT, 130),
-        ("ray", signal.SIGTERM, 143),  # for which Ray has a handler of its own
+        ("ray", signal.SIGTERM, 143),  # Ray has a handler of its own for SIGTERM
     ],
 )
 def test_kills_and_signals_at_random_moments(
@@ -107,7 +107,7 @@ def test_kills_and_signals_at_random_moments(
     resumed = ended(started(command, tmp_path / "run"))
     for key in ("shared_state_sha256", "final", "best", "interference", "refused"):
         assert resumed[key] == whole[key], key
-    for key in ("uplink_bytes", "evaluation_uplink_bytes"):  # what goes down names the runtime
+    for key in ("uplink_bytes", "evaluation_uplink_bytes"):  # messages down name the runtime
         assert resumed["bytes"][key] == whole["bytes"][key] > 0, key
 
 

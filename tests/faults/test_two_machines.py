@@ -44,7 +44,7 @@ class Cluster(NamedTuple):
     """Two machines, of which this process is on the first.
 
     Attributes:
-        address: of the cluster.
+        address: the cluster's address, host:port.
         hidden: a folder of the first machine that the second does not see.
         second: the process group of the second machine.
     """
@@ -205,7 +205,7 @@ def test_clients_change_machines_and_the_bits_stay(
         assert summary[key] == expected[key], key
     kept = sorted((cluster.hidden / "run" / "clients").rglob("client_*/*"))
     assert {path.parent.name for path in kept} == {"client_0", "client_1", "client_2"}
-    # of the last round, of the checkpoint before it and perhaps of the best round
+    # files of the last round, of the checkpoint before it and perhaps of the best round
     assert {path.name for path in kept if path.parent.name == "client_1"} >= {"00003.safetensors"}
 
 

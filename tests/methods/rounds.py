@@ -22,10 +22,10 @@ def aggregated(
 
     Args:
         method: aggregates.
-        states: of the clients, as they were sent.
-        weights: of the clients, with sum 1.
+        states: the clients' states, as they were sent.
+        weights: the clients' weights, with sum 1.
         before: the state that the clients received; empty by default.
-        number: of the round.
+        number: the round's number.
         model: the server's model, for methods that change base weights.
     """
     server: Any = SimpleNamespace(model=model)

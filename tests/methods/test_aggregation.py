@@ -160,7 +160,7 @@ def one_round(method: Method, name: str, round: int = 1, noise: float = 0.2) -> 
 
     Args:
         method: injects its parameters and aggregates.
-        name: of the architecture.
+        name: the architecture's name.
         round: number of the round, by which roles may differ.
         noise: standard deviation.
     """

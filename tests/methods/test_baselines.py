@@ -337,7 +337,7 @@ FIRST = torch.tensor([21, 22, 23])  # stand in for virtual tokens
 
 
 def prompted(name: str) -> tuple[Prompted, nn.Module]:
-    """Return a model whose virtual tokens are those of FIRST, and the model without them."""
+    """Return a model whose virtual tokens are FIRST's embeddings, and the model without them."""
     plain: Any = tiny(name)
     words = getattr(plain, "backbone", plain).get_input_embeddings().weight.detach().clone()
     model = injected(Prompt(num_tokens=3), name)

@@ -120,7 +120,7 @@ def test_a_large_pull_brings_the_copy_to_what_was_received(opened: Callable[...,
         received = {n: start[twin(n)] for n in start if is_personal(n)}
         off[pull] = norm(received, trained(engine, start))
         moved = norm({n: start[n] for n in start if ".global." in n}, trained(engine, start))
-        assert moved > 0.01  # towards the received one, not the one that phase 1 trained
+        assert moved > 0.01  # towards the received value, not the value that phase 1 trained
     assert off["20"] < 0.05 * off["0"]
     # without a gradient, two steps leave (1 - .05)^2 of the distance
     assert off["1"] == pytest.approx(0.95**2 * off["0"], rel=0.05)

@@ -25,9 +25,9 @@ def gradients(engine: Engine, values: State, setting: str, names: list[str]) -> 
 
     Args:
         engine: holds the model.
-        values: at which the gradients are taken.
-        setting: of the phase.
-        names: of the parameters that train in the phase.
+        values: the parameters' values at which the gradients are taken.
+        setting: the phase's setting.
+        names: names of the parameters that train in the phase.
     """
     replica = engine.replica
     replica.load(values)
@@ -62,7 +62,7 @@ def test_a_round_is_a_local_step_and_then_a_global_step(opened: Callable[..., En
     for name, value in expected.items():
         torch.testing.assert_close(result.after[name], value, rtol=1e-4, atol=1e-6)
     assert not torch.equal(expected[local[0]], start[local[0]])
-    assert result.trained.steps == 1  # of the phase whose parameters are sent
+    assert result.trained.steps == 1  # steps of the phase whose parameters are sent
 
 
 def test_the_global_adapter_trains_at_full_scale_and_is_measured_mixed(

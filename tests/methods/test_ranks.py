@@ -23,7 +23,7 @@ from fedpeft.state import State, filled, leading, load_state, payload_bytes, sna
 from tests.conftest import Runner
 from tests.methods.rounds import aggregated
 
-RANKS = [2, 4, 1]  # of clients 0, 1, 2
+RANKS = [2, 4, 1]  # ranks of clients 0, 1, 2
 HEAD = 32 * 4 + 4
 LORA = ("hetlora", "flexlora", "flora")
 
@@ -135,7 +135,7 @@ class Held(Method):
     """Every client trains a block of its own.
 
     Args:
-        shapes: of the blocks, by client.
+        shapes: shapes of the blocks, by client.
     """
 
     shapes: Sequence[tuple[int, ...]]

@@ -52,10 +52,10 @@ def adapted(*names: str, rank: int = 1, out: int = 3, inner: int = 2, kind: Any 
     """Return linear layers of equal shapes with LoRA on them, as ``inject`` leaves a model.
 
     Args:
-        names: of the layers.
-        rank: of LoRA.
+        names: the layers' names.
+        rank: LoRA's rank.
         out: width of the layers' outputs.
-        inner: width of their inputs.
+        inner: width of the layers' inputs.
         kind: the layers' class, which takes (out, inner); ``nn.Linear`` by default.
     """
     layers = {name: kind(out, inner) if kind else nn.Linear(inner, out) for name in names}

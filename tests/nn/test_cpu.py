@@ -33,9 +33,9 @@ def heads_of(length: int, dtype: torch.dtype = torch.bfloat16, trains: bool = Tr
     """Return queries, keys and values of 2 rows with 3 heads of 8 dimensions, (2, 3, length, 8).
 
     Args:
-        length: tokens.
+        length: number of tokens.
         dtype: holds the same values, which bfloat16 can represent.
-        trains: whether they need gradients.
+        trains: true if the tensors need gradients.
     """
     torch.manual_seed(0)
     parts = [torch.randn(2, 3, length, 8, dtype=torch.bfloat16).to(dtype) for _ in range(3)]

@@ -51,7 +51,7 @@ class Partition(ABC):
         Args:
             labels: each training row's class number in ``column``, int64 (rows,).
             num_clients: number of clients.
-            seed: of all draws.
+            seed: seed from which all draws derive.
 
         Raises:
             ValueError: the rows cannot be divided so.
@@ -94,7 +94,7 @@ def check_rows(origin: str, clients: Rows, rows: int, num_clients: int, min_size
     """Check the row numbers that clients hold.
 
     Args:
-        origin: name of their source, for errors.
+        origin: name of the row numbers' source, for errors.
         clients: row numbers by client.
         rows: number of all training rows.
         num_clients: number of clients that there must be.
@@ -156,7 +156,7 @@ class Dirichlet(Partition):
     rows if labels have two each.
 
     Args:
-        alpha: > 0; a small one skews, ``inf`` is IID.
+        alpha: concentration of the Dirichlet shares, > 0; a small one skews, ``inf`` is IID.
     """
 
     alpha: float = 0.5
@@ -202,14 +202,14 @@ def own_splits(rows: np.ndarray, seed: int, client: int) -> dict[str, np.ndarray
 
     Args:
         rows: the client's row numbers, int64.
-        seed: the run's; the draw depends on it and on the client.
+        seed: the run's seed; the draw depends on it and on the client.
         client: number of the client.
 
     Returns:
         Row numbers by split.
 
     Raises:
-        ValueError: fewer than three rows.
+        ValueError: the client has fewer than three rows.
     """
     if len(rows) < MIN_ROWS:
         raise ValueError(

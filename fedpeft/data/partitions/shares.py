@@ -10,7 +10,7 @@ import numpy as np
 
 from fedpeft.seeding import generator
 
-DRAWS = 550  # at most, of a partition that may leave a client with too few rows
+DRAWS = 550  # most draws of a partition that may leave a client with too few rows
 DRAW_COST = 4_000_000  # numbers (clients x labels) in all draws: about a second
 
 Draw = Callable[[np.random.Generator], np.ndarray | str]

@@ -96,7 +96,7 @@ class Quantity(Partition):
     Every client gets ``min_size`` rows; the rest is divided by shares from Dirichlet(alpha).
 
     Args:
-        alpha: from 1e-6 to 1e6; a small one skews.
+        alpha: concentration of the Dirichlet shares, from 1e-6 to 1e6; a small one skews.
     """
 
     alpha: float = 0.5
@@ -128,7 +128,7 @@ class EqualSize(Partition):
     clients.
 
     Args:
-        alpha: from 1e-6 to 1e6; a small one skews.
+        alpha: concentration of the Dirichlet shares, from 1e-6 to 1e6; a small one skews.
     """
 
     alpha: float = 1.0

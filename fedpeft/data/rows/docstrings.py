@@ -110,7 +110,7 @@ class Row(NamedTuple):
     Attributes:
         text: first paragraph of a docstring, with the packages' names masked.
         label: position of its package.
-        name: of what it documents, with its module: ``numpy.linalg.norm``.
+        name: dotted name of the documented object, with its module: ``numpy.linalg.norm``.
     """
 
     text: str
@@ -124,8 +124,8 @@ def paragraphs(source: bytes | str, module: str) -> list[tuple[str, str]]:
     A source that this Python cannot parse gives none.
 
     Args:
-        source: of the module.
-        module: its full name, with which the names begin.
+        source: the module's source code.
+        module: the module's full name, with which the names begin.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings
@@ -201,7 +201,7 @@ def _distribution(name: str) -> metadata.Distribution:
 def sources(distribution: str, package: str) -> list[tuple[str, Path]]:
     """Return module and file of an installed package's code, without tests and vendored code.
 
-    The package is not imported. The wheel lists its files, so one that was added later is left out.
+    The package is not imported. The wheel lists its files, so a later file is left out.
 
     Raises:
         ValueError: the package is not installed, or has no list of files.
@@ -309,7 +309,7 @@ def write(rows: Mapping[str, list[Row]], labels: tuple[str, ...], folder: Path) 
     """Write the splits beside the folder and rename, so that it is there whole or not at all.
 
     Args:
-        rows: by split; each becomes a Parquet file.
+        rows: each split's rows, by split; each split becomes a Parquet file.
         labels: names of the label's numbers.
         folder: is left as it is if it exists, because another process was first.
     """

@@ -39,8 +39,8 @@ class Source(ABC):
         missing_split: ``aside`` reads null where a split named validation or test is not there and
             no other split could be meant; ``error`` refuses.
         extra_tests: further test splits, by their names in the results.
-        validation_fraction: of the rows of train, in (0, 1).
-        test_fraction: the same for the test split.
+        validation_fraction: share of the rows of train to set aside for validation, in (0, 1).
+        test_fraction: share of the rows of train to set aside for testing, in (0, 1).
         max_train_rows: number of training rows at most, drawn by a fixed seed; null for all.
         max_validation_rows: the same for validation rows.
         max_test_rows: the same for the rows of each test split.
@@ -48,7 +48,7 @@ class Source(ABC):
             broken image); ``skip`` leaves it out and counts it in the summary.
         separator: the character between two cells of CSV files, or ``tab``; null for a comma, and
             for a tab in ``.tsv`` files.
-        encoding: of CSV files and JSON lines, as Python names it.
+        encoding: encoding of CSV files and JSON lines, as Python names it.
     """
 
     path: str | None = None
@@ -121,7 +121,7 @@ class Source(ABC):
         """Column of the label.
 
         Raises:
-            ValueError: none is set.
+            ValueError: no label column is set.
         """
         if self.label is None:
             raise ValueError(f"data.label is not set: {type(self).__name__} needs it")

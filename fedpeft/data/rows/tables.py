@@ -81,9 +81,9 @@ def line_of(path: str, split: str, row: int, rows: int, text: TextFormat = PLAIN
     """Return the line of a CSV file or of JSON lines at which a row begins, from 1.
 
     Args:
-        path: of the data set.
-        split: whose row it is.
-        row: its position in the split, from 0.
+        path: the data set's folder, file or hub name.
+        split: name of the row's split.
+        row: the row's position in the split, from 0.
         rows: number of rows of the split.
         text: the format of the files.
 
@@ -164,7 +164,7 @@ def subsample(table: "Dataset", rows: int | None, purpose: str) -> "Dataset":
     Args:
         table: all rows.
         rows: number of rows at most; null for all.
-        purpose: of the draw; another purpose draws other rows.
+        purpose: name of the draw; another purpose draws other rows.
     """
     if rows is None or rows >= len(table):
         return table

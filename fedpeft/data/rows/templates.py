@@ -34,7 +34,7 @@ def rendered(text: str, rows: "Dataset", **more: Sequence[Any]) -> list[str]:
     Args:
         text: the Jinja template.
         rows: (rows,), with the template's columns.
-        more: further columns (rows,) by name; they win over those of ``rows``.
+        more: further columns (rows,) by name; they win over columns of ``rows``.
 
     Raises:
         ValueError: the template fails in a row.
@@ -84,7 +84,7 @@ def _printed(value: Any) -> Any:
     """Return a value as a template prints it; a null is the empty text.
 
     Raises:
-        TypeError: it is a list or a nested value, of which Python's notation would be printed.
+        TypeError: the value is a list or nested, so that Python's notation would be printed.
     """
     if isinstance(value, list | dict):
         raise TypeError("it prints a list or a nested value: join it, or name a text in it")

@@ -17,7 +17,7 @@ from fedpeft.errors import PartlyPublic
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # that a CSV file may have for commas
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # in CSV files, in place of commas
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Cells that pandas takes for gaps unless it is told otherwise.
 GAPS = [
@@ -35,7 +35,7 @@ class TextFormat:
     Args:
         separator: the character between two cells of a CSV file, or ``tab``; null for a comma, and
             for a tab in a ``.tsv`` file.
-        encoding: as Python names it.
+        encoding: encoding of the files, as Python names it.
     """
 
     separator: str | None = None
@@ -62,7 +62,7 @@ class TextFormat:
 
         Args:
             kind: name of the reader of ``datasets``.
-            files: of one kind.
+            files: the split's files, all of one kind.
         """
         import datasets
 
@@ -90,7 +90,8 @@ class TextFormat:
             file: CSV or JSON lines.
 
         Raises:
-            ValueError: it is in UTF-16, has no rows, or other characters between its cells.
+            ValueError: the file is in UTF-16, has no rows, or has other characters between its
+                cells.
         """
         with file.open("rb") as stream:
             start = stream.read(2)
@@ -147,14 +148,15 @@ class TextFormat:
         return None
 
     def broken_line(self, files: Iterable[Path], reason: str) -> tuple[str, str]:
-        """Return what is wrong with which line; and, for the owner's eyes, the file and the reason.
+        """Return the words for a broken line; and, for the owner's eyes, the file and the reason.
 
         A line is broken if it is not in the encoding, in JSON lines no JSON, and in CSV longer
         than the header.
 
         Args:
-            files: of the data set.
-            reason: of the library that read them. Where the encoding is wrong, ours says more.
+            files: the data set's files.
+            reason: the message of the library that read the files; left out where the encoding is
+                wrong.
         """
         for file in files:
             search = {".csv": self._in_csv, ".tsv": self._in_csv, ".jsonl": self._in_jsonl}

@@ -100,7 +100,7 @@ class Task(Source):
         """Return the loss and the metrics of an evaluation, by name.
 
         Args:
-            outputs: what ``evaluate_batch`` returned for each batch, and ``row`` (B,), the rows'
+            outputs: each batch's tensors from ``evaluate_batch``, and ``row`` (B,), the rows'
                 positions in ``rows``.
             rows: the whole split; null unless ``reads_rows``.
             processor: the model's tokenizer or image processor.
@@ -179,10 +179,10 @@ class Task(Source):
         return False
 
     def generate_batch(self, model: nn.Module, batch: Batch, processor: Any) -> dict[str, Tensor]:
-        """Return what ``score_generated`` needs of each row, (B, ...); see ``generates``.
+        """Return the tensors that ``score_generated`` needs, (B, ...); see ``generates``.
 
         Args:
-            model: in evaluation.
+            model: the model in evaluation mode.
             batch: B rows, as ``arrays`` made them.
             processor: the model's tokenizer or image processor.
 
@@ -197,7 +197,8 @@ class Task(Source):
         """Return the metrics of generated texts, by name, and some of these texts to save.
 
         Args:
-            outputs: what ``generate_batch`` returned for each batch, and ``row`` (B,).
+            outputs: each batch's tensors from ``generate_batch``, and ``row`` (B,), the rows'
+                positions in ``rows``.
             rows: the whole split; null unless ``reads_rows``.
             processor: the model's tokenizer or image processor.
 
@@ -232,10 +233,10 @@ class Task(Source):
         raise ValueError(f"{type(self).__name__} answers no questions")
 
     def answer_batch(self, model: nn.Module, batch: Batch, processor: Any) -> dict[str, Tensor]:
-        """Return what ``answered`` needs of each row, (B, ...).
+        """Return the tensors that ``answered`` needs, (B, ...).
 
         Args:
-            model: in evaluation.
+            model: the model in evaluation mode.
             batch: B rows, as ``arrays`` made them.
             processor: the model's tokenizer or image processor.
         """
@@ -245,7 +246,7 @@ class Task(Source):
         """Return an answer to each question of a batch, as JSON has it.
 
         Args:
-            outputs: what ``answer_batch`` returned.
+            outputs: one batch's tensors from ``answer_batch``.
             rows: the batch's questions.
             processor: the model's tokenizer or image processor.
 

@@ -42,7 +42,7 @@ class Classification(Task):
         """Class names by number: ``labels``, the column's own names, or its sorted values.
 
         Raises:
-            ValueError: there is only one, or ``metrics`` has ``f1`` and there are not two.
+            ValueError: there is only one class, or ``metrics`` has ``f1`` and there are not two.
         """
         return self._label_names
 

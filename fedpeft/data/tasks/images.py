@@ -30,7 +30,7 @@ class ImageClassification(Classification):
     Args:
         image: column of the image: a path, encoded bytes, or what ``datasets`` stores.
         duplicates: ``drop`` leaves out images with the same pixels as an earlier one of the split,
-            and in train and validation also those that stand in a test split. ``keep`` keeps all.
+            and in train and validation also images that stand in a test split. ``keep`` keeps all.
     """
 
     image: str = "image"

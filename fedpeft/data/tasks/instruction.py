@@ -299,7 +299,7 @@ class InstructionTuning(Task):
         """Return metrics of generated text against the references, and samples.
 
         Args:
-            outputs: what ``generate_batch`` returned for each batch, and ``row`` (B,), the rows'
+            outputs: each batch's tensors from ``generate_batch``, and ``row`` (B,), the rows'
                 positions in ``rows``.
             rows: the whole split.
             processor: the tokenizer.

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 def token_outputs(model: nn.Module, batch: Batch, targets: Tensor) -> Tensor:
-    """Return each next token's loss and the most likely one, in float32 (B, L-1, 2).
+    """Return each next token's loss and the most likely token, in float32 (B, L-1, 2).
 
     They are 0 where nothing is predicted. No more logits are held at once than the losses need.
 
     Args:
         model: gives logits (B, L, V).
         batch: ``input_ids`` and ``attention_mask`` (B, L).
-        targets: of ``targets_of``.
+        targets: the tokens to predict, (B, L-1), see ``targets_of``.
     """
     parts = parted(model)
     if parts is None:
@@ -57,8 +57,8 @@ def next_token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return the mean loss over the batch's predicted tokens, a scalar.
 
     Args:
-        outputs: of ``token_outputs``, (B, L-1, 2).
-        targets: the same, (B, L-1).
+        outputs: losses and most likely tokens, (B, L-1, 2), see ``token_outputs``.
+        targets: the tokens to predict, (B, L-1), for which ``outputs`` was computed.
     """
     return outputs[..., 0].sum() / (targets != IGNORED).sum()
 
@@ -67,8 +67,9 @@ def token_sums(outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Return sums over the predicted tokens of each row: loss, correct and count, each (B,).
 
     Args:
-        outputs: of ``token_outputs``, (B, L-1, 2); perhaps of more tokens.
-        targets: (B, L-1), ``IGNORED`` where nothing is predicted.
+        outputs: losses and most likely tokens, (B, L-1, 2), perhaps of more tokens than are
+            predicted.
+        targets: the tokens to predict, (B, L-1); ``IGNORED`` where nothing is predicted.
     """
     read = targets != IGNORED
     return {

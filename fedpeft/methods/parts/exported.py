@@ -24,7 +24,7 @@ class PeftForm:
 
     Attributes:
         config: PEFT's configuration.
-        tensors: by their names in PEFT's file.
+        tensors: the adapter's tensors, by their names in PEFT's file.
     """
 
     config: PeftConfig

@@ -11,8 +11,9 @@ class Pull(Term):
     """Adds strength (theta - towards), the gradient of strength/2 |theta - towards|^2.
 
     Args:
-        strength: of the pull.
-        towards: values by name, full; other parameters, and those that rest in a phase, are left.
+        strength: factor of the pull's gradient.
+        towards: values by name, full. A parameter without a value, or without a gradient in a
+            phase, is not pulled.
     """
 
     def __init__(self, strength: float, towards: Mapping[str, Tensor]) -> None:

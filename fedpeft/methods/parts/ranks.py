@@ -21,11 +21,12 @@ def check_ranks(name: str, ranks: Ranks, largest: int) -> None:
 
     Args:
         name: names the ranks in the error.
-        ranks: to check.
+        ranks: the ranks to check: a list, a mapping from client numbers, or null.
         largest: bound of every rank.
 
     Raises:
-        ValueError: they are no list or mapping from client numbers, or a rank is not in 1..largest.
+        ValueError: the ranks are no list or mapping from client numbers, or a rank is not in
+            1..largest.
     """
     if ranks is None:
         return
@@ -42,7 +43,7 @@ def rank_of(ranks: Ranks, at: At, largest: int) -> int:
     """Return a client's rank.
 
     Args:
-        ranks: of the clients; if there are none, all have ``largest``.
+        ranks: the clients' ranks, a list or a mapping; if null or empty, all have ``largest``.
         at: says the client; if that is null, the rank is ``largest``.
         largest: rank of a client that trains whole parameters.
     """
@@ -57,9 +58,9 @@ def any_below(ranks: Ranks, largest: int, num_clients: int) -> bool:
     """Return true if any client's rank is below the largest.
 
     Args:
-        ranks: of the clients.
+        ranks: the clients' ranks, a list or a mapping; if null or empty, all have ``largest``.
         largest: rank of a client that trains whole parameters.
-        num_clients: of the run, numbered from 0.
+        num_clients: number of the run's clients, which are numbered from 0.
     """
     return any(rank_of(ranks, At(1, c), largest) < largest for c in range(num_clients))
 
@@ -101,13 +102,13 @@ class RankedLoRA(LoRA):
 def mean_of_holders(method: Method, round: Round, names: Iterable[str]) -> State:
     """Average every entry over the clients whose block holds it, by their weights.
 
-    A mean over all clients counts the zeros of those that do not hold an entry, and so would shrink
+    A mean over all clients counts zeros of clients that do not hold an entry, and so would shrink
     it in every round. An entry that no client holds stays as it was before the round.
 
     Args:
-        method: says, by ``block``, what each client holds.
-        round: what the clients sent.
-        names: of the parameters to average.
+        method: says, by ``block``, which entries each client holds.
+        round: the round, with the clients' states and weights.
+        names: names of the parameters to average.
     """
     mean: State = {}
     for name in names:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedpeft.reporting.figures import COLOURS
 
-MOST_MARKERS = 60  # of a line; more would hide it
+MOST_MARKERS = 60  # markers of a line; more would hide it
 UPRIGHT = 40  # characters of a line of the y axis' title, for which its height has room
 # Lengths of strokes and gaps. Colours repeat after ten settings, and a line then has other dashes.
 DASHES = ((), (2, 2), (9, 3), (9, 3, 2, 3))
@@ -23,7 +23,7 @@ class Chart:
     """A chart's texts.
 
     Args:
-        name: of its files, without an ending.
+        name: name of the chart's files, without an ending.
         title: stands above it.
         notes: sentences below it.
     """
@@ -38,12 +38,12 @@ class Line:
     """A setting's line, with a band where there is a spread.
 
     Args:
-        name: of the setting.
-        place: of the setting among all, which decides colour and marker.
+        name: the setting's name.
+        place: the setting's place among all settings, which decides colour and marker.
         x: values, ascending.
         y: values.
         low: lower edge of the band; null for no band.
-        high: its upper edge.
+        high: upper edge of the band; null for no band.
         bound: true for a bound, which is dashed and has no markers.
     """
 
@@ -63,9 +63,9 @@ class LineChart(Chart):
     Args:
         x: names the horizontal axis.
         y: names the vertical axis.
-        lines: of the settings.
+        lines: the settings' lines.
         level: height of a grey line, or null.
-        level_name: its name.
+        level_name: name of the grey line.
         log_x: true for a logarithmic horizontal axis.
     """
 
@@ -84,9 +84,9 @@ class ScatterChart(Chart):
     Args:
         x: names the horizontal axis.
         y: names the vertical axis.
-        names: of the settings.
-        places: of the settings among all.
-        points: of each setting, (x, y).
+        names: the settings' names.
+        places: the settings' places among all settings, which decide colours and markers.
+        points: each setting's points, (x, y).
     """
 
     x: str
@@ -102,9 +102,9 @@ class BoxChart(Chart):
 
     Args:
         x: names the axis of the values.
-        names: of the settings.
-        places: of the settings among all.
-        values: of each setting.
+        names: the settings' names.
+        places: the settings' places among all settings, which decide colours.
+        values: each setting's values.
         hover: a text for each value.
     """
 
@@ -123,7 +123,7 @@ class BarChart(Chart):
 
     Args:
         x: names the axis of the values.
-        names: of the settings.
+        names: the settings' names.
         bars: values of each setting, by the bar's name.
         log_x: true for a logarithmic axis.
     """
@@ -140,7 +140,7 @@ class HeatChart(Chart):
 
     Args:
         counts: rows, (clients, labels).
-        labels: their names.
+        labels: the labels' names.
         kind: names the axis of the labels.
     """
 

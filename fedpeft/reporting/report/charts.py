@@ -12,12 +12,12 @@ from fedpeft.reporting.report.series import Curve, Points, in_lines, megabytes, 
 from fedpeft.reporting.report.settings import Runs
 from fedpeft.reporting.saved_runs import SavedRun
 
-MOST_POINTS = 300  # of a setting, because each is drawn in three files and has a text on the page
+MOST_POINTS = 300  # points of a setting; each is drawn in three files and has a text on the page
 BAND = "Lines are means over the seeds, bands the mean ± the sample standard deviation"
 
 
 def charts(runs: Runs) -> list[tuple[str, list[Chart]]]:
-    """Return the charts by section, without those that the runs have no values for."""
+    """Return the charts by section; a chart that the runs have no values for is left out."""
     sections: dict[str, list[Chart | None]] = {
         "Quality": [_by_round(runs), _by_megabytes(runs), _by_client(runs)],
         "Cost": [_bytes(runs), _seconds(runs)],

@@ -9,8 +9,8 @@ def last_round(setting: Setting, measure: str) -> list[tuple[float, str]]:
     """Return each client's measure on its test rows, with a text that names client and seed.
 
     Args:
-        setting: gives the runs; one that saved no table of clients adds nothing.
-        measure: its name.
+        setting: gives the runs; a run that saved no table of clients adds nothing.
+        measure: the measure's name, without ``test_``.
     """
     key = f"test_{measure}"
     return [

@@ -12,13 +12,13 @@ class Diagnostic(NamedTuple):
 
     Attributes:
         chart: name of the chart.
-        title: of the chart.
-        axis: its name on the chart's axis.
-        meaning: one sentence.
+        title: title of the chart.
+        axis: the diagnostic's name on the chart's axis.
+        meaning: one sentence that explains the diagnostic.
         lacking: ends the sentence "no round ..." on a setting that is not drawn.
         beside: name of the chart that has quality beside it, a point a run; empty if there is none,
             then the table of diagnostics has no column of it either.
-        name: its name in that chart and in the table.
+        name: the diagnostic's name in the chart ``beside`` and in the table.
     """
 
     chart: str
@@ -30,7 +30,7 @@ class Diagnostic(NamedTuple):
     name: str = ""
 
 
-DIAGNOSTICS = {  # by key of a round's line
+DIAGNOSTICS = {  # diagnostics by the key of a round's line
     "interference": Diagnostic(
         chart="interference",
         title="Interference by round",

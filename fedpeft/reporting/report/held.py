@@ -18,10 +18,10 @@ class Held(NamedTuple):
     """A run's rows by client and label, as they are saved: a count of zero has no entry.
 
     Attributes:
-        clients: their numbers, (entries,).
-        places: of the labels in ``labels``, (entries,).
-        rows: counts, (entries,).
-        labels: their names, sorted.
+        clients: the clients' numbers, (entries,).
+        places: indices of the labels in ``labels``, (entries,).
+        rows: counts of rows, (entries,).
+        labels: the labels' names, sorted.
     """
 
     clients: np.ndarray

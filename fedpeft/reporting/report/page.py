@@ -15,7 +15,7 @@ from fedpeft.reporting.report.table import Table
 from fedpeft.reporting.tables import counted
 from fedpeft.versions import SHOWN
 
-MOST_ROWS = 20  # of a table that are shown before the reader asks for more
+MOST_ROWS = 20  # rows of a table that are shown before the reader asks for more
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Section:
     """A part of the page.
 
     Args:
-        title: its heading.
+        title: the section's heading.
         tables: come first.
         charts: come after the tables.
         notes: sentences between them.
@@ -44,8 +44,8 @@ def html(runs: Runs, sections: Sequence[Section]) -> str:
     """Return the page; every value is escaped.
 
     Args:
-        runs: of the report.
-        sections: in their order; one without content is left out.
+        runs: the report's runs.
+        sections: the sections in their order; a section without content is left out.
     """
     folder = Path(__file__).parent
     jinja = Environment(

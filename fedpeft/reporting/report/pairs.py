@@ -10,11 +10,11 @@ from fedpeft.reporting.report.settings import Runs, Setting
 from fedpeft.reporting.tables import Rows
 
 FEWEST = 3  # pairs of a test
-LEVEL = 0.95  # of confidence intervals
-# Keys that must be equal, beside those of the partition; one more counts for clients' rows.
+LEVEL = 0.95  # level of confidence intervals
+# Keys that must be equal, beside the partition's; one more counts for clients' rows.
 SAME = ("num_clients", "data.max_answer_length", "data.cut_references")
 SAME_FOR_CLIENTS = (*SAME, "evaluation.max_client_rows")
-PARTITION = "partition_sha256"  # in a summary; null where sites hold rows of their own
+PARTITION = "partition_sha256"  # key of a summary; null where sites hold rows of their own
 UNKNOWN = "unknown"
 
 
@@ -22,7 +22,7 @@ def paired_tests(runs: Runs, key: str) -> tuple[Rows, dict[str, list[str]]]:
     """Test each pair of settings for a difference of the measure.
 
     Args:
-        runs: of the report.
+        runs: the report's runs.
         key: ``quality`` for the clients' own test rows, ``global_test`` for the server's.
 
     Returns:

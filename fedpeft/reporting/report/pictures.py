@@ -64,9 +64,9 @@ def draw(chart: Chart, figure: Any, axis: Any) -> None:
     """Draw a chart.
 
     Args:
-        chart: with the values.
-        figure: of matplotlib, whose height may change.
-        axis: of the figure.
+        chart: the chart with its values.
+        figure: matplotlib's figure, whose height may change.
+        axis: the figure's axes.
 
     Raises:
         TypeError: the chart is of no known kind.
@@ -153,10 +153,10 @@ def _name_rows(names: Sequence[str], inches: float, figure: Any, axis: Any) -> N
     """Name the rows of a chart from top to bottom, and make room for them.
 
     Args:
-        names: of the settings.
+        names: the settings' names, from top to bottom.
         inches: height of a row.
-        figure: of matplotlib.
-        axis: of the figure.
+        figure: matplotlib's figure, whose height changes.
+        axis: the figure's axes.
     """
     axis.set_yticks(range(len(names)), shortened(names))
     axis.set_ylim(len(names) - 0.5, -0.5)

@@ -1,4 +1,4 @@
-"""Values that papers report, beside those of a report's settings."""
+"""Values that papers report, beside the values of a report's settings."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from fedpeft.reporting.report.table import Table, Text, plain, spread
 from fedpeft.reporting.tables import Rows
 
 FILE = CONF / "published.yaml"
-FORMS = ("_generated", "_teacher_forced")  # of measures of text, which papers do not tell apart
+FORMS = ("_generated", "_teacher_forced")  # ends of text measures, which papers do not tell apart
 
 
 def published_table(runs: Runs) -> Table | None:

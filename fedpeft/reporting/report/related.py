@@ -9,7 +9,7 @@ from fedpeft.reporting.report.settings import ROWS, Runs
 from fedpeft.reporting.report.table import p_text
 
 FEWEST = 10  # settings of a correlation: with fewer, p of the approximation means nothing
-DIGITS = 4  # of a diagnostic; an exact aggregation's interference is rounding, and counts as 0
+DIGITS = 4  # digits of a diagnostic; interference that is rounding alone counts as 0
 TIED = 9  # digits by which two settings' means are equal
 
 

@@ -9,7 +9,7 @@ from fedpeft.reporting.report.settings import Setting
 from fedpeft.reporting.results import mean_and_sd
 from fedpeft.reporting.saved_runs import SavedRun
 
-Points = dict[int, float]  # by round
+Points = dict[int, float]  # values by round
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Curve:
     """A setting's values by round, over the seeds.
 
     Args:
-        rounds: those that every seed has.
-        means: over the seeds, by round.
+        rounds: numbers of the rounds that every seed has.
+        means: means over the seeds, by round.
         sds: sample standard deviations, by round; null with one seed.
     """
 

@@ -28,9 +28,9 @@ class Setting:
     """Runs that differ in nothing but the seed.
 
     Args:
-        name: for tables and figures.
-        runs: that came to their end, one a seed.
-        rows: their numbers, see ``run_values``.
+        name: the setting's name in tables and figures.
+        runs: runs that came to their end, one a seed.
+        rows: the runs' numbers, see ``run_values``.
         lost: number of seeds whose run did not come to its end.
     """
 
@@ -71,8 +71,8 @@ class Runs:
 
     Args:
         measure: name of the measure by which settings are compared.
-        sign: 1 if more of it is better, -1 if less.
-        settings: in the order in which their runs were found.
+        sign: 1 if more of the measure is better, -1 if less.
+        settings: the settings, in the order in which their runs were found.
         left_out: runs that did not come to their end, and others that cannot be counted.
     """
 
@@ -149,7 +149,7 @@ def _measure(runs: Sequence[SavedRun]) -> tuple[str, int]:
     """Return the measure by which all runs are compared, and 1 if more is better, -1 if less.
 
     Raises:
-        ValueError: they have more than one, or none is known.
+        ValueError: the runs have more than one measure, or none is known.
     """
     known: dict[tuple[str, int], SavedRun] = {}
     for run in runs:
@@ -216,8 +216,8 @@ def _parts(
 
     Args:
         same: the settings' values by key.
-        keys: those that the names have.
-        facts: of all methods, of whose keys a short form must be none.
+        keys: the keys that the names show.
+        facts: values of all methods' settings by key; keys that end alike are not shortened.
     """
     columns = {key: brief([_text(fact.get(key)) for fact in same], 24) for key in keys}
     return [
@@ -255,7 +255,7 @@ def _facts(run: SavedRun) -> dict[str, Any]:
 
 
 def _apart(facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the keys that tell settings apart, those of the method first.
+    """Return the keys that tell settings apart, the method's first.
 
     A value that differs because the choice of its group does is left out.
     """

@@ -38,7 +38,7 @@ class Table:
     """A table.
 
     Args:
-        name: of its files, without an ending.
+        name: name of the table's files, without an ending.
         title: stands above it.
         columns: makes the text of each shown column from a row, by the column's title.
         rows: values by name, all of which the CSV has.

@@ -27,7 +27,7 @@ SPREAD_COLUMNS = {
 }
 # Names of the tables of paired tests, by the rows that are measured.
 PAIRS = {"quality": "pairs", "global_test": "pairs_on_the_servers_rows"}
-SHOWN = 6  # of pairs or runs that a note names
+SHOWN = 6  # pairs or runs that a note names, at most
 
 
 def summary_table(runs: Runs) -> Table:

@@ -41,7 +41,7 @@ def write_report(folders: Sequence[Path], to: Path) -> list[Path]:
     """Write a report of saved runs.
 
     Args:
-        folders: of runs, studies or sweeps.
+        folders: folders of runs, studies or sweeps.
         to: takes ``report.html``, ``figures`` and ``tables``; files of the same names there are
             replaced, and others that an earlier report wrote there are removed.
 

@@ -42,8 +42,8 @@ class Session(ABC):
         """Write a round's numbers.
 
         Args:
-            round: is the step.
-            numbers: by name, all finite.
+            round: the round's number, which is the step.
+            numbers: finite numbers by name.
         """
 
     @abstractmethod
@@ -54,7 +54,7 @@ class Session(ABC):
 
         Args:
             status: ``completed``, ``stopped`` or ``failed``.
-            reason: one sentence, unless it is completed.
+            reason: one sentence; empty if the run is completed.
             summary: null if the run has none.
             export: writes the model of a completed run.
 
@@ -71,8 +71,9 @@ class Tracker(ABC):
     """The settings of a tracker; derived classes are dataclasses.
 
     Attributes:
-        name: of the tracker's file in conf/logger, of the extra, and of the folder in the run's.
-        module: is there if the extra is installed.
+        name: name of the tracker's file in conf/logger, of the extra, and of the folder in a run's
+            directory.
+        module: Python module that is there if the extra is installed.
     """
 
     name: ClassVar[str]
@@ -82,7 +83,7 @@ class Tracker(ABC):
         """Check that the extra is installed, without importing it.
 
         Raises:
-            ValueError: it is not.
+            ValueError: the extra is not installed.
         """
         if find_spec(self.module) is None:
             raise ValueError(
@@ -95,9 +96,9 @@ class Tracker(ABC):
         """Begin a run in the tracker, or go on with one.
 
         Args:
-            run: its directory.
+            run: the run, whose directory is read.
             folder: takes what the tracker writes on this machine; it is there.
-            id: of the session before; null to begin.
+            id: the earlier session's id; null to begin.
             done: last round that was written; -1 for none.
 
         Raises:
@@ -113,8 +114,8 @@ class Tracking(Observer):
 
     Args:
         tracker: the settings.
-        run_dir: of the run; it holds the configuration when the run begins.
-        note: is told the first failure.
+        run_dir: the run's directory; it holds the configuration when the run begins.
+        note: takes sentences for the run's output, such as on the first failure.
         export: writes the model of a run that is completed.
     """
 
@@ -146,7 +147,7 @@ class Tracking(Observer):
         self.begun = True
 
     def round_done(self, line: Line) -> None:
-        """Write a round; those that are repeated from a checkpoint are there already."""
+        """Write a round; rounds that are repeated from a checkpoint are there already."""
         if self.session is not None and line["round"] == self.last + 1:
             self._safely(partial(self._write, line))
         else:
@@ -222,7 +223,7 @@ class Tracking(Observer):
 
 
 def numbers(values: Mapping[str, Any]) -> Numbers:
-    """Return the finite numbers of a round's line, without those of single clients."""
+    """Return the finite numbers of a round's line, without single clients' numbers."""
     return {
         key: value
         for key, value in values.items()
@@ -233,8 +234,8 @@ def numbers(values: Mapping[str, Any]) -> Numbers:
 def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Return the texts and numbers of a summary by dotted key, without lists.
 
-    What single clients were refused for is left out too, because their sentences are not for
-    others, and would make a key a client and round.
+    The reasons why single clients were refused are left out too, because these sentences are not
+    for others, and would make a key a client and round.
     """
     result: dict[str, Any] = {}
     for key, value in values.items():

@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
-MOST_PARAMS, MOST_CHARACTERS = 100, 6000  # of one request, and of one value
+MOST_PARAMS, MOST_CHARACTERS = 100, 6000  # parameters of one request, characters of one value
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MLflow(Tracker):
     module = "mlflow"
 
     def open(self, run: SavedRun, folder: Path, id: str | None, done: int) -> Session:
-        """Begin a run, or go on with the one of this id; see ``Tracker.open``."""
+        """Begin a run, or go on with the run of this id; see ``Tracker.open``."""
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         with warnings.catch_warnings():  # MLflow's tables use what SQLAlchemy no longer likes

@@ -10,12 +10,12 @@ from fedpeft.reporting.saved_runs import SavedRun
 from fedpeft.reporting.trackers.base import Export, Numbers, Session, Tracker, flat, settings, tags
 
 EXIT_CODES = {"completed": 0, "failed": 1, "stopped": 255}  # 255 shows as killed
-MOST_CHARACTERS = 64  # of a tag
+MOST_CHARACTERS = 64  # characters of a tag
 
 
 @dataclass(frozen=True)
 class WandB(Tracker):
-    """Writes a run whose group is that of all runs which differ in nothing but the seed.
+    """Writes a run into the group of all runs that differ in nothing but the seed.
 
     Args:
         project: holds the run.
