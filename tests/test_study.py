@@ -22,7 +22,7 @@ from fedpeft.reporting.pages import save_comparison, save_study
 from fedpeft.reporting.results import Measures, edges, ranked_lrs, run_rows, study_row
 from fedpeft.reporting.run_directory import RunDirectory
 from fedpeft.reporting.saved_runs import chosen_runs
-from fedpeft.reporting.study import Done, Outcome, Run, Study, listed, numbers
+from fedpeft.reporting.study import Done, Outcome, Study, StudyRun, listed, numbers
 from fedpeft.reporting.study_plan import Finished, StudyPlan
 from fedpeft.reporting.tables import Rows, study_cells
 from fedpeft.simulation import launch
@@ -577,7 +577,7 @@ def test_a_method_whose_runs_all_fail_is_named_and_a_study_of_such_ends(tmp_path
 
 def test_a_mean_without_all_clients_is_no_result() -> None:
     late = "evaluation: no reply within runtime.round_timeout=9 s"
-    run = Run("lora", 0.1, 0, Path("x"), [], OmegaConf.create())
+    run = StudyRun("lora", 0.1, 0, Path("x"), [], OmegaConf.create())
 
     def failed(**more: Any) -> str | None:
         return run_rows([Done(run, summary_of(0.5, 0.5, **more))], ACCURACY)[0]["failed"]

@@ -16,7 +16,7 @@ from fedpeft.engine.plan import Job, plan
 from fedpeft.engine.probing import Vectorised, probe
 from fedpeft.engine.stacked import Unsupported
 from fedpeft.engine.together import Together
-from fedpeft.methods.parts.pull import Pull
+from fedpeft.methods.parts.pull import ProximalPull
 from tests.data.files import image, write
 from tests.pairs import names_in
 
@@ -41,7 +41,7 @@ def jobs(engine: Engine, round: int = 1, mu: float = 0.0) -> list[Job]:
             name: value + 0.05 * torch.randn(value.shape, generator=draws)
             for name, value in engine.replica.initial.items()
         }
-        term = Pull(mu, {name: start[name] for name in roles.trained(round)})
+        term = ProximalPull(mu, {name: start[name] for name in roles.trained(round)})
         result.append(Job(roles.at(round, client), start, (term,)))
     return result
 

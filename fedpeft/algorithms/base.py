@@ -9,7 +9,7 @@ from fedpeft.state import Role, State
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunFacts:
     """The facts of a run by which an algorithm or a compression may refuse it.
 
     Attributes:
@@ -62,8 +62,8 @@ class FedAvg:
             return [1 / len(num_examples)] * len(num_examples)
         return [n / sum(num_examples) for n in num_examples]
 
-    def check(self, setting: Setting) -> None:
-        """Raise ValueError if the algorithm makes no sense in a setting."""
+    def check(self, facts: RunFacts) -> None:
+        """Raise ValueError if the algorithm makes no sense in the run."""
 
     def role(self, role: Role) -> Role:
         """Return the algorithm's role of a parameter that has this role by the method."""
@@ -109,42 +109,42 @@ class FedAvg:
         return mean
 
 
-def require_shared(algorithm: FedAvg, setting: Setting) -> None:
+def require_shared(algorithm: FedAvg, facts: RunFacts) -> None:
     """Refuse a model of which nothing is shared, because there is nothing to work on.
 
     Args:
         algorithm: names itself in the error.
-        setting: the facts of the run.
+        facts: the facts of the run.
 
     Raises:
         ValueError: no parameter is shared.
     """
-    if not setting.shares:
+    if not facts.shares:
         raise ValueError(
             f"strategy {type(algorithm).__name__} works on shared parameters, but method "
-            f"{type(setting.method).__name__} shares none here: use strategy=fedavg"
+            f"{type(facts.method).__name__} shares none here: use strategy=fedavg"
         )
 
 
-def require_plain_mean(algorithm: FedAvg, setting: Setting) -> None:
-    """Refuse a setting in which an algorithm cannot replace or correct the plain mean.
+def require_plain_mean(algorithm: FedAvg, facts: RunFacts) -> None:
+    """Refuse a run in which an algorithm cannot replace or correct the plain mean.
 
     Args:
         algorithm: names itself in the error.
-        setting: the facts of the run.
+        facts: the facts of the run.
 
     Raises:
         ValueError: nothing is shared, the method aggregates by a rule of its own, or clients
             train blocks, whose zeros would count as values.
     """
-    require_shared(algorithm, setting)
-    name, method = type(algorithm).__name__, type(setting.method).__name__
-    if not setting.method.averages:
+    require_shared(algorithm, facts)
+    name, method = type(algorithm).__name__, type(facts.method).__name__
+    if not facts.method.averages:
         raise ValueError(
             f"strategy {name} stands on the mean of whole states, but method {method} "
             "aggregates by a rule of its own: use strategy=fedavg or fedprox"
         )
-    if not setting.whole:
+    if not facts.whole:
         raise ValueError(
             f"strategy {name} needs whole parameters of every client, but with method "
             f"{method} some train only a block: use equal ranks, or strategy=fedavg"

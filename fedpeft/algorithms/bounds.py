@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedpeft.algorithms.base import FedAvg, Setting
+from fedpeft.algorithms.base import FedAvg, RunFacts
 from fedpeft.state import Role
 
 
@@ -10,11 +10,11 @@ from fedpeft.state import Role
 class LocalOnly(FedAvg):
     """Every client trains alone: the method's shared parameters are personal, nothing is sent."""
 
-    def check(self, setting: Setting) -> None:
-        if setting.method.starts:
+    def check(self, facts: RunFacts) -> None:
+        if facts.method.starts:
             raise ValueError(
                 "strategy LocalOnly sends nothing, but method "
-                f"{type(setting.method).__name__} starts from values that the server sets and "
+                f"{type(facts.method).__name__} starts from values that the server sets and "
                 "sends: choose a start of the method that every client has by itself"
             )
 
@@ -34,11 +34,11 @@ class Centralized(FedAvg):
 
     pooled = True
 
-    def check(self, setting: Setting) -> None:
-        if not setting.whole:
+    def check(self, facts: RunFacts) -> None:
+        if not facts.whole:
             raise ValueError(
                 "strategy Centralized trains one whole model, but with method "
-                f"{type(setting.method).__name__} some clients train only a block: use equal ranks"
+                f"{type(facts.method).__name__} some clients train only a block: use equal ranks"
             )
 
     def role(self, role: Role) -> Role:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedpeft.algorithms.base import FedAvg, Setting, require_plain_mean
+from fedpeft.algorithms.base import FedAvg, RunFacts, require_plain_mean
 from fedpeft.methods.base import Memory, Round
 from fedpeft.state import State
 
@@ -29,8 +29,8 @@ class FedNova(FedAvg):
         if not 0 <= self.local_momentum < 1:
             raise ValueError(f"local_momentum must be in [0, 1), got {self.local_momentum}")
 
-    def check(self, setting: Setting) -> None:
-        require_plain_mean(self, setting)
+    def check(self, facts: RunFacts) -> None:
+        require_plain_mean(self, facts)
 
     def norm(self, steps: int) -> float:
         """Return |a_i| of a client that took so many steps."""

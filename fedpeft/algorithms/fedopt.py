@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedpeft.algorithms.base import FedAvg, Setting, require_plain_mean
+from fedpeft.algorithms.base import FedAvg, RunFacts, require_plain_mean
 from fedpeft.methods.base import Memory, Round
 from fedpeft.state import State
 
@@ -36,14 +36,14 @@ class ServerOptimizer(FedAvg):
         if not 0 < self.server_lr < float("inf"):
             raise ValueError(f"server_lr must be > 0, got {self.server_lr}")
 
-    def check(self, setting: Setting) -> None:
+    def check(self, facts: RunFacts) -> None:
         """Refuse a method that aggregates by a rule of its own.
 
         Factors that it decomposes anew each round have no coordinates for a moment to follow, and
         what it sets beside them fits its result alone. Blocks are allowed, because only the mean is
         used.
         """
-        require_plain_mean(self, replace(setting, whole=True))
+        require_plain_mean(self, replace(facts, whole=True))
 
     def server(self, mean: State, round: Round, memory: Memory) -> State:
         """See ``FedAvg.server``."""

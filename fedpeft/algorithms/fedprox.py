@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from fedpeft.algorithms.base import FedAvg
 from fedpeft.methods.base import Term
-from fedpeft.methods.parts.pull import Pull
+from fedpeft.methods.parts.pull import ProximalPull
 from fedpeft.state import State
 
 
@@ -25,4 +25,4 @@ class FedProx(FedAvg):
 
     def term(self, start: State, sent: State, kept: State) -> Term:
         """See ``FedAvg.term``."""
-        return Pull(self.proximal_mu, start)
+        return ProximalPull(self.proximal_mu, start)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedpeft.algorithms.base import FedAvg, Setting, require_plain_mean
+from fedpeft.algorithms.base import FedAvg, RunFacts, require_plain_mean
 from fedpeft.methods.base import Memory, Round
 from fedpeft.state import State, weighted_mean
 
@@ -28,8 +28,8 @@ class Robust(FedAvg):
 
     weights: str = "uniform"
 
-    def check(self, setting: Setting) -> None:
-        require_plain_mean(self, setting)
+    def check(self, facts: RunFacts) -> None:
+        require_plain_mean(self, facts)
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class TrimmedMean(Coordinatewise):
         """Return how many of n values are cut off at each end."""
         return math.floor(self.beta * n + 1e-9)  # 0.29 * 100 is 28.999...
 
-    def check(self, setting: Setting) -> None:
-        super().check(setting)
-        if self.cut(setting.cohort_size) == 0:
+    def check(self, facts: RunFacts) -> None:
+        super().check(facts)
+        if self.cut(facts.cohort_size) == 0:
             raise ValueError(
                 f"strategy.beta={self.beta} trims floor(beta x clients per round) = 0 of "
-                f"{setting.cohort_size} at each end: need beta x clients per round >= 1"
+                f"{facts.cohort_size} at each end: need beta x clients per round >= 1"
             )
 
     def server(self, mean: State, round: Round, memory: Memory) -> State:
@@ -135,9 +135,9 @@ class Krum(Robust):
         """Least number of clients that a round needs."""
         return 2 * self.num_malicious + 3
 
-    def check(self, setting: Setting) -> None:
-        super().check(setting)
-        n = setting.cohort_size
+    def check(self, facts: RunFacts) -> None:
+        super().check(facts)
+        n = facts.cohort_size
         if n < self.least:
             raise ValueError(
                 f"strategy.num_malicious={self.num_malicious} needs 2 x num_malicious + 3 = "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedpeft.algorithms.base import FedAvg, Setting, require_plain_mean
+from fedpeft.algorithms.base import FedAvg, RunFacts, require_plain_mean
 from fedpeft.methods.base import Memory, Round, Term
 from fedpeft.state import State, weighted_mean
 
@@ -39,14 +39,14 @@ class Scaffold(FedAvg):
         if not 0 < self.server_lr < float("inf"):
             raise ValueError(f"server_lr must be > 0, got {self.server_lr}")
 
-    def check(self, setting: Setting) -> None:
+    def check(self, facts: RunFacts) -> None:
         """Refuse AdamW, and methods and blocks that have no plain mean."""
-        require_plain_mean(self, setting)
-        if setting.optimizer != "sgd":
+        require_plain_mean(self, facts)
+        if facts.optimizer != "sgd":
             raise ValueError(
                 "strategy Scaffold needs optimizer.name=sgd, because its controls are mean "
                 "gradients only where a step is lr times the gradient, got optimizer.name="
-                f"{setting.optimizer}: use sgd with an lr for it, or strategy=fedavg"
+                f"{facts.optimizer}: use sgd with an lr for it, or strategy=fedavg"
             )
 
     def term(self, start: State, sent: State, kept: State) -> Term:

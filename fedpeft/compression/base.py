@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from fedpeft.algorithms.base import Setting
+from fedpeft.algorithms.base import RunFacts
 from fedpeft.seeding import generator
 from fedpeft.state import State, check
 
@@ -142,8 +142,8 @@ class Compression:
         """
         return Exact()
 
-    def check(self, setting: Setting) -> None:
-        """Raise ValueError if the compression makes no sense in a setting."""
+    def check(self, facts: RunFacts) -> None:
+        """Raise ValueError if the compression makes no sense in the run."""
 
 
 def as_received(compression: Compression, state: State, seed: int) -> State:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft.algorithms.base import Setting
+from fedpeft.algorithms.base import RunFacts
 from fedpeft.compression import largest
 from fedpeft.compression.base import Codec, Compression, OfUpdate
 from fedpeft.state import STRATEGY, State, check, prefixed, split_prefixed
@@ -109,11 +109,11 @@ class TopK(Compression):
     def up(self) -> Codec:
         return OfUpdate(Largest(self.ratio))
 
-    def check(self, setting: Setting) -> None:
-        if not setting.method.averages:
+    def check(self, facts: RunFacts) -> None:
+        if not facts.method.averages:
             raise ValueError(
                 "compression TopK adds what a client did not send to its next update, but method "
-                f"{type(setting.method).__name__} may have set the parameters anew by a rule of "
+                f"{type(facts.method).__name__} may have set the parameters anew by a rule of "
                 "its own: use compression=int8 or none"
             )
 
@@ -161,14 +161,14 @@ class TopKBoth(Compression):
     def down(self) -> Codec:
         return LargestOfAll(self.density_down)
 
-    def check(self, setting: Setting) -> None:
-        name, method = type(self).__name__, type(setting.method).__name__
-        if not setting.method.averages:
+    def check(self, facts: RunFacts) -> None:
+        name, method = type(self).__name__, type(facts.method).__name__
+        if not facts.method.averages:
             raise ValueError(
                 f"compression {name} adds the mean's step to values that clients got in part, but "
                 f"method {method} aggregates by a rule of its own: use compression=int8 or none"
             )
-        if not setting.whole:
+        if not facts.whole:
             raise ValueError(
                 f"compression {name} takes the same vector for every client, but with method "
                 f"{method} some train only a block: use equal ranks, or compression=topk or none"

@@ -6,7 +6,7 @@ from functools import cached_property, lru_cache
 
 from torch import nn
 
-from fedpeft.algorithms.base import Setting
+from fedpeft.algorithms.base import RunFacts
 from fedpeft.config.schema import Config
 from fedpeft.methods.base import At
 from fedpeft.models.sites import head_parameters
@@ -86,15 +86,15 @@ class Roles:
         for round in self._of_training(self.config.num_rounds):
             if self.shared(round):
                 self.config.method.check_roles(self.by_name(round))
-        setting = self._setting()
-        self.config.strategy.check(setting)
-        self.config.compression.check(setting)
+        facts = self._facts()
+        self.config.strategy.check(facts)
+        self.config.compression.check(facts)
 
-    def _setting(self) -> Setting:
+    def _facts(self) -> RunFacts:
         config = self.config
         shares = any(self.shared(round) for round in self._of_training(config.num_rounds))
         whole, cohort = not config.method.trains_blocks(config.num_clients), config.cohort_size()
-        return Setting(config.method, shares, whole, cohort, config.optimizer.name)
+        return RunFacts(config.method, shares, whole, cohort, config.optimizer.name)
 
     @cached_property
     def has_personal(self) -> bool:

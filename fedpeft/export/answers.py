@@ -18,7 +18,7 @@ from fedpeft.export.run import FinishedRun, open_run
 UNTUNED = "before training"
 
 
-class Asked(NamedTuple):
+class Question(NamedTuple):
     """A test row's question.
 
     Attributes:
@@ -37,7 +37,7 @@ class Asked(NamedTuple):
         return "\n".join([f"**{self.prompt}**\n", f"- reference: {self.reference}", *lines])
 
 
-def asked(runs: Mapping[str, Path], count: int) -> list[Asked]:
+def asked(runs: Mapping[str, Path], count: int) -> list[Question]:
     """Let the untuned model and the models of finished runs answer the first test rows.
 
     The model of a run is client 0's, because some methods have no model that all clients share.
@@ -46,13 +46,13 @@ def asked(runs: Mapping[str, Path], count: int) -> list[Asked]:
         runs: directories of runs of one base model and one task, by name.
         count: number of rows, at least one. The task generates text.
     """
-    questions: list[Asked] = []
+    questions: list[Question] = []
     for name, folder in runs.items():
         run = open_run(folder, client=0, whole=False)
         if not questions:
             untuned = _samples(run, run.replica.base_model(), count)
             questions = [
-                Asked(row["prompt"], row["reference"], {UNTUNED: row["generated"]})
+                Question(row["prompt"], row["reference"], {UNTUNED: row["generated"]})
                 for row in untuned
             ]
         for question, row in zip(questions, _samples(run, run.replica.model, count), strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedpeft.methods.base import At, Phase, Term
 from fedpeft.methods.lora import LoRA
-from fedpeft.methods.parts.pull import Pull
+from fedpeft.methods.parts.pull import ProximalPull
 from fedpeft.models.sites import add_by_peft
 from fedpeft.state import Role, State
 
@@ -75,7 +75,9 @@ class Ditto(LoRA):
 
     def term(self, at: At, start: State, kept: State) -> Term:
         """Pull the personal adapter to the global one as received; see ``Method.term``."""
-        return Pull(self.pull, {name: start[twin(name)] for name in start if is_personal(name)})
+        return ProximalPull(
+            self.pull, {name: start[twin(name)] for name in start if is_personal(name)}
+        )
 
     def effective(self, module: nn.Module) -> Tensor | None:
         """Return the global adapter's product, because the personal one is not averaged."""

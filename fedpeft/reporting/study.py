@@ -19,7 +19,7 @@ T = TypeVar("T")
 RunAll = Callable[[list[list[str]], Mapping[str, Input]], Sequence[Outcome]]
 
 
-class Run(NamedTuple):
+class StudyRun(NamedTuple):
     """One run of a study.
 
     Attributes:
@@ -54,7 +54,7 @@ class Run(NamedTuple):
 class Done(NamedTuple):
     """A run and its summary, or the error that ended it."""
 
-    run: Run
+    run: StudyRun
     outcome: Outcome
 
 
@@ -150,7 +150,7 @@ class Study:
                 finalists[entry] = [*finalists[entry], beyond]
         return replace(self, more=more, finalists=finalists)
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[StudyRun]:
         """Compose every run, in the order of entries, learning rates and seeds.
 
         Raises:
@@ -162,7 +162,7 @@ class Study:
             raise ValueError(f"each run of a study must be named once, got {twice[0]} twice")
         return runs
 
-    def _runs_of(self, entry: str) -> Iterator[Run]:
+    def _runs_of(self, entry: str) -> Iterator[StudyRun]:
         method, *extra = _parts(entry)
         # Keys of the study say nothing of one run, and would make its command longer.
         base = [override for override in self.base if not key_of(override).startswith("study.")]
@@ -180,7 +180,7 @@ class Study:
             place = directory(entry, lr, seed)
             path = self.folder / (place.parts[0] if self.flat else place)
             overrides = [*common, *parts, f"run_dir={quoted(path)}", "resume=true"]
-            yield Run(entry, lr, seed, path, overrides, deepcopy(tree))
+            yield StudyRun(entry, lr, seed, path, overrides, deepcopy(tree))
 
     def _pairs(self, entry: str) -> list[tuple[float | None, int | None]]:
         """Return the learning rate and the seed of each run; null for the configuration's."""

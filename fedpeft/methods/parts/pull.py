@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fedpeft.methods.base import Term
 
 
-class Pull(Term):
+class ProximalPull(Term):
     """Adds strength (theta - towards), the gradient of strength/2 |theta - towards|^2.
 
     Args:
