@@ -413,11 +413,12 @@ def test_a_table_of_methods_with_one_rate_each_says_that_none_was_searched(tmp_p
         "study.lrs=[0.01,0.1]",
         "study.finalists=1",
     ]
-    plan = StudyPlan.of(tmp_path, base, OPTIONS | {"--seeds": "5,6"}, "")
-    study = finished(plan)[-1][1]
-    page = save_study(study, study.finish(Fake(steady)), ACCURACY, "").page
-    (note,) = [note for note in page.notes if note.startswith("lr: ")]
-    assert note == "lr: the only one of the method; none was searched."
+    for more in ([], [CELLS, "study.reuse_lrs=true"]):
+        plan = StudyPlan.of(tmp_path, [*base, *more], OPTIONS | {"--seeds": "5,6"}, "")
+        for _, study in finished(plan):
+            page = save_study(study, study.finish(Fake(steady)), ACCURACY, "").page
+            (note,) = [note for note in page.notes if note.startswith("lr: ")]
+            assert note == "lr: each method has one; none was searched."
 
 
 def test_a_rate_that_was_added_stays_and_counts(
@@ -538,9 +539,13 @@ def test_further_measures_on_test_rows_stand_below_the_table(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "text",
     [
-        "method,lr,seed\nlora,0.1,0\n",  # of an earlier version
-        "method,lr,seed,chosen\nlora,0.1,0,True\nlora,0.1,1\n",  # cut
-        "method,lr,seed,chosen\nlora,0.1,0,True\nlora,0.1,1,Tr",
+        "method,lr,seed\nlora,0.1,0\n",  # written by an earlier version
+        "",
+        "method,lr,seed,chosen,quality\n",
+        "method,lr,seed,chosen,quality\nlora,0.1,0,True,0.5\nlora,0.1,1,Tr",
+        "method,lr,seed,chosen,quality\nlora,0.1,0,True,0.5\nlora,0.1,1,True",
+        "method,lr,seed,chosen,quality\nlora,0.1,0,True,0.5\nlora,0.1,1,True,0.",
+        "method,lr,seed,chosen,quality\nlora,0.1,0,True,0.5\nlora,0.1,1,True\n",
     ],
 )
 def test_a_report_of_the_chosen_runs_needs_a_whole_study(tmp_path: Path, text: str) -> None:

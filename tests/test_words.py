@@ -9,18 +9,8 @@ import pytest
 from tests.conftest import ROOT
 
 OPENINGS = ("What", "Of", "Those", "Whether", "Where", "Why", "Who", "When", "As")
-OF_NOTHING = (
-    *map(str.lower, OPENINGS),
-    "that",
-    "with",
-    "in",
-    "on",
-    "at",
-    "to",
-    "by",
-    "for",
-    "which",
-)
+OF_NOTHING = [*map(str.lower, OPENINGS)]
+OF_NOTHING += "that with in on at to by for which it its their they likewise null".split()
 FILES = sorted(
     str(path.relative_to(ROOT))
     for folder in ("fedpeft", "tests", "benchmarks", "scripts", "docs")
@@ -41,13 +31,25 @@ def test_no_docstring_begins_with_a_gesture(name: str) -> None:
     assert not first & set(OPENINGS)
 
 
+def nameless(text: str) -> list[str]:
+    """Return the lines of a docstring that describe a parameter or an error without a noun."""
+    pattern = rf"^\s*(\*{{0,2}}\w+: (?:{'|'.join(OF_NOTHING)})\b.*)"
+    return re.findall(pattern, text.partition("\n\n")[2], re.MULTILINE)
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_no_parameter_is_described_without_a_noun(name: str) -> None:
-    """``seed: of the run`` names no thing; ``seed: the run's seed`` does."""
+def test_parameters_and_errors_are_described_by_a_noun(name: str) -> None:
     nodes = [n for n in ast.walk(ast.parse((ROOT / name).read_text())) if isinstance(n, DOCUMENTED)]
-    pattern = rf"^\s+(\*{{0,2}}\w+: (?:{'|'.join(OF_NOTHING)})\b.*)"
     texts = [text for n in nodes if (text := ast.get_docstring(n))]
-    assert [line for text in texts for line in re.findall(pattern, text, re.MULTILINE)] == []
+    assert [line for text in texts for line in nameless(text)] == []
+
+
+def test_a_description_without_a_noun_is_seen() -> None:
+    good = "Args:\n    seed: the run's seed.\n    **rest: more.\nRaises:\n    ValueError: no rows."
+    bad = "Args:\n    seed: of the run.\n    **rest: its rest.\nRaises:\n    ValueError: it is 0."
+    assert nameless(f"Do.\n\n{good}") == []
+    lines = ["seed: of the run.", "**rest: its rest.", "ValueError: it is 0."]
+    assert nameless(f"Do.\n\n{bad}") == lines
 
 
 def public(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef, str | None]]:

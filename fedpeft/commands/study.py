@@ -171,7 +171,7 @@ class Command(NamedTuple):
         """Give the command status 2 if runs failed for another reason than diverged training.
 
         Raises:
-            RuntimeError: some did.
+            RuntimeError: some runs failed so.
         """
         if failed:
             again = going_on(self.words, self.folder, self.as_json)

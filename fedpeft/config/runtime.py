@@ -69,7 +69,7 @@ class Runtime:
     lost_state: str = "refuse"
 
     def cluster(self) -> tuple[str, str]:
-        """Return the name of the setting that gives the Ray cluster's address, and the address.
+        """Return the key or variable that gives the Ray cluster's address, and the address.
 
         ``runtime.address`` comes before the environment's RAY_ADDRESS, as overrides of a command
         do.

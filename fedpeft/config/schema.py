@@ -141,8 +141,8 @@ class Settings:
     In a round, a client takes ``local_steps`` batches or, if that is null, ``local_epochs`` epochs.
 
     Args:
-        seed: seed of the run's draws, >= 0, except draws of rows that are set aside or limited, and
-            draws with a seed of the method.
+        seed: seed from which the run's draws derive, except draws of rows that are set aside or
+            limited, and draws for which the method has its own seed; >= 0.
         num_clients: parts into which the training rows are divided, one a client.
         num_rounds: rounds of the run; 0 to measure the model as it is before training.
         local_steps: batches that a client trains on in a round; null with ``local_epochs``.

@@ -84,7 +84,7 @@ class ClientRows:
         """Count rows by client and label, of which ``partition.column`` may name another column.
 
         Args:
-            clients: their numbers.
+            clients: the clients' numbers.
 
         Returns:
             Columns ``client``, ``label`` and ``rows``; a count of zero has no entry.

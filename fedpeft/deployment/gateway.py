@@ -37,7 +37,7 @@ MOST_BYTES = {**dict.fromkeys(LARGE, 64 << 20), **dict.fromkeys(SMALL, 16 << 20)
 MOST_BYTES[REPLIES] = 1 << 20  # it carries no arrays, and takes thirty times its size to read
 MOST_HELD = 1 << 30  # bytes of all bodies that are here at once
 BODY_SECONDS = 60  # seconds for a request's body
-MOST_REQUESTS = 512  # at once
+MOST_REQUESTS = 512  # requests at once
 OF_THE_HOP = {"connection", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
 OF_THE_HOP |= {"content-length", "date", "server"}  # these are written anew
 TIMEOUT = httpx.Timeout(120, connect=10)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 BIN = Path(sysconfig.get_path("scripts"))  # programs of the environment that runs this process
 STOP_SECONDS = 10  # wait for programs to end by themselves
-MOST_SECONDS = 60  # between a program's end and its next start
+MOST_SECONDS = 60  # longest wait between a program's end and its next start
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class Program(NamedTuple):
     """A program that this process starts.
 
     Attributes:
-        name: the program's name in messages; its log file is ``<name>.log``.
+        name: the program's name in messages, of its folder and, if logs are kept, of its log.
         command: the program and its arguments; a program without a folder is this environment's.
     """
 

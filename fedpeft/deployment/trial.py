@@ -108,7 +108,7 @@ class Trial:
 
     port: int
     control: int
-    host = "127.0.0.1"  # at which sites reach the server
+    host = "127.0.0.1"  # address at which sites reach the server
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -35,7 +35,7 @@ class Result(NamedTuple):
         trained: counts and means, see ``Trained``.
         after: all parameters that can change, full.
         moments: the optimizer's state to keep; empty unless ``optimizer.keep_state``.
-        seconds: seconds that the training took; for clients in one pass, those of the whole pass.
+        seconds: seconds that the training took; for clients in one pass, the whole pass's.
     """
 
     trained: Trained

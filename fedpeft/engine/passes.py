@@ -36,7 +36,7 @@ class Passes:
     On a GPU a pass over a shape that comes often is captured as a graph and replayed.
 
     Args:
-        model: its parameters that require a gradient train.
+        model: the model; its parameters that require a gradient train.
         loss_fn: returns the mean loss of a batch.
         precision: ``fp32``, or ``bf16`` for autocast.
     """

@@ -86,11 +86,11 @@ class Roles:
         for round in self._of_training(self.config.num_rounds):
             if self.shared(round):
                 self.config.method.check_roles(self.by_name(round))
-        facts = self._facts()
+        facts = self._run_facts()
         self.config.strategy.check(facts)
         self.config.compression.check(facts)
 
-    def _facts(self) -> RunFacts:
+    def _run_facts(self) -> RunFacts:
         config = self.config
         shares = any(self.shared(round) for round in self._of_training(config.num_rounds))
         whole, cohort = not config.method.trains_blocks(config.num_clients), config.cohort_size()

@@ -75,7 +75,7 @@ class Member:
 
         Args:
             flat: the member's trained parameters.
-            stepper: its optimizer.
+            stepper: the member's optimizer.
             keep: true to keep the optimizer's moments.
         """
         try:

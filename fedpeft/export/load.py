@@ -28,7 +28,8 @@ class Opened(NamedTuple):
 
     Attributes:
         model: the trained model, in evaluation mode.
-        config: the run's typed configuration, whose ``data`` is the model's task.
+        config: the exported folder's typed configuration, whose ``data`` is the task; keys outside
+            ``folder.KEYS`` have their defaults, not the run's values.
         processor: the model's tokenizer or image processor.
     """
 

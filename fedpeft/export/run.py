@@ -148,7 +148,7 @@ def _common(replica: Replica) -> str:
     """Return the setting of the model that all clients share.
 
     Raises:
-        ValueError: there is none, because parameters that it needs stay on the clients.
+        ValueError: there is no such model, because parameters that it needs stay on the clients.
     """
     roles, method = replica.roles, replica.config.method
     if not roles.has_personal:

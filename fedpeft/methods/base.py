@@ -24,7 +24,7 @@ class At(NamedTuple):
 
     Attributes:
         round: 1, 2, ...; 0 is before the first round, where ``Method.start`` sets parameters.
-        client: its number; null for any client that trains whole parameters.
+        client: the client's number; null for any client that trains whole parameters.
         rounds: number of the run's rounds; null where it is not known.
         memory: the state that ``Method.down`` gave this client.
     """
@@ -50,8 +50,8 @@ class ServerModel(Protocol):
 
         Args:
             size: rows of a batch.
-            purpose: sets this order apart from those for other purposes.
-            path: further numbers that do, such as the round's.
+            purpose: sets this order apart from the orders for other purposes.
+            path: further numbers that set the order apart, such as the round's.
         """
         ...
 
@@ -201,7 +201,7 @@ class Method(ABC):
         return True
 
     def arrange(self, model: nn.Module, setting: str) -> None:  # noqa: B027
-        """Prepare the model for a phase's setting; ``""`` is also that of evaluation."""
+        """Prepare the model for a phase's setting; ``""`` is also evaluation's setting."""
 
     def term(self, at: At, start: State, kept: State) -> Term:
         """Return a correction of the client's gradients.
@@ -210,7 +210,8 @@ class Method(ABC):
             at: the round and the client.
             start: every parameter that can change, full, as the client starts the round.
             kept: the state that ``Term.finish`` last kept on this client; empty the first time. The
-                state that ``finish`` sends is not used, because a method sends parameters.
+                state that ``finish`` sends is not used: a method sends such values as shared
+                parameters.
         """
         return Term()
 
@@ -231,7 +232,7 @@ class Method(ABC):
         """Return what a client gets beside its parameters, as ``At.memory``.
 
         Names, shapes and dtypes must not depend on ``memory``, because the client checks them
-        against those for an empty memory.
+        against the result for an empty memory.
         """
         return {}
 

@@ -6,7 +6,7 @@ from typing import Any
 Line = dict[str, Any]  # a round in metrics.jsonl
 # Suffixes of what sums up a measure of the clients; without one it is the mean weighted by rows.
 UNWEIGHTED, WORST, P10 = SPREAD = ("_unweighted", "_worst", "_p10")
-REPLIED, LATE, REFUSED, ABSENT = OUTCOMES = ("replied", "late", "refused", "absent")  # of a client
+REPLIED, LATE, REFUSED, ABSENT = OUTCOMES = ("replied", "late", "refused", "absent")
 
 
 class Observer:

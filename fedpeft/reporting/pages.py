@@ -170,11 +170,11 @@ def study_notes(
 
     Args:
         measures: names of the measures.
-        searched: true if a method of this table has more than one learning rate.
-        rates_from: name of the table that searched the learning rates; null if this one did.
+        searched: true if an entry of this table has more than one learning rate.
+        rates_from: name of the table that searched the rates; null if it was this table or none.
         raced: true if seeds after the first are run with the best rates of the first alone.
     """
-    lr = "lr: the only one of the method; none was searched."
+    lr = "lr: each method has one; none was searched."
     if searched or rates_from:
         where = f", in the table {rates_from}" if rates_from else ""
         lr = (

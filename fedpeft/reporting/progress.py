@@ -81,7 +81,7 @@ class Display(Observer):
     """Shows rounds, clients, loss and the time left.
 
     Args:
-        console: null for standard output.
+        console: the console to write to; null for standard output.
     """
 
     def __init__(self, console: Console | None = None) -> None:

@@ -21,7 +21,7 @@ from fedpeft.files import append, read_json, replacing
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 FAILURE = "failed.txt"  # the reason why training diverged, which a study notes
 CLIENTS, PACKED = "clients.jsonl", "clients.parquet"  # while the run lasts, and after it
-OVERRIDES = "overrides.yaml"  # the command's, as a list
+OVERRIDES = "overrides.yaml"  # the command's overrides, as a list
 LOCK = ".lock"  # is locked while a process has the directory
 STOPPED = "stopped.txt"  # the reason why a run ended before its end
 CHECKPOINTS = "checkpoints"  # folder of states from which a run goes on

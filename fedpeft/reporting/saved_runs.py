@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,8 @@ def chosen_runs(folders: Sequence[Path]) -> list[Path]:
         folders: folders of studies, or folders above; each ``runs.csv`` says which runs these are.
 
     Raises:
-        ValueError: a folder holds no study, or its ``runs.csv`` is cut or of an earlier version.
+        ValueError: a folder holds no study, or a row of its ``runs.csv`` is not whole or does
+            not say whether the run was chosen.
     """
     paths: list[Path] = []
     for folder in folders:
@@ -205,19 +207,29 @@ def chosen_runs(folders: Sequence[Path]) -> list[Path]:
         if not files:
             raise ValueError(f"{folder} holds no study: none of its folders has study.md")
         for file in files:
-            with file.open(newline="") as opened:
-                rows = list(csv.DictReader(opened))
-            if any(row.get("chosen") not in ("True", "False") for row in rows):
-                raise ValueError(
-                    f"{file} does not say of each run whether it was chosen: give the study's "
-                    "command again"
-                )
             paths += [
                 file.parent / directory(row["method"], float(row["lr"]), int(row["seed"]))
-                for row in rows
+                for row in _rows_of(file)
                 if row["chosen"] == "True"
             ]
     return paths
+
+
+def _rows_of(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a study's ``runs.csv``.
+
+    Raises:
+        ValueError: a row is not whole, or does not say whether the run was chosen.
+    """
+    with file.open(newline="") as opened:
+        text = opened.read()
+    rows = list(csv.DictReader(StringIO(text, newline="")))
+    said = (row.get("chosen") in ("True", "False") and None not in row.values() for row in rows)
+    if not rows or not text.endswith("\n") or not all(said):
+        raise ValueError(
+            f"{file} does not say of each run whether it was chosen: give the study's command again"
+        )
+    return rows
 
 
 def directory(entry: str, lr: float, seed: int) -> Path:

@@ -66,13 +66,13 @@ class Study:
         folder: holds the runs' directories and the results.
         base: overrides of every run.
         entries: methods, each with overrides of its own: ``lora+strategy=local_only``.
-        lrs: learning rates of the entries that name none of their own, as ``lora+lr=1e-3`` does.
+        lrs: learning rates of every entry, except an entry that names its rate: ``lora+lr=1e-3``.
         seeds: seeds; the configuration's if empty.
         flat: directories are ``<entry>`` instead of ``<entry>/lr=<lr>/seed=<seed>``.
         more: learning rates by entry, beyond ``lrs``. An entry without any rate has its method's.
         finalists: learning rates by entry that seeds after the first are run with; an entry that
             is not there is run with all its rates.
-        rates_from: name of the table whose best rates these are; null if this table searches.
+        rates_from: name of the table that searched the rates; null if it was this table or none.
     """
 
     folder: Path
@@ -120,7 +120,7 @@ class Study:
 
     @property
     def searches(self) -> bool:
-        """True if a method is run with more than one learning rate."""
+        """True if an entry is run with more than one learning rate."""
         return any(len(self._rates(entry)) > 1 for entry in self.entries)
 
     @property
@@ -241,7 +241,7 @@ def whole_number(name: str, text: str) -> int | None:
     """Return the whole number that an option has; null for an empty text.
 
     Raises:
-        ValueError: the text is none.
+        ValueError: the text is no whole number.
     """
     try:
         return int(text) if text else None

@@ -59,7 +59,7 @@ class StudyPlan:
             methods: entries by commas, if neither names any.
 
         Raises:
-            ValueError: an option's value is none.
+            ValueError: an option's value is not of its kind.
         """
         chosen = settings_of(base).study
         changes = {
@@ -97,7 +97,7 @@ class StudyPlan:
             return
         (ended,) = self._grow([first], finish_one)
         best = {entry: rates[:1] for entry, rates in ended.ranked_lrs.items()}
-        name = first.folder.name
+        name = first.folder.name if ended.study.searches else None
         self._grow([replace(study, more=best, rates_from=name) for study in others], finish_one)
 
     def check_data(self) -> None:

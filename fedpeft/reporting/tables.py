@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedpeft.files import replacing
+
 Rows = list[dict[str, Any]]
 
 
@@ -139,7 +141,7 @@ def escaped_markdown(text: str) -> str:
 
 def write_csv(file: Path, rows: Rows) -> None:
     """Write rows with all digits, under the names of the first row's columns."""
-    with file.open("w", newline="") as opened:
+    with replacing(file) as draft, draft.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -12,7 +12,7 @@ import torch
 from fedpeft.state import State
 
 FRAME = 1 << 20  # bytes of a reply beside its arrays, at most
-MOST_STEPS = 100  # times the median of a round's clients, that count in a norm a step
+MOST_STEPS = 100  # largest number of a client's steps, as a multiple of the round's median
 MOST_ROWS = 10**9  # training rows that a client with rows of its own may say at most
 
 

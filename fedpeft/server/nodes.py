@@ -165,7 +165,7 @@ def exchange(
         Client and reply.
 
     Raises:
-        RuntimeError: some messages could not be sent.
+        RuntimeError: a message could not be sent.
     """
     begun = time.monotonic()
     deadline = begun + timeout

@@ -37,7 +37,7 @@ class Pull:
         self._asking: dict[str, float] = {}  # times of questions without an answer, by id
         self._last: dict[str, float] = {}  # time of the last question, by id
         self._thread = 0  # number of the thread that asks for one reply after another
-        self._question: str | None = None  # that thread's; null if it has asked for all
+        self._question: str | None = None  # id for which it asks now; null if it has asked for all
 
     def __call__(self, ids: Collection[str], wait: float = STALLED) -> list[Answer]:
         """Return the answers that have come since the last call.

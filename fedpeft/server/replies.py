@@ -23,7 +23,7 @@ class Reply(NamedTuple):
         steps: number of steps taken.
         loss: mean over these steps.
         kept: the client keeps the state of this round.
-        restarted: its kept state was lost, and it began anew.
+        restarted: true if the client's kept state was lost, so that it began anew.
         seconds: seconds that the client's training took, by its own clock; null if it does not say.
     """
 

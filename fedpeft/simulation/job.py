@@ -35,10 +35,10 @@ class JobEnded(NamedTuple):
     Attributes:
         name: the overrides that set the job apart from the other jobs.
         kind: ``done``, ``skipped`` or ``failed``.
-        path: its run's directory; empty if its configuration is wrong.
+        path: the run's directory; empty if the job's configuration is wrong.
         reason: the error's text; empty if it has not failed.
         process: the number of the process in which it ran.
-        earlier: it failed in an earlier sweep, and did not run again.
+        earlier: true if the job failed in an earlier sweep and did not run again.
     """
 
     name: str

@@ -78,7 +78,7 @@ ENTRIES = {  # the studies' entries, by the names on the pages
     "SCL, svd, rank 64": "scl+method.init=svd",
     "SCL, random_pinv (the paper's), rank 64 (ours)": "scl+method.init=random_pinv",
 }
-TEN_SEEDS_ENTRIES = {  # of the study of label skew with ten seeds, which names rates
+TEN_SEEDS_ENTRIES = {  # entries of the label-skew study with ten seeds; each names its rate
     "FedTT, rank 5": "fedtt+lr=3e-3",
     "FedTT, rank 5, 1e-2": "fedtt+lr=1e-2",
     "FedTT+, three factors": "fedtt_plus+lr=1e-2",
@@ -89,7 +89,7 @@ TEN_SEEDS_ENTRIES = {  # of the study of label skew with ten seeds, which names 
     "RoLoRA, rank 2": "rolora+lr=1e-2+method.rank=2+method.alpha=4",
     "FFA-LoRA, rank 2": "ffa_lora+lr=1e-2+method.rank=2+method.alpha=4",
 }
-LEFT_OUT = (  # of what is said of methods that train and keep the model intact
+LEFT_OUT = (  # not among the methods that train and keep the model intact
     "untuned",
     "SCL, svd, rank 64",
     "SCL, random_pinv (the paper's), rank 64 (ours)",
@@ -119,7 +119,7 @@ PAIRS = [
     (SCL, "| on Dolly, first |", DOLLY, 9),
 ]
 
-PAIRS_BY_TWO = [  # measures
+PAIRS_BY_TWO = [  # the same with two measures, and the measures' keys
     (IMAGES, "| images, first |", TUMOURS, 9, ("global_test", "client_test_accuracy")),
     (TABLE3, "| label skew, first |", TEN_SEEDS, 8, ("global_test", "quality")),
 ]
@@ -129,7 +129,7 @@ PAIRS_BY_TWO = [  # measures
 
 
 def rows_of(study: str, rate: float | None = None) -> dict[str, Rows]:
-    """Return a study's rows by entry, whose name loses its rate, in the order of seeds.
+    """Return a study's rows by entry, in the order of seeds.
 
     Args:
         study: the study's folder in ``results``.
@@ -314,8 +314,10 @@ def test_the_signs_that_the_page_on_table_3_names_hold_with_ten_seeds() -> None:
     said = "is {}**, RoLoRA's {}, LoRA's {} (rank 2) and {} (rank 8), FedTT's {}."
     assert said.format(*lowest) in words
     assert sum(own > lora for own, lora in zip(fixed, small, strict=True)) == 8
+    assert "is above LoRA of rank 2 with eight seeds" in words
     high, low = sorted(fedtt)[5:], sorted(fedtt)[:5]
     assert [seed for seed, value in enumerate(fedtt) if value in low] == [2, 4, 5, 7, 9]
+    assert "With seeds 2, 4, 5, 7 and 9 FedTT ends" in words
     assert bare(f"ends at {low[0]:.3f} to {low[-1]:.3f} on the global test") in words
     learnt = fmean(lora - own for lora, own in zip(large, fedtt, strict=True) if own in high)
     assert bare(f"at {high[0]:.3f} to {high[-1]:.3f}, {learnt:.3f} below LoRA") in words

@@ -37,7 +37,7 @@ class Expected:
         sent: patterns of the names sent up and of the names sent down, for rounds 1 and 2.
         counts: numbers of tensors and of values that a client sends up, for rounds 1 and 2.
         shared_names: names, in any model and round, of the parameters that train and are sent.
-        personal_names: likewise, of the parameters that train and stay with the client.
+        personal_names: names of the parameters that train and stay with the client.
         personal: pattern of the names that stay with the client; null if none does.
         fields: overrides that the tiny model needs, because it is narrower than the defaults are
             made for.

@@ -201,7 +201,8 @@ def _distribution(name: str) -> metadata.Distribution:
 def sources(distribution: str, package: str) -> list[tuple[str, Path]]:
     """Return module and file of an installed package's code, without tests and vendored code.
 
-    The package is not imported. The wheel lists its files, so a later file is left out.
+    The package is not imported. The wheel lists its files, so a file that was added
+    after the installation is left out.
 
     Raises:
         ValueError: the package is not installed, or has no list of files.

@@ -113,7 +113,7 @@ class Task(Source):
 
         Args:
             predictions: (rows,) as ``measure`` takes them.
-            references: right answers (rows,), likewise.
+            references: right answers (rows,) as ``measure`` takes them.
             suffix: appended to each name.
         """
         return {

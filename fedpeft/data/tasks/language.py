@@ -67,8 +67,8 @@ def token_sums(outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Return sums over the predicted tokens of each row: loss, correct and count, each (B,).
 
     Args:
-        outputs: losses and most likely tokens, (B, L-1, 2), perhaps of more tokens than are
-            predicted.
+        outputs: losses and most likely tokens, (B, L-1, 2), perhaps with values where
+            ``targets`` is ``IGNORED``.
         targets: the tokens to predict, (B, L-1); ``IGNORED`` where nothing is predicted.
     """
     read = targets != IGNORED

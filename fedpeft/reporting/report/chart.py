@@ -39,7 +39,8 @@ class Line:
 
     Args:
         name: the setting's name.
-        place: the setting's place among all settings, which decides colour and marker.
+        place: the setting's place among all settings, which decides colour, marker and
+            dashes.
         x: values, ascending.
         y: values.
         low: lower edge of the band; null for no band.

@@ -55,7 +55,7 @@ class Session(ABC):
         Args:
             status: ``completed``, ``stopped`` or ``failed``.
             reason: one sentence; empty if the run is completed.
-            summary: null if the run has none.
+            summary: the run's summary; null if it has none.
             export: writes the model of a completed run.
 
         Returns:
