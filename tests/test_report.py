@@ -49,7 +49,7 @@ def _save(
     name: str,
     of_seed: int,
     quality: float,
-    partition: str | None = "p",
+    held: str | None = "p",
     rows: str = "data",
     **config: Any,
 ) -> Path:
@@ -60,7 +60,7 @@ def _save(
         name: the method's name, ``lora`` or ``scl``.
         of_seed: the run's seed.
         quality: the clients' accuracy on test rows after round 2.
-        partition: hash of who holds which rows.
+        held: hash of who holds which rows.
         rows: hash of the rows.
         config: more values.
     """
@@ -93,7 +93,7 @@ def _save(
         "bytes": {"uplink_bytes": 4_000_000, "downlink_bytes": 6_000_000},
         "seconds": 1.5,
         "data": {"sha256": rows},
-        "partition_sha256": partition,
+        "partition_sha256": held,
     }
     (path / "summary.json").write_text(json.dumps(summary))
     clients = [{"round": 2, "client": i, "test_accuracy": quality - i / 10} for i in range(2)]
@@ -329,10 +329,10 @@ def test_diagnostics_are_means_over_rounds_and_seeds(tmp_path: Path) -> None:
     [
         ({"num_clients": 3}, "they differ in num_clients, so a seed makes no pair"),
         ({"seed": 5}, "a test needs 3 common seeds of the same rows by client, got 2"),
-        ({"partition": "q"}, "a test needs 3 common seeds of the same rows by client, got 0"),
+        ({"held": "q"}, "a test needs 3 common seeds of the same rows by client, got 0"),
         ({"rows": "edited"}, "a test needs 3 common seeds of the same rows by client, got 0"),
         (
-            {"partition": None},
+            {"held": None},
             "sites hold rows of their own, so nobody knows that both had the same rows",
         ),
     ],
@@ -820,11 +820,12 @@ def _saved_as(folder: Path, *overrides: str) -> Path:
 
 
 def test_measured_values_stand_beside_published_ones(tmp_path: Path) -> None:
-    clients, rank = ("data=sst2", "num_clients=3"), "method.rank=2"
+    clients, rank = ("data=sst2", "num_clients=3", "partition=iid"), "method.rank=2"
     _saved_as(tmp_path, *clients, "method=lora", rank, "data.path=/x/sst2", "lr=0.1")
+    _saved_as(tmp_path, *clients, "method=lora", rank, "partition=dirichlet", "partition.alpha=0.1")
     _saved_as(tmp_path, *clients, "method=rolora", rank, "strategy=fedadam")
     _saved_as(tmp_path, *clients, "method=rolora", "method.rank=4")
-    _saved_as(tmp_path, "data=sst2", "num_clients=4", "method=lora", rank)
+    _saved_as(tmp_path, "data=sst2", "num_clients=4", "method=lora", rank, "partition=iid")
     table = published_table(Runs.of(saved_runs([tmp_path])))
     assert table is not None
     (cells,) = table.cells
@@ -834,7 +835,7 @@ def test_measured_values_stand_beside_published_ones(tmp_path: Path) -> None:
 
 
 def test_without_published_values_there_is_no_table(tmp_path: Path) -> None:
-    _saved_as(tmp_path, "data=sst2", "num_clients=3", "method=bitfit")
+    _saved_as(tmp_path, "data=sst2", "num_clients=3", "method=bitfit", "partition=iid")
     assert published_table(Runs.of(saved_runs([tmp_path]))) is None
 
 
@@ -843,7 +844,7 @@ def test_published_values_are_shares_of_known_methods_and_data() -> None:
     assert len(entries) == 8 + 3 + 12 + 4
     for entry in entries:
         tree = composed([f"data={entry['data']}"])
-        assert tree.data._target_
+        assert tree.data._target_ and isinstance(entry["iid"], bool)
         for name, measures in entry["values"].items():
             method, *wanted = name.split("+")
             settings = leaves(composed([f"method={method}"]))

@@ -180,6 +180,20 @@ def pairs_of(document: str, heading: str, count: int) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in lines]
 
 
+def ranked_rates(name: str, name_with_20_steps: str) -> list[tuple[float, float]]:
+    """Return the mean validation of both of SST-2's studies and the rate, the best first."""
+    both: list[dict[float, float]] = []
+    for study, entry in ((SST2, ENTRIES[name]), (IID, ENTRIES[name_with_20_steps])):
+        with (ROOT / "results" / study / "runs.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["method"] == entry]
+        by_rate: dict[float, list[float]] = {}
+        for row in rows:
+            by_rate.setdefault(float(row["lr"]), []).append(float(row["validation"]))
+        both.append({rate: fmean(values) for rate, values in by_rate.items()})
+    one, other = both
+    return sorted((((one[r] + other[r]) / 2, r) for r in one.keys() & other.keys()), reverse=True)
+
+
 def bare(numbers: str) -> str:
     """Return numbers without the zero before the point."""
     return re.sub(r"\b0\.", ".", numbers)
@@ -360,6 +374,33 @@ def test_signs_that_the_page_on_images_names_hold_in_all_nine_runs() -> None:
         assert minus(named(study, alone), named(study, shared), "client_test_accuracy") in words
         for name in ("SCL, svd, rank 64", "SCL, random_pinv (the paper's), rank 64 (ours)"):
             assert cell(named(study, name), "test_accuracy") in words
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "name_with_20_steps"),
+    [
+        ("adapter", "adapter", "adapter"),
+        ("bitfit", "BitFit", "BitFit"),
+        ("fedtt_plus", "FedTT+", "FedTT+"),
+        ("ffa_lora", "FFA-LoRA, rank 8", "FFA-LoRA, rank 2"),
+        ("ia3", "IA3", "IA3"),
+        ("lora", "LoRA, rank 8", "LoRA, rank 8"),
+        ("p_tuning", "P-tuning", "P-tuning"),
+        ("prompt", "prompt", "prompt"),
+        ("rolora", "RoLoRA, rank 8", "RoLoRA, rank 2"),
+    ],
+)
+def test_a_default_rate_has_the_best_validation_of_both_studies_of_sst_2(
+    method: str, name: str, name_with_20_steps: str
+) -> None:
+    ranked = ranked_rates(name, name_with_20_steps)
+    assert composed([f"method={method}"]).lr == ranked[0][1]
+
+
+def test_fedtt_keeps_a_rate_that_is_second_by_little() -> None:
+    (best, other), (second, default), *_ = ranked_rates("FedTT", "FedTT")
+    assert (other, default) == (3e-3, composed(["method=fedtt"]).lr)
+    assert bare(f"by {best - second:.3f}") in page("docs/methods.md")
 
 
 # --- runs ----------------------------------------------------------------------------------------

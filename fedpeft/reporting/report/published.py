@@ -17,7 +17,7 @@ FORMS = ("_generated", "_teacher_forced")  # ends of text measures, which papers
 
 
 def published_table(runs: Runs) -> Table | None:
-    """Return what papers report for the same data, clients and method; null if there is nothing.
+    """Return the values of papers for the same data, clients and method; null if there are none.
 
     Runs that bound a table (each client alone, all rows in one place) have no value there, and no
     server algorithm but FedAvg has.
@@ -50,9 +50,10 @@ def published_table(runs: Runs) -> Table | None:
     notes = [
         f"The columns of test rows hold our {measure.replace('_', ' ')}. A paper measures one "
         "model on one set, so its value belongs beside the server's column. Published values are "
-        "those of the same data set, number of clients and method. Only a run of the same model, "
-        "rows, rounds and kind of measure can be compared with them; elsewhere compare the order "
-        "of methods within a column. conf/published.yaml has the values."
+        "those of the same data set, number of clients and method, and of iid clients only if the "
+        "clients here are iid. Only a run of the same model, rows, rounds and kind of measure can "
+        "be compared with them; elsewhere compare the order of methods within a column. "
+        "conf/published.yaml has the values."
     ]
     return Table("published", "Measured and published", columns, rows, notes, texts=3)
 
@@ -64,8 +65,9 @@ def _values(setting: Setting, measure: str) -> Iterator[tuple[Mapping[str, Any],
     if chosen["strategy"] != "fedavg":
         return
     published: Any = OmegaConf.to_container(OmegaConf.load(FILE))
+    like = (chosen["data"], values["num_clients"], chosen["partition"] == "iid")
     for entry in published:
-        if (entry["data"], entry["num_clients"]) != (chosen["data"], values["num_clients"]):
+        if (entry["data"], entry["num_clients"], entry["iid"]) != like:
             continue
         for name, measures in entry["values"].items():
             method, *wanted = name.split("+")
