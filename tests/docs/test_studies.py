@@ -338,6 +338,67 @@ def test_the_signs_that_the_page_on_table_3_names_hold_with_ten_seeds() -> None:
     assert bare(f"at {high[0]:.3f} to {high[-1]:.3f}, {learnt:.3f} below LoRA") in words
 
 
+def test_the_differences_on_mrpc_that_the_page_names_in_words_are_the_study_s() -> None:
+    words = " ".join(page(FEDTT).partition("## MRPC")[2].split())
+    fedtt, large = named(MRPC, "FedTT"), named(MRPC, "LoRA, rank 8")
+    small, rotating = named(MRPC, "LoRA, rank 2"), named(MRPC, "FedTT+, active=one")
+    for rows, others, keys in (
+        (fedtt, large, ("global_test", "test_accuracy")),
+        (fedtt, small, ("global_test", "test_accuracy")),
+        (named(MRPC, "FedTT+"), fedtt, ("global_test",)),
+        (rotating, fedtt, ("global_test",)),
+        (rotating, small, ("global_test",)),
+        (named(MRPC, "FFA-LoRA, rank 8"), large, ("global_test",)),
+        (named(MRPC, "RoLoRA, rank 8"), large, ("global_test",)),
+    ):
+        for key in keys:
+            lost, _, interval = minus(rows, others, key).partition(" (")
+            assert lost in words and interval.rstrip(")") in words
+
+
+def test_methods_beat_one_answer_on_mrpc_as_the_page_says() -> None:
+    """One answer for all is "equivalent", which 279 of 408 rows have."""
+    one_answer, share = 2 * 279 / (279 + 408), 279 / 408
+    values = {
+        entry: [(float(row["global_test"]), float(row["test_accuracy"])) for row in rows]
+        for entry, rows in rows_of(MRPC).items()
+    }
+    above = {e for e, pairs in values.items() if min(f1 for f1, _ in pairs) > one_answer + 1e-9}
+    assert above == {"fedtt", "lora", ENTRIES["LoRA, rank 2"]}
+    below = {e for e, pairs in values.items() if fmean(f1 for f1, _ in pairs) < one_answer - 1e-9}
+    names = ("FedTT+, active=one", "FFA-LoRA, rank 8", "RoLoRA, rank 8", "prompt", "IA3")
+    assert below == {ENTRIES[name] for name in (*names, "P-tuning")}
+    same = {e: sum(abs(f1 - one_answer) < 1e-9 for f1, _ in pairs) for e, pairs in values.items()}
+    assert {entry: count for entry, count in same.items() if count} == {"adapter": 3, "bitfit": 1}
+    lower = {e for e, pairs in values.items() if fmean(a for _, a in pairs) < share - 1e-9}
+    assert lower == {"prompt", "p_tuning"}
+
+
+def test_losses_on_mrpc_fall_and_rise_as_the_page_says() -> None:
+    words = " ".join(page(FEDTT).partition("## MRPC")[2].split())
+    curves: dict[str, list[float]] = {}
+    for entry, rows in rows_of(MRPC).items():
+        lines = [
+            [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for row in rows
+            for folder in (ROOT / "results" / MRPC / entry).glob(f"lr=*/seed={row['seed']}")
+        ]
+        assert len(lines) == 3
+        curves[entry] = [
+            fmean(of_run[number]["client_test_loss"] for of_run in lines)
+            for number in (50, 100, 150)
+        ]
+    falling = {entry for entry, curve in curves.items() if min(curve) == curve[-1]}
+    assert falling == {"ffa_lora", "lora", ENTRIES["FedTT+, active=one"]}
+    said = "FedTT goes from {:.3f} to {:.3f} and back to {:.3f}".format(*curves["fedtt"])
+    assert bare(said) in words
+    rises = {entry: curve[-1] - curve[0] for entry, curve in curves.items()}
+    highest = max(rises, key=lambda entry: rises[entry])
+    assert highest == ENTRIES["LoRA, rank 2"]
+    first, _, last = curves[highest]
+    assert bare(f"largest rise in loss ({first:.3f} to {last:.3f})") in words
+
+
 def test_the_differences_that_the_page_on_images_names_in_words_are_the_study_s() -> None:
     words = " ".join(page(IMAGES).split())
     lora, shared = named(TUMOURS, "LoRA, alpha 32"), named(TUMOURS, "FedSA-LoRA, alpha 32")
@@ -402,6 +463,19 @@ def test_fedtt_keeps_a_rate_that_is_second_by_little() -> None:
     (best, other), (second, default), *_ = ranked_rates("FedTT", "FedTT")
     assert (other, default) == (3e-3, composed(["method=fedtt"]).lr)
     assert bare(f"by {best - second:.3f}") in page("docs/methods.md")
+
+
+def test_rates_of_the_first_study_break_down_in_the_second_as_the_page_says() -> None:
+    accuracies = [
+        float(row["global_test"])
+        for name, rate in (("adapter", 1e-2), ("BitFit", 1e-2), ("IA3", 1.1e-1))
+        for row in rows_of(IID, rate)[ENTRIES[name]]
+        if row["seed"] == "0"
+    ]
+    said = bare("{:.3f}, {:.3f} and {:.3f} on GLUE's dev set".format(*accuracies))
+    assert said in " ".join(page("docs/methods.md").split())
+    default = cell(named(SST2, "LoRA, rank 8", 3e-3), "global_test")
+    assert f"3e-3, fedpeft's default, has {default}" in " ".join(page("README.md").split())
 
 
 # --- runs ----------------------------------------------------------------------------------------
