@@ -129,6 +129,12 @@ PAIRS_BY_TWO = [  # the same with two measures, and the measures' keys
 # --- cells ---------------------------------------------------------------------------------------
 
 
+def all_rows(study: str) -> Rows:
+    """Return a study's rows at all rates."""
+    with (ROOT / "results" / study / "runs.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def rows_of(study: str, rate: float | None = None) -> dict[str, Rows]:
     """Return a study's rows by entry, in the order of seeds.
 
@@ -136,10 +142,8 @@ def rows_of(study: str, rate: float | None = None) -> dict[str, Rows]:
         study: the study's folder in ``results``.
         rate: the learning rate; null for the rate that the study chose.
     """
-    with (ROOT / "results" / study / "runs.csv").open() as file:
-        rows = list(csv.DictReader(file))
     found: dict[str, Rows] = {}
-    for row in rows:
+    for row in all_rows(study):
         if row["chosen"] == "True" if rate is None else float(row["lr"]) == rate:
             found.setdefault(row["method"], []).append(row)
     return found
@@ -185,11 +189,10 @@ def ranked_rates(name: str, name_with_20_steps: str) -> list[tuple[float, float]
     """Return the mean validation of both of SST-2's studies and the rate, the best first."""
     both: list[dict[float, float]] = []
     for study, entry in ((SST2, ENTRIES[name]), (IID, ENTRIES[name_with_20_steps])):
-        with (ROOT / "results" / study / "runs.csv").open() as file:
-            rows = [row for row in csv.DictReader(file) if row["method"] == entry]
         by_rate: dict[float, list[float]] = {}
-        for row in rows:
-            by_rate.setdefault(float(row["lr"]), []).append(float(row["validation"]))
+        for row in all_rows(study):
+            if row["method"] == entry:
+                by_rate.setdefault(float(row["lr"]), []).append(float(row["validation"]))
         both.append({rate: fmean(values) for rate, values in by_rate.items()})
     one, other = both
     return sorted((((one[r] + other[r]) / 2, r) for r in one.keys() & other.keys()), reverse=True)
