@@ -112,7 +112,7 @@ TABLES = [
     (IMAGES, "| images, 3 clients | rate", TUMOURS, OF_IMAGES, True),
     (IMAGES, "| images, 4 clients | macro", TUMOURS_4, OF_IMAGES[1:], True),
     (IMAGES, "| images, 5 clients | macro", TUMOURS_5, OF_IMAGES[1:], True),
-    ("README.md", "| method | loss, server's rows", MEDQUAD, OF_README, False),
+    ("README.md", "| method | loss, global test", MEDQUAD, OF_README, False),
 ]
 # Page, beginning of the table's heading, folder of the study and number of pairs.
 PAIRS = [
@@ -241,7 +241,7 @@ def test_a_table_of_pairs_by_two_measures_is_the_study_s(
 
 
 def test_the_table_of_pairs_with_four_and_five_clients_is_the_studies_own() -> None:
-    heading = "| images, macro F1 on the test rows, first |"
+    heading = "| images, macro F1 on the global test, first |"
     for first, second, *differences in pairs_of(IMAGES, heading, 6):
         both = [(named(study, first), named(study, second)) for study in (TUMOURS_4, TUMOURS_5)]
         assert differences == [minus(one, other, "global_test") for one, other in both]
@@ -286,7 +286,7 @@ def test_the_differences_on_dolly_that_the_page_names_in_words_are_the_study_s()
     large, small = (named(DOLLY, f"SCL, residual, rank {rank}") for rank in (64, 10))
     assert f"rank 64 has {minus(large, small, 'quality')}" in words
     lost = minus(named(DOLLY, "FFA-LoRA"), named(DOLLY, "LoRA"), "test_loss")
-    assert f"Minus LoRA it is {lost} on the server's rows" in words
+    assert f"Minus LoRA it is {lost} on the global test" in words
     trained = rows_of(DOLLY).keys() - {ENTRIES[name] for name in LEFT_OUT}
     losses = [[float(row["validation"]) for row in rows_of(DOLLY)[entry]] for entry in trained]
     means = [fmean(values) for values in losses]
@@ -479,6 +479,19 @@ def test_rates_of_the_first_study_break_down_in_the_second_as_the_page_says() ->
     assert said in " ".join(page("docs/methods.md").split())
     default = cell(named(SST2, "LoRA, rank 8", 3e-3), "global_test")
     assert f"3e-3, fedpeft's default, has {default}" in " ".join(page("README.md").split())
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def test_each_spread_in_the_answers_stands_on_a_study_s_page() -> None:
+    studies = sorted((ROOT / "results").glob("*/README.md"))
+    pages = " ".join(" ".join(file.read_text().replace("|", " ").split()) for file in studies)
+    answers = " ".join(page("results/README.md").split())
+    deviations = set(re.findall(r"\d*\.\d{3} ± \.\d{3}", answers))
+    intervals = set(re.findall(r"[+-]\.\d{3} to [+-]\.\d{3}", answers))
+    assert len(deviations) > 15 and len(intervals) > 20
+    assert {spread for spread in deviations | intervals if spread not in pages} == set()
 
 
 # --- runs ----------------------------------------------------------------------------------------
