@@ -26,7 +26,7 @@ from fedpeft.files import replacing
 log = logging.getLogger(__name__)
 # Part of every key: raise it when an encoder gives other arrays for the same rows, or when entries
 # are written otherwise.
-FORMAT = "5"
+FORMAT = "6"
 SUMS = "sums.json"
 AT_ONCE = 1 << 22  # bytes
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}

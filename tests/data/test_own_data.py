@@ -193,6 +193,22 @@ def test_a_gap_among_whole_numbers_changes_no_class(tmp_path: Path) -> None:
         assert task.class_numbers(task.split_rows(split)).tolist() == expected
 
 
+def test_codes_with_zeros_in_front_stay_as_they_are_written(tmp_path: Path) -> None:
+    """A reader that guesses takes 007 for the number 7."""
+    codes, counts = ["007", "7", "12", ""], ["10", "0", "0.5", "1"]
+    lines = [f"t{i},{codes[i % 4]},{counts[i % 4]},{i}" for i in range(8)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label,dose,age", *lines]) + "\n")
+    whole = [f"t{i},{codes[1 + i % 2]},1,2" for i in range(4)]  # 7 and 12, so numbers here
+    for split in ("validation", "test"):
+        (tmp_path / f"{split}.csv").write_text("\n".join(["text,label,dose,age", *whole]) + "\n")
+    task = TextClassification(path=str(tmp_path), bad_rows="skip")
+    assert task.label_names == ["007", "12", "7"]
+    assert task.class_numbers(task.split_rows("train")).tolist() == [0, 2, 1] * 2
+    assert task.class_numbers(task.split_rows("test")).tolist() == [2, 1] * 2
+    assert values(task.tables["train"], "dose") == [10, 0, 0.5, 1] * 2
+    assert values(task.tables["train"], "age") == list(range(8))
+
+
 def test_two_stray_quotes_swallow_no_rows(tmp_path: Path) -> None:
     lines = [f"t{i},{'ab'[i % 2]}" for i in range(30)]
     lines[4], lines[20] = '"begins with a quote,a', '"so does this,b'

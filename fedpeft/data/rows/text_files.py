@@ -3,6 +3,7 @@
 import codecs
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,7 +16,7 @@ from fedpeft.errors import PartlyPublic
 
 # Functions import datasets, because it takes seconds and cached rows do without it.
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # in CSV files, in place of commas
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -80,6 +81,11 @@ class TextFormat:
             missing = {name: [""] if name in gaps else GAPS for name in rows.column_names}
             settings |= {"keep_default_na": False, "na_values": missing}
             rows = datasets.load_dataset(kind, **settings)
+        if numbers := [name for name in rows.column_names if _is_numeric(rows, name)]:
+            # A cell 007 is a code and not the number 7, so its column is of texts.
+            written = datasets.load_dataset(kind, **settings, features=_as_texts(rows, numbers))
+            if codes := [name for name in numbers if _has_codes(written, name)]:
+                rows = datasets.load_dataset(kind, **settings, features=_as_texts(rows, codes))
         return rows
 
     def check(self, path: str, file: Path) -> None:
@@ -246,6 +252,24 @@ def _first_undecodable(file: Path, encoding: str) -> int | None:
 
 def _cells(line: str, separator: str) -> list[str]:
     return next(csv.reader([line], delimiter=separator), [])
+
+
+def _is_numeric(rows: "Dataset", column: str) -> bool:
+    """Tell whether a column is of whole or fractional numbers."""
+    return getattr(rows.features[column], "dtype", "").startswith(("int", "uint", "float"))
+
+
+def _as_texts(rows: "Dataset", columns: list[str]) -> "Features":
+    """Return the features of rows, some columns of which are of texts instead."""
+    from datasets import Features, Value
+
+    return Features({**rows.features, **{name: Value("string") for name in columns}})
+
+
+def _has_codes(rows: "Dataset", column: str) -> bool:
+    """Tell whether a column of texts has a number with a needless zero in front."""
+    cells = rows.with_format("arrow")[:][column].to_pylist()
+    return any(re.match(r"0\d", cell) for cell in cells if cell)
 
 
 def _columns_with_gaps(rows: "Dataset") -> list[str]:
