@@ -83,16 +83,23 @@ def cached(key: Iterable[Any], build: Callable[[], dict[str, np.ndarray]]) -> di
         build: makes the arrays, by name, if the cache lacks them or has them broken.
     """
     folder = cache_folder() / "encoded" / _name(key)
-    with suppress(_Broken):
-        if (arrays := _load(folder)) is not None:
-            return arrays
+    with suppress(OSError):  # another process has begun to build it again
+        if _is_whole(folder, tell=False):
+            return _mapped(folder)
     try:
         lock = _locked(folder)
     except OSError as error:
         _warn_unwritable(cache_folder(), error.strerror or str(error))
         return _read_only(build())
     with lock:
-        return _build(folder, build)
+        if not _is_whole(folder):  # another process may have been first
+            arrays = build()
+            try:
+                _fill(folder, lambda draft: _save(draft, arrays))
+            except OSError as error:
+                _warn_unwritable(cache_folder(), error.strerror or str(error))
+                return _read_only(arrays)
+        return _mapped(folder)
 
 
 def cached_folder(key: Iterable[Any], write: Callable[[Path], None]) -> Path:
@@ -107,28 +114,37 @@ def cached_folder(key: Iterable[Any], write: Callable[[Path], None]) -> Path:
     """
     folder = cache_folder() / "folders" / _name(key)
     with naming_the_cache(folder):
-        if not _is_whole(folder):
+        if not _is_whole(folder, tell=False):
             with _locked(folder):
                 if not _is_whole(folder):  # another process may have been first
                     _fill(folder, write)
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
-    """Tell whether an entry's files are as they were written."""
+def _is_whole(folder: Path, tell: bool = True) -> bool:
+    """Tell whether an entry's files are as they were written, and warn if they are not.
+
+    Args:
+        folder: the entry.
+        tell: false warns of nothing, because the entry is looked at again under its lock.
+    """
     try:
         for name, (size, crc) in _read_json(folder / SUMS).items():
             _check(folder / name, size, crc)
     except FileNotFoundError:
         return False
     except _Broken as broken:
-        log.warning("%s: the entry is built again", broken)
+        if tell:
+            log.warning("%s: the entry is built again", broken)
         return False
     return True
 
 
 def _fill(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write an entry's files beside its place; their sums come last, then the rename."""
+    """Write an entry's files beside its place; their sums come last, then the rename.
+
+    What was there before goes first; other processes that have mapped it keep it.
+    """
     draft = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(draft, ignore_errors=True)  # its process was killed, because we hold the lock
     try:
@@ -189,21 +205,6 @@ def _locked(folder: Path) -> Any:
     return FileLock(f"{folder}.lock").acquire()
 
 
-def _build(folder: Path, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return an entry's arrays, built unless another process was first; its lock is held."""
-    try:
-        if (arrays := _load(folder)) is not None:
-            return arrays
-    except _Broken as broken:
-        log.warning("%s: the entry is built again", broken)
-    arrays = build()
-    try:
-        return _write(folder, arrays)
-    except OSError as error:
-        _warn_unwritable(cache_folder(), error.strerror or str(error))
-        return _read_only(arrays)
-
-
 def _read_only(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return views of the arrays that refuse writes, as memory-mapped ones do."""
     views = {name: array.view() for name, array in arrays.items()}
@@ -212,67 +213,26 @@ def _read_only(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return views
 
 
-def _load(folder: Path) -> dict[str, np.ndarray] | None:
-    """Return an entry's arrays, memory-mapped; null if it is not there or was never finished.
-
-    Raises:
-        _Broken: the entry is there, but not as it was written.
-    """
-    try:
-        sums = _read_json(folder / SUMS)
-    except FileNotFoundError:
-        return None
-    for name, (size, crc) in sums.items():
-        _check(folder / name, size, crc)
-    try:
-        return _mapped(folder, sums)
-    except OSError as error:  # another process has begun to build it again
-        raise _Broken(f"{folder} of the cache cannot be read ({error.strerror})") from error
+def _mapped(folder: Path) -> dict[str, np.ndarray]:
+    """Return an entry's arrays, memory-mapped and read-only."""
+    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
 
 
-def _mapped(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    return {Path(name).stem: np.load(folder / name, mmap_mode="r") for name in sorted(names)}
+def _save(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    for name, array in arrays.items():
+        with (folder / f"{name}.npy").open("wb") as file:
+            np.save(_Blocks(file), array)  # type: ignore[arg-type]  # it only calls write
 
 
-def _write(folder: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Write the arrays as files of a folder and return them memory-mapped.
+class _Blocks:
+    """A file that numpy writes in blocks, because it is no file of the operating system.
 
-    The sums come last, so that an entry is whole or not there. What was there before goes first;
-    other processes that have mapped it keep it.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir()
-        sums = {f"{name}.npy": _save(folder / f"{name}.npy", a) for name, a in arrays.items()}
-        _write_json(folder / SUMS, sums)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return _mapped(folder, sums)
-
-
-def _save(path: Path, array: np.ndarray) -> tuple[int, int]:
-    """Write an array and return the file's size and CRC-32."""
-    with replacing(path) as draft, draft.open("wb") as file:
-        summed = _Summed(file)
-        np.save(summed, array)  # type: ignore[arg-type]  # it only calls write
-    return summed.size, summed.crc
-
-
-class _Summed:
-    """A file that counts and sums what is written into it.
-
-    Because it is no file of the operating system, numpy writes it in blocks, and a full disk is an
-    OSError with its number; ``ndarray.tofile`` would only say how many items it wrote.
+    So a full disk is an OSError with its number; ``ndarray.tofile`` would only say how many items
+    it wrote.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.size, self.crc = file, 0, 0
-
-    def write(self, block: bytes) -> int:
-        self.size += len(block)
-        self.crc = zlib.crc32(block, self.crc)
-        return self.file.write(block)
+        self.write = file.write
 
 
 def _check(path: Path, size: int, crc: int) -> None:

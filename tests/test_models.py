@@ -26,9 +26,10 @@ from fedpeft.engine.roles import Roles
 from fedpeft.methods.base import At, Method
 from fedpeft.models import hub
 from fedpeft.models import precision as weights
+from fedpeft.models.linear import linear_weight, output_width
 from fedpeft.models.precision import halve_frozen, quantisation, train_in_float32
 from fedpeft.models.pretrained import Pretrained
-from fedpeft.models.sites import head_names, linear_weight, output_width
+from fedpeft.models.sites import head_names
 from fedpeft.seeding import torch_seed
 from fedpeft.state import TRAINED, Role
 from tests.conftest import SHARED, Runner, needs_shared

@@ -151,17 +151,13 @@ def _from_files(overrides: tuple[str, ...]) -> DictConfig:
         for override in _parsed([o for o in listed if _SEVERAL.search(o)]):
             if override.is_sweep_override():
                 raise ConfigError(several_values(override, _groups()))
-        return _from_hydra(listed)
+        with composing():
+            return compose("config", listed)
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         known = list(leaves(_from_files(()), resolve=False)) if overrides else []
         raise ConfigError(hydra_sentence(error, overrides, known)) from error
-
-
-def _from_hydra(overrides: list[str]) -> DictConfig:
-    with composing():
-        return compose("config", overrides)
 
 
 @contextmanager
@@ -195,11 +191,11 @@ def typed(tree: DictConfig) -> Config:
     """
     with _config_errors():
         groups = {name: _group(tree[name], name, base) for name, base in GROUPS.items()}
-        return Config(**_numbers(tree), **groups)
+        return Config(**_ungrouped(tree), **groups)
 
 
 def check_fields(overrides: str | Sequence[str]) -> None:
-    """Check the groups of which overrides set fields; those that import least come first.
+    """Check the groups whose fields the overrides set; groups that import least come first.
 
     Files of ``conf/`` hold no impossible value, so other groups need no check before a run loads
     what takes seconds.
@@ -274,7 +270,7 @@ def settings(overrides: str | Sequence[str] = ()) -> Settings:
 def _settings(overrides: tuple[str, ...]) -> Settings:
     tree = _composed(overrides)
     with _config_errors():
-        return Settings(**_numbers(tree))
+        return Settings(**_ungrouped(tree))
 
 
 @contextmanager
@@ -312,11 +308,12 @@ def _class(name: str, target: str) -> type:
     return found
 
 
-def _numbers(tree: DictConfig) -> dict[str, Any]:
+def _ungrouped(tree: DictConfig) -> dict[str, Any]:
+    """Return the typed values of the keys outside of the groups."""
     keys = [str(key) for key in tree if key not in GROUPS and key != "logger"]
     _check_nested(tree)
-    typed = OmegaConf.merge(_writable(Settings), OmegaConf.masked_copy(tree, keys))
-    return {key: _plain(typed, key) for key in keys}
+    merged = OmegaConf.merge(_writable(Settings), OmegaConf.masked_copy(tree, keys))
+    return {key: _plain(merged, key) for key in keys}
 
 
 def _check_nested(tree: DictConfig) -> None:

@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from fedpeft.methods.base import Method
+from fedpeft.models.linear import check_bottleneck, output_width, replace
 from fedpeft.models.sites import (
     ATTENTION_OUTPUT,
     MLP_OUTPUT,
-    check_bottleneck,
     freeze_all_but_head,
     named_sites,
-    output_width,
-    replace,
     train_layernorms,
 )
 from fedpeft.nn.adapters import ACTIVATIONS, BottleneckAdapter

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fedpeft.methods.base import At, ServerModel
 from fedpeft.methods.parts.cores import Cores
-from fedpeft.models.sites import linear_weight
+from fedpeft.models.linear import linear_weight
 from fedpeft.nn.cores import BASES, CoreAdapter
 from fedpeft.state import Role, State
 

@@ -8,7 +8,8 @@ from torch import nn
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.parts.exported import PeftForm, adapter_sum, as_lora, lora_sites
 from fedpeft.methods.parts.products import A, B
-from fedpeft.models.sites import add_by_peft, attention_projections, linear_weight
+from fedpeft.models.linear import linear_weight
+from fedpeft.models.sites import add_by_peft, attention_projections
 from fedpeft.state import State
 
 

@@ -8,13 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.methods.base import At, Method, Term
-from fedpeft.models.sites import (
-    MLP_INPUT,
-    MLP_OUTPUT,
-    freeze_all_but_head,
-    linear_weight,
-    named_sites,
-)
+from fedpeft.models.linear import linear_weight
+from fedpeft.models.sites import MLP_INPUT, MLP_OUTPUT, freeze_all_but_head, named_sites
 from fedpeft.state import State
 
 MLP_SITE = re.compile(f"{MLP_INPUT.pattern}|{MLP_OUTPUT.pattern}")

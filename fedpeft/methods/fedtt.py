@@ -9,15 +9,13 @@ from torch import Tensor, nn
 
 from fedpeft.methods.base import At, Method, Round
 from fedpeft.methods.parts.ranks import Ranks, any_below, check_ranks, mean_of_holders, rank_of
+from fedpeft.models.linear import check_bottleneck, output_width, replace
 from fedpeft.models.sites import (
     ADD_IN_PLACE,
     ATTENTION_OUTPUT,
     MLP_OUTPUT,
-    check_bottleneck,
     freeze_all_but_head,
     named_sites,
-    output_width,
-    replace,
     train_layernorms,
 )
 from fedpeft.nn.tensor_train import AdaptedOutput, TensorTrain, TTAdapter, TTLinear, tt_shape

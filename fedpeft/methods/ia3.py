@@ -6,13 +6,8 @@ from peft import IA3Config
 from torch import nn
 
 from fedpeft.methods.base import Method
-from fedpeft.models.sites import (
-    MLP_OUTPUT,
-    add_by_peft,
-    attention_projections,
-    is_transposed,
-    named_sites,
-)
+from fedpeft.models.linear import is_transposed
+from fedpeft.models.sites import MLP_OUTPUT, add_by_peft, attention_projections, named_sites
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,8 @@ from torch import Tensor, nn
 
 from fedpeft.methods.base import At, Method
 from fedpeft.methods.parts.exported import PeftForm, adapter_sum, as_lora, lora_sites
-from fedpeft.models.sites import (
-    add_by_peft,
-    attention_projections,
-    check_rank,
-    is_transposed,
-)
+from fedpeft.models.linear import check_rank, is_transposed
+from fedpeft.models.sites import add_by_peft, attention_projections
 from fedpeft.state import Role, State
 
 

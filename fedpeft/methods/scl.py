@@ -6,14 +6,8 @@ from torch import Tensor, nn
 
 from fedpeft.methods.base import Method
 from fedpeft.methods.parts.exported import PeftForm, as_lora
-from fedpeft.models.sites import (
-    MLP_OUTPUT,
-    check_rank,
-    freeze_all_but_head,
-    linear_weight,
-    named_sites,
-    replace,
-)
+from fedpeft.models.linear import check_rank, linear_weight, replace
+from fedpeft.models.sites import MLP_OUTPUT, freeze_all_but_head, named_sites
 from fedpeft.nn.scl import INITS, CompressedProjection
 from fedpeft.state import State
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedpeft.methods.base import At, Round
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.parts.products import A, B
-from fedpeft.models.sites import linear_weight
+from fedpeft.models.linear import linear_weight
 from fedpeft.nn.sparse import SparseDelta, scattered
 from fedpeft.seeding import generator
 from fedpeft.state import Role, State, weighted_mean

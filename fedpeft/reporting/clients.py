@@ -20,7 +20,7 @@ from fedpeft.reporting.run_directory import (
 from fedpeft.reporting.saved_runs import SavedRun
 from fedpeft.reporting.tables import Page, Rows
 
-SPLITS = ("validation_", "test_")  # begin the names of what clients measure
+MEASURED = ("validation_", "test_")  # begin the names of what clients measure
 SUMMED = {"": "mean by rows", UNWEIGHTED: "mean by client", P10: "10th percentile", WORST: "worst"}
 
 
@@ -116,7 +116,7 @@ class ClientTable:
 
     def _measures(self) -> list[str]:
         """Return the names of what clients measured, without rows and baselines."""
-        names = dict.fromkeys(key for row in self.rows for key in row if key.startswith(SPLITS))
+        names = dict.fromkeys(key for row in self.rows for key in row if key.startswith(MEASURED))
         return [name for name in names if not name.endswith(("_rows", "_baseline"))]
 
     def _cells(self, row: dict[str, Any], measures: list[str]) -> list[str]:
@@ -184,7 +184,7 @@ def _rounds(run: Path) -> tuple[list[int], list[int]]:
     numbers = table["round"].to_numpy()
     measured = np.zeros(len(numbers), bool)
     for name in table.column_names:
-        if name.startswith(SPLITS):
+        if name.startswith(MEASURED):
             measured |= table[name].is_valid().to_numpy()
     return np.unique(numbers).tolist(), np.unique(numbers[measured]).tolist()
 

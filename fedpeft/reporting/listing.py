@@ -12,9 +12,17 @@ from fedpeft.config.load import GROUPS
 from fedpeft.reporting.brief import MOST, below, brief
 from fedpeft.reporting.conditions import Condition, check_known
 from fedpeft.reporting.inputs import mixed
-from fedpeft.reporting.results import Measures, common_label, headline, mean_and_sd, run_values
+from fedpeft.reporting.results import common_label, headline, mean_and_sd, run_values
 from fedpeft.reporting.saved_runs import SavedRun, by_setting, differing, one_a_seed, saved_runs
-from fedpeft.reporting.tables import Page, Rows, width_of, write_csv
+from fedpeft.reporting.tables import (
+    Page,
+    Rows,
+    counted,
+    mean_text,
+    seeds_text,
+    width_of,
+    write_csv,
+)
 
 SD = "_sd"  # ends the column of a sample standard deviation
 NUMBERS = (  # columns of a run's numbers, and their titles
@@ -163,7 +171,7 @@ def _row(run: SavedRun) -> dict[str, Any]:
     if summary is None:
         return row | run.settings
     final, measure = summary["final"], headline(summary)
-    values = run_values(summary, Measures(measure, measure, 1))
+    values = run_values(summary, measure, measure)
     values |= {
         "measure": measure or None,
         "baseline": common_label(summary, values["quality"]),
@@ -184,7 +192,7 @@ def _averaged(rows: Rows, measures: Sequence[str]) -> dict[str, Any]:
     ended = [row for row in rows if row["status"] == "completed"]
     row = {key: value for key, value in rows[0].items() if key not in ("path", "hash", "seed")}
     row = {key: v for key, v in row.items() if all(key in r and r[key] == v for r in rows)}
-    row["seeds"] = f"{len(ended)} of {len(rows)}" if len(ended) < len(rows) else str(len(rows))
+    row["seeds"] = seeds_text(len(ended), len(rows))
     for key in (*TITLES, *measures):
         values = [r[key] for r in ended if r.get(key) is not None]
         if key != "best_round":
@@ -218,7 +226,7 @@ def page(rows: Rows, columns: Sequence[str], notes: Sequence[str]) -> Page:
     """
     cells = [[_text(row, column) for column in columns] for row in rows]
     header = [TITLES.get(column, column) for column in columns]
-    return Page(f"{len(rows)} row{'s' * (len(rows) > 1)}", header, cells, notes)
+    return Page(counted(len(rows), "row"), header, cells, notes)
 
 
 def narrow_page(rows: Rows, columns: Sequence[str], notes: Sequence[str], room: int | None) -> Page:
@@ -246,7 +254,7 @@ def narrow_page(rows: Rows, columns: Sequence[str], notes: Sequence[str], room: 
     header = [TITLES.get(column, column) for column in kept if column not in out]
     if out:
         notes = [*notes, f"No room for: {', '.join(out)} (--columns A,B shows what it names)."]
-    return Page(f"{len(rows)} row{'s' * (len(rows) > 1)}", header, cells, notes, above)
+    return Page(counted(len(rows), "row"), header, cells, notes, above)
 
 
 def _shared(rows: Rows, texts: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -291,7 +299,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     whole = isinstance(value, int) and column not in TITLES
     if whole or isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return f"{value:{digits}}" + ("" if sd is None else f" ± {sd:{digits}}")
+    return mean_text(value, sd, digits)
 
 
 def export(rows: Rows, file: Path) -> None:

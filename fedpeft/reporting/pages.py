@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from fedpeft.reporting.figures import plot_comparison, plot_study
 from fedpeft.reporting.results import (
-    CLIENTS,
-    SERVER,
+    OWN_TEST,
+    SERVER_TEST,
     Measures,
     baseline,
     comparison_row,
@@ -135,11 +135,11 @@ def _further_measures(rows: Rows, measures: Measures) -> list[Page]:
     pages: list[Page] = []
     for prefix, title, before in (
         (
-            CLIENTS,
+            OWN_TEST,
             "Clients' own rows, more measures",
             {"validation": f"validation {measures.selects}"},
         ),
-        (SERVER, "The data's test rows, more measures of the server's model", {}),
+        (SERVER_TEST, "The data's test rows, more measures of the server's model", {}),
     ):
         names = sorted({n for row in rows for n in row["measures"] if n.startswith(prefix)})
         columns = before | {name: name.removeprefix(prefix) for name in names}
@@ -214,7 +214,7 @@ def _start_notes(done: Sequence[Done], measures: Measures) -> list[str]:
     for run, outcome in done:
         if not isinstance(outcome, dict) or not outcome["final"]["round"]:
             continue  # an entry that does not train has its row in the table
-        value = outcome["initial"].get(f"client_test_{measures.quality}")
+        value = outcome["initial"].get(f"{OWN_TEST}{measures.quality}")
         if isinstance(value, float):
             starts.setdefault(run.entry, {})[run.seed] = value
     if not starts:

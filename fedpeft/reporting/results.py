@@ -8,7 +8,9 @@ from fedpeft.reporting.observer import P10, SPREAD, UNWEIGHTED, WORST
 from fedpeft.reporting.study import Done, Outcome
 from fedpeft.reporting.tables import Rows
 
-CLIENTS, SERVER = "client_test_", "test_"  # begin the names of measures on test rows
+# Begin the names of measures: on the clients' own test rows, on the server's, and on the clients'
+# own validation rows.
+OWN_TEST, SERVER_TEST, OWN_VALIDATION = "client_test_", "test_", "client_validation_"
 FIRST = ("method", "lr", "seed", "chosen")  # columns of runs.csv, then VALUES
 VALUES = (
     "quality",
@@ -51,8 +53,8 @@ class Measures(NamedTuple):
         if why := unmeasured(outcome):
             return why
         final = outcome["final"]
-        keys = [f"client_test_{self.quality}"]
-        keys += [f"client_validation_{self.selects}"] if searched else []
+        keys = [f"{OWN_TEST}{self.quality}"]
+        keys += [f"{OWN_VALIDATION}{self.selects}"] if searched else []
         return next((f"{key} was not measured" for key in keys if key not in final), "")
 
 
@@ -62,17 +64,23 @@ def unmeasured(summary: Mapping[str, Any]) -> str:
     return next((why for why in refused.values() if "evaluation: " in why), "")
 
 
-def run_values(summary: Mapping[str, Any], measures: Measures) -> dict[str, Any]:
-    """Return a run's numbers by their names in ``VALUES``; null where nothing was measured."""
+def run_values(summary: Mapping[str, Any], measure: str, selects: str) -> dict[str, Any]:
+    """Return a run's numbers by their names in ``VALUES``; null where nothing was measured.
+
+    Args:
+        summary: the run's summary.
+        measure: the measure on test rows by which methods are compared.
+        selects: the measure on validation rows that chooses.
+    """
     final, size = summary["final"], summary["bytes"]
-    quality = f"client_test_{measures.quality}"
+    quality = f"{OWN_TEST}{measure}"
     return {
         "quality": final.get(quality),
         "quality_unweighted": final.get(f"{quality}{UNWEIGHTED}"),
         "quality_worst": final.get(f"{quality}{WORST}"),
         "quality_p10": final.get(f"{quality}{P10}"),
-        "global_test": final.get(f"test_{measures.quality}"),
-        "validation": final.get(f"client_validation_{measures.selects}"),
+        "global_test": final.get(f"{SERVER_TEST}{measure}"),
+        "validation": final.get(f"{OWN_VALIDATION}{selects}"),
         "trained": summary["parameters"]["trained"][1],
         "bytes": size["uplink_bytes"] + size["downlink_bytes"],
         "seconds": summary["seconds"],
@@ -81,11 +89,11 @@ def run_values(summary: Mapping[str, Any], measures: Measures) -> dict[str, Any]
 
 def further_measures(summary: Mapping[str, Any], measures: Measures) -> dict[str, float]:
     """Return the measures on test rows beside the quality: the clients' and the server's."""
-    known = {f"{prefix}{measures.quality}" for prefix in (CLIENTS, SERVER)}
+    known = {f"{prefix}{measures.quality}" for prefix in (OWN_TEST, SERVER_TEST)}
     return {
         name: value
         for name, value in summary["final"].items()
-        if name.startswith((CLIENTS, SERVER))
+        if name.startswith((OWN_TEST, SERVER_TEST))
         and not name.endswith((*SPREAD, "_baseline"))
         and name not in known
     }
@@ -98,7 +106,7 @@ def common_label(summary: Mapping[str, Any], quality: float | None) -> float | N
         summary: a run's summary.
         quality: the run's quality; null if no clients were tested, then the server's rows count.
     """
-    key = "test_baseline" if quality is None else "client_test_baseline"
+    key = f"{SERVER_TEST if quality is None else OWN_TEST}baseline"
     return summary.get("baseline", {}).get(key)
 
 
@@ -112,8 +120,9 @@ def headline(summary: Mapping[str, Any]) -> str:
     selected = summary["selected_by"].removeprefix("client_").removeprefix("validation_")
     if selected != "loss":
         return selected
-    tested = [key.removeprefix("test_") for key in summary["final"] if key.startswith("test_")]
-    named = [name for name in tested if name not in ("loss", "token_accuracy")]
+    tested = [key for key in summary["final"] if key.startswith(SERVER_TEST)]
+    names = [key.removeprefix(SERVER_TEST) for key in tested]
+    named = [name for name in names if name not in ("loss", "token_accuracy")]
     generated = [name for name in named if name.endswith("_generated")]
     return next(iter(generated or named), "")
 
@@ -142,14 +151,14 @@ def comparison_row(
     Returns:
         The columns of comparison.csv.
     """
-    values, sent = run_values(summary, measures), summary["bytes"]
+    values, sent = run_values(summary, measures.quality, measures.selects), summary["bytes"]
     client_rounds = max(1, asked)
     return {
         "method": name,
         **{key: values[key] for key in ("quality", "quality_unweighted", "quality_worst")},
         "global_test": values["global_test"],
-        "round_0": summary["initial"].get(f"client_test_{measures.quality}"),
-        "best": summary["best"].get(f"client_test_{measures.quality}"),
+        "round_0": summary["initial"].get(f"{OWN_TEST}{measures.quality}"),
+        "best": summary["best"].get(f"{OWN_TEST}{measures.quality}"),
         "best_round": summary["best"]["round"],
         "trained": values["trained"],
         "up_bytes_per_client_round": sent["uplink_bytes"] / client_rounds,
@@ -165,7 +174,8 @@ def run_rows(done: Sequence[Done], measures: Measures) -> Rows:
     for run, _ in done:
         rates.setdefault(run.entry, set()).add(run.lr)
     rows = [_run_row(one, measures, len(rates[one.run.entry]) > 1) for one in done]
-    further = sorted({name for row in rows for name in row if name.startswith((CLIENTS, SERVER))})
+    names = {name for row in rows for name in row}
+    further = sorted(name for name in names if name.startswith((OWN_TEST, SERVER_TEST)))
     return [dict.fromkeys([*FIRST, *VALUES, *further]) | row for row in rows]
 
 
@@ -175,7 +185,8 @@ def _run_row(one: Done, measures: Measures, searched: bool) -> dict[str, Any]:
     why = measures.missing(outcome, searched)
     if why or isinstance(outcome, Exception):
         return row | {"failed": why}
-    return row | run_values(outcome, measures) | further_measures(outcome, measures)
+    values = run_values(outcome, measures.quality, measures.selects)
+    return row | values | further_measures(outcome, measures)
 
 
 def ranked_lrs(rows: Rows, sign: int) -> list[float]:
@@ -221,7 +232,7 @@ def study_row(rows: Rows, sign: int) -> dict[str, Any]:
     ranked, grid = ranked_lrs(rows, sign), {row["lr"] for row in rows}
     lr = ranked[0] if ranked else None
     ended = [row for row in rows if row["lr"] == lr and row["failed"] is None]
-    further = [name for name in rows[0] if name.startswith((CLIENTS, SERVER))]
+    further = [name for name in rows[0] if name.startswith((OWN_TEST, SERVER_TEST))]
     spreads = {
         name: mean_and_sd([row[name] for row in ended if row[name] is not None])
         for name in ("quality", "global_test", "validation", *further)
@@ -257,7 +268,8 @@ def edges(done: Sequence[Done], measures: Measures) -> dict[str, float]:
 def baseline(done: Sequence[Done]) -> float | None:
     """Return the score of a client's commonest label on its own test rows, mean over seeds."""
     by_seed: dict[int, float] = {}
+    key = f"{OWN_TEST}baseline"
     for run, outcome in done:
-        if isinstance(outcome, dict) and "client_test_baseline" in outcome["baseline"]:
-            by_seed.setdefault(run.seed, outcome["baseline"]["client_test_baseline"])
+        if isinstance(outcome, dict) and key in outcome["baseline"]:
+            by_seed.setdefault(run.seed, outcome["baseline"][key])
     return mean(by_seed.values()) if by_seed else None

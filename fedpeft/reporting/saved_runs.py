@@ -65,6 +65,12 @@ class SavedRun:
         return read_json(file) if file.exists() else None
 
     @property
+    def ended(self) -> dict[str, Any]:
+        """The summary of a run that came to its end, as each counted run of a report did."""
+        assert self.summary is not None, f"{self.path} has no summary"
+        return self.summary
+
+    @property
     def inputs(self) -> tuple[Path, DictConfig, dict[str, Any]]:
         """Path, configuration and summary, by which ``inputs.py`` compares what runs have read."""
         return self.path, self.config, self.summary or {}

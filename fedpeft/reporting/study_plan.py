@@ -25,6 +25,7 @@ class Finished(NamedTuple):
     ranked_lrs: Mapping[str, Sequence[float]]
 
 
+# Finishes a study; told whether this is the last time for its table.
 Finish = Callable[[bool, Study], Finished]
 
 
@@ -111,7 +112,7 @@ class StudyPlan:
                 raise ValueError(self._lacking(data))
 
     def untried(self) -> list[list[str]]:
-        """Return the runs of each entry that has no folder in its table yet.
+        """Return the overrides of each run of the entries that have no folder in their table yet.
 
         They have one learning rate and all seeds, because a partition may be impossible with one.
         """

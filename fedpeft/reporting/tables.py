@@ -168,7 +168,7 @@ def comparison_cells(rows: Rows) -> list[list[str]]:
         [
             row["method"],
             f"{row['quality']:.3f}",
-            *(_measure(row[key]) for key in ("global_test", "round_0", "best")),
+            *(mean_text(row[key]) for key in ("global_test", "round_0", "best")),
             str(row["best_round"]),
             f"{row['trained']:,}",
             f"{row['up_bytes_per_client_round'] / 1e3:.1f}",
@@ -180,8 +180,22 @@ def comparison_cells(rows: Rows) -> list[list[str]]:
     ]
 
 
-def _measure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def mean_text(mean: float | None, sd: float | None = None, form: str = ".3f") -> str:
+    """Return a mean and its standard deviation as text: ``0.812 ± 0.004``, or a dash for null.
+
+    Args:
+        mean: the mean, or a single value.
+        sd: the standard deviation; null for one value.
+        form: the format of both numbers.
+    """
+    if mean is None:
+        return "-"
+    return f"{mean:{form}}" + ("" if sd is None else f" ± {sd:{form}}")
+
+
+def seeds_text(ended: int, of: int) -> str:
+    """Return how many seeds ended: ``3``, or ``2 of 3`` if some did not."""
+    return str(of) if ended == of else f"{ended} of {of}"
 
 
 STUDY = ("method", "lr", "quality", "global test", "seeds", "trained", "MB in all")
@@ -202,25 +216,20 @@ def measures_page(title: str, rows: Rows, columns: Mapping[str, str]) -> Page:
     """
     header = ("method", *(text.replace("_", " ") for text in columns.values()))
     cells = [
-        [row["method"], *(_with_sd(*row["measures"][name]) for name in columns)] for row in rows
+        [row["method"], *(mean_text(*row["measures"][name]) for name in columns)] for row in rows
     ]
     return Page(title, header, cells, ())
 
 
-def _with_sd(value: float | None, sd: float | None) -> str:
-    return _measure(value) + ("" if sd is None else f" ± {sd:.3f}")
-
-
 def _study_cells(row: Mapping[str, Any]) -> list[str]:
     if row["quality"] is None:
-        return [row["method"], "-", "failed", "-", f"0 of {row['of']}", "-", "-"]
-    whole = row["seeds"] == row["of"]
+        return [row["method"], "-", "failed", "-", seeds_text(0, row["of"]), "-", "-"]
     return [
         row["method"],
         f"{row['lr']:g}" + (" (edge)" if row["edge"] else ""),
-        _with_sd(row["quality"], row["sd"]),
-        _with_sd(row["global_test"], row["global_sd"]),
-        str(row["seeds"]) if whole else f"{row['seeds']} of {row['of']}",
+        mean_text(row["quality"], row["sd"]),
+        mean_text(row["global_test"], row["global_sd"]),
+        seeds_text(row["seeds"], row["of"]),
         f"{row['trained']:,}",
         f"{row['bytes'] / 1e6:.2f}",
     ]

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedpeft.reporting.observer import ABSENT, LATE, OUTCOMES, REFUSED, REPLIED
+from fedpeft.reporting.observer import ABSENT, LATE, OUTCOMES, REFUSED, REPLIED, Line
 
 
 class RoundFailed(RuntimeError):
@@ -96,6 +96,20 @@ class Seen:
         for client, noted in failed.by_client.items():
             for key in noted.keys() & failed.traffic.keys():
                 self.count(key, noted[key], client)
+
+    def entries(self) -> Line:
+        """Return the bytes, the clients by outcome, and who was refused or began anew.
+
+        They are a part of the round's line in metrics.jsonl.
+        """
+        line: Line = dict(self.traffic)
+        for asked in self.asked.values():
+            line |= asked.counts()
+        if self.refused:
+            line["refused"] = {str(client): reason for client, reason in self.refused.items()}
+        if self.restarted:
+            line["restarted"] = sorted(self.restarted)
+        return line
 
     def note(self, client: int, **facts: float | None) -> None:
         """Put facts of a client into the table of clients."""

@@ -131,6 +131,9 @@ class FederatedPEFT(Strategy):
             evaluate_config: not sent either.
             evaluate_fn: measures the arrays after each round.
 
+        Returns:
+            The arrays after the last round, and the measures by round.
+
         Raises:
             RoundFailed: a round had too few usable replies twice.
             ValueError: there are more rounds than the configuration has.
@@ -180,15 +183,9 @@ class FederatedPEFT(Strategy):
             line |= self._evaluate(grid, round)
             if self.selection.is_last(line) and self._last_measures_more(round):
                 line |= self._evaluate_clients(grid, round, last=True)
-        line |= self.seen.traffic
-        for asked in self.seen.asked.values():
-            line |= asked.counts()
-        if self.seen.refused:
-            line["refused"] = {str(c): reason for c, reason in self.seen.refused.items()}
+        line |= self.seen.entries()
         if self.nodes.left_out:
             line["left_out"] = {str(n): reason for n, reason in self.nodes.left_out.items()}
-        if self.seen.restarted:
-            line["restarted"] = sorted(self.seen.restarted)
         line["seconds"] = float(f"{time.perf_counter() - begun:.3f}")
         self.report(line)
         return line

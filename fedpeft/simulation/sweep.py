@@ -139,7 +139,7 @@ def _report(ended: Sequence[JobEnded], as_json: bool) -> bool:
 
 
 def _of_sweeper(plan: SweepPlan) -> list[str]:
-    """Return settings for a sweeper that optimises, of those that the user does not give.
+    """Return the settings that a sweeper that optimises needs and the user does not give.
 
     Without a seed, another call would choose other values and find no results.
     """

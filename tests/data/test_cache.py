@@ -232,7 +232,9 @@ def test_the_folder_follows_the_environment(
     assert cache_folder() == tmp_path / ".cache" / "fedpeft"
 
 
-def test_a_folder_of_files_is_written_once_and_again_if_it_broke(folder: Path) -> None:
+def test_a_folder_of_files_is_written_once_and_again_if_it_broke(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     written: list[Path] = []
 
     def write(draft: Path) -> None:
@@ -247,6 +249,8 @@ def test_a_folder_of_files_is_written_once_and_again_if_it_broke(folder: Path) -
     assert cached_folder(["x"], write) == first and len(written) == 3
     assert (first / "a.txt").read_text() == "whole"
     assert not any(draft.exists() for draft in written)
+    broken = f"{first / 'a.txt'} of the cache has changed since it was written"
+    assert [record.message for record in caplog.records] == [f"{broken}: the entry is built again"]
 
 
 def test_a_folder_whose_writer_fails_is_not_there(folder: Path) -> None:

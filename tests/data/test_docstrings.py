@@ -14,7 +14,7 @@ import pytest
 
 from fedpeft.cache import cache_folder
 from fedpeft.config.load import load_config
-from fedpeft.data.rows import docstrings
+from fedpeft.data.rows import docstrings, paragraphs
 from tests.conftest import Runner
 
 FAKES = {"fake-alpha": "alpha", "fake-beta": "beta"}
@@ -139,8 +139,8 @@ def test_mask_knows_every_package(name: str) -> None:
 
 
 def test_labels_are_alphabetical() -> None:
-    assert list(docstrings.LABELS) == sorted(docstrings.LABELS)
-    assert len(docstrings.LABELS) == 10
+    assert list(docstrings.PACKAGES) == sorted(docstrings.PACKAGES)
+    assert len(docstrings.PACKAGES) == 10
 
 
 def test_paragraphs_are_first_ones_of_every_kind_of_docstring() -> None:
@@ -173,7 +173,7 @@ else:
         def handled():
             """In a handler."""
 '''
-    assert docstrings.paragraphs(source, "p.m") == [
+    assert paragraphs.paragraphs(source, "p.m") == [
         ("p.m", "Module on two lines."),
         ("p.m.A", "Class with \\d."),
         ("p.m.A.method", "Method."),
@@ -185,12 +185,12 @@ else:
 
 
 def test_paragraphs_of_unparsable_sources_are_none() -> None:
-    assert docstrings.paragraphs("def f(:\n", "m") == []
-    assert docstrings.paragraphs(b'"""Nothing in UTF-8: \xff."""', "m") == []
+    assert paragraphs.paragraphs("def f(:\n", "m") == []
+    assert paragraphs.paragraphs(b'"""Nothing in UTF-8: \xff."""', "m") == []
 
 
 def test_paragraphs_do_not_warn_of_invalid_escapes() -> None:
-    assert docstrings.paragraphs('"""A \\d."""\nx = 1 is 1\n', "m") == [("m", "A \\d.")]
+    assert paragraphs.paragraphs('"""A \\d."""\nx = 1 is 1\n', "m") == [("m", "A \\d.")]
 
 
 @pytest.mark.parametrize(

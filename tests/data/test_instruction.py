@@ -13,8 +13,14 @@ from datasets import Dataset
 from torch import nn
 
 from fedpeft.data.batching import Examples
-from fedpeft.data.rows.templates import keep_ends, prompt_tokens, rendered, template_columns
-from fedpeft.data.tasks.instruction import InstructionTuning, QuestionAnswering, sequences
+from fedpeft.data.rows.templates import (
+    keep_ends,
+    prompt_tokens,
+    rendered,
+    sequences,
+    template_columns,
+)
+from fedpeft.data.tasks.instruction import InstructionTuning, QuestionAnswering
 from fedpeft.engine.engine import Engine
 from tests.conftest import Runner
 from tests.data.files import Rows, write

@@ -26,7 +26,8 @@ from fedpeft.methods.lora import FedSALoRA, FFALoRA, LoRA
 from fedpeft.methods.ravan import Ravan
 from fedpeft.methods.scl import SCL
 from fedpeft.methods.slora import SLoRA
-from fedpeft.models.sites import attention_projections, head_names, linear_weight
+from fedpeft.models.linear import linear_weight
+from fedpeft.models.sites import attention_projections, head_names
 from fedpeft.nn.scl import CompressedProjection
 from fedpeft.nn.tensor_train import AdaptedOutput, TensorTrain, TTAdapter
 from fedpeft.seeding import torch_seed

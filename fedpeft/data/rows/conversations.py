@@ -38,6 +38,11 @@ def divided(messages: Conversation) -> tuple[Conversation, str]:
     return before, messages[last]["content"]
 
 
+def said_by_user(text: str) -> Conversation:
+    """Return the conversation that begins with a text of the user."""
+    return [{"role": "user", "content": text}]
+
+
 def as_text(messages: Conversation) -> str:
     """Return messages to be read by people."""
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

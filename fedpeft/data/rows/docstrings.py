@@ -1,9 +1,6 @@
 """The docstrings set: sentences from ten installed packages, labelled by package."""
 
-import ast
-import gc
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -12,14 +9,15 @@ import string
 import subprocess
 import sys
 import uuid
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+
+from fedpeft.data.rows import paragraphs
 
 # A function imports pyarrow and datasets, because built rows are read without them.
 
@@ -37,14 +35,11 @@ PACKAGES = {
     "torch": "torch",
     "transformers": "transformers",
 }
-LABELS: tuple[str, ...] = tuple(PACKAGES)
 SPLITS = ("train", "validation", "test")
 FORMAT = 2  # part of the cache key: raise it when the same packages give other rows
 MASK = "package"  # one piece to a BERT tokenizer and neutral between labels
 LENGTH = range(30, 401)  # characters of a row's text
 MIN_WORDS = 4
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_BLOCKS = ("body", "handlers", "cases", "orelse", "finalbody")  # fields that hold statements
 MIN_ROWS = 10  # per label: one for validation, one for test
 
 # Folders that hold tests, or code of other projects.
@@ -99,11 +94,6 @@ def mask(text: str) -> str:
     return _NAMES.sub(MASK, text)
 
 
-def first_paragraph(docstring: str) -> str:
-    """Return a docstring's text up to its first empty line, with white space collapsed."""
-    return " ".join(re.split(r"\n\s*\n", inspect.cleandoc(docstring), maxsplit=1)[0].split())
-
-
 class Row(NamedTuple):
     """A row of the set.
 
@@ -116,43 +106,6 @@ class Row(NamedTuple):
     text: str
     label: int
     name: str
-
-
-def paragraphs(source: bytes | str, module: str) -> list[tuple[str, str]]:
-    """Return name and first paragraph of each docstring of a module, in order.
-
-    A source that this Python cannot parse gives none.
-
-    Args:
-        source: the module's source code.
-        module: the module's full name, with which the names begin.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-        try:
-            tree = ast.parse(source)
-        except SyntaxError:  # newer syntax, or bytes that are no text
-            return []
-    return [
-        (name, first_paragraph(text))
-        for name, node in _statements(tree, module)
-        if isinstance(node, _DOCUMENTED)
-        if (text := ast.get_docstring(node, clean=False))
-    ]
-
-
-def _statements(tree: ast.Module, module: str) -> Iterator[tuple[str, ast.AST]]:
-    """Yield a module and its statements, each with the name of the class or function it is in.
-
-    Expressions, most of a tree, hold no docstrings.
-    """
-    waiting: list[tuple[str, ast.AST]] = [(module, tree)]
-    while waiting:
-        outer, node = waiting.pop()
-        name = f"{outer}.{node.name}" if isinstance(node, _DOCUMENTED[1:]) else outer
-        yield name, node
-        for field in reversed(_BLOCKS):
-            waiting += [(name, inner) for inner in reversed(getattr(node, field, []))]
 
 
 def is_sentence(text: str) -> bool:
@@ -220,7 +173,7 @@ def sources(distribution: str, package: str) -> list[tuple[str, Path]]:
 def _candidates(packages: Mapping[str, str]) -> dict[str, list[Row]]:
     """Return rows of each package whose masked sentences no other has, ordered by SHA-256.
 
-    Of names that share a sentence the first in alphabetical order counts.
+    If several objects share a sentence, the row has the name that is first in the alphabet.
     """
     extracted = extract({name: sources(name, package) for name, package in packages.items()})
     named: dict[str, dict[str, str]] = {}
@@ -251,9 +204,9 @@ def distinct(ordered: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
 
 
 def extract(files: Mapping[str, Iterable[tuple[str, Path]]]) -> dict[str, list[tuple[str, str]]]:
-    """Return the ``paragraphs`` of each package's files, parsed in one process a core, at most 8.
+    """Return the paragraphs of each package's files, parsed in one process a core, at most 8.
 
-    The processes run this file as a script, because multiprocessing's spawn would import the
+    The processes run paragraphs.py as a script, because multiprocessing's spawn would import the
     caller's main module again, and its fork is unsafe if the caller has threads (torch, Ray).
 
     Args:
@@ -272,19 +225,12 @@ def extract(files: Mapping[str, Iterable[tuple[str, Path]]]) -> dict[str, list[t
 
 def _parse_elsewhere(files: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
     """Return the paragraphs of each module and file, parsed by another process."""
-    # -I keeps this file's folder off sys.path, where a neighbour could shadow a module.
-    command = [sys.executable, "-I", __file__]
+    # -I keeps the script's folder off sys.path, where a neighbour could shadow a module.
+    command = [sys.executable, "-I", paragraphs.__file__]
     done = subprocess.run(command, input=json.dumps(files).encode(), capture_output=True)
     if done.returncode:
         raise RuntimeError(f"parsing docstrings failed: {done.stderr.decode(errors='replace')}")
     return json.loads(done.stdout)
-
-
-def _parse() -> None:
-    """Read a JSON list of modules and paths, and write the list of their paragraphs."""
-    gc.disable()  # syntax trees have no cycles, and scanning them costs a fifth of the time
-    files = json.load(sys.stdin)
-    json.dump([paragraphs(Path(path).read_bytes(), module) for module, path in files], sys.stdout)
 
 
 def _split(candidates: Mapping[str, list[Row]], rows_per_label: int) -> dict[str, list[Row]]:
@@ -333,7 +279,3 @@ def write(rows: Mapping[str, list[Row]], labels: tuple[str, ...], folder: Path) 
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    _parse()

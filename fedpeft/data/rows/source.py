@@ -12,7 +12,8 @@ import numpy as np
 
 from fedpeft.cache import cache_folder, cached, naming_the_cache, remembered
 from fedpeft.data.rows.cache import content_sha256, datasets_cached
-from fedpeft.data.rows.tables import kind, line_of, load_tables, marks, subsample, values
+from fedpeft.data.rows.groups import grouped
+from fedpeft.data.rows.tables import line_of, load_tables, marks, subsample, values
 from fedpeft.data.rows.text_files import TextFormat
 from fedpeft.errors import PartlyPublic, named_row
 from fedpeft.seeding import generator
@@ -70,7 +71,7 @@ class Source(ABC):
     encoding: str = "utf-8"
 
     def __post_init__(self) -> None:
-        TextFormat(self.separator, self.encoding)  # checks them
+        _ = self._text  # checks the separator and the encoding
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be in (0, 1), got {getattr(self, name)}")
@@ -83,6 +84,10 @@ class Source(ABC):
             raise ValueError(f"data.missing_split must be aside or error, got {self.missing_split}")
         if reserved := set(self.extra_tests) & set(SPLITS):
             raise ValueError(f"data.extra_tests must not be named {', '.join(sorted(reserved))}")
+
+    @property
+    def _text(self) -> TextFormat:
+        return TextFormat(self.separator, self.encoding)
 
     @abstractmethod
     def columns(self) -> list[str]:
@@ -132,8 +137,7 @@ class Source(ABC):
         """All splits, with all their rows, unchecked."""
         folder = self._built_folder()
         with datasets_cached():
-            text = TextFormat(self.separator, self.encoding)
-            tables = load_tables(folder, self.subset, self.revision, text)
+            tables = load_tables(folder, self.subset, self.revision, self._text)
         return {split: self.as_stored(rows) for split, rows in tables.items()}
 
     def as_stored(self, rows: "Dataset") -> "Dataset":
@@ -193,8 +197,7 @@ class Source(ABC):
 
     def _line(self, split: str, row: int, rows: int) -> int | None:
         """Return the line of the file at which a row of a split begins; null if nobody knows."""
-        text = TextFormat(self.separator, self.encoding)
-        return line_of(self.folder(), split, row, rows, text)
+        return line_of(self.folder(), split, row, rows, self._text)
 
     def check_columns(self, split: str, rows: "Dataset") -> None:
         """Raise ValueError if a column that the task reads is missing in a split."""
@@ -206,7 +209,7 @@ class Source(ABC):
                     f", only {', '.join(rows.column_names)}",
                 )
 
-    def _name(self, split: str) -> str | None:
+    def _table_name(self, split: str) -> str | None:
         """Return a split's name in ``tables``; null if it is of rows of train that are set aside.
 
         A split of another name that nothing reads may be meant, so it takes no rows of train.
@@ -225,7 +228,7 @@ class Source(ABC):
         Args:
             most: number of rows at most; null for all.
         """
-        split = self.test_split if self._name("test") else self.train_split
+        split = self.test_split if self._table_name("test") else self.train_split
         return replace(self, test_split=split, max_test_rows=most)
 
     @cached_property
@@ -233,7 +236,7 @@ class Source(ABC):
         """Train, and the splits that are set aside from it."""
         parts = {"train": self._table(self.train_split)}
         for split in ("test", "validation"):
-            if self._name(split) is None:
+            if self.is_set_aside(split):
                 train, share = parts["train"], getattr(self, f"{split}_fraction")
                 rows = generator(0, f"{split} split").permutation(len(train))
                 cut = math.ceil(len(train) * share)
@@ -263,7 +266,7 @@ class Source(ABC):
 
     def is_set_aside(self, split: str) -> bool:
         """Tell whether a split has no table, so that its rows are set aside from train."""
-        return self._name(split) is None
+        return self._table_name(split) is None
 
     def split_rows(self, split: str) -> "Dataset":
         """Return the rows of train, validation, test or an extra test.
@@ -274,11 +277,11 @@ class Source(ABC):
         if split == "train":
             return self.train_rows
         if split not in self._split_rows:
-            name = self._name(split)
+            name = self._table_name(split)
             rows = self._carved[split] if name is None else self._table(name)
-            limit = self.max_validation_rows if split == "validation" else self.max_test_rows
-            kind = "validation" if split == "validation" else "test"
-            self._split_rows[split] = subsample(rows, limit, f"{kind} rows")
+            part = split if split == "validation" else "test"
+            most = getattr(self, f"max_{part}_rows")
+            self._split_rows[split] = subsample(rows, most, f"{part} rows")
         return self._split_rows[split]
 
     @cached_property
@@ -321,37 +324,9 @@ class Source(ABC):
                 not the label's and holds fractional numbers.
         """
         column = column or self.label
-        rows = self.train_rows
         if column is None:
-            return np.zeros(len(rows), np.int64), ["all"]
-        if column not in rows.column_names:
-            raise PartlyPublic(
-                f"partition.column={column} is no column of {self.folder()}",
-                f", only {', '.join(rows.column_names)}",
-            )
-        entries = values(rows, column)
-        for i, value in enumerate(entries):
-            if not isinstance(value, float):
-                continue
-            if column != self.label and not value.is_integer() and math.isfinite(value):
-                raise ValueError(
-                    f"partition.column={column} must hold texts or whole numbers, got a fractional "
-                    f"number in {named_row(i, 'train')}: write codes such as 1.1 as texts"
-                )
-            entries[i] = round(value) if math.isfinite(value) else None
-        if None in entries:
-            row = named_row(entries.index(None), "train")
-            raise ValueError(f"{row} has no {column} to partition by")
-        if isinstance(entries[0], list | dict):
-            raise ValueError(
-                f"partition.column={column} must hold texts or numbers, got {kind(entries[0])} in "
-                f"{named_row(0)}"
-            )
-        distinct = sorted(set(entries))
-        index = {value: i for i, value in enumerate(distinct)}
-        names = getattr(rows.features[column], "names", None)
-        numbers = np.array([index[v] for v in entries], np.int64)
-        return numbers, [names[v] if names else str(v) for v in distinct]
+            return np.zeros(len(self.train_rows), np.int64), ["all"]
+        return grouped(self.train_rows, column, column == self.label, self.folder())
 
     def group_numbers(self, column: str | None) -> np.ndarray:
         """Return ``grouped``'s numbers without reading unchanged tables again."""

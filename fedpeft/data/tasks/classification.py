@@ -128,7 +128,7 @@ class Classification(Task):
 
         Numbers of ``data.labels`` are as its user wants them.
         """
-        rows = self.tables.get(self._name(split) or self.train_split)
+        rows = self.tables.get(self._table_name(split) or self.train_split)
         column = rows and rows.features.get(self.target)
         names = getattr(column, "names", None)
         if names and not self._knows(names):

@@ -7,8 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpeft.data.batching import Batch, Examples, flat
-from fedpeft.data.rows.conversations import Conversation, as_text, divided, problem
+from fedpeft.data.batching import Batch, Examples
+from fedpeft.data.rows.conversations import (
+    Conversation,
+    as_text,
+    divided,
+    problem,
+    said_by_user,
+)
 from fedpeft.data.rows.tables import kind, values
 from fedpeft.data.rows.templates import (
     chat_prompts,
@@ -16,6 +22,7 @@ from fedpeft.data.rows.templates import (
     keep_ends,
     prompt_tokens,
     rendered,
+    sequences,
     template_columns,
 )
 from fedpeft.data.tasks.base import Outputs, Task
@@ -279,7 +286,7 @@ class InstructionTuning(Task):
         With ``messages``, a question is a conversation up to the answer, or the user's one text.
         """
         if self.messages is None:
-            conversations = [said_by_user(text) for text in rendered(self.prompt, rows)]
+            conversations = self.questions(rows)
         else:
             messages = values(rows, self.messages)
             conversations = [said_by_user(q) if isinstance(q, str) else list(q) for q in messages]
@@ -365,38 +372,3 @@ class DocstringsQA(DocstringsRows, InstructionTuning):
     prompt: str = "What does {{ name }} do?"
     answer: str = "text"
     max_length: int = 96
-
-
-def said_by_user(text: str) -> Conversation:
-    """Return the conversation that begins with a text of the user."""
-    return [{"role": "user", "content": text}]
-
-
-def sequences(
-    prompts: list[list[int]], answers: list[list[int]], max_length: int, answer_room: int
-) -> dict[str, np.ndarray]:
-    """Join prompts and answers, cut to ``max_length`` tokens.
-
-    Args:
-        prompts: token ids of each row.
-        answers: token ids of each row.
-        max_length: tokens of a joined row at most.
-        answer_room: tokens that an answer keeps at least, if it has them.
-
-    Returns:
-        ``tokens`` and ``offsets``; ``prompts`` (rows,), lengths of the prompts after cutting;
-        ``cut_prompt`` and ``cut_answer`` (rows,), true where one was cut.
-    """
-    joined, lengths, cut_prompts, cut_answers = [], [], [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        end = answer[: max(answer_room, max_length - len(prompt))]
-        start = keep_ends(prompt, max_length - len(end))
-        joined.append(start + end)
-        lengths.append(len(start))
-        cut_prompts.append(len(start) < len(prompt))
-        cut_answers.append(len(end) < len(answer))
-    return flat(joined) | {
-        "prompts": np.asarray(lengths, np.int64),
-        "cut_prompt": np.asarray(cut_prompts),
-        "cut_answer": np.asarray(cut_answers),
-    }

@@ -7,13 +7,8 @@ from torch import Tensor, nn
 
 from fedpeft.methods.base import Method
 from fedpeft.methods.parts.exported import PeftForm, as_lora
-from fedpeft.models.sites import (
-    attention_projections,
-    check_rank,
-    freeze_all_but_head,
-    linear_weight,
-    replace,
-)
+from fedpeft.models.linear import check_rank, linear_weight, replace
+from fedpeft.models.sites import attention_projections, freeze_all_but_head
 from fedpeft.nn.cores import BASES, CoreAdapter
 from fedpeft.state import State
 

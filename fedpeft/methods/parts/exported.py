@@ -10,7 +10,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fedpeft.models.sites import head_parameters, is_transposed, linear_weight, replace
+from fedpeft.models.linear import is_transposed, linear_weight, replace
+from fedpeft.models.sites import head_parameters
 from fedpeft.nn.scl import CompressedProjection
 from fedpeft.state import State
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedpeft.methods.base import At, Round
 from fedpeft.methods.lora import LoRA
-from fedpeft.models.sites import linear_weight
+from fedpeft.models.linear import linear_weight
 from fedpeft.state import Role, State
 
 A, B, BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer.weight"

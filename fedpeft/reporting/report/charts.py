@@ -10,6 +10,7 @@ from fedpeft.reporting.report.held import held_charts
 from fedpeft.reporting.report.related import related_charts
 from fedpeft.reporting.report.series import Curve, Points, in_lines, megabytes, summed
 from fedpeft.reporting.report.settings import Runs
+from fedpeft.reporting.results import OWN_TEST
 from fedpeft.reporting.saved_runs import SavedRun
 
 MOST_POINTS = 300  # points of a setting; each is drawn in three files and has a text on the page
@@ -42,7 +43,7 @@ def _quality_key(runs: Runs) -> tuple[str, str]:
     """
     clients, server = "clients' test rows, mean by rows", "the server's validation rows"
     forced = runs.measure.replace("_generated", "_teacher_forced")
-    keys = {f"client_test_{name}": f"{name} on {clients}" for name in (runs.measure, forced)}
+    keys = {f"{OWN_TEST}{name}": f"{name} on {clients}" for name in (runs.measure, forced)}
     keys |= {f"validation_{name}": f"{name} on {server}" for name in (runs.measure, forced)}
     keys["validation_loss"] = f"loss on {server}"
     counted = {key: _most_rounds(runs, key) for key in keys}

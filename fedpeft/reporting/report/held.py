@@ -49,18 +49,16 @@ class Held(NamedTuple):
 
 def held_charts(runs: Runs) -> Iterator[HeatChart]:
     """Yield a heat map for each division of the rows, which settings may share; a few at most."""
-    seen: dict[str, tuple[SavedRun, str]] = {}
+    seen: dict[str, tuple[Held, SavedRun, str]] = {}
     for setting in runs.settings:
         for run in setting.runs:
             if (held := read_held(run)) is not None:
-                seen.setdefault(held.hash, (run, setting.name))
-    for number, (run, name) in enumerate(list(seen.values())[:MOST_CHARTS]):
+                seen.setdefault(held.hash, (held, run, setting.name))
+    for number, (held, run, name) in enumerate(list(seen.values())[:MOST_CHARTS]):
         alike = "one of the settings that share it is " if len(runs.settings) > 1 else ""
         notes = [f"As in {run.path} ({alike}{name})."]
         if number == 0 and len(seen) > MOST_CHARTS:
             notes.append(f"{len(seen) - MOST_CHARTS} more divisions are not drawn.")
-        held = read_held(run)
-        assert held is not None
         yield _chart(f"held_{number}", run, held, notes)
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from fedpeft.config.choices import choices, of_choice
 from fedpeft.reporting.brief import brief
 from fedpeft.reporting.results import (
-    Measures,
     common_label,
     headline,
     mean_and_sd,
@@ -50,7 +49,7 @@ class Setting:
 
     def mean_bytes(self, key: str) -> float:
         """Return the mean over the runs of a count of bytes in their summaries."""
-        return fmean((run.summary or {})["bytes"].get(key, 0) for run in self.runs)
+        return fmean(run.ended["bytes"].get(key, 0) for run in self.runs)
 
     def spread(self, key: str) -> tuple[float | None, float | None]:
         """Return the mean over the seeds and the sample standard deviation of a number."""
@@ -99,10 +98,9 @@ class Runs:
         measure, sign = _measure(ended)
         groups = [_once(group, left) for group in by_setting(ended)]
         names = _names([group[0] for group in groups])
-        measures = Measures(measure, measure, 1)
         settings = [
             Setting(
-                name, group, [_row(run, measures) for run in group], lost[group[0].hash_but_seed]
+                name, group, [_row(run, measure) for run in group], lost[group[0].hash_but_seed]
             )
             for name, group in zip(names, groups, strict=True)
         ]
@@ -118,7 +116,7 @@ class Runs:
     def partly_measured(self) -> list[str]:
         """Sentences on runs after whose last round a client measured nothing."""
         whole = [run for setting in self.settings for run in setting.runs]
-        whys = [(run, unmeasured(run.summary or {})) for run in whole]
+        whys = [(run, unmeasured(run.ended)) for run in whole]
         return [f"{run.path}: after the last round, {why}" for run, why in whys if why]
 
     @property
@@ -137,12 +135,9 @@ def _once(group: list[SavedRun], left: dict[Any, LeftOut]) -> list[SavedRun]:
     return list(first.values())
 
 
-def _row(run: SavedRun, measures: Measures) -> dict[str, Any]:
-    summary = run.summary or {}
-    values = run_values(summary, measures)
-    return values | {
-        "baseline": common_label(summary, values["quality"]),
-    }
+def _row(run: SavedRun, measure: str) -> dict[str, Any]:
+    values = run_values(run.ended, measure, measure)
+    return values | {"baseline": common_label(run.ended, values["quality"])}
 
 
 def _measure(runs: Sequence[SavedRun]) -> tuple[str, int]:
@@ -153,7 +148,7 @@ def _measure(runs: Sequence[SavedRun]) -> tuple[str, int]:
     """
     known: dict[tuple[str, int], SavedRun] = {}
     for run in runs:
-        if name := headline(run.summary or {}):
+        if name := headline(run.ended):
             known.setdefault((name, _sign(run, name)), run)
     if len(known) > 1:
         (a, one), (b, other), *_ = ((_named(key), run.path) for key, run in known.items())
@@ -168,7 +163,7 @@ def _measure(runs: Sequence[SavedRun]) -> tuple[str, int]:
 
 def _sign(run: SavedRun, measure: str) -> int:
     """Return 1 if more of a run's measure is better, -1 if less."""
-    higher = (run.summary or {}).get("higher_is_better")
+    higher = run.ended.get("higher_is_better")
     if higher is None:  # an older run says it in its configuration alone
         less = run.settings.get("data.less_is_better") or []
         higher = measure.removesuffix("_generated").removesuffix("_teacher_forced") not in less

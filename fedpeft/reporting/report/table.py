@@ -6,14 +6,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedpeft.reporting.tables import Rows, escaped_markdown, markdown, write_csv
+from fedpeft.reporting.tables import Rows, escaped_markdown, markdown, mean_text, write_csv
 
 Text = Callable[[Mapping[str, Any]], str]
 
 
 def plain(key: str) -> Text:
-    """Return what makes a cell of a row's value."""
+    """Return a function that gives a row's value as text."""
     return lambda row: str(row[key])
+
+
+def number(key: str, form: str, unit: int = 1) -> Text:
+    """Return a function that gives a row's number as text, or a dash for null.
+
+    Args:
+        key: the number's column.
+        form: the format of the text.
+        unit: the shown number is the row's, divided by this.
+    """
+    return lambda row: (
+        "-" if row[key] is None else f"{row[key] if unit == 1 else row[key] / unit:{form}}"
+    )
 
 
 def p_text(value: float) -> str:
@@ -22,15 +35,8 @@ def p_text(value: float) -> str:
 
 
 def spread(key: str) -> Text:
-    """Return what makes a cell of a mean and of the deviation that stands as ``<key>_sd``."""
-
-    def text(row: Mapping[str, Any]) -> str:
-        if row[key] is None:
-            return "-"
-        sd = row[f"{key}_sd"]
-        return f"{row[key]:.3f}" if sd is None else f"{row[key]:.3f} ± {sd:.3f}"
-
-    return text
+    """Return a function that gives a mean with the deviation ``<key>_sd`` as text."""
+    return lambda row: mean_text(row[key], row[f"{key}_sd"])
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from fedpeft.reporting.report.diagnostics import WITH_QUALITY, over_rounds
 from fedpeft.reporting.report.pairs import FEWEST, LEVEL, paired_tests, unsaved_partitions
 from fedpeft.reporting.report.related import correlation
 from fedpeft.reporting.report.settings import ROWS, Runs
-from fedpeft.reporting.report.table import Table, Text, p_text, plain, spread
+from fedpeft.reporting.report.table import Table, Text, number, p_text, plain, spread
 from fedpeft.reporting.results import mean_and_sd
 from fedpeft.reporting.saved_runs import differing
-from fedpeft.reporting.tables import Rows
+from fedpeft.reporting.tables import Rows, seeds_text
 
 # Columns of the summary: mean over the seeds, and the sample standard deviation beside it.
 SPREAD_COLUMNS = {
@@ -27,6 +27,7 @@ SPREAD_COLUMNS = {
 }
 # Names of the tables of paired tests, by the rows that are measured.
 PAIRS = {"quality": "pairs", "global_test": "pairs_on_the_servers_rows"}
+MEGA = 1_000_000  # bytes of a megabyte
 SHOWN = 6  # pairs or runs that a note names, at most
 
 
@@ -43,12 +44,15 @@ def summary_table(runs: Runs) -> Table:
         rows.append(row)
     rows.sort(key=lambda row: _rank(row[runs.compared], runs.sign))
     shown = [key for key in SPREAD_COLUMNS if any(row[key] is not None for row in rows)]
-    columns: dict[str, Text] = {"setting": plain("setting"), "seeds": _seeds}
+    columns: dict[str, Text] = {
+        "setting": plain("setting"),
+        "seeds": lambda row: seeds_text(row["seeds"], row["of"]),
+    }
     columns |= {SPREAD_COLUMNS[key]: spread(key) for key in shown}
     columns |= {
-        "MB in all": lambda row: f"{row['bytes'] / 1e6:.2f}",
-        "parameters": lambda row: f"{row['trained']:,}",
-        "s": lambda row: f"{row['seconds']:.0f}",
+        "MB in all": number("bytes", ".2f", MEGA),
+        "parameters": number("trained", ","),
+        "s": number("seconds", ".0f"),
     }
     title = f"{runs.title.capitalize()} after the last round"
     return Table("summary", title, columns, rows, _summary_notes(runs))
@@ -83,12 +87,8 @@ def _summary_notes(runs: Runs) -> list[str]:
 
 
 def _rank(value: float | None, sign: int) -> tuple[bool, float]:
-    """Return what sorts the best value first, and values that are not known last."""
+    """Return a sort key: the best value comes first, unknown ones come last."""
     return value is None, -sign * (value or 0.0)
-
-
-def _seeds(row: Mapping[str, Any]) -> str:
-    return f"{row['seeds']}" if row["seeds"] == row["of"] else f"{row['seeds']} of {row['of']}"
 
 
 def _named(texts: Sequence[str]) -> str:
@@ -110,7 +110,7 @@ def _pairs_table(runs: Runs, key: str) -> Table:
         "setting": plain("a"),
         "against": plain("b"),
         "seeds": plain("n"),
-        "mean difference": lambda row: f"{row['difference']:+.3f}",
+        "mean difference": number("difference", "+.3f"),
         f"{LEVEL:.0%} interval": lambda row: f"{row['low']:+.3f} to {row['high']:+.3f}",
         "p": lambda row: p_text(row["p"]),
         "p by Holm": lambda row: p_text(row["p_holm"]),
@@ -144,7 +144,7 @@ def cost_table(runs: Runs) -> Table:
     """Return bytes, parameters and seconds of each setting."""
     rows: Rows = []
     for setting in runs.settings:
-        summary = setting.runs[0].summary or {}
+        summary = setting.runs[0].ended
         counts = summary["parameters"]
         sizes = {
             key: setting.mean_bytes(key)
@@ -168,14 +168,14 @@ def cost_table(runs: Runs) -> Table:
         )
     columns: dict[str, Text] = {
         "setting": plain("setting"),
-        "trained": lambda row: f"{row['trained']:,}",
+        "trained": number("trained", ","),
         "of the model": lambda row: f"{row['trained'] / row['total_parameters']:.3%}",
-        "sent up": _count("sent_up"),
-        "sent down": _count("sent_down"),
-        "MB up": lambda row: f"{row['uplink_bytes'] / 1e6:.2f}",
-        "MB down": lambda row: f"{row['downlink_bytes'] / 1e6:.2f}",
-        "MB to evaluate": lambda row: f"{_evaluation(row) / 1e6:.2f}",
-        "s": lambda row: f"{row['seconds']:.0f}",
+        "sent up": number("sent_up", ","),
+        "sent down": number("sent_down", ","),
+        "MB up": number("uplink_bytes", ".2f", MEGA),
+        "MB down": number("downlink_bytes", ".2f", MEGA),
+        "MB to evaluate": lambda row: f"{_evaluation(row) / MEGA:.2f}",
+        "s": number("seconds", ".0f"),
     }
     notes = [
         "Parameters that a client trains, sends and gets, in the round that has most. MB: 10^6 "
@@ -188,10 +188,6 @@ def cost_table(runs: Runs) -> Table:
 def _most(counts: Mapping[str, Any], key: str) -> int | None:
     """Return a count in the round that has most; null if an older run did not save it."""
     return counts[key][1] if key in counts else None
-
-
-def _count(key: str) -> Text:
-    return lambda row: "-" if row[key] is None else f"{row[key]:,}"
 
 
 def _evaluation(row: Mapping[str, Any]) -> float:
@@ -260,7 +256,7 @@ def runs_table(runs: Runs) -> Table:
             "seed": run.settings["seed"],
             "quality": values[runs.compared],
             "seconds": values["seconds"],
-            "sha256": (run.summary or {}).get("shared_state_sha256"),
+            "sha256": run.ended.get("shared_state_sha256"),
             "directory": str(run.path),
             "command": command(run),
         }
@@ -273,8 +269,8 @@ def runs_table(runs: Runs) -> Table:
         "seed": plain("seed"),
         "directory": inside,
         "command": plain("command"),
-        runs.title: lambda row: "-" if row["quality"] is None else f"{row['quality']:.3f}",
-        "s": lambda row: f"{row['seconds']:.0f}",
+        runs.title: number("quality", ".3f"),
+        "s": number("seconds", ".0f"),
     }
     notes = [
         *folder,
