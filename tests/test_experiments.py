@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from fedpeft.commands.study import plan_of
 from fedpeft.config.load import CONF, composed, load_config
 from fedpeft.engine.parameters import check_on_meta, count_on_meta
 from fedpeft.reporting.run_directory import check_same
@@ -38,7 +39,7 @@ OF_FEDTT = {
 @cache
 def plan(table: str, scale: str) -> StudyPlan:
     """Return the plan of ``fedpeft study experiment=TABLE scale=SCALE``."""
-    return StudyPlan.of(Path("x"), [f"experiment={table}", f"scale={scale}"], OPTIONS, "lora")
+    return plan_of(Path("x"), [f"experiment={table}", f"scale={scale}"], OPTIONS, "lora")
 
 
 def first(table: str, scale: str, cell: int = 0, entry: int = 0) -> DictConfig:

@@ -33,6 +33,7 @@ FORBIDDEN = {
 LATE = (
     "commands/planning.py",
     "commands/study.py",
+    "simulation/ahead.py",
     "simulation/launch.py",
     "simulation/ray.py",
     "client/app.py",

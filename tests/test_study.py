@@ -15,6 +15,8 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
+from fedpeft.commands.shared import listed, numbers
+from fedpeft.commands.study import plan_of
 from fedpeft.config.load import composed, settings
 from fedpeft.data.rows.source import Source
 from fedpeft.reporting.figures import plot_study
@@ -22,10 +24,10 @@ from fedpeft.reporting.pages import save_comparison, save_study
 from fedpeft.reporting.results import Measures, edges, ranked_lrs, run_rows, study_row
 from fedpeft.reporting.run_directory import RunDirectory
 from fedpeft.reporting.saved_runs import chosen_runs
-from fedpeft.reporting.study import Done, Outcome, Study, StudyRun, listed, numbers
+from fedpeft.reporting.study import Done, Outcome, Study, StudyRun
 from fedpeft.reporting.study_plan import Finished, StudyPlan
 from fedpeft.reporting.tables import Rows, study_cells
-from fedpeft.simulation import launch
+from fedpeft.simulation import ahead
 
 ACCURACY = Measures("accuracy", "accuracy", 1)
 NAN = "no client's reply was usable; client 0: training loss is nan: lower lr"
@@ -205,7 +207,7 @@ def test_tables_grow_one_seed_at_a_time(tmp_path: Path) -> None:
     for name in ("sst2", "mrpc"):
         (tmp_path / name).mkdir()
     options = OPTIONS | {"--seeds": "5,6", "--data": str(tmp_path)}
-    plan = StudyPlan.of(tmp_path, base, options, "scl")
+    plan = plan_of(tmp_path, base, options, "scl")
     names = ["data=sst2_num_clients=3", "data=mrpc_num_clients=4"]
     passes = finished(plan)
     assert [(last, s.folder.name, list(s.seeds)) for last, s in passes] == [
@@ -221,7 +223,7 @@ def test_tables_grow_one_seed_at_a_time(tmp_path: Path) -> None:
 def test_the_folder_of_the_data_must_hold_each_table_s_before_the_first_run(tmp_path: Path) -> None:
     (tmp_path / "sst2").mkdir()
     options = OPTIONS | {"--seeds": "5", "--data": str(tmp_path)}
-    plan = StudyPlan.of(tmp_path, [CELLS, "study.methods=[lora]"], options, "scl")
+    plan = plan_of(tmp_path, [CELLS, "study.methods=[lora]"], options, "scl")
     assert [study.folder.name for study in plan.studies()]  # an estimate needs no data
     with pytest.raises(ValueError, match=rf"^--data {tmp_path} must hold a folder mrpc, got none$"):
         plan.check_data()
@@ -269,7 +271,7 @@ def test_what_is_wrong_with_the_last_table_is_found_before_the_first_one_runs(
 def test_entries_without_a_folder_are_checked_ahead_with_all_seeds(tmp_path: Path) -> None:
     options = OPTIONS | {"--lrs": "0.1,1", "--seeds": "5,6"}
     base = [CELLS, "study.methods=[lora,fedtt]"]
-    plan = StudyPlan.of(tmp_path, base, options, "")
+    plan = plan_of(tmp_path, base, options, "")
     (tmp_path / "data=sst2_num_clients=3" / "lora").mkdir(parents=True)
     keys = ("data=", "method=", "lr=", "seed=")
     runs = [[o for o in overrides if o.startswith(keys)] for overrides in plan.untried()]
@@ -289,7 +291,7 @@ def test_a_check_that_is_stopped_names_the_command_that_goes_on(
     def stop(_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedpeft.simulation.launch.check_all", stop)
+    monkeypatch.setattr("fedpeft.simulation.ahead.check_all", stop)
     with pytest.raises(SystemExit):
         fedpeft("study", "--methods", "lora", *(o for o in base if not o.startswith("method")))
     said = capsys.readouterr().err
@@ -302,8 +304,8 @@ def test_a_partition_that_is_impossible_with_one_seed_is_found_ahead_and_ends_on
     partition = [*base, "partition=dirichlet", "num_clients=3"]
     runs = [[*partition, f"seed={seed}", f"partition.min_size={50 * seed}"] for seed in (1, 2)]
     with pytest.raises(ValueError, match="with 3 clients and seed=2: 240 training rows"):
-        launch.check_all(runs)
-    launch._check(runs)
+        ahead.check_all(runs)
+    ahead.check(runs)
 
 
 def test_the_rows_of_a_configuration_are_read_once(
@@ -313,7 +315,7 @@ def test_the_rows_of_a_configuration_are_read_once(
     read: list[int] = []
     fingerprint = Source.fingerprint
     monkeypatch.setattr(Source, "fingerprint", lambda s: (read.append(1), fingerprint(s))[1])
-    launch.check_all([[*base, f"seed={seed}"] for seed in range(3)])
+    ahead.check_all([[*base, f"seed={seed}"] for seed in range(3)])
     assert len(read) == 1
 
 
@@ -334,17 +336,17 @@ def test_options_come_before_the_configuration_and_a_study_alone_is_one_table(
         "study.common=['num_rounds=2']",
     ]
     given = OPTIONS | {"--methods": "scl", "--lrs": "1e-3,1e-2", "--seeds": "1,2"}
-    ((last, study),) = finished(StudyPlan.of(tmp_path, base, given, "lora"))
+    ((last, study),) = finished(plan_of(tmp_path, base, given, "lora"))
     assert (last, study.folder, study.entries) == (True, tmp_path, ["scl"])
     assert (study.lrs, study.seeds) == ([1e-3, 1e-2], [1, 2])
     assert composed(study.runs()[0].overrides).num_rounds == 3
-    ((_, plain),) = finished(StudyPlan.of(tmp_path, [], OPTIONS, "lora,scl"))
+    ((_, plain),) = finished(plan_of(tmp_path, [], OPTIONS, "lora,scl"))
     assert (plain.entries, plain.lrs, plain.seeds) == (["lora", "scl"], [], [])
 
 
 def test_the_first_table_chooses_the_learning_rates_of_the_others(tmp_path: Path) -> None:
     base = [CELLS, "study.methods=[lora,scl]", "study.lrs=[0.1,1]", "study.reuse_lrs=true"]
-    plan = StudyPlan.of(tmp_path, base, OPTIONS | {"--seeds": "5,6"}, "lora")
+    plan = plan_of(tmp_path, base, OPTIONS | {"--seeds": "5,6"}, "lora")
     assert [study.size for study in plan.studies()] == [2 * 2 * 2, 2 * 1 * 2]  # for the estimate
     passes = finished(plan, {"scl": [1.0, 0.1]})  # no run of lora came to its end: its own rate
     assert [(last, s.folder.name) for last, s in passes] == [
@@ -370,7 +372,7 @@ def test_later_seeds_are_run_with_the_best_rates_of_the_first(tmp_path: Path, ce
     floor = "lora+lr=0.5+num_rounds=0"
     base = [f"study.methods=[lora,scl,'{floor}']", "study.lrs=[0.01,0.1,1]", "study.finalists=2"]
     given = OPTIONS | {"--seeds": "5,6,7"}
-    plan = StudyPlan.of(tmp_path, [*base, *([CELLS] if cells else [])], given, "lora")
+    plan = plan_of(tmp_path, [*base, *([CELLS] if cells else [])], given, "lora")
     assert plan.studies()[0].size == (3 + 2 + 2) * 2 + 3  # for the estimate
     first_seed, later = {"lora": [1.0, 0.1], floor: [0.5]}, {"lora": [0.01]}
     passes = finished(plan, *[first_seed] * (2 if cells else 1), later)
@@ -391,7 +393,7 @@ def test_later_seeds_are_run_with_the_best_rates_of_the_first(tmp_path: Path, ce
 
 def test_a_race_in_the_first_table_gives_the_others_its_best_rate(tmp_path: Path) -> None:
     base = [CELLS, "study.methods=[lora]", "study.lrs=[0.01,0.1]", "study.finalists=1"]
-    plan = StudyPlan.of(tmp_path, [*base, "study.reuse_lrs=true"], OPTIONS | {"--seeds": "5,6"}, "")
+    plan = plan_of(tmp_path, [*base, "study.reuse_lrs=true"], OPTIONS | {"--seeds": "5,6"}, "")
     passes = finished(plan, {"lora": [0.1, 0.01]})
     runs = [[(run.lr, run.seed) for run in study.runs()] for _, study in passes]
     assert runs == [
@@ -414,7 +416,7 @@ def test_a_table_of_methods_with_one_rate_each_says_that_none_was_searched(tmp_p
         "study.finalists=1",
     ]
     for more in ([], [CELLS, "study.reuse_lrs=true"]):
-        plan = StudyPlan.of(tmp_path, [*base, *more], OPTIONS | {"--seeds": "5,6"}, "")
+        plan = plan_of(tmp_path, [*base, *more], OPTIONS | {"--seeds": "5,6"}, "")
         for _, study in finished(plan):
             page = save_study(study, study.finish(Fake(steady)), ACCURACY, "").page
             (note,) = [note for note in page.notes if note.startswith("lr: ")]

@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-from fedpeft.commands.shared import flag, option
+from fedpeft.commands.shared import flag, option, whole_number
 from fedpeft.reporting.clients import ClientTable
 from fedpeft.reporting.report.write import write_report
 from fedpeft.reporting.saved_runs import chosen_runs
-from fedpeft.reporting.study import whole_number
 
 
 def show(arguments: list[str]) -> None:

@@ -3,21 +3,22 @@
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedpeft.commands.shared import flag, going_on, option
+from fedpeft.commands.shared import flag, going_on, listed, numbers, option, whole_number
 from fedpeft.config.load import composed, load_config, settings
 from fedpeft.config.overrides import key_of
 from fedpeft.reporting.inputs import Input
 from fedpeft.reporting.pages import Results, save_comparison, save_study
 from fedpeft.reporting.progress import Display, Tally
 from fedpeft.reporting.results import Measures, edges
-from fedpeft.reporting.study import Done, Study, listed
+from fedpeft.reporting.study import Done, Study
 from fedpeft.reporting.study_plan import Finished, StudyPlan
 from fedpeft.reporting.tables import counted
-from fedpeft.simulation import launch
+from fedpeft.simulation import ahead, launch
 
 METHODS = "lora,ffa_lora,fedsa_lora,scl,fedtt,fedtt_plus"  # if the command names none
 
@@ -78,7 +79,7 @@ def study(arguments: list[str]) -> None:
     for name in ("--methods", "--lrs", "--seeds", "--extend", "--data"):
         options[name], rest = option(rest, name)
     folder, base = _folder_and_base(rest, "runs/study")
-    plan = StudyPlan.of(folder, base, options, METHODS)
+    plan = plan_of(folder, base, options, METHODS)
     if only_estimate or (plan.settings.estimate and not as_json):
         from fedpeft.simulation.estimate import show_estimate  # imports torch
 
@@ -111,6 +112,34 @@ def study(arguments: list[str]) -> None:
     if failed:
         raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
     command.check(sum(failures.values()))
+
+
+def plan_of(
+    folder: Path, base: Sequence[str], options: Mapping[str, str], methods: str
+) -> StudyPlan:
+    """Return the tables that a command asks for.
+
+    Args:
+        folder: holds the runs.
+        base: overrides of every run.
+        options: values of ``--methods``, ``--lrs``, ``--seeds``, ``--extend`` and ``--data``, each
+            of which comes before the configuration unless it is empty.
+        methods: entries by commas, if neither names any.
+
+    Raises:
+        ValueError: an option's value is not of its kind.
+    """
+    chosen = settings(base).study
+    changes = {
+        "methods": listed(options["--methods"]) if options["--methods"] else chosen.methods,
+        "lrs": numbers("--lrs", options["--lrs"], float) or chosen.lrs,
+        "seeds": numbers("--seeds", options["--seeds"], int) or chosen.seeds,
+    }
+    if (extend := whole_number("--extend", options["--extend"])) is not None:
+        changes["extend"] = extend
+    changes["methods"] = changes["methods"] or listed(methods)
+    data = Path(options["--data"]) if options["--data"] else None
+    return StudyPlan(folder, [*chosen.common, *base], replace(chosen, **changes), data)
 
 
 class Command(NamedTuple):
@@ -162,7 +191,7 @@ class Command(NamedTuple):
         try:
             plan.check_begun()
             if runs := plan.untried():
-                launch.check_all(runs)
+                ahead.check_all(runs)
         except KeyboardInterrupt as stopped:
             again = going_on(self.words, self.folder, self.as_json)
             raise type(stopped)(f"stopped before the first run, this goes on: {again}") from None
@@ -188,7 +217,7 @@ class Command(NamedTuple):
             runs: list[list[str]], inputs: Mapping[str, Input]
         ) -> list[dict[str, Any] | Exception]:
             tally.skipped = study.size - len(runs)
-            launch.check_inputs(runs, inputs)
+            ahead.check_inputs(runs, inputs)
             return launch.run_all(runs, lambda: Display.beside_json(self.as_json), tally)
 
         try:

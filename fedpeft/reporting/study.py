@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from omegaconf import DictConfig
 
@@ -15,7 +15,6 @@ from fedpeft.reporting.inputs import Input, inputs_of
 from fedpeft.reporting.run_directory import CONFIG, check_same
 from fedpeft.reporting.saved_runs import Outcome, SavedRun, directory
 
-T = TypeVar("T")
 RunAll = Callable[[list[list[str]], Mapping[str, Input]], Sequence[Outcome]]
 
 
@@ -210,40 +209,3 @@ class Study:
 def _parts(entry: str) -> list[str]:
     """Return an entry's method and its overrides."""
     return re.split(r"\+(?=[\w./@]+=)", entry)
-
-
-def listed(text: str) -> list[str]:
-    """Split at commas outside of brackets: ``lora,hetlora+method.ranks=[4,8]``."""
-    return re.split(r",(?![^\[{]*[\]}])", text)
-
-
-def numbers(name: str, text: str, kind: Callable[[str], T]) -> list[T]:
-    """Parse numbers separated by commas.
-
-    Args:
-        name: the option, for the error.
-        text: the option's value; empty for no numbers.
-        kind: ``int`` or ``float``.
-
-    Returns:
-        The numbers.
-
-    Raises:
-        ValueError: a part of the text is no such number.
-    """
-    try:
-        return [kind(part) for part in text.split(",")] if text else []
-    except ValueError as error:
-        raise ValueError(f"{name} must be numbers by commas, got {text}") from error
-
-
-def whole_number(name: str, text: str) -> int | None:
-    """Return the whole number that an option has; null for an empty text.
-
-    Raises:
-        ValueError: the text is no whole number.
-    """
-    try:
-        return int(text) if text else None
-    except ValueError as error:
-        raise ValueError(f"{name} must be one whole number, got {text}") from error

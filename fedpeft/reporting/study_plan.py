@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from fedpeft.config.choices import choices
 from fedpeft.config.load import composed, leaves
-from fedpeft.config.load import settings as settings_of
 from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Studying
-from fedpeft.reporting.study import Study, listed, numbers, whole_number
+from fedpeft.reporting.study import Study
 
 
 class Finished(NamedTuple):
@@ -45,34 +44,6 @@ class StudyPlan:
     base: Sequence[str]
     settings: Studying
     data: Path | None = None
-
-    @classmethod
-    def of(
-        cls, folder: Path, base: Sequence[str], options: Mapping[str, str], methods: str
-    ) -> "StudyPlan":
-        """Return the plan of a command.
-
-        Args:
-            folder: holds the runs.
-            base: overrides of every run.
-            options: values of ``--methods``, ``--lrs``, ``--seeds``, ``--extend`` and ``--data``,
-                each of which comes before the configuration unless it is empty.
-            methods: entries by commas, if neither names any.
-
-        Raises:
-            ValueError: an option's value is not of its kind.
-        """
-        chosen = settings_of(base).study
-        changes = {
-            "methods": listed(options["--methods"]) if options["--methods"] else chosen.methods,
-            "lrs": numbers("--lrs", options["--lrs"], float) or chosen.lrs,
-            "seeds": numbers("--seeds", options["--seeds"], int) or chosen.seeds,
-        }
-        if (extend := whole_number("--extend", options["--extend"])) is not None:
-            changes["extend"] = extend
-        changes["methods"] = changes["methods"] or listed(methods)
-        data = Path(options["--data"]) if options["--data"] else None
-        return cls(folder, [*chosen.common, *base], replace(chosen, **changes), data)
 
     def finish_tables(self, finish_one: Finish) -> None:
         """Finish every table with the first seed, then with two, and so on, by ``finish_one``.

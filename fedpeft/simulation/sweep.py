@@ -21,8 +21,8 @@ from fedpeft.config.overrides import key_of
 from fedpeft.config.sweeps import SweepPlan
 from fedpeft.reporting.progress import FAILED, SKIPPED, Display, Tally
 from fedpeft.reporting.saved_runs import SavedRun
+from fedpeft.simulation.ahead import check_all
 from fedpeft.simulation.job import JobEnded, SweepJob, continuing, path_of, watched
-from fedpeft.simulation.launch import check_all
 
 SHOWN = 10  # number of skipped runs that are shown by name
 NOTES, LOCK = ".jobs-", ".lock"  # begin the name of a folder for notes; the file that is locked
