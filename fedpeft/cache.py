@@ -92,14 +92,16 @@ def cached(key: Iterable[Any], build: Callable[[], dict[str, np.ndarray]]) -> di
         _warn_unwritable(cache_folder(), error.strerror or str(error))
         return _read_only(build())
     with lock:
-        if not _is_whole(folder):  # another process may have been first
-            arrays = build()
-            try:
-                _fill(folder, lambda draft: _save(draft, arrays))
-            except OSError as error:
-                _warn_unwritable(cache_folder(), error.strerror or str(error))
-                return _read_only(arrays)
-        return _mapped(folder)
+        with suppress(OSError):  # it cannot be mapped
+            if _is_whole(folder):  # another process was first
+                return _mapped(folder)
+        arrays = build()
+        try:
+            _fill(folder, lambda draft: _save(draft, arrays))
+            return _mapped(folder)
+        except OSError as error:
+            _warn_unwritable(cache_folder(), error.strerror or str(error))
+            return _read_only(arrays)
 
 
 def cached_folder(key: Iterable[Any], write: Callable[[Path], None]) -> Path:
@@ -143,7 +145,7 @@ def _is_whole(folder: Path, tell: bool = True) -> bool:
 def _fill(folder: Path, write: Callable[[Path], None]) -> None:
     """Write an entry's files beside its place; their sums come last, then the rename.
 
-    What was there before goes first; other processes that have mapped it keep it.
+    What was there before goes just before the rename; who has mapped it keeps it.
     """
     draft = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(draft, ignore_errors=True)  # its process was killed, because we hold the lock
@@ -215,7 +217,8 @@ def _read_only(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _mapped(folder: Path) -> dict[str, np.ndarray]:
     """Return an entry's arrays, memory-mapped and read-only."""
-    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+    names = sorted(_read_json(folder / SUMS))
+    return {Path(name).stem: np.load(folder / name, mmap_mode="r") for name in names}
 
 
 def _save(folder: Path, arrays: dict[str, np.ndarray]) -> None:

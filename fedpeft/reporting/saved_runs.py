@@ -65,7 +65,7 @@ class SavedRun:
         return read_json(file) if file.exists() else None
 
     @property
-    def ended(self) -> dict[str, Any]:
+    def final_summary(self) -> dict[str, Any]:
         """The summary of a run that came to its end, as each counted run of a report did."""
         assert self.summary is not None, f"{self.path} has no summary"
         return self.summary

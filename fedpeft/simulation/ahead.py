@@ -70,7 +70,7 @@ def check_early(overrides: Sequence[str]) -> None:
     configuration.check_fields(overrides)
 
 
-def check(runs: Sequence[Sequence[str]]) -> None:
+def check_loaded(runs: Sequence[Sequence[str]]) -> None:
     """Check configurations before workers start; more than one is tried, too.
 
     A partition that is impossible ends only its own run.

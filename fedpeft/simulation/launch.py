@@ -13,7 +13,7 @@ from fedpeft.config.overrides import quoted, split
 from fedpeft.config.runtime import Runtime
 from fedpeft.reporting.progress import Display, Tally
 from fedpeft.reporting.run_directory import InUse, finished, run_path
-from fedpeft.simulation.ahead import check, check_early
+from fedpeft.simulation.ahead import check_early, check_loaded
 from fedpeft.simulation.stop import sigterm_kept
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def run_all(
         check_early(overrides)
     first = configuration.settings(runs[0])
     outcomes: list[dict[str, Any] | Exception] = []
-    with local_grid(first.num_clients, first.runtime, lambda: check(runs)) as grid:
+    with local_grid(first.num_clients, first.runtime, lambda: check_loaded(runs)) as grid:
         for overrides in runs:
             shown = display()
             try:

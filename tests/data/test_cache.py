@@ -360,18 +360,40 @@ def test_a_broken_entry_is_built_again(
 def test_an_entry_that_was_never_finished_is_no_fault(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A process that was killed while it wrote leaves no sums; its drafts go.
+    """A process that was killed while it wrote leaves a draft beside the entry; it goes.
 
     Who has mapped what was there before keeps it.
     """
     mapped = cached(["x"], arrays)
     (entry,) = (folder / "encoded").glob("*/")
     (entry / "sums.json").unlink()
-    (entry / ".a.npy.123.part").write_text("x")
+    draft = entry.with_name(f".{entry.name}.part")
+    draft.mkdir()
+    (draft / "b.npy").write_text("x")
     assert cached(["x"], lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
     assert mapped["a"].tolist() == [0, 1, 2] and mapped["b"].tolist() == [[1, 1], [1, 1]]
-    assert caplog.records == []
+    assert caplog.records == [] and not draft.exists()
     assert sorted(file.name for file in entry.iterdir()) == ["a.npy", "sums.json"]
+
+
+def test_an_entry_that_goes_while_it_is_read_is_built(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may begin to build it again between the check and the mapping."""
+    cached(["x"], arrays)
+    (entry,) = (folder / "encoded").glob("*/")
+    looks: list[bool] = []
+
+    def look(found: Path, tell: bool = True) -> bool:
+        looks.append(tell)
+        if len(looks) == 1:
+            (entry / "b.npy").unlink()
+            return True
+        return False
+
+    monkeypatch.setattr("fedpeft.cache._is_whole", look)
+    built = cached(["x"], lambda: {"a": np.arange(2)})
+    assert built["a"].tolist() == [0, 1] and looks == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from fedpeft.data.rows.templates import (
     keep_ends,
     prompt_tokens,
     rendered,
-    sequences,
     template_columns,
 )
 from fedpeft.data.tasks.instruction import InstructionTuning, QuestionAnswering
+from fedpeft.data.tasks.language import sequences
 from fedpeft.engine.engine import Engine
 from tests.conftest import Runner
 from tests.data.files import Rows, write

@@ -195,8 +195,8 @@ def test_a_gap_among_whole_numbers_changes_no_class(tmp_path: Path) -> None:
 
 def test_codes_with_zeros_in_front_stay_as_they_are_written(tmp_path: Path) -> None:
     """A reader that guesses takes 007 for the number 7."""
-    codes, counts = ["007", "7", "12", ""], ["10", "0", "0.5", "1"]
-    lines = [f"t{i},{codes[i % 4]},{counts[i % 4]},{i}" for i in range(8)]
+    codes, doses = ["007", "7", "12", ""], ["10", "0", "0.5", "1"]
+    lines = [f"t{i},{codes[i % 4]},{doses[i % 4]},{i}" for i in range(8)]
     (tmp_path / "train.csv").write_text("\n".join(["text,label,dose,age", *lines]) + "\n")
     whole = [f"t{i},{codes[1 + i % 2]},1,2" for i in range(4)]  # 7 and 12, so numbers here
     for split in ("validation", "test"):
@@ -207,6 +207,34 @@ def test_codes_with_zeros_in_front_stay_as_they_are_written(tmp_path: Path) -> N
     assert task.class_numbers(task.split_rows("test")).tolist() == [2, 1] * 2
     assert values(task.tables["train"], "dose") == [10, 0, 0.5, 1] * 2
     assert values(task.tables["train"], "age") == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("cells", "read"),
+    [
+        (["007", "7", "NA", ""], ["007", "7", "NA", None]),  # texts, as in a column of texts
+        (["-007", "7", "1", "2"], ["-007", "7", "1", "2"]),
+        (["7", "NA", "0", "0.5"], [7, None, 0, 0.5]),
+    ],
+)
+def test_codes_are_texts_and_other_columns_stay(
+    tmp_path: Path, cells: list[str], read: list[Any]
+) -> None:
+    lines = [
+        f"{cell},{other}" for cell, other in zip(cells, ["true", "", "false", ""], strict=True)
+    ]
+    (tmp_path / "train.csv").write_text("\n".join(["code,smokes", *lines]) + "\n")
+    table = TextClassification(path=str(tmp_path)).tables["train"]
+    assert table.column_names == ["code", "smokes"]
+    assert values(table, "code") == read
+    assert values(table, "smokes") == [True, None, False, None]
+
+
+def test_a_number_to_learn_is_no_code(tmp_path: Path) -> None:
+    lines = [f"{code},t{i},{score}" for i, (code, score) in enumerate([("01", "05"), ("1", "7.5")])]
+    (tmp_path / "train.csv").write_text("\n".join(["site,text,label", *lines]) + "\n")
+    table = Regression(path=str(tmp_path)).tables["train"]
+    assert values(table, "label") == [5, 7.5] and values(table, "site") == ["01", "1"]
 
 
 def test_two_stray_quotes_swallow_no_rows(tmp_path: Path) -> None:

@@ -488,8 +488,8 @@ def test_each_spread_in_the_answers_stands_on_a_study_s_page() -> None:
     studies = sorted((ROOT / "results").glob("*/README.md"))
     pages = " ".join(" ".join(file.read_text().replace("|", " ").split()) for file in studies)
     answers = " ".join(page("results/README.md").split())
-    deviations = set(re.findall(r"\d*\.\d{3} ± \.\d{3}", answers))
-    intervals = set(re.findall(r"[+-]\.\d{3} to [+-]\.\d{3}", answers))
+    deviations = set(re.findall(r"\d*\.\d{3} ± \d*\.\d{3}", answers))
+    intervals = set(re.findall(r"[+-]\d*\.\d{3} to [+-]\d*\.\d{3}", answers))
     assert len(deviations) > 15 and len(intervals) > 20
     assert {spread for spread in deviations | intervals if spread not in pages} == set()
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def grouped(
+def groups_by(
     rows: "Dataset", column: str, is_label: bool, folder: str
 ) -> tuple[np.ndarray, list[str]]:
     """Return the groups of rows that share a value.

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedpeft.cache import cache_folder, cached, naming_the_cache, remembered
 from fedpeft.data.rows.cache import content_sha256, datasets_cached
-from fedpeft.data.rows.groups import grouped
+from fedpeft.data.rows.groups import groups_by
 from fedpeft.data.rows.tables import line_of, load_tables, marks, subsample, values
 from fedpeft.data.rows.text_files import TextFormat
 from fedpeft.errors import PartlyPublic, named_row
@@ -71,7 +71,7 @@ class Source(ABC):
     encoding: str = "utf-8"
 
     def __post_init__(self) -> None:
-        _ = self._text  # checks the separator and the encoding
+        TextFormat(self.separator, self.encoding)  # checks them
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be in (0, 1), got {getattr(self, name)}")
@@ -86,7 +86,8 @@ class Source(ABC):
             raise ValueError(f"data.extra_tests must not be named {', '.join(sorted(reserved))}")
 
     @property
-    def _text(self) -> TextFormat:
+    def _format(self) -> TextFormat:
+        """Format of files of text."""
         return TextFormat(self.separator, self.encoding)
 
     @abstractmethod
@@ -137,7 +138,7 @@ class Source(ABC):
         """All splits, with all their rows, unchecked."""
         folder = self._built_folder()
         with datasets_cached():
-            tables = load_tables(folder, self.subset, self.revision, self._text)
+            tables = load_tables(folder, self.subset, self.revision, self._format)
         return {split: self.as_stored(rows) for split, rows in tables.items()}
 
     def as_stored(self, rows: "Dataset") -> "Dataset":
@@ -197,7 +198,7 @@ class Source(ABC):
 
     def _line(self, split: str, row: int, rows: int) -> int | None:
         """Return the line of the file at which a row of a split begins; null if nobody knows."""
-        return line_of(self.folder(), split, row, rows, self._text)
+        return line_of(self.folder(), split, row, rows, self._format)
 
     def check_columns(self, split: str, rows: "Dataset") -> None:
         """Raise ValueError if a column that the task reads is missing in a split."""
@@ -316,17 +317,13 @@ class Source(ABC):
             column: any column, or null for the label's, whose fractional values are rounded.
 
         Returns:
-            Each training row's group number, int64 (rows,), and the groups' names. All rows are one
-            group if neither a column nor a label is set.
-
-        Raises:
-            ValueError: there is no such column, a row has no value in it, it holds lists, or it is
-                not the label's and holds fractional numbers.
+            Each training row's group number, int64 (rows,), and the groups' names, see
+            ``groups_by``. All rows are one group if neither a column nor a label is set.
         """
         column = column or self.label
         if column is None:
             return np.zeros(len(self.train_rows), np.int64), ["all"]
-        return grouped(self.train_rows, column, column == self.label, self.folder())
+        return groups_by(self.train_rows, column, column == self.label, self.folder())
 
     def group_numbers(self, column: str | None) -> np.ndarray:
         """Return ``grouped``'s numbers without reading unchanged tables again."""

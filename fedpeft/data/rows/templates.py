@@ -1,14 +1,12 @@
-"""Prompts from Jinja templates over a row's columns, their tokens, and those of their answers."""
+"""Prompts from Jinja templates over a row's columns, and their tokens."""
 
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from jinja2 import StrictUndefined, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fedpeft.data.batching import flat
 from fedpeft.data.rows.conversations import Conversation
 from fedpeft.data.rows.tables import values
 from fedpeft.errors import PartlyPublic, named_row
@@ -136,33 +134,3 @@ def keep_ends(ids: list[int], room: int) -> list[int]:
         return ids
     head = room // 2
     return ids[:head] + ids[len(ids) - (room - head) :]
-
-
-def sequences(
-    prompts: list[list[int]], answers: list[list[int]], max_length: int, answer_room: int
-) -> dict[str, np.ndarray]:
-    """Join prompts and answers, cut to ``max_length`` tokens.
-
-    Args:
-        prompts: token ids of each row.
-        answers: token ids of each row.
-        max_length: tokens of a joined row at most.
-        answer_room: tokens that an answer keeps at least, if it has them.
-
-    Returns:
-        ``tokens`` and ``offsets``; ``prompts`` (rows,), lengths of the prompts after cutting;
-        ``cut_prompt`` and ``cut_answer`` (rows,), true where one was cut.
-    """
-    joined, lengths, cut_prompts, cut_answers = [], [], [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        end = answer[: max(answer_room, max_length - len(prompt))]
-        start = keep_ends(prompt, max_length - len(end))
-        joined.append(start + end)
-        lengths.append(len(start))
-        cut_prompts.append(len(start) < len(prompt))
-        cut_answers.append(len(end) < len(answer))
-    return flat(joined) | {
-        "prompts": np.asarray(lengths, np.int64),
-        "cut_prompt": np.asarray(cut_prompts),
-        "cut_answer": np.asarray(cut_answers),
-    }

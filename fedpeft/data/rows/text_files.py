@@ -16,7 +16,7 @@ from fedpeft.errors import PartlyPublic
 
 # Functions import datasets, because it takes seconds and cached rows do without it.
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # in CSV files, in place of commas
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -37,10 +37,12 @@ class TextFormat:
         separator: the character between two cells of a CSV file, or ``tab``; null for a comma, and
             for a tab in a ``.tsv`` file.
         encoding: encoding of the files, as Python names it.
+        numbers: columns of a CSV file in which 007 is the number 7; in others it is a code.
     """
 
     separator: str | None = None
     encoding: str = "utf-8"
+    numbers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.separator not in (None, "tab") and len(self.separator) != 1:
@@ -81,11 +83,16 @@ class TextFormat:
             missing = {name: [""] if name in gaps else GAPS for name in rows.column_names}
             settings |= {"keep_default_na": False, "na_values": missing}
             rows = datasets.load_dataset(kind, **settings)
-        if numbers := [name for name in rows.column_names if _is_numeric(rows, name)]:
+        names = rows.column_names
+        numeric = [n for n in names if _is_numeric(rows, n) and n not in self.numbers]
+        if numeric:
             # A cell 007 is a code and not the number 7, so its column is of texts.
-            written = datasets.load_dataset(kind, **settings, features=_as_texts(rows, numbers))
-            if codes := [name for name in numbers if _has_codes(written, name)]:
-                rows = datasets.load_dataset(kind, **settings, features=_as_texts(rows, codes))
+            texts = datasets.Features({name: datasets.Value("string") for name in numeric})
+            settings |= {"keep_default_na": False, "na_values": [""]}
+            written = datasets.load_dataset(kind, **settings, usecols=numeric, features=texts)
+            if codes := [name for name in numeric if _has_codes(written, name)]:
+                parts = [rows.remove_columns(codes), written.select_columns(codes)]
+                rows = datasets.concatenate_datasets(parts, axis=1).select_columns(names)
         return rows
 
     def check(self, path: str, file: Path) -> None:
@@ -259,17 +266,10 @@ def _is_numeric(rows: "Dataset", column: str) -> bool:
     return getattr(rows.features[column], "dtype", "").startswith(("int", "uint", "float"))
 
 
-def _as_texts(rows: "Dataset", columns: list[str]) -> "Features":
-    """Return the features of rows, some columns of which are of texts instead."""
-    from datasets import Features, Value
-
-    return Features({**rows.features, **{name: Value("string") for name in columns}})
-
-
 def _has_codes(rows: "Dataset", column: str) -> bool:
     """Tell whether a column of texts has a number with a needless zero in front."""
     cells = rows.with_format("arrow")[:][column].to_pylist()
-    return any(re.match(r"0\d", cell) for cell in cells if cell)
+    return any(re.match(r"\s*[+-]?0\d", cell) for cell in cells if cell)
 
 
 def _columns_with_gaps(rows: "Dataset") -> list[str]:

@@ -8,16 +8,10 @@ from torch import Tensor, nn
 
 from fedpeft.data.batching import REPORTED, Batch, flat
 from fedpeft.data.rows.tables import kind, values
-from fedpeft.data.rows.templates import (
-    check_prompt,
-    prompt_tokens,
-    rendered,
-    sequences,
-    template_columns,
-)
+from fedpeft.data.rows.templates import check_prompt, prompt_tokens, rendered, template_columns
 from fedpeft.data.tasks.base import Outputs, Task
 from fedpeft.data.tasks.classification import join
-from fedpeft.data.tasks.language import targets_of, token_outputs, token_sums
+from fedpeft.data.tasks.language import sequences, targets_of, token_outputs, token_sums
 from fedpeft.data.tasks.text import model_logits
 from fedpeft.evaluate_metrics import title
 from fedpeft.metrics import TEXTS, measure

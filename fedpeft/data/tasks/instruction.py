@@ -22,7 +22,6 @@ from fedpeft.data.rows.templates import (
     keep_ends,
     prompt_tokens,
     rendered,
-    sequences,
     template_columns,
 )
 from fedpeft.data.tasks.base import Outputs, Task
@@ -31,6 +30,7 @@ from fedpeft.data.tasks.language import (
     decoded,
     generated,
     next_token_loss,
+    sequences,
     targets_of,
     token_means,
     token_outputs,

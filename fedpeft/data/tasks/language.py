@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedpeft.data.batching import Batch, flat
 from fedpeft.data.rows.tables import values
-from fedpeft.data.rows.templates import prompt_tokens
+from fedpeft.data.rows.templates import keep_ends, prompt_tokens
 from fedpeft.data.tasks.base import Outputs
 from fedpeft.data.tasks.text import DocstringsRows, Texts, model_logits
 from fedpeft.models.heads import parted
@@ -182,3 +182,33 @@ class LanguageModelling(Texts):
 @dataclass(frozen=True)
 class DocstringsLM(DocstringsRows, LanguageModelling):
     """Language modelling on the sentences of installed packages' docstrings."""
+
+
+def sequences(
+    prompts: list[list[int]], answers: list[list[int]], max_length: int, answer_room: int
+) -> dict[str, np.ndarray]:
+    """Join prompts and answers, cut to ``max_length`` tokens.
+
+    Args:
+        prompts: token ids of each row.
+        answers: token ids of each row.
+        max_length: tokens of a joined row at most.
+        answer_room: tokens that an answer keeps at least, if it has them.
+
+    Returns:
+        ``tokens`` and ``offsets``; ``prompts`` (rows,), lengths of the prompts after cutting;
+        ``cut_prompt`` and ``cut_answer`` (rows,), true where one was cut.
+    """
+    joined, lengths, cut_prompts, cut_answers = [], [], [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        end = answer[: max(answer_room, max_length - len(prompt))]
+        start = keep_ends(prompt, max_length - len(end))
+        joined.append(start + end)
+        lengths.append(len(start))
+        cut_prompts.append(len(start) < len(prompt))
+        cut_answers.append(len(end) < len(answer))
+    return flat(joined) | {
+        "prompts": np.asarray(lengths, np.int64),
+        "cut_prompt": np.asarray(cut_prompts),
+        "cut_answer": np.asarray(cut_answers),
+    }

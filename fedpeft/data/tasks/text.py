@@ -1,6 +1,6 @@
 """Sequence classification and regression on any table of texts."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from fedpeft.data.batching import Batch, flat
 from fedpeft.data.rows import docstrings
 from fedpeft.data.rows.source import Source
 from fedpeft.data.rows.tables import kind, values
+from fedpeft.data.rows.text_files import TextFormat
 from fedpeft.data.tasks.base import Outputs, Task
 from fedpeft.data.tasks.classification import Classification, join
 from fedpeft.metrics import NUMBERS
@@ -105,6 +106,10 @@ class Regression(Texts):
     @property
     def num_labels(self) -> int | None:
         return 1
+
+    @property
+    def _format(self) -> TextFormat:
+        return replace(super()._format, numbers=(self.target,))
 
     def problems(self, rows: "Dataset") -> dict[int, str]:
         problems = super().problems(rows)

@@ -72,7 +72,7 @@ def html(runs: Runs, sections: Sequence[Section]) -> str:
 
 def _facts(runs: Runs) -> str:
     """Return a line on the runs: how many, of which data, made with which versions."""
-    summaries = [run.ended for setting in runs.settings for run in setting.runs]
+    summaries = [run.final_summary for setting in runs.settings for run in setting.runs]
     parts = [counted(len(summaries), "run")]
     data = {s["data"]["sha256"][:12] for s in summaries if s.get("data", {}).get("sha256")}
     parts.append(f"data, by SHA-256: {', '.join(sorted(data)) or 'not saved'}")

@@ -79,14 +79,14 @@ def _rows(setting: Setting, seed: int) -> tuple[str | None, str | None]:
     The second is null for a run of an earlier version, which did not save it, so that the keys of
     the partition alone tell whether clients had the same rows.
     """
-    summary = setting.runs[setting.seeds.index(seed)].ended
+    summary = setting.runs[setting.seeds.index(seed)].final_summary
     partition = (summary[PARTITION] or UNKNOWN) if PARTITION in summary else None
     return summary.get("data", {}).get("sha256"), partition
 
 
 def unsaved_partitions(runs: Runs) -> int:
     """Return the number of runs that did not save who holds which rows."""
-    summaries = [run.ended for setting in runs.settings for run in setting.runs]
+    summaries = [run.final_summary for setting in runs.settings for run in setting.runs]
     return sum(PARTITION not in summary for summary in summaries)
 
 

@@ -49,7 +49,7 @@ class Setting:
 
     def mean_bytes(self, key: str) -> float:
         """Return the mean over the runs of a count of bytes in their summaries."""
-        return fmean(run.ended["bytes"].get(key, 0) for run in self.runs)
+        return fmean(run.final_summary["bytes"].get(key, 0) for run in self.runs)
 
     def spread(self, key: str) -> tuple[float | None, float | None]:
         """Return the mean over the seeds and the sample standard deviation of a number."""
@@ -116,7 +116,7 @@ class Runs:
     def partly_measured(self) -> list[str]:
         """Sentences on runs after whose last round a client measured nothing."""
         whole = [run for setting in self.settings for run in setting.runs]
-        whys = [(run, unmeasured(run.ended)) for run in whole]
+        whys = [(run, unmeasured(run.final_summary)) for run in whole]
         return [f"{run.path}: after the last round, {why}" for run, why in whys if why]
 
     @property
@@ -136,8 +136,8 @@ def _once(group: list[SavedRun], left: dict[Any, LeftOut]) -> list[SavedRun]:
 
 
 def _row(run: SavedRun, measure: str) -> dict[str, Any]:
-    values = run_values(run.ended, measure, measure)
-    return values | {"baseline": common_label(run.ended, values["quality"])}
+    values = run_values(run.final_summary, measure, measure)
+    return values | {"baseline": common_label(run.final_summary, values["quality"])}
 
 
 def _measure(runs: Sequence[SavedRun]) -> tuple[str, int]:
@@ -148,7 +148,7 @@ def _measure(runs: Sequence[SavedRun]) -> tuple[str, int]:
     """
     known: dict[tuple[str, int], SavedRun] = {}
     for run in runs:
-        if name := headline(run.ended):
+        if name := headline(run.final_summary):
             known.setdefault((name, _sign(run, name)), run)
     if len(known) > 1:
         (a, one), (b, other), *_ = ((_named(key), run.path) for key, run in known.items())
@@ -163,7 +163,7 @@ def _measure(runs: Sequence[SavedRun]) -> tuple[str, int]:
 
 def _sign(run: SavedRun, measure: str) -> int:
     """Return 1 if more of a run's measure is better, -1 if less."""
-    higher = run.ended.get("higher_is_better")
+    higher = run.final_summary.get("higher_is_better")
     if higher is None:  # an older run says it in its configuration alone
         less = run.settings.get("data.less_is_better") or []
         higher = measure.removesuffix("_generated").removesuffix("_teacher_forced") not in less

@@ -16,17 +16,14 @@ def plain(key: str) -> Text:
     return lambda row: str(row[key])
 
 
-def number(key: str, form: str, unit: int = 1) -> Text:
-    """Return a function that gives a row's number as text, or a dash for null.
+def number(key: str, form: str) -> Text:
+    """Return a function that gives a row's number in a format as text, or a dash for null."""
+    return lambda row: mean_text(row[key], form=form)
 
-    Args:
-        key: the number's column.
-        form: the format of the text.
-        unit: the shown number is the row's, divided by this.
-    """
-    return lambda row: (
-        "-" if row[key] is None else f"{row[key] if unit == 1 else row[key] / unit:{form}}"
-    )
+
+def megabytes(key: str) -> Text:
+    """Return a function that gives a row's bytes in units of 10^6 as text."""
+    return lambda row: f"{row[key] / 1e6:.2f}"
 
 
 def p_text(value: float) -> str:

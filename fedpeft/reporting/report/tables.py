@@ -10,7 +10,7 @@ from fedpeft.reporting.report.diagnostics import WITH_QUALITY, over_rounds
 from fedpeft.reporting.report.pairs import FEWEST, LEVEL, paired_tests, unsaved_partitions
 from fedpeft.reporting.report.related import correlation
 from fedpeft.reporting.report.settings import ROWS, Runs
-from fedpeft.reporting.report.table import Table, Text, number, p_text, plain, spread
+from fedpeft.reporting.report.table import Table, Text, megabytes, number, p_text, plain, spread
 from fedpeft.reporting.results import mean_and_sd
 from fedpeft.reporting.saved_runs import differing
 from fedpeft.reporting.tables import Rows, seeds_text
@@ -27,7 +27,6 @@ SPREAD_COLUMNS = {
 }
 # Names of the tables of paired tests, by the rows that are measured.
 PAIRS = {"quality": "pairs", "global_test": "pairs_on_the_servers_rows"}
-MEGA = 1_000_000  # bytes of a megabyte
 SHOWN = 6  # pairs or runs that a note names, at most
 
 
@@ -50,7 +49,7 @@ def summary_table(runs: Runs) -> Table:
     }
     columns |= {SPREAD_COLUMNS[key]: spread(key) for key in shown}
     columns |= {
-        "MB in all": number("bytes", ".2f", MEGA),
+        "MB in all": megabytes("bytes"),
         "parameters": number("trained", ","),
         "s": number("seconds", ".0f"),
     }
@@ -144,7 +143,7 @@ def cost_table(runs: Runs) -> Table:
     """Return bytes, parameters and seconds of each setting."""
     rows: Rows = []
     for setting in runs.settings:
-        summary = setting.runs[0].ended
+        summary = setting.runs[0].final_summary
         counts = summary["parameters"]
         sizes = {
             key: setting.mean_bytes(key)
@@ -172,9 +171,9 @@ def cost_table(runs: Runs) -> Table:
         "of the model": lambda row: f"{row['trained'] / row['total_parameters']:.3%}",
         "sent up": number("sent_up", ","),
         "sent down": number("sent_down", ","),
-        "MB up": number("uplink_bytes", ".2f", MEGA),
-        "MB down": number("downlink_bytes", ".2f", MEGA),
-        "MB to evaluate": lambda row: f"{_evaluation(row) / MEGA:.2f}",
+        "MB up": megabytes("uplink_bytes"),
+        "MB down": megabytes("downlink_bytes"),
+        "MB to evaluate": lambda row: f"{_evaluation(row) / 1e6:.2f}",
         "s": number("seconds", ".0f"),
     }
     notes = [
@@ -256,7 +255,7 @@ def runs_table(runs: Runs) -> Table:
             "seed": run.settings["seed"],
             "quality": values[runs.compared],
             "seconds": values["seconds"],
-            "sha256": run.ended.get("shared_state_sha256"),
+            "sha256": run.final_summary.get("shared_state_sha256"),
             "directory": str(run.path),
             "command": command(run),
         }
