@@ -25,7 +25,7 @@ from fedpeft.reporting.clients import ClientTable
 from fedpeft.reporting.listing import Listing
 from fedpeft.reporting.partition import Holdings
 from fedpeft.reporting.study import Study
-from fedpeft.simulation import launch
+from fedpeft.simulation import ahead, launch
 from tests.conftest import ROOT
 from tests.docs.documents import DOCUMENTS, Block, inline_commands, shell_blocks
 
@@ -99,7 +99,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (saved, "write_report", understood),
         (saved, "chosen_runs", understood),
         (planning, "_counts", counted),
-        (launch, "check_all", checked),
+        (ahead, "check_all", checked),
         (Study, "finish", planned),
         (ClientTable, "of", understood),
         (Holdings, "of", understood),
