@@ -18,6 +18,7 @@ OUTSIDE = {
     "deploy/README.md": "deploy.md",
     "results/README.md": "answers.md",
     "results/fedtt_table1/README.md": "fedtt_table1.md",
+    "results/fedtt_table2/README.md": "fedtt_table2.md",
     "results/fedtt_table3/README.md": "fedtt_table3.md",
     "results/scl_table1/README.md": "scl_table1.md",
     "results/scl_table2/README.md": "scl_table2.md",
