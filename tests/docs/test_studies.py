@@ -17,11 +17,13 @@ from tests.docs.documents import page, table
 
 Rows = list[dict[str, str]]  # rows of runs.csv, one a seed
 FEDTT, SCL = "results/fedtt_table1/README.md", "results/scl_table2/README.md"
+TABLE2 = "results/fedtt_table2/README.md"
 TABLE3 = "results/fedtt_table3/README.md"
 IMAGES = "results/scl_table1/README.md"
 SST2, MEDQUAD = "fedtt_table1/data=sst2", "scl_table2/data=medquad_num_clients=3"
 MRPC = "fedtt_table1/data=mrpc_num_rounds=150_evaluation.every=50"
 DOLLY = "scl_table2/data=dolly_num_clients=4"
+CROSS_DEVICE = "fedtt_table2/data=sst2"
 VARIANTS = "fedtt_variants/data=sst2"
 TUMOURS, TUMOURS_4, TUMOURS_5 = (f"scl_table1/num_clients={count}" for count in (3, 4, 5))
 IID, SKEWED = (
@@ -104,6 +106,7 @@ TABLES = [
     (FEDTT, "| method | rate | global test", SST2, OF_FEDTT, True),
     (FEDTT, "| on MRPC | rate", MRPC, OF_MRPC, True),
     ("README.md", "| method | accuracy", SST2, OF_FEDTT[1:], True),
+    (TABLE2, "| cross-device | rate", CROSS_DEVICE, OF_FEDTT, True),
     (TABLE3, "| iid clients | rate", IID, OF_FEDTT, True),
     (TABLE3, "| clients with label skew | global test", SKEWED, OF_FEDTT[1:], True),
     (TABLE3, "| label skew, ten seeds | rate", TEN_SEEDS, OF_FEDTT, True),
@@ -311,6 +314,19 @@ def test_the_differences_that_the_page_on_table_3_names_in_words_are_the_study_s
             assert lost[1:] in words and interval.rstrip(")") in words
     for name in ("FedTT+", "FedTT+, active=one"):
         assert minus(named(SKEWED, name), named(SKEWED, "FedTT"), "global_test") in skewed
+
+
+def test_the_differences_that_the_page_on_table_2_names_in_words_are_the_study_s() -> None:
+    words = " ".join(page(TABLE2).split())
+    large, small = named(CROSS_DEVICE, "LoRA, rank 8"), named(CROSS_DEVICE, "LoRA, rank 2")
+    fedtt, three, one = (
+        named(CROSS_DEVICE, name) for name in ("FedTT", "FedTT+", "FedTT+, active=one")
+    )
+    for rows, others in ((fedtt, large), (fedtt, small), (three, fedtt), (one, fedtt)):
+        for key in ("global_test", "quality"):
+            assert minus(rows, others, key) in words
+    for name in ("FFA-LoRA, rank 8", "RoLoRA, rank 8"):
+        assert minus(named(CROSS_DEVICE, name), large, "global_test") in words
 
 
 def test_the_signs_that_the_page_on_table_3_names_hold_with_ten_seeds() -> None:
