@@ -173,6 +173,13 @@ def cell(rows: Rows, key: str) -> str:
     return bare(f"{fmean(values):.3f} ± {stdev(values):.3f}") if values else "-"
 
 
+def rounds_of(study: str, row: dict[str, str]) -> dict[int, dict[str, float]]:
+    """Return the lines of a run's rounds, by round."""
+    rate = f"lr={float(row['lr']):g}"
+    file = ROOT / "results" / study / row["method"] / rate / f"seed={row['seed']}" / "metrics.jsonl"
+    return {line["round"]: line for line in map(json.loads, file.read_text().splitlines())}
+
+
 def minus(rows: Rows, others: Rows, key: str) -> str:
     """Return a cell: mean difference with the 95 % interval of a paired t-test over the seeds."""
     lost = [float(a[key]) - float(b[key]) for a, b in zip(rows, others, strict=True)]
@@ -326,7 +333,40 @@ def test_the_differences_that_the_page_on_table_2_names_in_words_are_the_study_s
         for key in ("global_test", "quality"):
             assert minus(rows, others, key) in words
     for name in ("FFA-LoRA, rank 8", "RoLoRA, rank 8"):
-        assert minus(named(CROSS_DEVICE, name), large, "global_test") in words
+        for lora in (large, small):
+            assert minus(named(CROSS_DEVICE, name), lora, "global_test") in words
+    for name in ("FedTT+", "FedTT+, active=one"):
+        assert minus(named(CROSS_DEVICE, name, 1e-2), fedtt, "global_test") in words
+    assert minus(named(CROSS_DEVICE, "IA3"), small, "global_test") in words
+    for lora in (large, small):
+        lost = [
+            float(b["global_test"]) - float(a["global_test"])
+            for a, b in zip(fedtt, lora, strict=True)
+        ]
+        assert min(lost) > 0 and bare(f"{min(lost):.3f} to {max(lost):.3f}") in words
+    deceiving = rows_of(CROSS_DEVICE, 3.3e-2)[ENTRIES["LoRA, rank 2"]]
+    first, *others = (bare(f"{float(row['validation']):.3f}") for row in deceiving)
+    assert f"{first} with seed 0, {' and '.join(others)} with the others" in words
+
+
+def test_methods_still_learn_at_the_end_of_table_2_as_the_page_says() -> None:
+    words = " ".join(page(TABLE2).split())
+    rises: dict[str, float] = {}
+    means: dict[str, list[float]] = {}
+    for entry, rows in rows_of(CROSS_DEVICE).items():
+        runs = [rounds_of(CROSS_DEVICE, row) for row in rows]
+        accuracies = [[run[at]["client_test_accuracy"] for at in (20, 30)] for run in runs]
+        assert len(runs) == 3 and all(last > before for before, last in accuracies)
+        means[entry] = [fmean(column) for column in zip(*accuracies, strict=True)]
+        means[entry] += [fmean(run[at]["client_test_loss"] for run in runs) for at in (20, 30)]
+        rises[entry] = means[entry][1] - means[entry][0]
+    assert min(rises, key=rises.__getitem__) == ENTRIES["FedTT+, active=one"]
+    assert max(rises, key=rises.__getitem__) == ENTRIES["BitFit"]
+    low, high = min(rises.values()), max(rises.values())
+    assert bare(f"by {low:.3f} (`active=one`) to {high:.3f} (BitFit)") in words
+    behind = [abs(a - b) for a, b in zip(means["fedtt"], means["lora"], strict=True)]
+    said = "narrows in accuracy ({:.3f} to {:.3f}) and widens in loss ({:.3f} to {:.3f})"
+    assert bare(said.format(*behind)) in words
 
 
 def test_the_signs_that_the_page_on_table_3_names_hold_with_ten_seeds() -> None:
@@ -397,15 +437,10 @@ def test_losses_on_mrpc_fall_and_rise_as_the_page_says() -> None:
     words = " ".join(page(FEDTT).partition("## MRPC")[2].split())
     curves: dict[str, list[float]] = {}
     for entry, rows in rows_of(MRPC).items():
-        lines = [
-            [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            for row in rows
-            for folder in (ROOT / "results" / MRPC / entry).glob(f"lr=*/seed={row['seed']}")
-        ]
-        assert len(lines) == 3
+        runs = [rounds_of(MRPC, row) for row in rows]
+        assert len(runs) == 3
         curves[entry] = [
-            fmean(of_run[number]["client_test_loss"] for of_run in lines)
-            for number in (50, 100, 150)
+            fmean(run[at]["client_test_loss"] for run in runs) for at in (50, 100, 150)
         ]
     falling = {entry for entry, curve in curves.items() if min(curve) == curve[-1]}
     assert falling == {"ffa_lora", "lora", ENTRIES["FedTT+, active=one"]}
