@@ -23,6 +23,7 @@ from fedpeft.reporting.run_directory import RunDirectory, check_same, read_metri
 from fedpeft.server import run
 from fedpeft.server.checkpoint import NOTES, Checkpoints
 from fedpeft.server.seen import RoundFailed
+from fedpeft.simulation import launch
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.simulation.launch import run as run_here
 from fedpeft.state import read_with_notes, save
@@ -244,6 +245,27 @@ def test_a_finished_run_is_not_run_again(launched: Launched, tmp_path: Path) -> 
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert launched("run", "resume=true", stop=0) == first
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_run_that_another_process_ended_meanwhile_stays_as_it_is(
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process asks before the other one ends, and takes the directory after it."""
+    first = launched("run")
+    table = (tmp_path / "run" / "clients.parquet").read_bytes()
+    monkeypatch.setattr(launch, "finished", lambda _: None)
+    assert launched("run", "resume=true") == first
+    assert (tmp_path / "run" / "clients.parquet").read_bytes() == table
+    launched("run", "resume=true")  # the directory is free again
+
+
+def test_a_run_without_its_summary_keeps_its_clients(launched: Launched, tmp_path: Path) -> None:
+    whole = launched("run")
+    table = parquet.read_table(tmp_path / "run" / "clients.parquet")
+    (tmp_path / "run" / "summary.json").unlink()
+    assert without_time(launched("run", "resume=true")) == without_time(whole)
+    assert parquet.read_table(tmp_path / "run" / "clients.parquet").equals(table)
+    assert table.num_rows == 15
 
 
 @pytest.mark.parametrize("stop", [-1, 3])

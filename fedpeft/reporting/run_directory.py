@@ -154,8 +154,11 @@ class RunDirectory:
         return self._keep(METRICS, last)
 
     def _keep(self, name: str, last: int) -> list[dict[str, Any]]:
-        path = self.path / name
-        lines = read_lines(path) if path.exists() else []
+        path, packed = self.path / name, self.path / PACKED
+        if name == CLIENTS and not path.exists() and packed.exists():  # the run had ended
+            lines = _unpacked(packed)
+        else:
+            lines = read_lines(path) if path.exists() else []
         lines = [line for line in lines if line["round"] <= last]
         self._write(name, "".join(json.dumps(line) + "\n" for line in lines))
         return lines
@@ -334,6 +337,14 @@ def in_columns(rows: Sequence[Mapping[str, Any]]) -> Any:
 
     names = dict.fromkeys(name for row in rows for name in row)
     return pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+
+
+def _unpacked(file: Path) -> list[dict[str, Any]]:
+    """Return the rows that ``pack_clients`` wrote."""
+    from pyarrow import parquet  # takes a quarter of a second
+
+    with parquet.ParquetFile(file) as opened:
+        return opened.read().to_pylist()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
