@@ -500,6 +500,12 @@ def test_a_pooled_classifier_and_a_random_base_load_by_fedpeft(
         export(run, tmp_path / "adapter", "peft")
     expected = of_run(run, rows)
     export(run, tmp_path / "random", "fedpeft")
+    card = (tmp_path / "random" / "README.md").read_text()
+    assert "| sha256 of its weights | none, because they were random |" in card
+    unknown = replace(open_run(finished("lora")), summary=run.summary | {"weights_sha256": None})
+    export(unknown, tmp_path / "unknown", "fedpeft")
+    card = (tmp_path / "unknown" / "README.md").read_text()
+    assert "| sha256 of its weights | unknown, because they are no safetensors files |" in card
     weights = read(tmp_path / "random" / "fedpeft.safetensors")
     assert weights.keys() == dict(run.replica.model.named_parameters()).keys()
     assert torch.equal(package.load(tmp_path / "random")(**rows).logits, expected)

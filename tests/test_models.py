@@ -823,6 +823,8 @@ def test_a_model_in_the_hub_cache_loads_offline(empty_hub: Path, checkpoint: Pat
     for file in checkpoint.iterdir():
         (snapshot / file.name).symlink_to(file)
     there = built(Pretrained(path=str(checkpoint)), TEXT)
+    expected = hub.sha256_of([checkpoint / "model.safetensors"])
+    assert Pretrained(path="lab/other").weights_sha256() is None
     for model in (
         Pretrained(path="lab/bert"),
         Pretrained(path="lab/bert", revision=revision),
@@ -830,6 +832,7 @@ def test_a_model_in_the_hub_cache_loads_offline(empty_hub: Path, checkpoint: Pat
     ):
         cached = built(model, TEXT)  # by the configuration beside the weights
         assert changed(tensors(there), tensors(cached)) == set()
+        assert model.weights_sha256() == expected
         assert model.tokenizer().get_vocab() == Pretrained(str(checkpoint)).tokenizer().get_vocab()
 
 

@@ -109,7 +109,7 @@ def _facts(run: FinishedRun) -> dict[str, Any]:
     return {
         "base model": _base(run),
         "revision": config.model.revision,
-        "sha256 of its weights": summary["weights_sha256"] or "random weights",
+        "sha256 of its weights": _weights(run),
         "method": _named(config.method),
         "task": type(config.data).__name__,
         "labels": None if labels is None else ", ".join(labels),
@@ -122,6 +122,13 @@ def _facts(run: FinishedRun) -> dict[str, Any]:
         "sha256 of the shared state": summary["shared_state_sha256"],
         "versions": ", ".join(f"{name} {v}" for name, v in summary["versions"].items()),
     }
+
+
+def _weights(run: FinishedRun) -> str:
+    """Return the hash of the base model's weights, or why there is none."""
+    if run.config.model.random:
+        return "none, because they were random"
+    return run.summary["weights_sha256"] or "unknown, because they are no safetensors files"
 
 
 def _named(part: Any) -> str:

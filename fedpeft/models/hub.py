@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import constants, errors, utils
+from huggingface_hub import constants, errors, try_to_load_from_cache, utils
 
 from fedpeft.errors import PartlyPublic
 from fedpeft.files import not_below
@@ -94,9 +94,24 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def weights_sha256(source: str) -> str | None:
-    """Hash a folder's safetensors files in the order of their names; null if there are none."""
-    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+def weights_sha256(source: str, revision: str | None = None) -> str | None:
+    """Hash the safetensors files that transformers loads, in the order of their names.
+
+    Args:
+        source: a folder, or a hub name whose files are in the cache.
+        revision: the hub model's commit or tag; null for its main branch.
+
+    Returns:
+        The hexadecimal SHA-256; null if no such files are on this machine.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(source, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    whole = folder / "model.safetensors"  # is loaded, whatever else is there
+    files = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
     return sha256_of(files) if files else None
 
 

@@ -154,8 +154,8 @@ class Pretrained:
             )
 
     def weights_sha256(self) -> str | None:
-        """Hash the safetensors files; null for random weights, and if no folder has such files."""
-        return None if self.random else weights_sha256(self.source())
+        """Hash the safetensors files; null for random weights, and if no such files are here."""
+        return None if self.random else weights_sha256(self.source(), self.revision)
 
     def check_weights(self, expected: str | None, trained: str) -> None:
         """Check that the weights are those on which a method was trained.
