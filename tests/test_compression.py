@@ -24,6 +24,7 @@ from fedpeft.engine.plan import Job
 from fedpeft.methods.base import At, Round
 from fedpeft.methods.lora import LoRA
 from fedpeft.seeding import generator
+from fedpeft.server.broadcast import Broadcaster
 from fedpeft.state import STRATEGY, State, payload_bytes, snapshot, weighted_mean
 from fedpeft.wire import pack, unpack, wire_bytes
 from tests.conftest import Runner, Sent, state_of
@@ -251,6 +252,21 @@ def test_top_k_down_by_hand() -> None:
         "lora_B": [0, 0],
         "zhead": [-2, 0],
     }
+
+
+@pytest.mark.parametrize("method", ["lora", "rolora"])
+def test_the_server_measures_what_clients_get(method: str, opened: Callable[..., Engine]) -> None:
+    """All that the next round sends is one vector, also what the server has not set yet."""
+    engine = opened(f"method={method}", "compression=topk_both", "num_rounds=3")
+    down, received = Broadcaster(engine, ""), engine.replica.received
+    for round in range(3):
+        sent = down.broadcast(round + 1).received
+        measured = engine.replica.values(received(down.state, round))
+        assert measured.keys() == sent.keys()
+        assert all(torch.equal(value, sent[name]) for name, value in measured.items())
+        names = engine.replica.roles.shared(round + 1)
+        down.update({n: torch.randn(down.values[n].shape) for n in names})
+    assert any(not torch.equal(value, down.values[name]) for name, value in measured.items())
 
 
 def test_of_equals_the_earlier_entry_goes_down() -> None:

@@ -151,7 +151,7 @@ def as_received(compression: Compression, state: State, seed: int) -> State:
 
     Args:
         compression: the run's compression.
-        state: the server's values, full.
+        state: the server's values of all that is sent in a round, full.
         seed: the run's seed. The draws of stochastic rounding are the same for every call.
     """
     codec, draws = compression.down, generator(seed, "compression down", 0)

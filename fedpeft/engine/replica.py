@@ -5,6 +5,7 @@ import logging
 import torch
 from torch import nn
 
+from fedpeft.compression.base import as_received
 from fedpeft.config.schema import Config
 from fedpeft.engine.cpu import checkpoint_blocks
 from fedpeft.engine.roles import Roles
@@ -89,6 +90,18 @@ class Replica:
         """Set every parameter that can change to ``values``, and arrange the model to measure."""
         load_state(self.model, self.values(*states, at=at))
         self.config.method.arrange(self.model, "")
+
+    def received(self, state: State, round: int) -> State:
+        """Return the server's values as clients get them, because models are measured with these.
+
+        Args:
+            state: every parameter that the server has set, full.
+            round: the round that has ended. The next one says which parameters go down, and a
+                compression may take them as one vector.
+        """
+        values = self.values(state)
+        sent = {name: values[name] for name in self.roles.down(round + 1)}
+        return values | as_received(self.config.compression, sent, self.config.seed)
 
     def set_trainable(self, names: set[str]) -> None:
         """Let exactly these parameters require gradients."""

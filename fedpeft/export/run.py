@@ -9,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fedpeft.client.store import Store
-from fedpeft.compression.base import as_received
 from fedpeft.config.load import PATHS, changed, typed
 from fedpeft.config.schema import Config
 from fedpeft.engine.replica import Replica
@@ -109,7 +108,7 @@ def open_run(
     config.model.check_weights(summary.get("weights_sha256"), str(folder))
     replica = ReplicaWithBase(_whole(config) if whole else config)
     saved_state = read(folder / f"{'best_' if best else ''}shared_state.safetensors")
-    state = as_received(config.compression, saved_state, config.seed)
+    state = replica.received(saved_state, summary["best" if best else "final"]["round"])
     setting = ""
     if client is None:
         setting = _common(replica)

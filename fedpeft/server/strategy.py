@@ -357,7 +357,7 @@ class FederatedPEFT(Strategy):
         """Measure the server's model if none of it is personal, and the clients' if configured."""
         line: Line = {}
         if not self.roles.has_personal:
-            line |= measure(self.engine, "validation", self.down.state)
+            line |= measure(self.engine, "validation", self.down.state, round)
         if self.clients_measure:
             line |= self._evaluate_clients(grid, round)
         return line

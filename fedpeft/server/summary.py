@@ -79,7 +79,7 @@ def tested(engine: Engine, line: Line, state: State) -> dict[str, Any]:
     measures = {"round": line["round"]} | _measures_in(line)
     if not engine.replica.roles.has_personal:
         for split in engine.task.test_splits:
-            measures |= measure(engine, split, state, last=True)
+            measures |= measure(engine, split, state, line["round"], last=True)
     return measures
 
 
