@@ -514,6 +514,28 @@ def test_the_bits_do_not_depend_on_workers(opened: Callable[..., Engine]) -> Non
     assert engine.evaluate(rows, 1) == engine.evaluate(rows, 3)
 
 
+def test_threads_make_a_batch_when_they_need_it(
+    opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of all batches at once would take gigabytes."""
+    engine = opened("evaluation.batch_size=4")
+    rows, model = engine.rows.examples("test"), engine.replica.model
+    made = 0
+    batch = Examples.batch
+
+    def counted(self: Examples, positions: np.ndarray) -> Batch:
+        nonlocal made
+        made += 1
+        return batch(self, positions)
+
+    def measure(_: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"made": torch.tensor([made])}
+
+    monkeypatch.setattr(Examples, "batch", counted)
+    parts = evaluate(model, measure, rows, 4, 1000, workers=2)
+    assert len(parts) == 10 and min(int(part["made"]) for part in parts) <= 2
+
+
 def test_metrics_do_not_depend_on_the_batches(opened: Callable[..., Engine]) -> None:
     engine = opened()
     rows = engine.rows.examples("test")

@@ -3,7 +3,6 @@
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from fedpeft.config.overrides import key_of
 from fedpeft.data.rows.source import prefix_of
 from fedpeft.data.tasks.base import Task
+from fedpeft.engine.cpu import cores
 from fedpeft.engine.evaluate import scored
 from fedpeft.export.answers import answers
 from fedpeft.export.folder import FORMS, is_exported, read
@@ -156,7 +156,7 @@ def measured(model: Opened) -> dict[str, float | int]:
     task = model.config.data
     for split in task.test_splits:
         examples = task.encode(split, model.processor)
-        values, _ = scored(*model, examples, os.cpu_count() or 1, last=True)
+        values, _ = scored(*model, examples, cores(), last=True)
         prefix = prefix_of(split)
         measures |= {f"{prefix}_{name}": value for name, value in values.items()}
         measures[f"{prefix}_rows"] = len(examples.rows)

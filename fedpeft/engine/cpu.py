@@ -1,6 +1,7 @@
 """Faster dropout and attention for a CPU, checkpointed blocks, and the return of freed memory."""
 
 import ctypes
+import os
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -37,6 +38,13 @@ class OnCPU(TorchFunctionMode):
         elif func is F.scaled_dot_product_attention:
             func = attention
         return func(*args, **kwargs or {})
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use, at least 1."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def dropout_mask(shape: torch.Size | tuple[int, ...], p: float) -> tuple[Tensor, float]:

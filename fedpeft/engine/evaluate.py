@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,19 +46,15 @@ def evaluate(
     device = next(model.parameters()).device
     model.eval()
 
-    def run(batch: Batch) -> dict[str, Tensor]:
-        batch = to_device(batch, device)
+    def run(rows: np.ndarray) -> dict[str, Tensor]:
+        batch = to_device(examples.batch(rows), device)
         with torch.inference_mode(), autocast(device, precision):
             return {"row": batch["row"]} | evaluate_batch(model, batch)
 
-    batches = (
-        examples.batch(rows)
-        for rows in within(
-            examples.lengths, batch_size, max_tokens, examples.sequences, device.type
-        )
-    )
+    lengths, sequences = examples.lengths, examples.sequences
+    batches = within(lengths, batch_size, max_tokens, sequences, device.type)
     if workers == 1 or device.type != "cpu":  # a GPU would have to hold all threads' batches
-        return [run(batch) for batch in batches]
+        return [run(rows) for rows in batches]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(run, batches))
 

@@ -1,17 +1,15 @@
 """Facts of a process that ``fedpeft check`` compares: versions, a hash, counts and sizes alone."""
 
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 
 from fedpeft.data.rows.source import SPLITS
+from fedpeft.engine.cpu import cores
 from fedpeft.engine.engine import Engine
-from fedpeft.models.hub import weights_sha256
 from fedpeft.models.pretrained import Pretrained
 from fedpeft.versions import SHOWN
 
@@ -37,7 +35,7 @@ def facts(engine: Engine) -> dict[str, str | int]:
         "python": platform.python_version(),
         **{name: version(name) for name in SHOWN},
         "weights": _hashes[engine],
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cores(),
+        "cpus": cores(),
         "used_bytes": _kilobytes("/proc/self/status", "VmRSS") * 1024,
         "free_bytes": free_memory(),
         "gpu_free_bytes": free,
@@ -58,11 +56,7 @@ def rows_by_split(engine: Engine, client: int) -> dict[str, int]:
 def _weights(model: Pretrained) -> str:
     if model.random:
         return "random"
-    source = model.source()
-    if not Path(source).is_dir():
-        cached = try_to_load_from_cache(source, "config.json", revision=model.revision)
-        source = str(Path(cached).parent) if isinstance(cached, str) else ""
-    return (source and weights_sha256(source)) or "unknown"
+    return model.weights_sha256() or "unknown"
 
 
 def free_memory(cgroup: Path = CGROUP) -> int:
@@ -79,10 +73,6 @@ def free_memory(cgroup: Path = CGROUP) -> int:
 def _gpu(device: torch.device) -> tuple[int, int]:
     """Return free and all bytes of a GPU; 0 for the CPU."""
     return torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
-
-
-def _cores() -> int:
-    return os.cpu_count() or 0
 
 
 def _kilobytes(file: str, name: str) -> int:

@@ -1,7 +1,6 @@
 """Measures of a round: of the server's model, and the clients' own, summed up."""
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from statistics import fmean
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import numpy as np
 from flwr.app import Message
 
-from fedpeft.compression.base import as_received
 from fedpeft.data.rows.source import prefix_of
+from fedpeft.engine.cpu import cores
 from fedpeft.engine.engine import Engine
 from fedpeft.reporting.observer import P10, UNWEIGHTED, WORST, Line
 from fedpeft.server.aggregation import Aggregator
@@ -84,20 +83,23 @@ class Evaluator:
         return measured(reply, self.task.ranges, self.up.known_rows(client))
 
 
-def measure(engine: Engine, split: str, state: State, last: bool = False) -> dict[str, float]:
+def measure(
+    engine: Engine, split: str, state: State, round: int, last: bool = False
+) -> dict[str, float]:
     """Measure the model that clients would get.
 
     Args:
         engine: the server's engine, whose model takes the values of ``state``.
         split: ``validation``, ``test``, or the name of an extra test.
         state: parameters that the server has set, full.
+        round: the round that has ended.
         last: the run's last evaluation, in which tasks may also measure generated text.
 
     Returns:
         Measures by name, with the split in front.
     """
-    engine.replica.load(as_received(engine.config.compression, state, engine.config.seed))
-    metrics = engine.evaluate(engine.rows.examples(split), os.cpu_count() or 1, last)
+    engine.replica.load(engine.replica.received(state, round))
+    metrics = engine.evaluate(engine.rows.examples(split), cores(), last)
     return {f"{prefix_of(split)}_{key}": value for key, value in metrics.items()}
 
 
