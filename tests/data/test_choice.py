@@ -119,6 +119,27 @@ def test_cuts_are_counted_by_row(make_engine: Make) -> None:
     assert np.diff(arrays["offsets"]).tolist() == [7, 7, 7, 5, 5]
 
 
+def test_cut_pairs_are_counted_by_row(make_engine: Make) -> None:
+    """Both pairs of row 0 have nine tokens, and those of row 1 seven."""
+    engine = make_engine("copa", [COPA[0], COPA[1] | {"premise": "rain."}], max_length=8)
+    arrays = engine.rows.examples("test").arrays
+    assert arrays["cut_text"].tolist() == [True, False]
+    assert np.diff(arrays["offsets"]).tolist() == [8, 8, 7, 7]
+
+
+@pytest.mark.parametrize("labels", [[1.0, 0.0], [1, 0]])
+def test_whole_numbers_of_a_column_with_a_gap(labels: list[Any], make_engine: Make) -> None:
+    """A reader of CSV makes fractional numbers of whole ones beside a gap."""
+    table = [row | {"label": label} for row, label in zip(COPA, labels, strict=True)]
+    engine = make_engine("copa", table)
+    assert engine.rows.examples("test").arrays["right"].tolist() == [False, True, True, False]
+
+
+def test_a_fractional_number_is_no_candidate(make_engine: Make) -> None:
+    with pytest.raises(ValueError, match="has a number in label, must be the number of a candida"):
+        make_engine("copa", [row | {"label": 0.5} for row in COPA]).rows.examples("test")
+
+
 # --- scores, losses, metrics --------------------------------------------------------------------
 
 # Rows of two, three and two candidates; the second has two right ones.

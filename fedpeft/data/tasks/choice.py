@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from fedpeft.data.batching import REPORTED, Batch, flat
+from fedpeft.data.batching import REPORTED, Batch
 from fedpeft.data.rows.tables import kind, values
 from fedpeft.data.rows.templates import check_prompt, prompt_tokens, rendered, template_columns
 from fedpeft.data.tasks.base import Outputs, Task
 from fedpeft.data.tasks.classification import join
 from fedpeft.data.tasks.language import sequences, targets_of, token_outputs, token_sums
-from fedpeft.data.tasks.text import model_logits
+from fedpeft.data.tasks.text import model_logits, token_arrays
 from fedpeft.evaluate_metrics import title
 from fedpeft.metrics import TEXTS, measure
 
@@ -88,7 +88,7 @@ class MultipleChoice(Task):
         all_candidates = self.candidates(rows)
         if self.answers is None:
             return [
-                [label] if isinstance(label, int) and 0 <= label < len(candidates) else []
+                _place(label, len(candidates))
                 for label, candidates in zip(values(rows, self.target), all_candidates, strict=True)
             ]
         return [
@@ -157,8 +157,7 @@ class MultipleChoice(Task):
         self, prompts: list[str], texts: list[str], tokenizer: Any
     ) -> dict[str, np.ndarray]:
         if self.scoring == "head":
-            pairs = tokenizer(prompts, texts, truncation=True, max_length=self.max_length)
-            return flat(pairs["input_ids"])
+            return token_arrays((prompts, texts), tokenizer, self.max_length)
         answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
         starts = prompt_tokens(prompts, tokenizer)
         return sequences(starts, answers, self.max_length, self.max_length // 2)
@@ -218,6 +217,15 @@ def _by_row(values: Tensor, sizes: Tensor, fill: float | bool) -> Tensor:
     """Return values (sequences,) as (B, most sequences of a row), filled up with ``fill``."""
     groups = values.split(sizes.tolist())
     return nn.utils.rnn.pad_sequence(list(groups), True, fill)
+
+
+def _place(label: Any, count: int) -> list[int]:
+    """Return a label as the number of one of ``count`` candidates; empty if it is none.
+
+    A column of whole numbers with a gap is read as one of fractional numbers.
+    """
+    whole = isinstance(label, int) or (isinstance(label, float) and label.is_integer())
+    return [int(label)] if whole and 0 <= label < count else []
 
 
 def _texts(cell: Any) -> list[str]:

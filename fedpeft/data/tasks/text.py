@@ -1,5 +1,6 @@
 """Sequence classification and regression on any table of texts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -50,21 +51,32 @@ class Texts(Task):
                 raise ValueError(f"column {column} of {split} must hold texts, got {kind}")
 
     def tokenised(self, rows: "Dataset", tokenizer: Any) -> dict[str, np.ndarray]:
-        """Return the texts as the arrays ``tokens`` and ``offsets``.
-
-        Where some were longer than ``max_length``, ``cut_text`` bool (rows,) tells which.
-        """
+        """Return the texts as ``token_arrays``."""
         texts = [values(rows, column) for column in self.columns()]
-        encoded = tokenizer(*texts, truncation=True, max_length=self.max_length)
-        arrays = flat(encoded["input_ids"])
-        cut = np.array([bool(each.overflowing) for each in encoded.encodings or ()])
-        return arrays | ({"cut_text": cut} if cut.any() else {})
+        return token_arrays(texts, tokenizer, self.max_length)
 
     def question_arrays(self, rows: "Dataset", processor: Any) -> dict[str, np.ndarray]:
         return self.tokenised(rows, processor)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return model_logits(model, batch)
+
+
+def token_arrays(
+    texts: Sequence[Sequence[str]], tokenizer: Any, max_length: int
+) -> dict[str, np.ndarray]:
+    """Return texts or pairs of texts as the arrays ``tokens`` and ``offsets``.
+
+    Where some were longer than ``max_length``, ``cut_text`` bool (sequences,) tells which.
+
+    Args:
+        texts: the texts, or the first and the second ones of pairs.
+        tokenizer: the model's.
+        max_length: tokens of a sequence at most; longer ones are truncated.
+    """
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+    cut = np.array([bool(each.overflowing) for each in encoded.encodings or ()])
+    return flat(encoded["input_ids"]) | ({"cut_text": cut} if cut.any() else {})
 
 
 def model_logits(model: nn.Module, batch: Batch) -> Tensor:
