@@ -31,6 +31,14 @@ def test_a_library_s_handler_goes_again() -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 
 
+def test_a_library_s_handler_goes_again_after_an_error() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with pytest.raises(RuntimeError), sigterm_kept():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise RuntimeError
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+
+
 def test_another_thread_sets_nothing() -> None:
     """Python lets only the main thread set a handler."""
     errors: list[Exception] = []

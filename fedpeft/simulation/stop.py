@@ -20,9 +20,11 @@ def stop_on_sigterm() -> None:
 def sigterm_kept() -> Iterator[None]:
     """Put back the handler of SIGTERM that a library replaces; only the main thread has one."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread() and handler is not None:
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:

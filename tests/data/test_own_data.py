@@ -1,6 +1,7 @@
 """The first hour with one's own rows: what runs as it is, and what is said before round 0."""
 
 import gc
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -322,10 +323,18 @@ def test_in_a_column_of_numbers_na_is_missing(tmp_path: Path) -> None:
     assert values(usable, "label") == [0.5, 2.0] * 3 and values(usable, "text")[0] == "NA"
 
 
+def test_blank_lines_may_begin_a_file(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in rows(10, lambda i: "ab"[i % 2]))
+    for suffix, content in (("jsonl", f"\n\n \n{lines}"), ("csv", "\n\ntext,label\nx,a\ny,b\n")):
+        (file := tmp_path / f"x.{suffix}").write_text(content)
+        assert TextClassification(path=str(file)).label_names == ["a", "b"]
+
+
 FILES: dict[str, tuple[str, bytes, str]] = {
     "no rows": ("csv", b"text,label\n\n", "has a header and no rows"),
     "nothing": ("csv", b"\n", "is empty"),
     "no lines": ("jsonl", b"", "is empty"),
+    "blank lines": ("jsonl", b"\n" * 70_000, "is empty"),
     "semicolons": (
         "csv",
         b"text;label\nrain, snow;a\n",

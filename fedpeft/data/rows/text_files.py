@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,9 @@ class TextFormat:
         elif file.suffix in (".csv", ".tsv"):
             problem = self._problem_of_csv(file)
         else:
-            problem = "" if start.strip() else "is empty"
+            with file.open("rb") as stream:
+                blocks = iter(partial(stream.read, 1 << 16), b"")
+                problem = "" if any(block.strip() for block in blocks) else "is empty"
         if problem:
             raise PartlyPublic(f"data.path={path}: a file {problem}", f" ({file.name})")
 
