@@ -173,7 +173,13 @@ def text_of(name: str) -> str:
 
 
 def test_the_policy_keeps_its_defaults_and_composes(tmp_path: Path) -> None:
-    policy = node.read_policy(DEPLOY / "policy.yaml.example", ["lr=0.1"])
+    args = [
+        "--superlink=a:1",
+        "--insecure",
+        "--partition=0",
+        f"--policy={DEPLOY}/policy.yaml.example",
+    ]
+    policy = node.read_policy(node.parse([*args, "lr=0.1"]))
     assert policy.configuration[:2] == ["model=local", "model.path=/srv/fedpeft/model"]
     assert policy.configuration[-2:] == ["data.labels=[low,high]", "lr=0.1"]
     assert (policy.allow, policy.limits) == (ALLOW, LIMITS)

@@ -8,6 +8,7 @@ import pytest
 
 from fedpeft.config.load import composed
 from fedpeft.config.overrides import join
+from fedpeft.deployment.node import parse, read_policy
 from fedpeft.deployment.policy import LIMITS, Policy
 from fedpeft.errors import public_text
 from tests.conftest import ROOT
@@ -21,6 +22,24 @@ def test_method_and_steps_are_the_server_s_and_the_data_the_site_s() -> None:
     assert (tree.method.tt_rank, tree.lr, tree.num_rounds) == (3, 0.5, 7)
     assert (tree.data.path, tree.data.text, tree.data.label) == ("/notes", "note", "ward")
     assert tree.data._target_ == composed(["data=table"]).data._target_
+
+
+@pytest.mark.parametrize("words", [["data=table"], []])
+def test_a_node_s_own_folder_takes_the_place_of_the_server_s(
+    words: list[str], tmp_path: Path
+) -> None:
+    """Also where its name wants quotes, and where the site says nothing else of the data."""
+    (folder := tmp_path / "ward 7 (ä)").mkdir()
+    node = ["--superlink", "127.0.0.1:1", "--insecure", "--partition", "0"]
+    policy = read_policy(parse([*node, "--data-path", str(folder), *words]))
+    asked = f"{' '.join(words)} method=fedtt data.path=/data/public"
+    tree = composed(policy.merged(asked))
+    assert (tree.data.path, tree.method._target_) == (
+        str(folder),
+        composed(["method=fedtt"]).method._target_,
+    )
+    with pytest.raises(ValueError, match="does not let a server set data.path"):
+        read_policy(parse([*node, *words])).merged(asked)
 
 
 @pytest.mark.parametrize(

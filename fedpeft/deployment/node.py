@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.config.load import composed
+from fedpeft.config.overrides import quoted
 from fedpeft.deployment.policy import Policy
 from fedpeft.deployment.processes import Processes, Program, free_ports
 
@@ -22,7 +23,7 @@ def main(arguments: list[str]) -> None:
         ValueError: an argument, the policy or the site's configuration is wrong.
     """
     args = parse(arguments)
-    policy = read_policy(args.policy, args.overrides)
+    policy = read_policy(args)
     os.umask(0o077)  # kept states and encoded rows are this user's alone
     logging.basicConfig(level=logging.INFO, format="%(asctime)s fedpeft node: %(message)s")
     with tempfile.TemporaryDirectory(prefix="fedpeft-node-") as folder:  # its owner alone reads it
@@ -64,14 +65,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def read_policy(path: Path | None, overrides: list[str]) -> Policy:
+def read_policy(args: argparse.Namespace) -> Policy:
     """Return the site's policy with its configuration, which must be one.
+
+    The site's own folder is a part of it, so that the server's is ignored and not refused.
+
+    Args:
+        args: the command's parsed arguments.
 
     Raises:
         ValueError: the policy or the configuration is wrong.
     """
-    policy = Policy() if path is None else Policy.read(path)
-    policy = Policy([*policy.configuration, *overrides], policy.allow, policy.limits)
+    policy = Policy() if args.policy is None else Policy.read(args.policy)
+    own = [*policy.configuration, *args.overrides]
+    if args.data_path is not None:
+        own.append(f"data.path={quoted(args.data_path.resolve())}")
+    policy = Policy(own, policy.allow, policy.limits)
     composed(policy.configuration)
     return policy
 
