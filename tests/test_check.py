@@ -1,6 +1,7 @@
 """``fedpeft check`` tells what a run would find, here and at its nodes, and trains nothing."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -130,7 +131,7 @@ def test_ray_needs_room_here(base: list[str], monkeypatch: Patch) -> None:
         return [*report.problems, *report.notes]
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(facts_module.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     assert problems("runtime.num_cpus=4") == []
     assert problems("runtime.num_cpus=5") == [
         "runtime.num_cpus=5 is more than the 4 cores of this machine"

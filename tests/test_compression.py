@@ -258,15 +258,16 @@ def test_top_k_down_by_hand() -> None:
 def test_the_server_measures_what_clients_get(method: str, opened: Callable[..., Engine]) -> None:
     """All that the next round sends is one vector, also what the server has not set yet."""
     engine = opened(f"method={method}", "compression=topk_both", "num_rounds=3")
-    down, received = Broadcaster(engine, ""), engine.replica.received
+    down = Broadcaster(engine, "")
     for round in range(3):
         sent = down.broadcast(round + 1).received
-        measured = engine.replica.values(received(down.state, round))
+        measured = engine.replica.received(down.state, round)
         assert measured.keys() == sent.keys()
         assert all(torch.equal(value, sent[name]) for name, value in measured.items())
+        dropped = any(not torch.equal(v, down.values[name]) for name, v in measured.items())
+        assert dropped or round == 0  # then RoLoRA sends zeros, and the head whole
         names = engine.replica.roles.shared(round + 1)
         down.update({n: torch.randn(down.values[n].shape) for n in names})
-    assert any(not torch.equal(value, down.values[name]) for name, value in measured.items())
 
 
 def test_of_equals_the_earlier_entry_goes_down() -> None:

@@ -233,11 +233,22 @@ def test_a_client_s_model_is_the_one_that_it_keeps(finished: Finished) -> None:
     assert not any(torch.equal(other.get_parameter(name), own[name]) for name in own)
 
 
-def test_a_client_s_state_that_lies_elsewhere_is_named(finished: Finished, tmp_path: Path) -> None:
-    shutil.copytree(finished("fedsa_lora"), tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "clients")
-    with pytest.raises(ValueError, match="lacks 00002.safetensors, .* in the node's state-folder"):
-        open_run(tmp_path / "run", client=1)
+def test_a_client_s_state_that_lies_elsewhere_is_named_and_found(
+    finished: Finished, tmp_path: Path, fedpeft: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, states = tmp_path / "run", tmp_path / "node"
+    shutil.copytree(finished("fedsa_lora"), run)
+    expected = open_run(run, client=1).replica.model.state_dict()
+    (run / "clients").rename(states)
+    with pytest.raises(ValueError, match="lacks 00002.safetensors, .* the node's --state-folder"):
+        open_run(run, client=1)
+    found = open_run(run, client=1, states=states).replica.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    to = str(tmp_path / "out")
+    fedpeft("export", str(run), "--client", "1", "--state-folder", str(states), "--to", to)
+    with pytest.raises(SystemExit):
+        fedpeft("predict", to, "--state-folder", str(states))
+    assert "--state-folder choose one of a run" in capsys.readouterr().err
 
 
 def test_best_is_the_best_round_s_state(finished: Finished, tmp_path: Path) -> None:

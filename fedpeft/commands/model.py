@@ -36,7 +36,7 @@ def export(arguments: Sequence[str]) -> None:
     args = parser.parse_intermixed_args(arguments)
     if args.merge and args.form not in (None, "transformers"):
         raise ValueError(f"--merge is --as transformers, got --as {args.form} too")
-    run = open_run(args.path, args.overrides, args.best, args.client)
+    run = open_run(args.path, args.overrides, args.best, args.client, states=args.state_folder)
     written = write(run, args.to, "transformers" if args.merge else args.form)
     if args.json:
         print(json.dumps(written._asdict() | {"folder": str(written.folder)}))
@@ -169,19 +169,25 @@ def _parser(command: str, path: str, text: str | None) -> argparse.ArgumentParse
     parser.add_argument("overrides", nargs="*", help="key=value, such as data.path=FOLDER")
     parser.add_argument("--best", action="store_true", help="the best round, not the last one")
     parser.add_argument("--client", type=int, metavar="N", help="the model of client N")
+    parser.add_argument(
+        "--state-folder",
+        type=Path,
+        metavar="DIR",
+        help="what clients keep, at a site its node's folder; by default clients/ of the run",
+    )
     return parser
 
 
 def _open(args: argparse.Namespace) -> Opened:
     """Open a run's directory or an exported folder."""
     if is_exported(args.path):
-        if args.best or args.client is not None:
+        if args.best or args.client is not None or args.state_folder is not None:
             raise ValueError(
-                f"{args.path} is an exported folder, which holds one model: --best and --client "
-                "choose one of a run"
+                f"{args.path} is an exported folder, which holds one model: --best, --client and "
+                "--state-folder choose one of a run"
             )
         return opened(args.path, args.overrides)
-    run = open_run(args.path, args.overrides, args.best, args.client, whole=False)
+    run = open_run(args.path, args.overrides, args.best, args.client, False, args.state_folder)
     return Opened(run.replica.model, run.config, run.replica.processor)
 
 

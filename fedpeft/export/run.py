@@ -81,6 +81,7 @@ def open_run(
     best: bool = False,
     client: int | None = None,
     whole: bool = True,
+    states: Path | None = None,
 ) -> FinishedRun:
     """Build the model of a finished run.
 
@@ -91,6 +92,7 @@ def open_run(
         client: give the model of this client, with what it keeps; null for the shared one.
         whole: load the base model on the CPU in its files' precision, as files need it; else on the
             device and in the precision of the run.
+        states: folder of what clients keep, at a site its node's; null for the run's own.
 
     Raises:
         ValueError: this is no finished run, its base model has other weights now, the model needs a
@@ -114,7 +116,7 @@ def open_run(
         setting = _common(replica)
         replica.load(state)
     else:
-        at, kept = _of_client(folder, replica, best, client)
+        at, kept = _of_client(folder, replica, best, client, states or folder / "clients")
         replica.load(replica.blocks(state, at), kept, at=at)
     config.method.arrange(replica.model, setting)
     replica.model.eval()
@@ -165,7 +167,9 @@ def _common(replica: Replica) -> str:
     return method.common or ""
 
 
-def _of_client(folder: Path, replica: Replica, best: bool, client: int) -> tuple[At, State]:
+def _of_client(
+    folder: Path, replica: Replica, best: bool, client: int, states: Path
+) -> tuple[At, State]:
     """Return a client's ``At`` after the last round, and the parameters that it keeps.
 
     Raises:
@@ -182,7 +186,7 @@ def _of_client(folder: Path, replica: Replica, best: bool, client: int) -> tuple
         round, memory, accepted = last.best, last.best_method_memory, last.best_accepted
     at = replica.roles.at(round + 1, client)
     at = at._replace(memory=config.method.down(memory, at))
-    store = Store(folder / "clients" / last.run / f"client_{client}")
+    store = Store(states / last.run / f"client_{client}")
     return at, _kept(store, replica, accepted.get(client, 0), client)
 
 
@@ -193,6 +197,6 @@ def _kept(store: Store, replica: Replica, generation: int, client: int) -> State
     if generation not in store.generations:
         raise ValueError(
             f"{store.folder} lacks {generation:05}.safetensors, which client {client} keeps: in a "
-            "deployment it lies at its site, in the node's state-folder"
+            "deployment it lies at its site, so give the node's --state-folder there"
         )
     return {n: v for n, v in store.load(generation).items() if n in replica.initial}
