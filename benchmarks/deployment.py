@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.measure import save, spread
 from fedpeft.deployment.processes import BIN
-from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.reporting.run_files import read_metrics
 
 NODES = 3
 ASK_SECONDS, REPLY_SECONDS = 3.0, 0.5  # sleep in flwr.supernode.start_client_internal

@@ -30,7 +30,7 @@ from rich.console import Console
 from benchmarks.measure import QUIET, save
 from fedpeft.client.client import answer_all
 from fedpeft.reporting.progress import Display
-from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.reporting.run_files import read_metrics
 from fedpeft.server.app import serve
 from fedpeft.simulation.grid import InProcessGrid
 

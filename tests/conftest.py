@@ -27,7 +27,7 @@ from fedpeft.config.load import load_config
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.engine.plan import Job
 from fedpeft.reporting.progress import Display
-from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.reporting.run_files import read_metrics
 from fedpeft.server.app import serve
 from fedpeft.simulation.grid import InProcessGrid
 from fedpeft.state import State

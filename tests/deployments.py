@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.deployment.trial import Trial
-from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.reporting.run_files import read_metrics
 from fedpeft.simulation.launch import run
 from tests.conftest import ROOT, quiet
 

@@ -14,7 +14,7 @@ from fedpeft.client.app import app as client_app
 from fedpeft.reporting.clients import ClientTable, read_clients, read_columns
 from fedpeft.reporting.observer import SPREAD
 from fedpeft.reporting.progress import Display, line_text
-from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.reporting.run_files import read_metrics
 from fedpeft.server.evaluation import measured, over_clients
 from fedpeft.server.replies import seconds
 from fedpeft.server.seen import Asked, Seen

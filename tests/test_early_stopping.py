@@ -13,7 +13,7 @@ from fedpeft.data.batching import Examples
 from fedpeft.engine.engine import Engine
 from fedpeft.reporting.clients import read_clients
 from fedpeft.reporting.progress import summary_text
-from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.reporting.run_files import read_metrics
 from fedpeft.server.run import Run
 from fedpeft.server.selection import Selection
 from fedpeft.server.strategy import FederatedPEFT

@@ -40,7 +40,7 @@ from fedpeft.methods.parts.exported import INNER
 from fedpeft.methods.prompt import Prompt
 from fedpeft.methods.ravan import Ravan
 from fedpeft.methods.scl import SCL
-from fedpeft.reporting.run_directory import CHECKPOINTS
+from fedpeft.reporting.run_files import CHECKPOINTS
 from fedpeft.server.checkpoint import Checkpoints
 from fedpeft.server.selection import Selection
 from fedpeft.simulation import launch

@@ -178,7 +178,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
     def draw(counts: np.ndarray, labels: Sequence[str]) -> Any:
         with monkeypatch.context() as patched:
             patched.setattr(pyplot, "close", figures.append)
-            plot_partition(tmp_path / "p.png", counts, labels)
+            plot_partition([tmp_path / "p.png"], counts, labels)
         assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
         return figures[-1]
 

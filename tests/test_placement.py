@@ -17,7 +17,8 @@ from fedpeft.config.schema import Checkpointing
 from fedpeft.engine.engine import Engine, Result, open_engine
 from fedpeft.methods.base import At
 from fedpeft.methods.lora import LoRA
-from fedpeft.reporting.run_directory import RunDirectory, read_metrics
+from fedpeft.reporting.run_directory import RunDirectory
+from fedpeft.reporting.run_files import read_metrics
 from fedpeft.server.run import Run
 from fedpeft.server.strategy import FederatedPEFT
 from fedpeft.simulation.grid import InProcessGrid

@@ -16,7 +16,7 @@ from fedpeft.client.app import app as client_app
 from fedpeft.config.overrides import split
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.plan import Job
-from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.reporting.run_files import read_metrics
 from fedpeft.server import strategy
 from fedpeft.server.limits import FRAME
 from fedpeft.server.seen import RoundFailed

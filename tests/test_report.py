@@ -10,13 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from fedpeft.config.load import CONF, composed, leaves
 from fedpeft.config.overrides import split
 from fedpeft.reporting.figures import pyplot
-from fedpeft.reporting.report.chart import BarChart, Line, LineChart
+from fedpeft.reporting.report.chart import BarChart, HeatChart, Line, LineChart
 from fedpeft.reporting.report.charts import _level, charts, norm_bound, thinned
 from fedpeft.reporting.report.commands import command
 from fedpeft.reporting.report.held import held_charts
@@ -36,7 +37,8 @@ from fedpeft.reporting.report.tables import (
     runs_table,
 )
 from fedpeft.reporting.report.write import write_report
-from fedpeft.reporting.run_directory import SUMMARY, RunDirectory
+from fedpeft.reporting.run_directory import RunDirectory
+from fedpeft.reporting.run_files import SUMMARY
 from fedpeft.reporting.saved_runs import SavedRun, saved_runs
 from fedpeft.reporting.tables import as_code
 
@@ -546,6 +548,17 @@ def test_each_chart_is_a_picture_in_three_formats(report: Path) -> None:
         with Image.open(folder / f"{name}.png") as picture:
             width, height = picture.size
         assert 400 <= width <= 2000 and 300 <= height <= 2000
+
+
+def test_equal_charts_are_equal_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = LineChart("line", "title", "MB", "y", [Line("a", 0, [1.0, 2.0], [0.0, 1.0])])
+    heat = HeatChart("heat", "title", np.array([[3, 0], [1, 2]]), ["a", "b"], "label")
+    for day in (1, 2):  # matplotlib takes the date of its files from this variable
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", str(day * 86_400))
+        (tmp_path / str(day)).mkdir()
+        assert len(save_pictures([line, heat], tmp_path / str(day))) == 6
+    for file in (tmp_path / "1").iterdir():
+        assert file.read_bytes() == (tmp_path / "2" / file.name).read_bytes(), file
 
 
 def test_files_of_an_earlier_report_are_removed_and_no_others(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from fedpeft.client.app import app as client_app
 from fedpeft.config.load import load_config
 from fedpeft.data.partitions.saved import Saved, write_partition
 from fedpeft.engine.engine import Engine, open_engine
-from fedpeft.reporting.run_directory import RunDirectory, check_same, read_metrics
+from fedpeft.reporting.run_directory import RunDirectory
+from fedpeft.reporting.run_files import check_same, read_metrics
 from fedpeft.server import run
 from fedpeft.server.checkpoint import NOTES, Checkpoints
 from fedpeft.server.seen import RoundFailed

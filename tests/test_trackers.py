@@ -25,7 +25,7 @@ from fedpeft.config.load import composed, trackers
 from fedpeft.config.message import for_clients
 from fedpeft.config.schema import ConfigError
 from fedpeft.reporting.progress import Display
-from fedpeft.reporting.run_directory import read_metrics
+from fedpeft.reporting.run_files import read_metrics
 from fedpeft.reporting.saved_runs import SavedRun
 from fedpeft.reporting.trackers import mlflow
 from fedpeft.reporting.trackers.base import Export, Numbers, Session, Tracker, Tracking

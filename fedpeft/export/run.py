@@ -15,7 +15,7 @@ from fedpeft.engine.replica import Replica
 from fedpeft.export.folder import with_labels
 from fedpeft.files import read_json
 from fedpeft.methods.base import At
-from fedpeft.reporting.run_directory import CHECKPOINTS, CONFIG, SUMMARY
+from fedpeft.reporting.run_files import CHECKPOINTS, CONFIG, SUMMARY
 from fedpeft.server.checkpoint import Checkpoints
 from fedpeft.state import Role, State, read
 

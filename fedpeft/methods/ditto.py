@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedpeft.methods.base import At, Phase, Term
 from fedpeft.methods.lora import LoRA
+from fedpeft.methods.parts.exported import lora_sites
 from fedpeft.methods.parts.pull import ProximalPull
 from fedpeft.models.sites import add_by_peft
 from fedpeft.state import Role, State
@@ -48,9 +48,8 @@ class Ditto(LoRA):
 
     def inject(self, model: nn.Module) -> nn.Module:
         add_by_peft(model, **{name: self.config(model) for name in (GLOBAL, PERSONAL)})
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                module.set_adapter([GLOBAL, PERSONAL])
+        for _, module in lora_sites(model):
+            module.set_adapter([GLOBAL, PERSONAL])
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -68,10 +67,9 @@ class Ditto(LoRA):
 
     def arrange(self, model: nn.Module, setting: str) -> None:
         on = GLOBAL if setting == GLOBAL else PERSONAL
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                for adapter in (GLOBAL, PERSONAL):
-                    module.set_scale(adapter, float(adapter == on))
+        for _, module in lora_sites(model):
+            for adapter in (GLOBAL, PERSONAL):
+                module.set_scale(adapter, float(adapter == on))
 
     def term(self, at: At, start: State, kept: State) -> Term:
         """Pull the personal adapter to the global one as received; see ``Method.term``."""

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedpeft.methods.base import At, Phase
 from fedpeft.methods.lora import LoRA
+from fedpeft.methods.parts.exported import lora_sites
 from fedpeft.models.sites import add_by_peft
 from fedpeft.state import Role
 
@@ -60,9 +60,8 @@ class FedDPA(LoRA):
     def inject(self, model: nn.Module) -> nn.Module:
         configs = {name: self.config(model) for name in (GLOBAL, LOCAL)}
         add_by_peft(model, **configs)
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                module.set_adapter([GLOBAL, LOCAL])
+        for _, module in lora_sites(model):
+            module.set_adapter([GLOBAL, LOCAL])
         self.arrange(model, "")
         return model
 
@@ -81,10 +80,9 @@ class FedDPA(LoRA):
 
     def arrange(self, model: nn.Module, setting: str) -> None:
         weight = 0.0 if setting == ALONE else self.local_weight
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                for adapter, share in ((GLOBAL, 1 - weight), (LOCAL, weight)):
-                    module.set_scale(adapter, share)
+        for _, module in lora_sites(model):
+            for adapter, share in ((GLOBAL, 1 - weight), (LOCAL, weight)):
+                module.set_scale(adapter, share)
 
     def effective(self, module: nn.Module) -> Tensor | None:
         """Return the global adapter's product, because the local one is not averaged."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft.reporting.observer import P10, REPLIED, UNWEIGHTED, WORST
-from fedpeft.reporting.run_directory import (
+from fedpeft.reporting.run_files import (
     CLIENTS,
     METRICS,
     PACKED,
@@ -18,7 +18,7 @@ from fedpeft.reporting.run_directory import (
     read_metrics,
 )
 from fedpeft.reporting.saved_runs import SavedRun
-from fedpeft.reporting.tables import Page, Rows
+from fedpeft.reporting.tables import Page, Rows, mean_text
 
 MEASURED = ("validation_", "test_")  # begin the names of what clients measure
 SUMMED = {"": "mean by rows", UNWEIGHTED: "mean by client", P10: "10th percentile", WORST: "worst"}
@@ -128,8 +128,8 @@ class ClientTable:
         return [
             str(row["client"]) + self._outcome(row),
             str(row.get("train_rows", "-")),
-            *(_number(row.get(key)) for key in ("train_loss", *measures)),
-            _number(row.get("update_norm")),
+            *(mean_text(row.get(key), form=".4f") for key in ("train_loss", *measures)),
+            mean_text(row.get("update_norm"), form=".4f"),
             f"{sent['up'] / 1e3:.1f}",
             f"{sent['down'] / 1e3:.1f}",
             f"{sum(seconds):.1f}" if seconds else "-",
@@ -150,7 +150,7 @@ class ClientTable:
             return []
         return [
             [text, "", ""]
-            + [_number(self.line.get(f"client_{name}{suffix}")) for name in measures]
+            + [mean_text(self.line.get(f"client_{name}{suffix}"), form=".4f") for name in measures]
             + [""] * 4
             for suffix, text in SUMMED.items()
         ]
@@ -187,7 +187,3 @@ def _rounds(run: Path) -> tuple[list[int], list[int]]:
         if name.startswith(MEASURED):
             measured |= table[name].is_valid().to_numpy()
     return np.unique(numbers).tolist(), np.unique(numbers[measured]).tolist()
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -143,12 +143,12 @@ def log_scale(axis: Any) -> None:
 
 
 def plot_partition(
-    path: Path, counts: np.ndarray, labels: Sequence[str], kind: str = "label"
+    paths: Sequence[Path], counts: np.ndarray, labels: Sequence[str], kind: str = "label"
 ) -> None:
     """Draw a heat map of the rows by client and label, coloured by their square roots.
 
     Args:
-        path: the picture's file.
+        paths: the picture's files, one for each format.
         counts: rows by client and label, (clients, labels).
         labels: the labels' names.
         kind: names the axis of the labels.
@@ -164,8 +164,23 @@ def plot_partition(
     axis.set(xlabel=kind, ylabel="client", title=f"Training rows by client and {kind}")
     _name_cells(axis, counts, labels, wide, high)
     figure.colorbar(image, label="rows")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, paths, dpi=150)
+
+
+def save_figure(figure: Any, paths: Sequence[Path], dpi: int) -> None:
+    """Write a figure into files without a date, so that equal figures are equal files; close it.
+
+    Args:
+        figure: matplotlib's figure.
+        paths: the files; their ends say the formats.
+        dpi: pixels an inch of formats that have pixels.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the room is made; each file would make it again
+    for path in paths:
+        undated = {"Date": None} if path.suffix == ".svg" else {"CreationDate": None}
+        figure.savefig(path, dpi=dpi, metadata=None if path.suffix == ".png" else undated)
+    pyplot().close(figure)
 
 
 def _inches(cells: int, least: float, most: float, whole: float) -> float:

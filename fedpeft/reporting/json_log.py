@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fedpeft.reporting.observer import Line, Observer
-from fedpeft.reporting.run_directory import finite
+from fedpeft.reporting.run_files import finite
 
 
 class JsonLog(Observer):

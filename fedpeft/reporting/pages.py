@@ -15,7 +15,7 @@ from fedpeft.reporting.results import (
     run_rows,
     study_row,
 )
-from fedpeft.reporting.run_directory import CONFIG, read_metrics
+from fedpeft.reporting.run_files import CONFIG, read_metrics
 from fedpeft.reporting.saved_runs import diverged
 from fedpeft.reporting.study import Done, Study
 from fedpeft.reporting.tables import (

@@ -73,7 +73,7 @@ class Holdings:
         A saved partition is not written again, because that would lose how it was made.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        plot_partition(folder / "partition.png", self.counts, self.names, self.kind)
+        plot_partition([folder / "partition.png"], self.counts, self.names, self.kind)
         if isinstance(self.config.partition, Saved):
             return ["partition.png"]
         file = folder / "partition.json"

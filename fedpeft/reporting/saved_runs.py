@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from fedpeft.config.load import leaves
 from fedpeft.files import read_json
-from fedpeft.reporting.run_directory import (
+from fedpeft.reporting.run_files import (
     CONFIG,
     FAILURE,
     METRICS,

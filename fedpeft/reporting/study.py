@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from fedpeft.config.load import composed
 from fedpeft.config.overrides import key_of, quoted
 from fedpeft.reporting.inputs import Input, inputs_of
-from fedpeft.reporting.run_directory import CONFIG, check_same
+from fedpeft.reporting.run_files import CONFIG, check_same
 from fedpeft.reporting.saved_runs import Outcome, SavedRun, directory
 
 RunAll = Callable[[list[list[str]], Mapping[str, Input]], Sequence[Outcome]]

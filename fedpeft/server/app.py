@@ -18,7 +18,8 @@ from fedpeft.reporting.json_log import JsonLog
 from fedpeft.reporting.observer import Observer, Observers
 from fedpeft.reporting.progress import Display
 from fedpeft.reporting.prometheus import Metrics
-from fedpeft.reporting.run_directory import RunDirectory, finished, run_path
+from fedpeft.reporting.run_directory import RunDirectory, run_path
+from fedpeft.reporting.run_files import finished
 from fedpeft.reporting.trackers.base import Tracking
 from fedpeft.server.check import check
 from fedpeft.server.run import Run

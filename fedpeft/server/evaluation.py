@@ -169,10 +169,8 @@ def over_clients(
         weights = [metrics[rows] for metrics in having]
         if most < 1 and (whole := sum(weights)):
             weights = capped([weight / whole for weight in weights], most)
-        weighted = 0.0
-        for weight, value in zip(
-            weights, values, strict=True
-        ):  # Python 3.12's sum() adds otherwise
+        weighted = 0.0  # not by sum(), which adds otherwise in Python 3.12
+        for weight, value in zip(weights, values, strict=True):
             weighted += weight * value
         less_is_better = sign(name) < 0
         result |= {

@@ -9,13 +9,8 @@ from flwr.serverapp import Grid
 
 from fedpeft.config.schema import Checkpointing
 from fedpeft.reporting.observer import Line, Observer
-from fedpeft.reporting.run_directory import (
-    CHECKPOINTS,
-    LAST_ENTRY,
-    METRICS,
-    RunDirectory,
-    read_metrics,
-)
+from fedpeft.reporting.run_directory import RunDirectory
+from fedpeft.reporting.run_files import CHECKPOINTS, LAST_ENTRY, METRICS, read_metrics
 from fedpeft.reporting.saved_runs import diverged
 from fedpeft.server.checkpoint import Checkpoint, Checkpoints
 from fedpeft.server.strategy import FederatedPEFT

@@ -40,6 +40,8 @@ class LocalGrid(Grid):
             in which workers take them.
     """
 
+    answers_here = True  # its replies were made by this process or its own workers
+
     def __init__(self, num_clients: int) -> None:
         identify()
         self._run = empty_run()
@@ -86,8 +88,6 @@ class LocalGrid(Grid):
         if self.state_folder != self._temporary:
             return context
         return self._contexts.setdefault(node, context)
-
-    answers_here = True  # its replies were made by this process or its own workers
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Queue messages in parcels and return their ids; drop messages whose time is up."""

@@ -12,7 +12,8 @@ from fedpeft.config.message import for_clients
 from fedpeft.config.overrides import quoted, split
 from fedpeft.config.runtime import Runtime
 from fedpeft.reporting.progress import Display, Tally
-from fedpeft.reporting.run_directory import InUse, finished, run_path
+from fedpeft.reporting.run_directory import InUse, run_path
+from fedpeft.reporting.run_files import finished
 from fedpeft.simulation.ahead import check_early, check_loaded
 from fedpeft.simulation.stop import sigterm_kept
 
@@ -96,7 +97,7 @@ def run_all(
     """Run configurations one after another on the same workers.
 
     A wrong configuration ends them all before the first one starts. A run that fails later does
-    not end the others.
+    not end the others, unless the reason lies outside of it, such as a full disk.
 
     Args:
         runs: overrides of each run.

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from fedpeft.config.load import composed
-from fedpeft.reporting.run_directory import check_same
+from fedpeft.reporting.run_files import check_same
 from tests.conftest import ROOT
 from tests.docs.documents import page, table
 

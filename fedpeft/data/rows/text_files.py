@@ -176,7 +176,7 @@ class TextFormat:
         """
         for file in files:
             search = {".csv": self._in_csv, ".tsv": self._in_csv, ".jsonl": self._in_jsonl}
-            if file.suffix in search and (number := self._undecodable(file)):
+            if file.suffix in search and (number := _first_undecodable(file, self.encoding)):
                 name = "UTF-8" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding
                 advice = self._recode(file)
                 return f", because line {number} of a file is no {name}: {advice}", _named(file)
@@ -201,9 +201,6 @@ class TextFormat:
                 starts.append(end + 1)
             end = cells.line_num
         return starts[1:]
-
-    def _undecodable(self, file: Path) -> int | None:
-        return _first_undecodable(file, self.encoding)
 
     def _recode(self, file: Path) -> str:
         """Return what to do about a file in another encoding, with the likeliest one's name.

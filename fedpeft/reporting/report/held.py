@@ -8,7 +8,7 @@ import numpy as np
 
 from fedpeft.reporting.report.chart import HeatChart
 from fedpeft.reporting.report.settings import Runs
-from fedpeft.reporting.run_directory import HELD
+from fedpeft.reporting.run_files import HELD
 from fedpeft.reporting.saved_runs import SavedRun
 
 MOST_CHARTS, MOST_CLIENTS, MOST_LABELS = 4, 200, 100

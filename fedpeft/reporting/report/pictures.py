@@ -6,7 +6,15 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from fedpeft.reporting.figures import COLOURS, log_scale, plot_partition, pyplot, shortened, style
+from fedpeft.reporting.figures import (
+    COLOURS,
+    log_scale,
+    plot_partition,
+    pyplot,
+    save_figure,
+    shortened,
+    style,
+)
 from fedpeft.reporting.report.chart import (
     MOST_MARKERS,
     UPRIGHT,
@@ -43,19 +51,13 @@ def save_pictures(charts: Sequence[Chart], folder: Path) -> list[Path]:
 def _save(chart: Chart, folder: Path) -> list[Path]:
     paths = [folder / f"{chart.name}.{end}" for end in FORMATS]
     if isinstance(chart, HeatChart):
-        for path in paths:
-            plot_partition(path, chart.counts, chart.labels, chart.kind)
+        plot_partition(paths, chart.counts, chart.labels, chart.kind)
         return paths
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
     axis.grid(alpha=0.3)
     draw(chart, figure, axis)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # the room is made; each file would make it again
-    for path in paths:
-        undated = {"Date": None} if path.suffix == ".svg" else {"CreationDate": None}
-        figure.savefig(path, dpi=200, metadata=None if path.suffix == ".png" else undated)
-    plt.close(figure)
+    save_figure(figure, paths, dpi=200)
     return paths
 
 

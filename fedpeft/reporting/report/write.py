@@ -23,9 +23,8 @@ from fedpeft.reporting.report.tables import (
 from fedpeft.reporting.saved_runs import saved_runs
 
 PAGE, FIGURES, TABLES = "report.html", "figures", "tables"
-WRITTEN = (
-    ".written.json"  # names the files of the last report, the only ones that a new one removes
-)
+# Names the files of the last report, the only ones that a new one removes.
+WRITTEN = ".written.json"
 NO_COUNTS = (
     "No run saved the rows by client and label: runs of earlier versions did not, and a server "
     "does not know the rows that sites hold alone. fedpeft partition shows them for a "

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedpeft.reporting.run_directory import CONFIG, SUMMARY
+from fedpeft.reporting.run_files import CONFIG, SUMMARY
 from fedpeft.reporting.saved_runs import SavedRun
 from fedpeft.reporting.trackers.base import (
     Export,
