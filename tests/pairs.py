@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from fedpeft.client.client import answer_all
 from fedpeft.client.store import Store
-from fedpeft.config.load import CONF
+from fedpeft.config.compose import CONF
 from fedpeft.config.schema import Config
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.roles import Roles

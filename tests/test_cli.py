@@ -13,7 +13,7 @@ import pytest
 from fedpeft import cli
 from fedpeft.commands import planning
 from fedpeft.commands.study import METHODS
-from fedpeft.config.load import CONF
+from fedpeft.config.compose import CONF
 
 Command = Callable[..., str]
 TWO_METHODS = ["--methods", "fedsa_lora,ffa_lora", "method.rank=4"]

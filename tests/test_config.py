@@ -12,7 +12,8 @@ import pytest
 from hydra.utils import get_class
 
 from fedpeft.config import load
-from fedpeft.config.load import CONF, GROUPS, _from_files, addable, composed, load_config
+from fedpeft.config.compose import CONF, GROUPS, _from_files, addable, composed
+from fedpeft.config.load import load_config
 from fedpeft.config.message import for_clients, of_message
 from fedpeft.config.optimization import Optimization
 from fedpeft.config.overrides import join, split

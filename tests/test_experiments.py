@@ -12,7 +12,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from fedpeft.commands.study import plan_of
-from fedpeft.config.load import CONF, composed, load_config
+from fedpeft.config.compose import CONF, composed
+from fedpeft.config.load import load_config
 from fedpeft.engine.parameters import check_on_meta, count_on_meta
 from fedpeft.reporting.run_files import check_same
 from fedpeft.reporting.study_plan import StudyPlan

@@ -24,7 +24,8 @@ from torch import Tensor
 import fedpeft as package
 from fedpeft.client.app import app as client_app
 from fedpeft.commands import model as commands
-from fedpeft.config.load import CONF, composed, typed
+from fedpeft.config.compose import CONF, composed
+from fedpeft.config.load import typed
 from fedpeft.data.clients import ClientRows
 from fedpeft.data.partitions.saved import Saved
 from fedpeft.engine.evaluate import scored

@@ -13,7 +13,7 @@ SYSTEMS = {"engine", "client", "server", "simulation", "deployment", "export"}
 # Make runs: they stand above the other packages, and count as one of their own.
 APP = "server/app.py"
 # Names of the classes that ``_target_`` may name, which Hydra imports when it makes one.
-TARGETS = "config/load.py"
+TARGETS = ("config/compose.py", "config/load.py")
 NAME = re.compile(r"fedpeft(\.\w+)+(:\w+)?")
 # By package: the packages and modules of fedpeft that it must not import.
 FORBIDDEN = {
@@ -90,7 +90,7 @@ def _is_there(module: str) -> bool:
 
 def ours(name: str) -> set[str]:
     """Return the packages of fedpeft that a file imports, also by a name in a string."""
-    names = {*imports(ROOT / name), *(() if name == TARGETS else named(ROOT / name))}
+    names = {*imports(ROOT / name), *(() if name in TARGETS else named(ROOT / name))}
     parts = [n.split(".") for n in names if n.startswith("fedpeft.")]
     packages = {APP if p[1:3] == ["server", "app"] else p[1] for p in parts}
     return packages - {package(name)}

@@ -13,7 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fedpeft.config.load import CONF, load_config
+from fedpeft.config.compose import CONF
+from fedpeft.config.load import load_config
 from fedpeft.config.optimization import Optimization
 from fedpeft.config.schema import Config
 from fedpeft.data.rows.templates import chat_prompts

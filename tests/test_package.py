@@ -49,8 +49,8 @@ def test_the_wheel_holds_the_package_its_types_configuration_and_licence(unpacke
 @pytest.mark.slow
 def test_the_wheel_runs_away_from_the_checkout(unpacked: Path, tmp_path: Path) -> None:
     code = (
-        "import fedpeft.cli, fedpeft.config.load as load, sys\n"
-        "print(load.CONF, file=sys.stderr)\n"
+        "import fedpeft.cli, fedpeft.config.compose as compose, sys\n"
+        "print(compose.CONF, file=sys.stderr)\n"
         "fedpeft.cli.main()"
     )
     arguments = ["params", "--json", "model=roberta_base", "data=sst2", "method=fedtt"]

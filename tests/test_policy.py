@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config.load import composed
+from fedpeft.config.compose import composed
 from fedpeft.config.overrides import join
 from fedpeft.deployment.node import parse, read_policy
 from fedpeft.deployment.policy import LIMITS, Policy

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from fedpeft.config.load import CONF, composed, leaves
+from fedpeft.config.compose import CONF, composed, leaves
 from fedpeft.config.overrides import split
 from fedpeft.reporting.figures import pyplot
 from fedpeft.reporting.report.chart import BarChart, HeatChart, Line, LineChart

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedpeft.config.choices import choices
-from fedpeft.config.load import composed, leaves
+from fedpeft.config.compose import composed, leaves
 from fedpeft.reporting.brief import below, brief
 from fedpeft.reporting.conditions import Condition
 from fedpeft.reporting.listing import Listing, narrow_page

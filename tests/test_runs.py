@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedpeft.client.app import app as client_app
 from fedpeft.client.client import Client
-from fedpeft.config.load import CONF
+from fedpeft.config.compose import CONF
 from fedpeft.engine.engine import Engine, open_engine
 from fedpeft.engine.plan import Job
 from fedpeft.reporting.run_directory import RunDirectory

@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 
 from fedpeft.commands.shared import listed, numbers
 from fedpeft.commands.study import plan_of
-from fedpeft.config.load import composed, settings
+from fedpeft.config.compose import composed
+from fedpeft.config.load import settings
 from fedpeft.data.rows.source import Source
 from fedpeft.reporting.figures import plot_study
 from fedpeft.reporting.pages import save_comparison, save_study

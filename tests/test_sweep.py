@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hydra import compose
 
-from fedpeft.config.load import composing
+from fedpeft.config.compose import composing
 from fedpeft.config.schema import ConfigError
 from fedpeft.config.sweeps import BASIC, plan
 from fedpeft.reporting.progress import Display, Tally, duration

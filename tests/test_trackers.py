@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from fedpeft.config.load import composed, trackers
+from fedpeft.config.compose import composed
+from fedpeft.config.load import trackers
 from fedpeft.config.message import for_clients
 from fedpeft.config.schema import ConfigError
 from fedpeft.reporting.progress import Display

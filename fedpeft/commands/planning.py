@@ -8,7 +8,8 @@ from typing import Any
 
 from fedpeft.commands.shared import flag, option
 from fedpeft.config.choices import choices
-from fedpeft.config.load import CONF, check_fields, composed, leaves, load_config, settings
+from fedpeft.config.compose import CONF, composed, leaves
+from fedpeft.config.load import check_fields, load_config, settings
 from fedpeft.reporting.tables import print_table, span, span_of_bytes
 
 

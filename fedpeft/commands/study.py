@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedpeft.commands.shared import flag, going_on, listed, numbers, option, whole_number
-from fedpeft.config.load import composed, load_config, settings
+from fedpeft.config.compose import composed
+from fedpeft.config.load import load_config, settings
 from fedpeft.config.overrides import key_of
 from fedpeft.reporting.inputs import Input
 from fedpeft.reporting.pages import Results, save_comparison, save_study

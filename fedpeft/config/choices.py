@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fedpeft.config.load import CONF, GROUPS, leaves
+from fedpeft.config.compose import CONF, GROUPS, leaves
 
 
 def choices(settings: Mapping[str, Any]) -> dict[str, str | None]:

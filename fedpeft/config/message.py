@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedpeft.config.load import composed
+from fedpeft.config.compose import composed
 from fedpeft.config.overrides import join, key_of, quoted, split
 from fedpeft.config.schema import ConfigError
 from fedpeft.config.sentences import omegaconf_sentence

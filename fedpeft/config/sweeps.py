@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fedpeft.config.load import addable, composed, composing, leaves
+from fedpeft.config.compose import addable, composed, composing, leaves
 from fedpeft.config.overrides import key_of, quoted, readable
 from fedpeft.config.schema import ConfigError
 from fedpeft.config.sentences import hydra_sentence

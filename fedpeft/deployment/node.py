@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fedpeft.config.load import composed
+from fedpeft.config.compose import composed
 from fedpeft.config.overrides import quoted
 from fedpeft.deployment.policy import Policy
 from fedpeft.deployment.processes import Processes, Program, free_ports

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from fedpeft.config.load import CONF, composed, leaves
+from fedpeft.config.compose import CONF, composed, leaves
 from fedpeft.config.message import INTERPOLATION, of_message
 from fedpeft.config.overrides import join, key_of
 from fedpeft.config.schema import ConfigError

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fedpeft.config.load import changed, composed
+from fedpeft.config.compose import changed, composed
 from fedpeft.files import read_json
 
 NAME = "fedpeft.json"

@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fedpeft.client.store import Store
-from fedpeft.config.load import PATHS, changed, typed
+from fedpeft.config.compose import changed
+from fedpeft.config.load import PATHS, typed
 from fedpeft.config.schema import Config
 from fedpeft.engine.replica import Replica
 from fedpeft.export.folder import with_labels

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from fedpeft.config.load import leaves
+from fedpeft.config.compose import leaves
 
 READ = {"data": "rows", "model": "weights"}  # what a run reads, by the group that says where
 

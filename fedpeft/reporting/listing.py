@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.config.choices import choices, of_choice
-from fedpeft.config.load import GROUPS
+from fedpeft.config.compose import GROUPS
 from fedpeft.reporting.brief import MOST, below, brief
 from fedpeft.reporting.conditions import Condition, check_known
 from fedpeft.reporting.inputs import mixed

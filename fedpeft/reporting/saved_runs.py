@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fedpeft.config.load import leaves
+from fedpeft.config.compose import leaves
 from fedpeft.files import read_json
 from fedpeft.reporting.run_files import (
     CONFIG,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
-from fedpeft.config.load import composed
+from fedpeft.config.compose import composed
 from fedpeft.config.overrides import key_of, quoted
 from fedpeft.reporting.inputs import Input, inputs_of
 from fedpeft.reporting.run_files import CONFIG, check_same

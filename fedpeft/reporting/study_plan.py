@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedpeft.config.choices import choices
-from fedpeft.config.load import composed, leaves
+from fedpeft.config.compose import composed, leaves
 from fedpeft.config.overrides import quoted
 from fedpeft.config.schema import Studying
 from fedpeft.reporting.study import Study

@@ -9,6 +9,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.config import load as configuration
+from fedpeft.config.compose import composed
 from fedpeft.config.message import for_clients
 from fedpeft.config.overrides import split
 from fedpeft.engine.engine import open_engine
@@ -44,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
         report.show()
         if report.problems:
             raise ValueError("; ".join(report.problems))
-    elif finished(configuration.composed(overrides)) is None:
+    elif finished(composed(overrides)) is None:
         serve(grid, overrides, command="flwr run")
 
 
@@ -67,7 +68,7 @@ def serve(
     Raises:
         ValueError: ``check=true``, which is no run.
     """
-    tree = configuration.composed(overrides)
+    tree = composed(overrides)
     settings = configuration.settings(overrides)
     if settings.check:
         raise ValueError("check=true is for flwr run; on this machine it is: fedpeft check")

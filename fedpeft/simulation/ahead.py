@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from fedpeft.config import load as configuration
+from fedpeft.config.compose import composed
 from fedpeft.config.schema import Config
 from fedpeft.files import check_path
 from fedpeft.reporting.inputs import Input, settings_key
@@ -45,7 +46,7 @@ def check_inputs(runs: Sequence[Sequence[str]], inputs: Mapping[str, Input]) -> 
     """
     left = dict(inputs)  # each is read once
     for overrides in runs if inputs else ():
-        tree = configuration.composed(overrides)
+        tree = composed(overrides)
         if known := left.pop(settings_key(tree, "data"), None):
             rows = configuration.load_config(overrides).data.fingerprint()
             known.check(rows["sha256"], "there are now")
@@ -62,7 +63,7 @@ def check_early(overrides: Sequence[str]) -> None:
     else:
         check_makeable(Path("runs"))  # a run without a name gets a directory in it
     configuration.trackers(overrides)
-    tree = configuration.composed(overrides)
+    tree = composed(overrides)
     for key in configuration.PATHS:
         path = OmegaConf.select(tree, key, throw_on_resolution_failure=False)
         if isinstance(path, str):

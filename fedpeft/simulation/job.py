@@ -17,7 +17,7 @@ from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fedpeft.config.load import composed
+from fedpeft.config.compose import composed
 from fedpeft.config.overrides import quoted
 from fedpeft.config.sweeps import SweepPlan
 from fedpeft.errors import explained

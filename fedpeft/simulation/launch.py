@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.config import load as configuration
+from fedpeft.config.compose import composed
 from fedpeft.config.message import for_clients
 from fedpeft.config.overrides import quoted, split
 from fedpeft.config.runtime import Runtime
@@ -71,7 +72,7 @@ def simulate(grid: "LocalGrid", overrides: Sequence[str], display: Display) -> d
     from fedpeft.server.app import serve
 
     settings = configuration.settings(overrides)
-    if (summary := finished(configuration.composed(overrides))) is not None:
+    if (summary := finished(composed(overrides))) is not None:
         return summary
     sent = for_clients(overrides)
     grid.prepare(sent)

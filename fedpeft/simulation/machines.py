@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fedpeft.config.load import CONF
+from fedpeft.config.compose import CONF
 from fedpeft.versions import installed
 
 PACKAGE = Path(__file__).parent.parent

@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 from filelock import FileLock, Timeout
 from hydra import main
 
-from fedpeft.config.load import CONF, load_config
+from fedpeft.config.compose import CONF
+from fedpeft.config.load import load_config
 from fedpeft.config.overrides import key_of
 from fedpeft.config.sweeps import SweepPlan
 from fedpeft.reporting.progress import FAILED, SKIPPED, Display, Tally

@@ -14,7 +14,7 @@ from typing import Any
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from fedpeft.config.load import CONF, GROUPS
+from fedpeft.config.compose import CONF, GROUPS
 from fedpeft.config.runtime import Runtime
 from fedpeft.config.schema import Settings
 from scripts.site.keys import Key, keys_of, summary, written

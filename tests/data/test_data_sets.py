@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from fedpeft.config.load import CONF
+from fedpeft.config.compose import CONF
 from fedpeft.data.rows.tables import values
 from fedpeft.data.rows.templates import rendered
 from fedpeft.engine.engine import Engine

@@ -18,7 +18,8 @@ from fedpeft import cli
 from fedpeft.commands import model as of_models
 from fedpeft.commands import planning, saved
 from fedpeft.commands import run as of_runs
-from fedpeft.config.load import changed, composed, load_config
+from fedpeft.config.compose import changed, composed
+from fedpeft.config.load import load_config
 from fedpeft.config.sweeps import SweepPlan
 from fedpeft.deployment import node, server, trial
 from fedpeft.reporting.clients import ClientTable

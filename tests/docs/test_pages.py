@@ -14,7 +14,8 @@ import torch
 import yaml
 
 import fedpeft
-from fedpeft.config.load import CONF, load_config
+from fedpeft.config.compose import CONF
+from fedpeft.config.load import load_config
 from fedpeft.engine.roles import Roles
 from fedpeft.methods.base import At, Round
 from fedpeft.state import TRAINED as TRAINS

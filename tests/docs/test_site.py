@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.config.load import CONF, GROUPS, composed, leaves
+from fedpeft.config.compose import CONF, GROUPS, composed, leaves
 from scripts.site.configuration import PAGE, page
 from scripts.site.formulas import with_mathml
 from scripts.site.keys import arguments, keys_of

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from scipy import stats
 
-from fedpeft.config.load import composed
+from fedpeft.config.compose import composed
 from fedpeft.reporting.run_files import check_same
 from tests.conftest import ROOT
 from tests.docs.documents import page, table

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from fedpeft.config.choices import choices
-from fedpeft.config.load import CONF, composed, leaves
+from fedpeft.config.compose import CONF, composed, leaves
 from fedpeft.config.overrides import quoted
 from fedpeft.reporting.saved_runs import SavedRun
 

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedpeft.config.choices import choices
-from fedpeft.config.load import CONF
+from fedpeft.config.compose import CONF
 from fedpeft.reporting.report.settings import ROWS, Runs, Setting
 from fedpeft.reporting.report.table import Table, Text, plain, spread
 from fedpeft.reporting.tables import Rows

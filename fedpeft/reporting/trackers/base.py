@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fedpeft.config.choices import choices
-from fedpeft.config.load import leaves
+from fedpeft.config.compose import leaves
 from fedpeft.files import replacing
 from fedpeft.reporting.observer import Line, Observer
 from fedpeft.reporting.saved_runs import SavedRun
