@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.measure import REPEATS, interleaved, medians, ratio, save, spread
 from benchmarks.round import batches
 from benchmarks.sides import job
-from fedpeft.config import load as configuration
+from fedpeft.config.load import load_config
 from fedpeft.data.batching import Batch
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.passes import autocast
@@ -77,7 +77,7 @@ def _engine(args: argparse.Namespace, bucketing: str) -> Engine:
     """Return an engine of the job without dropout, with or without bucketing."""
     size = ["num_clients=10", "batch_size=16", f"local_steps={args.steps}", "runtime=inprocess"]
     overrides = [*job(str(args.data.resolve())), *size, *DRY, bucketing]
-    return Engine(configuration.load_config(overrides))
+    return Engine(load_config(overrides))
 
 
 def _batches(engine: Engine, clients: int) -> list[Batch]:

@@ -28,7 +28,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import REPEATS, interleaved, medians, ratio, save
-from fedpeft.config import load as configuration
+from fedpeft.config.load import load_config
 from fedpeft.data.batching import Batch
 from fedpeft.engine.engine import Engine
 from fedpeft.engine.passes import autocast, to_device
@@ -107,7 +107,7 @@ def compared(overrides: list[str], batch: int, sizes: list[int], repeats: int) -
     Returns:
         The time of a client's step and the ratio to one by one, by K; on a GPU also the rates.
     """
-    config = configuration.load_config([*overrides, f"batch_size={batch}"])
+    config = load_config([*overrides, f"batch_size={batch}"])
     engine = Engine(config)
     sides = {str(size): turn(engine, size) for size in sizes}
     seconds = interleaved(sides, repeats)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from fedpeft.config import load as configuration
+from fedpeft.config.load import load_config
 from fedpeft.config.overrides import quoted, split
 from fedpeft.config.schema import Config
 from fedpeft.data.batching import Batch, Examples
@@ -287,4 +287,4 @@ def open_engine(overrides: str, data_path: str | None) -> Engine:
     if data_path is not None:
         # The client divides the rows of its own folder by itself, so no split need be there.
         extended += [f"data.path={quoted(data_path)}", "data.missing_split=error"]
-    return Engine(configuration.load_config(extended), data_path)
+    return Engine(load_config(extended), data_path)
