@@ -30,6 +30,7 @@ IID, SKEWED = (
     f"fedtt_table3/data=sst2_num_clients=3{skew}"
     for skew in ("", "_partition=dirichlet_partition.alpha=0.1")
 )
+TWENTY = "fedtt_table3/data=sst2_num_clients=20_evaluation.max_client_rows=20"
 TEN_SEEDS = SKEWED.replace("fedtt_table3", "fedtt_skew")
 ENTRIES = {  # the studies' entries, by the names on the pages
     "LoRA, rank 2": "lora+method.rank=2+method.alpha=4",
@@ -108,6 +109,7 @@ TABLES = [
     ("README.md", "| method | accuracy", SST2, OF_FEDTT[1:], True),
     (TABLE2, "| cross-device | rate", CROSS_DEVICE, OF_FEDTT, True),
     (TABLE3, "| iid clients | rate", IID, OF_FEDTT, True),
+    (TABLE3, "| 20 iid clients | global test", TWENTY, OF_FEDTT[1:], True),
     (TABLE3, "| clients with label skew | global test", SKEWED, OF_FEDTT[1:], True),
     (TABLE3, "| label skew, ten seeds | rate", TEN_SEEDS, OF_FEDTT, True),
     (SCL, "| on MedQuAD | rate", MEDQUAD, OF_SCL, True),
@@ -321,6 +323,56 @@ def test_the_differences_that_the_page_on_table_3_names_in_words_are_the_study_s
             assert lost[1:] in words and interval.rstrip(")") in words
     for name in ("FedTT+", "FedTT+, active=one"):
         assert minus(named(SKEWED, name), named(SKEWED, "FedTT"), "global_test") in skewed
+
+
+def test_the_differences_of_20_clients_that_the_page_names_in_words_are_the_study_s() -> None:
+    words = " ".join(page(TABLE3).partition("## Twenty iid clients")[2].split())
+    words = words.partition("## Three clients with label skew")[0]
+    fedtt, large, small = (
+        named(TWENTY, name) for name in ("FedTT", "LoRA, rank 8", "LoRA, rank 2")
+    )
+    for lora, rank in ((small, 2), (large, 8)):
+        lost = [
+            float(b["global_test"]) - float(a["global_test"])
+            for a, b in zip(fedtt, lora, strict=True)
+        ]
+        assert min(lost) > 0
+        assert bare(f"{min(lost):.3f} to {max(lost):.3f} (rank {rank})") in words
+    for rows, others in (
+        *((fedtt, lora) for lora in (large, small)),
+        (named(TWENTY, "FedTT+"), fedtt),
+        (named(TWENTY, "FedTT+, active=one"), fedtt),
+        *((named(TWENTY, name), small) for name in ("RoLoRA, rank 2", "FFA-LoRA, rank 2")),
+    ):
+        assert minus(rows, others, "global_test") in words
+    for lora in (large, small):
+        assert minus(fedtt, lora, "quality") in words
+
+
+def test_what_20_clients_learn_and_gain_is_as_the_page_says() -> None:
+    words = " ".join(page(TABLE3).partition("## Twenty iid clients")[2].split())
+    said = []
+    for name in ("FedTT", "LoRA, rank 2", "LoRA, rank 8"):
+        runs = [rounds_of(TWENTY, row) for row in named(TWENTY, name)]
+        losses = [fmean(run[at]["client_test_loss"] for run in runs) for at in range(9)]
+        said.append(bare(f"{losses[5]:.3f} to {losses[8]:.3f}"))
+        assert min(losses) == losses[8 if name == "FedTT" else 7]
+    assert "from {} (FedTT), {} (LoRA of rank 2) and {} (rank 8)".format(*said) in words
+    gains = {
+        entry: fmean(float(row["global_test"]) for row in rows)
+        - fmean(float(row["global_test"]) for row in rows_of(IID)[entry])
+        for entry, rows in rows_of(TWENTY).items()
+    }
+    lost = gains.pop("bitfit")
+    least, most = (pick(gains, key=gains.__getitem__) for pick in (min, max))
+    assert (least, most) == (ENTRIES["LoRA, rank 2"], "p_tuning")
+    gained = bare(f"by {gains[least]:.3f} (LoRA of rank 2) to {gains[most]:.3f} (P-tuning)")
+    assert f"{gained}, and BitFit's is {bare(f'{-lost:.3f}')} lower" in words
+    few = {e: r for e, r in rows_of(TWENTY).items() if fmean(float(x["bytes"]) for x in r) < 15e6}
+    assert len(few) == 4
+    for key in ("global_test", "quality"):
+        best = max(few, key=lambda entry: fmean(float(row[key]) for row in few[entry]))
+        assert best == ENTRIES["FFA-LoRA, rank 2"]
 
 
 def test_the_differences_that_the_page_on_table_2_names_in_words_are_the_study_s() -> None:
