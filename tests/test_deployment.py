@@ -174,6 +174,27 @@ def test_an_outsider_reaches_only_what_sites_use(trial: Trial) -> None:
     assert json.loads(asked.stdout) == statuses
 
 
+def test_a_site_that_the_operator_removes_stays_away(trial: Trial) -> None:
+    """Its programs go on and try; the key is refused, and Flower registers it no second time.
+
+    No test of the trial may follow, because a node is gone for good.
+    """
+
+    def refusals() -> dict[str, int]:
+        logs = {name: (trial.folder / f"{name}.log").read_text() for name in trial.nodes}
+        return {name: text.count("Failed to activate SuperNode") for name, text in logs.items()}
+
+    until(lambda: trial.online() == 3, "all nodes are online")
+    before = refusals()
+    node = trial.flwr("supernode", "list", "local")["nodes"][0]["node-id"]
+    trial.flwr("supernode", "unregister", node, "local")
+    until(lambda: refusals() != before, "the site's key is refused")
+    assert trial.online() == 2
+    (name,) = [name for name, count in refusals().items() if count > before[name]]
+    with pytest.raises(RuntimeError, match="Public key already in use"):
+        trial.flwr("supernode", "register", trial.folder / f"{name}.pub", "local")
+
+
 def test_the_command_ends_with_one_sentence(base: list[str], tmp_path: Path) -> None:
     command_line = [sys.executable, "-c", "from fedpeft.cli import main; main()"]
     command_line += ["deploy", "trial", "--folder", "x"]
