@@ -245,6 +245,8 @@ def test_a_client_s_state_that_lies_elsewhere_is_named_and_found(
         open_run(run, client=1)
     found = open_run(run, client=1, states=states).replica.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    with pytest.raises(ValueError, match="^--state-folder .* choose one with --client$"):
+        open_run(run, states=states)
     to = str(tmp_path / "out")
     fedpeft("export", str(run), "--client", "1", "--state-folder", str(states), "--to", to)
     with pytest.raises(SystemExit):
@@ -517,7 +519,7 @@ def test_a_pooled_classifier_and_a_random_base_load_by_fedpeft(
     unknown = replace(open_run(finished("lora")), summary=run.summary | {"weights_sha256": None})
     export(unknown, tmp_path / "unknown", "fedpeft")
     card = (tmp_path / "unknown" / "README.md").read_text()
-    assert "| sha256 of its weights | unknown, because they are no safetensors files |" in card
+    assert "| sha256 of its weights | unknown |" in card
     weights = read(tmp_path / "random" / "fedpeft.safetensors")
     assert weights.keys() == dict(run.replica.model.named_parameters()).keys()
     assert torch.equal(package.load(tmp_path / "random")(**rows).logits, expected)

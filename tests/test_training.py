@@ -1,6 +1,7 @@
 """One client's steps by hand, and evaluation that does not depend on its batches."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -529,6 +530,7 @@ def test_threads_make_a_batch_when_they_need_it(
         return batch(self, positions)
 
     def measure(_: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        time.sleep(0.05)  # all batches would be made meanwhile
         return {"made": torch.tensor([made])}
 
     monkeypatch.setattr(Examples, "batch", counted)

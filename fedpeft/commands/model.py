@@ -187,7 +187,8 @@ def _open(args: argparse.Namespace) -> Opened:
                 "--state-folder choose one of a run"
             )
         return opened(args.path, args.overrides)
-    run = open_run(args.path, args.overrides, args.best, args.client, False, args.state_folder)
+    chosen = args.best, args.client
+    run = open_run(args.path, args.overrides, *chosen, whole=False, states=args.state_folder)
     return Opened(run.replica.model, run.config, run.replica.processor)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from torch import Tensor
 
 from fedpeft.algorithms.base import RunFacts
-from fedpeft.seeding import generator
 from fedpeft.state import State, check
 
 ERROR = "error:"  # prefix of a client's kept errors, the part of its updates that was not sent
@@ -144,15 +143,3 @@ class Compression:
 
     def check(self, facts: RunFacts) -> None:
         """Raise ValueError if the compression makes no sense in the run."""
-
-
-def as_received(compression: Compression, state: State, seed: int) -> State:
-    """Return the server's values as clients get them, because models are measured with these.
-
-    Args:
-        compression: the run's compression.
-        state: the server's values of all that is sent in a round, full.
-        seed: the run's seed. The draws of stochastic rounding are the same for every call.
-    """
-    codec, draws = compression.down, generator(seed, "compression down", 0)
-    return codec.decode(codec.encode(state, state, draws), state)

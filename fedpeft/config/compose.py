@@ -40,6 +40,12 @@ _FIELD = re.compile(
 _KEY = re.compile(r"[\w./@:$-]+", re.ASCII)
 _VALUE = re.compile(r"(\+\+)?(?!hydra\.)[\w.]+=", re.ASCII)
 _SEVERAL = re.compile(r"[,(]")  # characters, one of which several values have
+# Keys of earlier versions, and their replacements.
+_OLD = {
+    "runtime.cohort": "is now runtime.clients_per_pass",
+    "method.head": "is now personal=head, or personal=null, for every method",
+    "unpadding": "is gone: buckets of rows of like length save nearly as much",
+}
 _lock = Lock()  # Hydra's compose is not thread-safe; a launch composes in a thread too
 
 
@@ -101,14 +107,6 @@ def addable(override: str) -> str:
     group is typed.
     """
     return "++" + override if _FIELD.match(override) else override
-
-
-# Keys of earlier versions, and their replacements.
-_OLD = {
-    "runtime.cohort": "is now runtime.clients_per_pass",
-    "method.head": "is now personal=head, or personal=null, for every method",
-    "unpadding": "is gone: buckets of rows of like length save nearly as much",
-}
 
 
 def _override(text: str) -> str:

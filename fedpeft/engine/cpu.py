@@ -1,4 +1,4 @@
-"""Faster dropout and attention for a CPU, checkpointed blocks, and the return of freed memory."""
+"""A CPU: its cores, faster dropout and attention, checkpointed blocks, the return of memory."""
 
 import ctypes
 import os

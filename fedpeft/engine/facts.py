@@ -26,7 +26,7 @@ def facts(engine: Engine) -> dict[str, str | int]:
     Returns:
         ``TEXTS``: versions, and the SHA-256 of the weights, ``random``, or ``unknown`` where no
         safetensors files are on this machine. ``NUMBERS``: cores; bytes that this process has in
-        memory, those that are free, and the same of the GPU that it uses; 0 where unknown.
+        memory, those that are free, and the same of the GPU that it uses, 0 where unknown.
     """
     free, whole = _gpu(engine.replica.device)
     if engine not in _hashes:

@@ -5,14 +5,13 @@ import logging
 import torch
 from torch import nn
 
-from fedpeft.compression.base import as_received
 from fedpeft.config.schema import Config
 from fedpeft.engine.cpu import checkpoint_blocks
 from fedpeft.engine.roles import Roles
 from fedpeft.methods.base import At, Method
 from fedpeft.models.precision import halve_frozen, train_in_float32
 from fedpeft.models.sites import hidden_blocks
-from fedpeft.seeding import torch_seed
+from fedpeft.seeding import generator, torch_seed
 from fedpeft.state import State, filled, leading, load_state, snapshot
 
 log = logging.getLogger(__name__)
@@ -101,7 +100,12 @@ class Replica:
         """
         values = self.values(state)
         sent = {name: values[name] for name in self.roles.down(round + 1)}
-        return values | as_received(self.config.compression, sent, self.config.seed)
+        # The draws of stochastic rounding are the same for every call.
+        codec, draws = (
+            self.config.compression.down,
+            generator(self.config.seed, "compression down", 0),
+        )
+        return values | codec.decode(codec.encode(sent, sent, draws), sent)
 
     def set_trainable(self, names: set[str]) -> None:
         """Let exactly these parameters require gradients."""

@@ -128,7 +128,7 @@ def _weights(run: FinishedRun) -> str:
     """Return the hash of the base model's weights, or why there is none."""
     if run.config.model.random:
         return "none, because they were random"
-    return run.summary["weights_sha256"] or "unknown, because they are no safetensors files"
+    return run.summary["weights_sha256"] or "unknown"
 
 
 def _named(part: Any) -> str:

@@ -104,6 +104,8 @@ def open_run(
             f"{folder} holds neither a finished run (summary.json, config.yaml) nor an exported "
             "folder (fedpeft.json)"
         )
+    if states is not None and client is None:
+        raise ValueError("--state-folder holds what clients keep: choose one with --client")
     summary = read_json(folder / SUMMARY)
     saved = _located(OmegaConf.load(folder / CONFIG), summary.get("working_directory"))
     tree: Any = changed(saved, overrides)

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import constants, errors, try_to_load_from_cache, utils
 
 from fedpeft.errors import PartlyPublic
-from fedpeft.files import not_below
+from fedpeft.files import not_below, read_json
 
 PATIENCE = 5.0  # seconds; transformers' retries take over 20 a file
 
@@ -106,13 +106,26 @@ def weights_sha256(source: str, revision: str | None = None) -> str | None:
     """
     folder = Path(source)
     if not folder.is_dir():
-        cached = try_to_load_from_cache(source, "config.json", revision=revision)
+        try:
+            cached = try_to_load_from_cache(source, "config.json", revision=revision)
+        except errors.HFValidationError:  # the path of a folder that is gone
+            return None
         if not isinstance(cached, str):
             return None
         folder = Path(cached).parent
-    whole = folder / "model.safetensors"  # is loaded, whatever else is there
-    files = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
+    files = _loaded(folder)
     return sha256_of(files) if files else None
+
+
+def _loaded(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder that transformers loads, sorted."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if index.exists():
+        names = set(read_json(index)["weight_map"].values())
+        return sorted(file for name in names if (file := folder / name).exists())
+    return sorted(folder.glob("*.safetensors"))
 
 
 def sha256_of(files: Iterable[Path]) -> str:

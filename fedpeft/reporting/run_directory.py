@@ -25,6 +25,7 @@ from fedpeft.reporting.run_files import (
     STOPPED,
     SUMMARY,
     check_same,
+    finished,
     finite,
     in_columns,
     read_config,
@@ -90,6 +91,10 @@ class RunDirectory:
 
     One process owns a directory at a time.
 
+    Attributes:
+        ended: the summary of a run that another process has ended since this one asked; then
+            nothing is written. Null for a run to begin or to go on.
+
     Args:
         path: the directory's path.
         config: the run's composed configuration.
@@ -128,6 +133,9 @@ class RunDirectory:
 
     def _claim(self, config: DictConfig, resume: bool, overrides: Sequence[str] | None) -> None:
         _check_empty(self.path, resume)
+        self.ended = finished(config)
+        if self.ended is not None:
+            return
         held = _holds_run(self.path)
         if not held:  # the file is left by a run that was killed before its first line
             (self.path / CLIENTS).unlink(missing_ok=True)

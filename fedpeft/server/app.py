@@ -79,9 +79,9 @@ def serve(
     with run_path(settings.run_dir, label) as path:
         observer = _observer(overrides, path, display)
         directory = RunDirectory(path, tree, settings.resume, overrides)
-        if (summary := finished(tree)) is not None:  # by another process, since this one asked
+        if directory.ended is not None:
             directory.close()
-            return summary
+            return directory.ended
         try:
             strategy = FederatedPEFT(overrides, engine)
             run = Run(strategy, directory, settings.checkpoint, observer, command)

@@ -97,7 +97,7 @@ class TextFormat:
         return rows
 
     def check(self, path: str, file: Path) -> None:
-        """Check the beginning of a file.
+        """Check a file as far as its first line with text.
 
         Args:
             path: ``data.path``, for the error.
