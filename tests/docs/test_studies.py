@@ -31,6 +31,7 @@ IID, SKEWED = (
     for skew in ("", "_partition=dirichlet_partition.alpha=0.1")
 )
 TWENTY = "fedtt_table3/data=sst2_num_clients=20_evaluation.max_client_rows=20"
+FIFTY = TWENTY.replace("=20_", "=50_")
 TEN_SEEDS = SKEWED.replace("fedtt_table3", "fedtt_skew")
 ENTRIES = {  # the studies' entries, by the names on the pages
     "LoRA, rank 2": "lora+method.rank=2+method.alpha=4",
@@ -110,6 +111,7 @@ TABLES = [
     (TABLE2, "| cross-device | rate", CROSS_DEVICE, OF_FEDTT, True),
     (TABLE3, "| iid clients | rate", IID, OF_FEDTT, True),
     (TABLE3, "| 20 iid clients | global test", TWENTY, OF_FEDTT[1:], True),
+    (TABLE3, "| 50 iid clients | global test", FIFTY, OF_FEDTT[1:], True),
     (TABLE3, "| clients with label skew | global test", SKEWED, OF_FEDTT[1:], True),
     (TABLE3, "| label skew, ten seeds | rate", TEN_SEEDS, OF_FEDTT, True),
     (SCL, "| on MedQuAD | rate", MEDQUAD, OF_SCL, True),
@@ -354,6 +356,28 @@ def test_the_differences_of_20_clients_that_the_page_names_in_words_are_the_stud
         assert minus(fedtt, lora, "quality") in words
 
 
+def test_what_50_clients_give_is_as_the_page_says() -> None:
+    words = " ".join(page(TABLE3).partition("## Fifty iid clients")[2].split())
+    words = words.partition("## Three clients with label skew")[0]
+    said: dict[str, list[str]] = {"loss": [], "accuracy": []}
+    for rank in (2, 8):
+        behind = below(FIFTY, "FedTT", f"LoRA, rank {rank}")
+        assert min(behind) > 0
+        assert bare(f"{min(behind):.3f} to {max(behind):.3f} (rank {rank})") in words
+        for key in ("global_test", "quality"):
+            rows, others = named(FIFTY, "FedTT"), named(FIFTY, f"LoRA, rank {rank}")
+            assert minus(rows, others, key) in words
+    for name in ("FedTT", "LoRA, rank 2", "LoRA, rank 8"):
+        runs = [rounds_of(FIFTY, row) for row in named(FIFTY, name)]
+        for key, texts in said.items():
+            ends = [fmean(run[at][f"client_test_{key}"] for run in runs) for at in (5, 8)]
+            texts.append(bare("{:.3f} to {:.3f}".format(*ends)))
+    fedtt, small, large = said["accuracy"]
+    assert fedtt == ".824 to .824" and "stays at .824" in words
+    assert f"from {small} (LoRA of rank 2) and from {large} (rank 8)" in words
+    assert "from {} (FedTT), {} and {}".format(*said["loss"]) in words
+
+
 def test_what_20_clients_learn_and_gain_is_as_the_page_says() -> None:
     words = " ".join(page(TABLE3).partition("## Twenty iid clients")[2].split())
     said = []
@@ -596,15 +620,15 @@ def test_rates_of_the_first_study_break_down_in_the_second_as_the_page_says() ->
 
 
 def test_signs_that_the_answers_name_hold_in_each_run() -> None:
-    """FedTT against LoRA in the five rows of SST-2; ``active=one`` against it with iid clients."""
+    """FedTT against LoRA in the six rows of SST-2; ``active=one`` against it with iid clients."""
     ten = (
         below(TEN_SEEDS, "FedTT, rank 5", "LoRA, rank 2"),
         below(TEN_SEEDS, "FedTT, rank 5", "LoRA, rank 8"),
     )
     assert min(map(min, ten)) > 0
-    for study in (SST2, IID, TWENTY, CROSS_DEVICE):
+    for study in (SST2, IID, TWENTY, FIFTY, CROSS_DEVICE):
         assert min(below(study, "FedTT", "LoRA, rank 2")) > 0
-    for study in (IID, TWENTY, CROSS_DEVICE):
+    for study in (IID, TWENTY, FIFTY, CROSS_DEVICE):
         assert min(below(study, "FedTT", "LoRA, rank 8")) > 0
     for study in (SST2, MRPC, IID, TWENTY):
         assert min(below(study, "FedTT+, active=one", "LoRA, rank 2")) > 0
