@@ -133,7 +133,7 @@ class RunDirectory:
 
     def _claim(self, config: DictConfig, resume: bool, overrides: Sequence[str] | None) -> None:
         _check_empty(self.path, resume)
-        self.ended = finished(config)
+        self.ended = finished(config) if resume else None
         if self.ended is not None:
             return
         held = _holds_run(self.path)
