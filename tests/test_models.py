@@ -1,5 +1,6 @@
 """Every file of conf/model: its architecture and counts, its training by every method, loading."""
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -812,6 +813,19 @@ def test_a_random_model_without_a_tokenizer_says_what_to_set(empty_hub: Path) ->
         replace(model, tokenizer_path="/none").tokenizer()
     with pytest.raises(ValueError, match="'hf download a/b --local-dir FOLDER', and give model.to"):
         replace(model, tokenizer_path="a/b").tokenizer()
+
+
+def test_the_hash_of_weights_is_that_of_the_files_that_load(tmp_path: Path) -> None:
+    """Shards are those of the index, and a whole file goes before them."""
+    shards = [tmp_path / f"model-{n}-of-2.safetensors" for n in (1, 2)]
+    for shard in shards:
+        shard.write_text(shard.name)
+    index = {"weight_map": {"a": shards[1].name, "b": shards[0].name, "c": shards[1].name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "consolidated.safetensors").write_text("another program's")
+    assert hub.weights_sha256(str(tmp_path)) == hub.sha256_of(shards)
+    (whole := tmp_path / "model.safetensors").write_text("whole")
+    assert hub.weights_sha256(str(tmp_path)) == hub.sha256_of([whole])
 
 
 def test_a_model_in_the_hub_cache_loads_offline(empty_hub: Path, checkpoint: Path) -> None:

@@ -100,11 +100,8 @@ class Replica:
         """
         values = self.values(state)
         sent = {name: values[name] for name in self.roles.down(round + 1)}
-        # The draws of stochastic rounding are the same for every call.
-        codec, draws = (
-            self.config.compression.down,
-            generator(self.config.seed, "compression down", 0),
-        )
+        codec = self.config.compression.down
+        draws = generator(self.config.seed, "compression down", 0)  # the same for every call
         return values | codec.decode(codec.encode(sent, sent, draws), sent)
 
     def set_trainable(self, names: set[str]) -> None:
